@@ -1,0 +1,64 @@
+"""`lrsa_attention`: one function over all backends."""
+
+from collections.abc import Sequence
+
+import torch
+
+from lrsa_ds.attention.chunked import chunked_attention
+from lrsa_ds.attention.flex import flex_lrsa_attention
+from lrsa_ds.config import LRSAConfig, require
+from lrsa_ds.partition import partition_table
+
+
+def lrsa_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    config: LRSAConfig,
+    document_lengths: Sequence[int] | None = None,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Causal attention of each token over sink, kept KV of partitions up to n - 2, partition n - 1, and its own.
+
+    One pass over a whole sequence gives, token by token, what chunk-by-chunk prefill and decoding with the compressed
+    cache give. Gradients flow through the kept keys and values; the selection carries none.
+
+    Args:
+        q: queries [B, H, N, D].
+        k, v: keys and values [B, G, N, D] with their positions already encoded; H is a multiple of G.
+        config: sink size, lag size, retention, backend.
+        document_lengths: tokens of each packed document, in order, summing to N and the same for every row of the
+            batch; each document starts at its own sink and sees nothing of the others. Default: one document.
+        scale: factor of the scores before the softmax; default 1 / sqrt(D).
+
+    Returns:
+        [B, H, N, D], in the dtype of `q`.
+
+    Raises:
+        LRSAError: shapes or document lengths do not fit, or the backend does not run on the device.
+
+    Source: LRSA, arXiv 2506.11498; selection by LagKV, arXiv 2504.04704.
+    """
+    num_tokens = q.shape[2]
+    require(
+        k.shape[2] == v.shape[2] == num_tokens and k.shape[1] == v.shape[1] and q.shape[1] % k.shape[1] == 0,
+        f"q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)} do not fit: [batch, heads, tokens, head dim] with "
+        "as many tokens each, and query heads a multiple of KV heads.",
+    )
+    lengths = (num_tokens,) if document_lengths is None else tuple(map(int, document_lengths))
+    require(sum(lengths) == num_tokens, f"document_lengths sum to {sum(lengths)}, and there are {num_tokens} tokens.")
+    if _backend(q, config, lengths) == "flex":
+        return flex_lrsa_attention(q, k, v, config, lengths, scale)
+    return chunked_attention(q, k, v, partition_table(lengths, config), scale)
+
+
+def _backend(q: torch.Tensor, config: LRSAConfig, lengths: tuple[int, ...]) -> str:
+    if config.backend == "auto":
+        # Without a history the loop is one plain causal call per document, and SDPA's dense kernels are the fastest.
+        has_history = not config.is_dense and max(lengths) > config.sink_size + 2 * config.lag_size
+        return "flex" if q.is_cuda and has_history else "chunked"
+    require(
+        config.backend != "flex" or q.is_cuda,
+        f"attention.backend=flex needs a CUDA device, and the tensors are on {q.device}: use auto or chunked.",
+    )
+    return config.backend

@@ -1,0 +1,23 @@
+"""How much a token stands out from the partition after its own (LagKV, arXiv 2504.04704, equations 5 to 9)."""
+
+import torch
+
+
+@torch.no_grad()
+def lag_scores(partition: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Scores of the tokens of each partition by its lag reference, for keys or for values.
+
+    Args:
+        partition, reference: [..., L, D], L tokens of D channels.
+
+    Returns:
+        fp32 [..., L], summing to 1 over the tokens, without gradient.
+    """
+    low = reference.amin(dim=-2, keepdim=True).float()
+    high = reference.amax(dim=-2, keepdim=True).float()
+    # A channel that is constant in the reference gives no scale to measure by: divided by infinity it counts as 0.
+    spread = torch.where(high > low, high - low, torch.inf)
+    deviation = ((partition.float() - low) / spread).std(dim=-1)
+    # Near-constant channels can overflow fp32; such a token stands out most of all, and must not become NaN below.
+    largest = torch.finfo(torch.float32).max
+    return deviation.nan_to_num(nan=largest, posinf=largest).softmax(dim=-1)

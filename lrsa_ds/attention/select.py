@@ -1,0 +1,90 @@
+"""Which keys and values of each partition are kept, and the gather that collects them in the kept buffer.
+
+Shapes: B batch, G KV heads, N tokens, D head dim, P partitions, L lag size, K kept per partition, R kept buffer slots.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from lrsa_ds.attention.score import lag_scores
+from lrsa_ds.config import LRSAConfig
+from lrsa_ds.partition import PartitionTable
+
+
+def select_kept(k: torch.Tensor, v: torch.Tensor, config: LRSAConfig) -> torch.Tensor:
+    """Positions kept of each partition that can ever be history: all complete partitions but the last.
+
+    Args:
+        k, v: keys and values of one document, [B, G, N, D] (their D may differ).
+
+    Returns:
+        int64 [B, G, P, K], absolute positions, ascending; P is 0 for a document shorter than S + 2L.
+
+    Source: LagKV, arXiv 2504.04704, section 3; ties go to the lower position.
+    """
+    num_partitions = max(0, (k.shape[2] - config.sink_size) // config.lag_size - 1)
+    starts = config.sink_size + config.lag_size * torch.arange(num_partitions, device=k.device)
+    return _select(k, v, starts, config.lag_size, config.num_kept, one_document=True)
+
+
+@torch.no_grad()
+def _select(k, v, starts_P: torch.Tensor, lag: int, num_kept: int, one_document: bool) -> torch.Tensor:
+    """Selects in the partitions that begin at `starts_P`, each followed by its lag reference: int64 [B, G, P, K]."""
+    if len(starts_P) == 0:
+        return torch.empty(*k.shape[:2], 0, num_kept, dtype=torch.int64, device=k.device)
+    scores = sum(lag_scores(*_partitions(x, starts_P, lag, one_document)) for x in (k, v))
+    # A stable sort, since topk does not say which of two equal scores it takes.
+    best = scores.sort(dim=-1, descending=True, stable=True).indices[..., :num_kept].sort(dim=-1).values
+    return best + starts_P[:, None]
+
+
+def _partitions(x, starts_P: torch.Tensor, lag: int, one_document: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Partitions and lag references of keys or values: two [B, G, P, L, D], views where the partitions are adjacent."""
+    if one_document:
+        start, count = int(starts_P[0]), len(starts_P)
+        parts = x[:, :, start : start + (count + 1) * lag].unflatten(2, (count + 1, lag))
+        return parts[:, :, :-1], parts[:, :, 1:]
+    tokens = starts_P[:, None] + torch.arange(2 * lag, device=x.device)
+    pairs = x[:, :, tokens]
+    return pairs[:, :, :, :lag], pairs[:, :, :, lag:]
+
+
+@dataclass(frozen=True)
+class _BufferPlan:
+    """What of the kept buffer does not depend on the data: tensors on one device."""
+
+    positions: torch.Tensor  # [R], the tokens of the sinks in their slots; 0 in the slots to fill and in the gaps
+    starts: torch.Tensor  # [P], first token of each partition that is history
+    slots: torch.Tensor  # [P * K], where the kept positions go
+
+
+@lru_cache(maxsize=64)
+def _buffer_plan(table: PartitionTable, device: torch.device) -> _BufferPlan:
+    positions = torch.zeros(table.buffer_size, dtype=torch.int64)
+    starts, slots = [], []
+    for document in table.kept_documents:
+        first = document.buffer_lo + table.sink_size
+        positions[document.buffer_lo : first] = document.start + torch.arange(table.sink_size)
+        starts.append(document.start + table.sink_size + table.lag_size * torch.arange(document.num_partitions))
+        slots.append(first + torch.arange(document.num_partitions * table.num_kept))
+    return _BufferPlan(positions.to(device), torch.cat(starts).to(device), torch.cat(slots).to(device))
+
+
+@torch.no_grad()
+def buffer_positions(k: torch.Tensor, v: torch.Tensor, table: PartitionTable) -> torch.Tensor:
+    """Token position that fills each slot of the kept buffer: int64 [B, G, R]. Alignment gaps name position 0."""
+    if not table.kept_documents:
+        return torch.empty(*k.shape[:2], 0, dtype=torch.int64, device=k.device)
+    plan = _buffer_plan(table, k.device)
+    one_document = len(table.kept_documents) == 1
+    kept = _select(k, v, plan.starts, table.lag_size, table.num_kept, one_document)
+    positions = plan.positions.repeat(*k.shape[:2], 1)
+    positions[:, :, plan.slots] = kept.flatten(2)
+    return positions
+
+
+def gather_kept(x: torch.Tensor, positions_BGR: torch.Tensor) -> torch.Tensor:
+    """Keys or values [B, G, N, D] at the given positions: the kept buffer [B, G, R, D], with gradients to `x`."""
+    return x.gather(2, positions_BGR[..., None].expand(-1, -1, -1, x.shape[-1]))

@@ -1,0 +1,379 @@
+"""Every setting of a run, typed, with its limits checked where it is declared.
+
+`LRSAConfig` is all that the attention needs. `TrainConfig` is a whole run; Hydra composes it from `conf/` and
+`typed_config` turns what Hydra composed into it, so that a typo or a wrong type ends the run in one sentence before
+any process group starts.
+"""
+
+import difflib
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from lrsa_ds.errors import LRSAError
+
+BACKENDS = ("auto", "chunked", "flex")
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises `LRSAError(message)` unless `condition` holds."""
+    if not condition:
+        raise LRSAError(message)
+
+
+def require_one_of(key: str, value: Any, valid: tuple) -> None:
+    require(value in valid, f"{key}={value!r} is not valid: choose one of {', '.join(map(str, valid))}.")
+
+
+def require_whole(key: str, value: Any, at_least: int) -> None:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    require(whole and value >= at_least, f"{key}={value!r} is not valid: give a whole number of at least {at_least}.")
+
+
+def require_retention(key: str, value: Any) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    require(
+        number and 0 < value <= 1,
+        f"{key}={value!r} is not valid: give the share of each partition that is kept, above 0 and at most 1.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LRSAConfig:
+    """What Lag-Relative Sparse Attention needs to know (LagKV, arXiv 2504.04704, section 3).
+
+    Args:
+        sink_size: tokens at the start of a document that stay visible to all of it (S).
+        lag_size: tokens of a partition, and of the lag reference that scores it (L).
+        retention: share of each partition that is kept, in (0, 1]; 1.0 is dense attention.
+        backend: "chunked" (readable, any device), "flex" (FlexAttention, CUDA) or "auto" (by device).
+
+    Raises:
+        LRSAError: a value out of its range, or a retention so small that nothing of a partition is kept.
+    """
+
+    sink_size: int = 16
+    lag_size: int = 1024
+    retention: float = 0.25
+    backend: str = "auto"
+
+    def __post_init__(self):
+        require_whole("attention.sink_size", self.sink_size, 0)
+        require_whole("attention.lag_size", self.lag_size, 2)
+        require_retention("attention.retention", self.retention)
+        require_one_of("attention.backend", self.backend, BACKENDS)
+        require(
+            self.num_kept >= 1,
+            f"attention.retention={self.retention} keeps nothing of a partition of attention.lag_size={self.lag_size} "
+            f"tokens: give at least {1 / self.lag_size:.4g}.",
+        )
+
+    @property
+    def num_kept(self) -> int:
+        """K, the number of keys and values kept of each partition: int(r * L), as in LagKV."""
+        return int(self.retention * self.lag_size)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether everything is kept, so that the attention is dense causal attention."""
+        return self.num_kept == self.lag_size
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """Where the model comes from: a hub name, a local directory, a GGUF file, or random weights."""
+
+    name: str | None = None
+    revision: str | None = None
+    gguf_file: str | None = None
+    random: dict[str, Any] | None = None
+    tokenizer: str | None = None
+    trust_remote_code: bool = False
+    dtype: str = "auto"
+
+    def __post_init__(self):
+        require_one_of("model.dtype", self.dtype, ("auto", "bf16", "fp32"))
+        require(
+            (self.name is None) != (self.random is None),
+            "model: set exactly one of model.name (a hub name or a local directory) and model.random "
+            "(an architecture with random weights, such as {model_type: qwen2, ...}).",
+        )
+        require(self.gguf_file is None or self.name is not None, "model.gguf_file needs model.name, its directory.")
+        if self.random is not None:
+            require("model_type" in self.random, "model.random needs the key model_type, such as llama or qwen2.")
+            require(self.tokenizer is not None, "model.random needs model.tokenizer: a name, a directory, or 'bytes'.")
+
+
+@dataclass(kw_only=True)
+class AttentionConfig:
+    """LRSA or dense attention in training; `sink_size` and `lag_size` also serve the evaluation of a dense run."""
+
+    kind: str = "lrsa"
+    sink_size: int = 16
+    lag_size: int = 1024
+    retention: Any = 0.125
+    backend: str = "auto"
+
+    def __post_init__(self):
+        require_one_of("attention.kind", self.kind, ("lrsa", "dense"))
+        require(self.retentions != [], "attention.retention=[] is not valid: give a number in (0, 1], or a list.")
+        for step in range(len(self.retentions)):
+            self.at_step(step)
+        require(
+            self.kind == "lrsa" or self.retentions == [1.0],
+            f"attention.retention={self.retention!r} has no effect under dense attention: use attention=lrsa.",
+        )
+
+    @property
+    def retentions(self) -> list:
+        return list(self.retention) if isinstance(self.retention, (list, tuple)) else [self.retention]
+
+    def at_step(self, step: int) -> LRSAConfig:
+        """The attention of optimizer step `step` (counted from 0): a list of retentions is taken in turn."""
+        return self.with_retention(self.retentions[step % len(self.retentions)])
+
+    def with_retention(self, retention: float) -> LRSAConfig:
+        return LRSAConfig(sink_size=self.sink_size, lag_size=self.lag_size, retention=retention, backend=self.backend)
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Where examples come from and how they are laid out; see README, "Your own data"."""
+
+    source: str = "stdlib_qa"
+    path: str | None = None
+    validation_path: str | None = None
+    name: str | None = None
+    subset: str | None = None
+    split: str = "train"
+    validation_split: str | None = None
+    streaming: bool = False
+    columns: dict[str, str] = field(default_factory=dict)
+    tasks: list[str] = field(default_factory=lambda: ["signature", "passkey", "lookup"])
+    num_examples: int = 4096
+    context_length: int | None = None
+    chat_template: bool = True
+    num_workers: int = 0
+
+    def __post_init__(self):
+        require_one_of("data.source", self.source, ("stdlib_qa", "files", "hub"))
+        require_whole("data.num_examples", self.num_examples, 1)
+        require(
+            self.num_workers in (0, 1),
+            f"data.num_workers={self.num_workers!r} is not valid: give 0 (prepare sequences in the training process) "
+            "or 1 (in another one); more would prepare the same sequences twice.",
+        )
+        columns = ("messages", "prompt", "completion", "context", "question", "answer", "answers", "text", "task")
+        for column in self.columns:
+            require_one_of("data.columns", column, columns)
+        require(
+            self.source == "files" or (self.path is None and self.validation_path is None),
+            "data.path and data.validation_path are read only with data=files: add data=files.",
+        )
+        require(
+            self.source == "hub" or self.name is None,
+            "data.name names a hub data set and is read only with data=hub: add data=hub.",
+        )
+        require(
+            self.source == "hub" or (self.subset is None and self.validation_split is None),
+            "data.subset and data.validation_split are read only with data=hub: add data=hub.",
+        )
+        require(self.source != "files" or self.path is not None, "data=files needs data.path, a JSONL or Parquet file.")
+        require(self.source != "hub" or self.name is not None, "data=hub needs data.name, a data set of the hub.")
+        for task in self.tasks:
+            require_one_of("data.tasks", task, ("signature", "passkey", "lookup"))
+        require(self.tasks != [], "data.tasks=[] is not valid: choose among signature, passkey, lookup.")
+        if self.context_length is not None:
+            require_whole("data.context_length", self.context_length, 64)
+
+
+@dataclass(kw_only=True)
+class ParallelConfig:
+    """How the ranks are arranged."""
+
+    sp_size: int = 1
+
+    def __post_init__(self):
+        require(self.sp_size == 1, f"parallel.sp_size={self.sp_size} is not valid: this version knows only 1.")
+
+
+@dataclass(kw_only=True)
+class ZeroConfig:
+    """DeepSpeed ZeRO: what is sharded over the ranks, and what is moved to host memory."""
+
+    stage: int = 3
+    offload_optimizer: str = "none"
+    offload_param: str = "none"
+    gather_layers: bool = True
+    reduce_bucket_size: int = 50_000_000
+    overlap_comm: bool = True
+
+    def __post_init__(self):
+        require_one_of("zero.stage", self.stage, (1, 2, 3))
+        require_one_of("zero.offload_optimizer", self.offload_optimizer, ("none", "cpu"))
+        require_one_of("zero.offload_param", self.offload_param, ("none", "cpu"))
+        require_whole("zero.reduce_bucket_size", self.reduce_bucket_size, 1)
+        require(
+            self.offload_param == "none" or self.stage == 3,
+            f"zero.offload_param=cpu needs zero.stage=3, and zero.stage is {self.stage}.",
+        )
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    """AdamW with linear warm-up and cosine decay to `min_lr_ratio` of the peak."""
+
+    lr: float = 1e-5
+    num_steps: int = 1000
+    warmup_steps: int = 20
+    grad_accum: int = 1
+    micro_batch: int = 1
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    min_lr_ratio: float = 0.1
+    grad_clip: float = 1.0
+
+    def __post_init__(self):
+        require(self.lr > 0, f"optim.lr={self.lr} is not valid: give a number above 0.")
+        require_whole("optim.num_steps", self.num_steps, 1)
+        require_whole("optim.warmup_steps", self.warmup_steps, 0)
+        require_whole("optim.grad_accum", self.grad_accum, 1)
+        require_whole("optim.micro_batch", self.micro_batch, 1)
+        require(self.weight_decay >= 0, f"optim.weight_decay={self.weight_decay} is not valid: give at least 0.")
+        require(self.grad_clip >= 0, f"optim.grad_clip={self.grad_clip} is not valid: give at least 0 (0 is off).")
+        require(0 <= self.min_lr_ratio <= 1, f"optim.min_lr_ratio={self.min_lr_ratio} is not valid: give 0 to 1.")
+        for key in ("beta1", "beta2"):
+            value = getattr(self, key)
+            require(0 <= value < 1, f"optim.{key}={value} is not valid: give at least 0 and below 1.")
+
+
+@dataclass(kw_only=True)
+class EvalConfig:
+    """Answers under the caches that inference would keep, before and after training."""
+
+    before: bool = True
+    after: bool = True
+    num_examples: int = 48
+    retentions: list[float] = field(default_factory=lambda: [1.0, 0.5, 0.25, 0.125])
+
+    def __post_init__(self):
+        require_whole("eval.num_examples", self.num_examples, 1)
+        require(self.retentions != [], "eval.retentions=[] is not valid: give numbers in (0, 1].")
+        for retention in self.retentions:
+            require_retention("eval.retentions", retention)
+
+
+@dataclass(kw_only=True)
+class LogConfig:
+    """Where metrics go besides `metrics.jsonl`."""
+
+    wandb: str = "auto"
+    project: str = "lrsa-ds"
+    name: str | None = None
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+    progress: bool = True
+
+    def __post_init__(self):
+        require_one_of("log.wandb", self.wandb, ("auto", "online", "offline", "disabled"))
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    """What is left on disk at the end."""
+
+    export: bool = True
+    overwrite: bool = False
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """A whole run. The order of the fields is the order of `config.yaml`."""
+
+    run_name: str = "train"
+    procedure: str = "qa"
+    seq_len: int = 8192
+    seed: int = 0
+    output_dir: str | None = None
+    activation_checkpointing: bool = True
+    loss_chunk_size: int = 2048
+    model: ModelConfig
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self):
+        require_whole("seq_len", self.seq_len, 64)
+        require_whole("seed", self.seed, 0)
+        require_whole("loss_chunk_size", self.loss_chunk_size, 1)
+        require_one_of("procedure", self.procedure, ("qa",))
+        for retention in self.eval.retentions:
+            self.attention.with_retention(retention)
+        context_length = self.data.context_length
+        require(
+            context_length is None or context_length <= self.seq_len,
+            f"data.context_length={context_length} is longer than seq_len={self.seq_len}: give at most seq_len.",
+        )
+        require(
+            self.optim.warmup_steps <= self.optim.num_steps,
+            f"optim.warmup_steps={self.optim.warmup_steps} is more than optim.num_steps={self.optim.num_steps}.",
+        )
+
+
+# `conf/train.yaml` begins with this node, so that Hydra knows every key and its type.
+ConfigStore.instance().store(name="schema", node=TrainConfig)
+
+
+def typed_config(composed: DictConfig) -> TrainConfig:
+    """What Hydra composed, as a `TrainConfig`.
+
+    Raises:
+        LRSAError: an unknown key, a wrong type, a missing value or an impossible combination, in one sentence.
+    """
+    try:
+        values = OmegaConf.to_container(composed, resolve=True)
+        # Merged as plain values: a DictConfig would bring its own, laxer flags along, and drop unknown keys silently.
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainConfig), values))
+    except LRSAError:
+        raise
+    except OmegaConfBaseException as error:
+        raise LRSAError(config_sentence(error)) from error
+
+
+def save_settings(settings: dict, path: Path) -> None:
+    """Writes a resolved configuration as YAML, in the order of its keys."""
+    OmegaConf.save(OmegaConf.create(settings), path)
+
+
+def config_sentence(error: OmegaConfBaseException) -> str:
+    """One sentence for what OmegaConf or Hydra found wrong with a key."""
+    key = error.full_key or ""
+    if isinstance(error, (ConfigKeyError, ConfigAttributeError)):
+        return unknown_key_sentence(key)
+    return f"{key}: {str(error.msg).splitlines()[0]}." if key else f"{str(error).splitlines()[0]}."
+
+
+def unknown_key_sentence(key: str) -> str:
+    """Says that `key` is unknown, what its group does know, and which of it looks most alike."""
+    *groups, name = key.split(".")
+    node = TrainConfig
+    for group in groups:
+        known = {f.name: f.type for f in fields(node)} if is_dataclass(node) else {}
+        if not is_dataclass(known.get(group)):
+            key = name = group
+            break
+        node = known[group]
+    valid = [f.name for f in fields(node)]
+    alike = difflib.get_close_matches(name, valid, n=1)
+    hint = f" Did you mean {alike[0]}?" if alike else ""
+    return f"{key} is not a key of the configuration; valid here: {', '.join(valid)}.{hint}"

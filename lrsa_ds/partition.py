@@ -1,0 +1,107 @@
+"""The partition table: which keys each query sees, as integers that do not depend on the data.
+
+Vocabulary: sink, partition, lag reference, kept KV, history and window are those of the README. A *chunk* is the run of
+queries of one document that share their history and the start of their window. The kept buffer is laid out, for each
+document that has a history, as
+
+    [sink | kept KV of partition 0 | kept KV of partition 1 | ...]
+
+and a query at token t of a chunk sees exactly two intervals: `[hist_lo, hist_hi)` of the kept buffer and `[win_lo, t]`
+of the tokens. Selection, mask, sequence parallelism and cache all read this one table.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from lrsa_ds.config import LRSAConfig, require
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Queries `[q_lo, q_hi)` that see slots `[hist_lo, hist_hi)` of the kept buffer, and tokens from `win_lo` on."""
+
+    q_lo: int
+    q_hi: int
+    hist_lo: int
+    hist_hi: int
+    win_lo: int
+
+
+@dataclass(frozen=True)
+class KeptDocument:
+    """A document long enough to have a history: where its tokens and its part of the kept buffer begin."""
+
+    start: int
+    num_partitions: int
+    buffer_lo: int
+
+
+@dataclass(frozen=True, eq=False)
+class PartitionTable:
+    """The layout of one packed sequence. All positions count tokens of the sequence or slots of the kept buffer.
+
+    `buffer_size` is the number of slots, alignment gaps included; no query sees a gap.
+    """
+
+    document_lengths: tuple[int, ...]
+    sink_size: int
+    lag_size: int
+    num_kept: int
+    chunks: tuple[Chunk, ...]
+    kept_documents: tuple[KeptDocument, ...]
+    buffer_size: int
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.document_lengths)
+
+    def intervals(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`hist_lo`, `hist_hi` and `win_lo` of every query: three int32 tensors [N] on the CPU."""
+        rows = torch.tensor([(c.hist_lo, c.hist_hi, c.win_lo) for c in self.chunks], dtype=torch.int32)
+        lengths = torch.tensor([c.q_hi - c.q_lo for c in self.chunks])
+        return tuple(rows.repeat_interleave(lengths, dim=0).unbind(dim=1))
+
+
+def partition_table(document_lengths: tuple[int, ...], config: LRSAConfig, align: int = 1) -> PartitionTable:
+    """The table of one packed sequence under `config`; dense causal attention per document if everything is kept.
+
+    Args:
+        document_lengths: tokens of each document, in order; each starts at its own sink.
+        align: the first kept slot of every document falls on a multiple of this, so that a block-sparse kernel meets
+            few partly covered blocks.
+
+    Raises:
+        LRSAError: there is no document, or one is empty.
+    """
+    require(
+        len(document_lengths) > 0 and min(document_lengths) > 0,
+        f"document_lengths={document_lengths} is not valid: give at least one document, each of at least one token.",
+    )
+    num_kept = None if config.is_dense else config.num_kept
+    return _build(tuple(document_lengths), config.sink_size, config.lag_size, num_kept, align)
+
+
+@lru_cache(maxsize=256)
+def _build(lengths: tuple[int, ...], sink: int, lag: int, num_kept: int | None, align: int) -> PartitionTable:
+    chunks, kept_documents = [], []
+    token, slot = 0, 0
+    for length in lengths:
+        # The first S + 2L tokens see all that precedes them: sink, partition 0 and partition 1 are contiguous, so their
+        # history is part of the window. A document without more, and every document of dense attention, ends there.
+        head = length if num_kept is None else min(length, sink + 2 * lag)
+        chunks.append(Chunk(token, token + head, 0, 0, token))
+        num_partitions = -(-(length - head) // lag)  # chunk n >= 2 adds partition n - 2 to the history
+        if num_partitions:
+            slot += -(slot + sink) % align
+            kept_documents.append(KeptDocument(token, num_partitions, slot))
+        for p in range(num_partitions):
+            q_lo = token + sink + (p + 2) * lag
+            chunks.append(
+                Chunk(q_lo, min(q_lo + lag, token + length), slot, slot + sink + (p + 1) * num_kept, q_lo - lag)
+            )
+        if num_partitions:
+            slot += sink + num_partitions * num_kept
+        token += length
+    return PartitionTable(lengths, sink, lag, num_kept or lag, tuple(chunks), tuple(kept_documents), slot)
