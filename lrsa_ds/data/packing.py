@@ -1,0 +1,124 @@
+"""Examples laid side by side in sequences of one fixed length.
+
+An `Example` is one tokenized document with unshifted labels; a `PackedSequence` holds several of them, with labels
+already shifted, so that sharding a sequence later needs no look at the neighbour. T is the length of a sequence.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from lrsa_ds.errors import LRSAError
+
+IGNORE = -100
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One document.
+
+    `labels[i] == input_ids[i]` where token i has to be predicted, else `IGNORE`. Token 0 is never a target: nothing
+    stands before it. `task` names the kind of question, `index` the row or the number of the example in its source.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    task: str
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class PackedSequence:
+    """Several documents in T tokens; all tensors are int64 of shape [T].
+
+    `labels[t]` is the token t+1 that position t has to predict, or `IGNORE`; never a token of another document.
+    `position_ids` restart at 0 in every document. `document_lengths` sum to T: a padding tail is a document of its
+    own, the last, with task None and index -1. `num_tokens` counts the tokens without padding, `num_target_tokens`
+    the labels that are not `IGNORE`.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    position_ids: torch.Tensor
+    document_lengths: tuple[int, ...]
+    tasks: tuple[str | None, ...]
+    example_indices: tuple[int, ...]
+    num_tokens: int
+    num_target_tokens: int
+
+
+def pack(examples: Iterable[Example], seq_len: int, pad_id: int, num_open: int = 8) -> Iterator[PackedSequence]:
+    """First-fit packing into sequences of `seq_len` tokens; every example lands in exactly one of them.
+
+    At most `num_open` sequences are open at a time: when an example fits into none of them, the fullest is closed.
+    The order of the output depends on the input alone.
+
+    Raises:
+        LRSAError: an example longer than `seq_len`.
+    """
+    bins: list[list[Example]] = []
+    room: list[int] = []
+    for example in examples:
+        length = len(example.input_ids)
+        if length > seq_len:
+            raise LRSAError(f"seq_len={seq_len} is too short for example {example.index} of {length} tokens.")
+        place = next((i for i, free in enumerate(room) if free >= length), None)
+        if place is None:
+            if len(bins) == num_open:
+                fullest = room.index(min(room))
+                room.pop(fullest)
+                yield _packed(bins.pop(fullest), seq_len, pad_id)
+            place = len(bins)
+            bins.append([])
+            room.append(seq_len)
+        bins[place].append(example)
+        room[place] -= length
+        if room[place] == 0:
+            room.pop(place)
+            yield _packed(bins.pop(place), seq_len, pad_id)
+    for members in bins:
+        yield _packed(members, seq_len, pad_id)
+
+
+def collate(sequences: list[PackedSequence]) -> PackedSequence:
+    """One row of `len(sequences) * T` tokens: the tensors concatenated, and the lists of documents too."""
+    return PackedSequence(
+        input_ids=torch.cat([s.input_ids for s in sequences]),
+        labels=torch.cat([s.labels for s in sequences]),
+        position_ids=torch.cat([s.position_ids for s in sequences]),
+        document_lengths=sum((s.document_lengths for s in sequences), ()),
+        tasks=sum((s.tasks for s in sequences), ()),
+        example_indices=sum((s.example_indices for s in sequences), ()),
+        num_tokens=sum(s.num_tokens for s in sequences),
+        num_target_tokens=sum(s.num_target_tokens for s in sequences),
+    )
+
+
+def padding_sequence(seq_len: int, pad_id: int) -> PackedSequence:
+    """A sequence of padding, without targets: it evens out the number of sequences among ranks."""
+    return _packed([], seq_len, pad_id)
+
+
+def _packed(examples: list[Example], seq_len: int, pad_id: int) -> PackedSequence:
+    lengths = [len(e.input_ids) for e in examples]
+    tasks: list[str | None] = [e.task for e in examples]
+    indices = [e.index for e in examples]
+    num_tokens = sum(lengths)
+    tail = seq_len - num_tokens
+    input_ids = [token for e in examples for token in e.input_ids] + [pad_id] * tail
+    labels = [label for e in examples for label in (*e.labels[1:], IGNORE)] + [IGNORE] * tail
+    if tail:
+        lengths.append(tail)
+        tasks.append(None)
+        indices.append(-1)
+    return PackedSequence(
+        input_ids=torch.tensor(input_ids, dtype=torch.int64),
+        labels=torch.tensor(labels, dtype=torch.int64),
+        position_ids=torch.cat([torch.arange(length) for length in lengths]),
+        document_lengths=tuple(lengths),
+        tasks=tuple(tasks),
+        example_indices=tuple(indices),
+        num_tokens=num_tokens,
+        num_target_tokens=sum(label != IGNORE for label in labels),
+    )

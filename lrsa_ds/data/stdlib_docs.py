@@ -1,0 +1,128 @@
+"""Documents that every machine has: the documentation of the running Python's own standard library.
+
+The sources are read with `ast`, nothing is imported: importing every module would open windows and print poems.
+"""
+
+import ast
+import hashlib
+import inspect
+import sys
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+MAX_DOC_CHARACTERS = 3000
+MAX_SIGNATURE_CHARACTERS = 120
+VALIDATION_PERCENT = 15
+_SKIPPED = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "tkinter", "site-packages"}
+_Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A function, class or method, or a topic of the language reference (without a signature).
+
+    Args:
+        module: the module it stands in, such as "shutil"; of a topic, "topic <name>".
+        name: the full name, such as "shutil.copytree".
+        signature: such as "(src, dst, *, follow_symlinks=True)"; None if there is none or a very long one.
+        doc: the docstring, at most 3,000 characters.
+    """
+
+    module: str
+    name: str
+    signature: str | None
+    doc: str
+
+    @property
+    def header(self) -> str:
+        """The line that states the signature."""
+        return f"### {self.name}{self.signature or ''}\n"
+
+    @property
+    def text(self) -> str:
+        return f"{self.header}{self.doc}\n\n"
+
+    @property
+    def is_validation(self) -> bool:
+        """Decided by the top-level module alone, the same for every seed and on every machine."""
+        top_level = self.module.split(".")[0]
+        return int.from_bytes(hashlib.sha256(top_level.encode()).digest()[:4], "big") % 100 < VALIDATION_PERCENT
+
+
+@lru_cache(maxsize=1)
+def load_documents() -> tuple[Document, ...]:
+    """All documents, ordered by file and line; every name once."""
+    documents: dict[str, Document] = {}
+    for module, path in _source_files():
+        for document in _documents_of(module, ast.parse(path.read_bytes())):
+            # A function defined once per platform: the first definition stands for all.
+            documents.setdefault(document.name, document)
+    for document in _topics():
+        documents.setdefault(document.name, document)
+    return tuple(documents.values())
+
+
+def _source_files() -> Iterator[tuple[str, Path]]:
+    """Public modules and their files, in the order of their names."""
+    root = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        if parts[-1] == "__init__":
+            parts = parts[:-1]
+        public = parts and parts[0] in sys.stdlib_module_names and not any(p.startswith("_") for p in parts)
+        if public and not _SKIPPED.intersection(parts):
+            yield ".".join(parts), path
+
+
+def _documents_of(module: str, tree: ast.Module) -> Iterator[Document]:
+    for prefix, node, in_class in _definitions(tree, module, in_class=False):
+        doc = ast.get_docstring(node, clean=False)
+        if doc and (doc := inspect.cleandoc(doc)[:MAX_DOC_CHARACTERS].rstrip()):
+            yield Document(module, f"{prefix}.{node.name}", _signature(node, in_class), doc)
+
+
+def _definitions(tree: ast.AST, prefix: str, in_class: bool) -> Iterator[tuple[str, _Definition, bool]]:
+    """Public definitions with the name they stand under; those inside an `if` or `try` too, inside a function not."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, _Definition):
+            if not node.name.startswith("_"):
+                yield prefix, node, in_class
+                if isinstance(node, ast.ClassDef):
+                    yield from _definitions(node, f"{prefix}.{node.name}", in_class=True)
+        elif not isinstance(node, ast.expr):
+            yield from _definitions(node, prefix, in_class)
+
+
+def _signature(node: _Definition, in_class: bool) -> str | None:
+    """As a caller sees it: a class has that of its `__init__`, and `self` or `cls` is left out."""
+    decorators = {ast.unparse(decorator) for decorator in node.decorator_list}
+    if isinstance(node, ast.ClassDef):
+        inits = [n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"]
+        if not inits:
+            return None
+        node, in_class = inits[0], True
+    elif any(d.endswith("property") or d.endswith(".setter") for d in decorators):
+        return None
+    arguments = node.args
+    if in_class and "staticmethod" not in decorators:
+        if arguments.posonlyargs:
+            arguments.posonlyargs = arguments.posonlyargs[1:]
+        elif arguments.args:
+            arguments.args = arguments.args[1:]
+    returns = f" -> {ast.unparse(node.returns)}" if node.returns and node.name != "__init__" else ""
+    signature = f"({ast.unparse(arguments)}){returns}"
+    return signature if len(signature) <= MAX_SIGNATURE_CHARACTERS else None
+
+
+def _topics() -> Iterator[Document]:
+    """The language reference, where this Python carries it."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        return
+    for name in sorted(topics):
+        text = inspect.cleandoc(topics[name])[:MAX_DOC_CHARACTERS].rstrip()
+        yield Document(f"topic {name}", f"topic {name}", None, text)

@@ -1,0 +1,67 @@
+"""The tokenizer of a run: from the model, from elsewhere, or the embedded one of single bytes."""
+
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from lrsa_ds.config import ModelConfig
+from lrsa_ds.errors import LRSAError
+from lrsa_ds.hub import hub_error, looks_local, resolve_name
+
+Tokenizer = PreTrainedTokenizerBase
+
+CHATML = (
+    "{% for message in messages %}"
+    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def load_tokenizer(model: ModelConfig) -> Tokenizer:
+    """The tokenizer that `model.tokenizer`, or else `model.name`, names; always with a padding token.
+
+    Raises:
+        LRSAError: it cannot be found or loaded, or it has neither a padding nor an end-of-sequence token.
+    """
+    if model.tokenizer == "bytes":
+        return byte_tokenizer()
+    own = model.tokenizer is None
+    key, name = ("model.name", model.name) if own else ("model.tokenizer", model.tokenizer)
+    # The revision and the GGUF file belong to the repository of the model, not to a tokenizer from elsewhere.
+    options = {"revision": model.revision, "gguf_file": model.gguf_file} if own else {}
+    options = {option: value for option, value in options.items() if value is not None}
+    path = resolve_name(key, name)
+    if "gguf_file" in options and looks_local(name) and not (Path(path) / model.gguf_file).is_file():
+        raise LRSAError(f"model.gguf_file={model.gguf_file!r} is not in model.name={name!r}: give a file of it.")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=model.trust_remote_code, **options)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise hub_error(key, name, error) from error
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise LRSAError(f"{key}={name!r} has neither a padding nor an end-of-sequence token: add one to it.")
+        # Padding is never a target and stands in a document of its own, so any token serves.
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """256 bytes and three special tokens (259 ids), with a ChatML template: for tests and for random weights."""
+    # ByteLevel writes every byte as one printable character; without merges each of them stays a token.
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = tokenizers.Tokenizer(
+        models.BPE(vocab={character: i for i, character in enumerate(alphabet)}, merges=[])
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|pad|>",
+        eos_token="<|im_end|>",
+        additional_special_tokens=["<|im_start|>"],
+        chat_template=CHATML,
+        clean_up_tokenization_spaces=False,
+    )

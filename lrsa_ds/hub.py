@@ -1,0 +1,81 @@
+"""One sentence for everything that can go wrong between a name and the files behind it."""
+
+from pathlib import Path
+
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from lrsa_ds.errors import LRSAError
+
+# What to set instead, by key.
+_INSTEAD = {
+    "model.name": "set model.name to a local directory (and model.tokenizer too if it holds no tokenizer)",
+    "model.tokenizer": "set model.tokenizer to a local directory that holds a tokenizer",
+    "data.name": "use data=files with data.path set to local JSONL or Parquet files",
+}
+
+
+def looks_local(name: str) -> bool:
+    """Whether `name` can only mean a place on this machine (./x, ../x, ~/x, /x, a/b/c, or anything that exists)."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).expanduser().exists()
+
+
+def resolve_name(key: str, name: str) -> str:
+    """`name` as the Hugging Face libraries want it: a path with its ~ expanded, or a hub name as it is.
+
+    Raises:
+        LRSAError: a path that does not exist, which those libraries would take for a malformed hub name.
+    """
+    if not looks_local(name):
+        return name
+    path = Path(name).expanduser()
+    if not path.exists():
+        raise LRSAError(f"{key}={name!r} does not exist: give a directory that exists or a name of the hub.")
+    return str(path)
+
+
+def hub_error(key: str, name: str, error: BaseException) -> LRSAError:
+    """The sentence for an `error` that a Hugging Face library raised while it loaded `name`.
+
+    Args:
+        key: the setting that holds the name: "model.name", "model.tokenizer" or "data.name".
+        name: its value.
+        error: what was caught; the errors behind it are looked at too.
+    """
+    # Not needed but in an error, and the model would wait a second for it.
+    from datasets.exceptions import DatasetNotFoundError
+
+    chain = _chain(error)
+    instead = _INSTEAD.get(key, f"set {key} to a local directory")
+    if any(isinstance(e, GatedRepoError) for e in chain):
+        return LRSAError(f"{key}={name!r} is gated on the hub: ask for access there and log in, or {instead}.")
+    if any(isinstance(e, RevisionNotFoundError) for e in chain):
+        return LRSAError(f"{key}={name!r} has no such revision on the hub: correct the revision, or {instead}.")
+    if any(isinstance(e, (RepositoryNotFoundError, DatasetNotFoundError, HFValidationError)) for e in chain):
+        return LRSAError(f"{key}={name!r} is not on the hub, or private: correct the name, log in, or {instead}.")
+    unreachable = (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, ConnectionError, TimeoutError)
+    if any(isinstance(e, unreachable) for e in chain):
+        return LRSAError(f"{key}={name!r} is not on this machine and the hub cannot be reached: {instead}.")
+    return LRSAError(f"{key}={name!r} cannot be loaded ({first_line(error)}): check its files, or {instead}.")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or of the error behind it where that says more than its wrapper."""
+    said = error.__cause__ if isinstance(error.__cause__, Exception) else error
+    lines = str(said).strip().splitlines()
+    return lines[0].rstrip(".: ") if lines else type(said).__name__
+
+
+def _chain(error: BaseException | None) -> list[BaseException]:
+    chain: list[BaseException] = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    return chain

@@ -1,0 +1,120 @@
+"""Packing and the stream of steps: shifted labels, document borders, and one order for any number of ranks."""
+
+import pickle
+from collections import Counter
+from functools import partial
+from itertools import islice
+
+import pytest
+import torch
+
+from lrsa_ds.data.packing import IGNORE, Example, collate, pack, padding_sequence
+from lrsa_ds.data.stream import TrainStream, make_loader
+from lrsa_ds.errors import LRSAError
+
+PAD = 0
+
+
+def make_examples(lengths, epoch=0):
+    """Example i has tokens 1000*(i+1), 1000*(i+1)+1, ...; its second half is to be predicted."""
+    examples = []
+    for i, length in enumerate(lengths):
+        ids = [1000 * (i + 1) + 100_000 * epoch + t for t in range(length)]
+        half = max(length // 2, 1)
+        examples.append(Example(ids, [IGNORE] * half + ids[half:], "ab"[i % 2], i))
+    return examples
+
+
+LENGTHS = [5, 40, 17, 64, 3, 31, 33, 20, 9, 1, 63, 12, 12, 12, 40, 24]
+
+
+def sequences_of_epoch(lengths, epoch):
+    return pack(make_examples(lengths, epoch), 64, PAD, num_open=3)
+
+
+def test_labels_are_the_next_token_of_the_same_document():
+    examples = {e.index: e for e in make_examples(LENGTHS)}
+    for sequence in pack(examples.values(), 64, PAD):
+        assert sum(sequence.document_lengths) == 64
+        start, targets, tokens = 0, 0, 0
+        for length, task, index in zip(
+            sequence.document_lengths, sequence.tasks, sequence.example_indices, strict=True
+        ):
+            for i in range(length):
+                t = start + i
+                assert sequence.position_ids[t] == i
+                if index == -1:
+                    assert task is None and sequence.input_ids[t] == PAD and sequence.labels[t] == IGNORE
+                    continue
+                example = examples[index]
+                assert task == example.task and sequence.input_ids[t] == example.input_ids[i]
+                # Position t predicts token i+1 where that is a target; the last of a document predicts nothing.
+                expected = example.labels[i + 1] if i + 1 < length else IGNORE
+                assert sequence.labels[t] == expected
+                targets += expected != IGNORE
+                tokens += 1
+            start += length
+        assert (sequence.num_target_tokens, sequence.num_tokens) == (targets, tokens)
+
+
+@pytest.mark.parametrize("num_open", [1, 2, 8])
+def test_every_example_lands_in_exactly_one_sequence(num_open):
+    sequences = list(pack(make_examples(LENGTHS), 64, PAD, num_open))
+    indices = Counter(i for s in sequences for i in s.example_indices if i >= 0)
+    assert indices == Counter(range(len(LENGTHS)))
+    again = list(pack(make_examples(LENGTHS), 64, PAD, num_open))
+    assert [s.example_indices for s in sequences] == [s.example_indices for s in again]
+
+
+def test_an_example_longer_than_a_sequence_is_an_error():
+    with pytest.raises(LRSAError, match="seq_len=64 is too short for example 0 of 65 tokens"):
+        list(pack(make_examples([65]), 64, PAD))
+
+
+def test_collate_and_padding():
+    full, padded = next(sequences_of_epoch([40, 24], 0)), padding_sequence(64, PAD)
+    assert padded.document_lengths == (64,) and padded.tasks == (None,) and padded.example_indices == (-1,)
+    assert padded.num_tokens == padded.num_target_tokens == 0 and (padded.labels == IGNORE).all()
+    row = collate([full, padded])
+    assert row.input_ids.shape == row.labels.shape == row.position_ids.shape == (128,)
+    assert row.document_lengths == (40, 24, 64) and row.tasks == ("a", "b", None)
+    assert row.num_tokens == 64 and row.num_target_tokens == 32
+    assert torch.equal(row.labels[:64], full.labels)
+
+
+def steps(num_steps, sequences_per_rank, rank, world_size, num_workers=0):
+    stream = TrainStream(partial(sequences_of_epoch, LENGTHS), sequences_per_rank, rank, world_size)
+    return list(islice(make_loader(stream, num_workers), num_steps))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_same_order_for_every_world_size(world_size):
+    ranks = [steps(6, 4 // world_size, rank, world_size) for rank in range(world_size)]
+    together = [s for step in zip(*ranks, strict=True) for part in step for s in part]
+    epochs = (s for epoch in range(9) for s in sequences_of_epoch(LENGTHS, epoch))
+    for ours, expected in zip(together, islice(epochs, 24), strict=True):
+        assert torch.equal(ours.input_ids, expected.input_ids)
+    per_epoch = len(list(sequences_of_epoch(LENGTHS, 0)))
+    seen = Counter(i for s in together[:per_epoch] for i in s.example_indices if i >= 0)
+    assert seen == Counter(range(len(LENGTHS))), "an epoch has every example once"
+
+
+def test_a_worker_gives_the_same_stream():
+    for here, there in zip(steps(5, 2, 1, 2), steps(5, 2, 1, 2, num_workers=1), strict=True):
+        assert len(here) == len(there) == 2
+        for a, b in zip(here, there, strict=True):
+            assert torch.equal(a.input_ids, b.input_ids) and torch.equal(a.labels, b.labels)
+            assert (a.document_lengths, a.tasks, a.num_tokens) == (b.document_lengths, b.tasks, b.num_tokens)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_empty_epoch_is_one_sentence(num_workers):
+    loader = make_loader(TrainStream(partial(sequences_of_epoch, []), 1, 0, 1), num_workers)
+    with pytest.raises(LRSAError) as caught:
+        next(iter(loader))
+    assert str(caught.value) == "The training data has no example in epoch 0: check data.path or data.name."
+
+
+def test_stream_is_picklable():
+    stream = pickle.loads(pickle.dumps(TrainStream(partial(sequences_of_epoch, LENGTHS), 1, 0, 1)))
+    assert next(iter(stream))[0].num_tokens > 0

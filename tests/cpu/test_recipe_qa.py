@@ -1,0 +1,236 @@
+"""The procedure: segments, labels, cutting, and the data of a whole run."""
+
+import json
+import pickle
+from collections import Counter
+from itertools import islice
+
+import datasets
+import pytest
+import torch
+
+from lrsa_ds.config import DataConfig, EvalConfig, ModelConfig, TrainConfig
+from lrsa_ds.data.packing import IGNORE
+from lrsa_ds.data.stream import TrainStream, make_loader
+from lrsa_ds.data.tokenizer import load_tokenizer
+from lrsa_ds.errors import LRSAError
+from recipes import load_procedure
+from recipes.qa import encode, prepare
+
+MODEL = ModelConfig(random={"model_type": "llama"}, tokenizer="bytes")
+CHATML = load_tokenizer(MODEL)
+LLAMA3 = load_tokenizer(MODEL)
+LLAMA3.add_special_tokens(
+    {"bos_token": "<|begin|>", "additional_special_tokens": ["<|start_header|>", "<|end_header|>", "<|eot|>"]}
+)
+LLAMA3.chat_template = (
+    "{% for m in messages %}{% if loop.first %}{{ bos_token }}{% endif %}"
+    "<|start_header|>{{ m['role'] }}<|end_header|>\n\n{{ m['content'] | trim }}<|eot|>{% endfor %}"
+)
+PLAIN = load_tokenizer(MODEL)
+PLAIN.chat_template = None
+
+QA = {"context": "  Some long text.\nMore of it. ", "question": "Who?", "answer": "Nobody."}
+PROMPT = {"prompt": "Say it:", "completion": " it"}
+CHAT = {
+    "messages": [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": " Hello "},
+        {"role": "assistant", "content": "Hi."},
+        {"role": "user", "content": "Bye"},
+        {"role": "assistant", "content": "See you\n"},
+    ]
+}
+
+
+def targets(tokenizer, example):
+    """The text of every run of targets."""
+    runs, run = [], []
+    for label, token in zip([*example.labels, IGNORE], [*example.input_ids, None], strict=True):
+        assert label in (IGNORE, token)
+        if label != IGNORE:
+            run.append(label)
+        elif run:
+            runs.append(tokenizer.decode(run))
+            run = []
+    return runs
+
+
+@pytest.mark.parametrize("tokenizer", [CHATML, LLAMA3], ids=["chatml", "llama3"])
+def test_segments_are_what_the_template_renders(tokenizer):
+    user = f"{QA['context']}\n\nQuestion: Who?"
+    for row, messages, answers in (
+        (CHAT, CHAT["messages"], ["Hi.", "See you\n"]),
+        (PROMPT, [{"role": "user", "content": "Say it:"}, {"role": "assistant", "content": " it"}], [" it"]),
+        (QA, [{"role": "user", "content": user}, {"role": "assistant", "content": "Nobody."}], ["Nobody."]),
+    ):
+        (example,) = encode(row, tokenizer, 4096)
+        rendered = tokenizer.apply_chat_template(messages, tokenize=False)
+        assert example.input_ids == tokenizer(rendered, add_special_tokens=False).input_ids
+        end = "<|im_end|>" if tokenizer is CHATML else "<|eot|>"
+        expected = answers if tokenizer is CHATML else [answer.strip() for answer in answers]
+        assert targets(tokenizer, example) == [answer + end for answer in expected]
+
+
+def test_without_a_template():
+    for tokenizer, chat_template in ((PLAIN, True), (CHATML, False)):
+        (example,) = encode(QA, tokenizer, 4096, chat_template)
+        text = f"{QA['context']}\n\nQuestion: Who?\nAnswer: Nobody.<|im_end|>"
+        assert tokenizer.decode(example.input_ids) == text and example.task == "qa"
+        assert targets(tokenizer, example) == ["Nobody.<|im_end|>"]
+        (example,) = encode(PROMPT, tokenizer, 4096, chat_template)
+        assert tokenizer.decode(example.input_ids) == "Say it: it<|im_end|>"
+        assert targets(tokenizer, example) == [" it<|im_end|>"]
+        with pytest.raises(LRSAError, match=r"messages need a chat template: set data.chat_template=true"):
+            encode(CHAT, tokenizer, 4096, chat_template)
+
+
+def test_a_template_without_an_end_token_gets_one():
+    tokenizer = pickle.loads(pickle.dumps(CHATML))
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    (example,) = encode(CHAT, tokenizer, 4096)
+    assert targets(tokenizer, example) == ["Hi.", "See you\n\n<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("template", "sentence"),
+    [
+        ("{{ raise_exception('System role not supported') }}", r"refuses the roles system, user.*System role not supp"),
+        ("{% for m in messages %}{{ m['content'] | upper }}{% endfor %}", "drops or reorders messages|changes the"),
+        ("{{ messages[-1]['content'] }}", "drops or reorders messages of the roles system, user"),
+        (
+            "{% for m in messages %}[{{ m['content'] | replace('Hello', 'Hi') }}]{% endfor %}",
+            "changes the content that starts with 'Hello'",
+        ),
+    ],
+)
+def test_templates_that_cannot_be_used(template, sentence):
+    tokenizer = pickle.loads(pickle.dumps(CHATML))
+    tokenizer.chat_template = template
+    with pytest.raises(LRSAError, match=sentence):
+        encode(CHAT, tokenizer, 4096)
+
+
+@pytest.mark.parametrize("tokenizer", [CHATML, LLAMA3, PLAIN], ids=["chatml", "llama3", "plain"])
+def test_cutting_keeps_question_and_answer(tokenizer):
+    context = " ".join(str(i) for i in range(500))
+    row = {"context": context, "question": "What is asked here?", "answer": "This is answered."}
+    (whole,) = encode(row, tokenizer, 10_000)
+    for seq_len in (len(whole.input_ids), len(whole.input_ids) - 1, 512, 160):
+        (example,) = encode(row, tokenizer, seq_len)
+        assert len(example.input_ids) == len(example.labels) == seq_len
+        text = tokenizer.decode(example.input_ids)
+        assert "Question: What is asked here?" in text and "This is answered." in text
+        assert "0 1 2" in text and "498 499" in text, "the middle is cut, not the ends"
+        assert targets(tokenizer, example) == targets(tokenizer, whole)
+        assert example.input_ids[-60:] == whole.input_ids[-60:]
+    with pytest.raises(LRSAError, match=r"its question and answer alone need .* tokens, more than seq_len=64: raise"):
+        encode({**row, "question": row["question"] * 9}, tokenizer, 64)
+
+
+def test_cutting_conversations_and_prompts():
+    long = " ".join(str(i) for i in range(300))
+    messages = [*CHAT["messages"][:3], {"role": "user", "content": long}, {"role": "assistant", "content": "Fine."}]
+    (example,) = encode({"messages": messages}, CHATML, 400)
+    text = CHATML.decode(example.input_ids)
+    assert len(example.input_ids) == 400 and "Be kind." in text and "298 299" in text and "0 1 2" in text
+    assert targets(CHATML, example) == ["Hi.<|im_end|>", "Fine.<|im_end|>"]
+    (example,) = encode({"prompt": long, "completion": "Fine."}, CHATML, 200)
+    assert len(example.input_ids) == 200 and targets(CHATML, example) == ["Fine.<|im_end|>"]
+    with pytest.raises(LRSAError, match=r"more than seq_len=80"):
+        encode({"prompt": long, "completion": "Fine."}, CHATML, 80)
+
+
+def test_text_gives_pieces_with_every_token_once():
+    text = "All of this is to be learnt. " * 20
+    pieces = encode({"text": text}, CHATML, 128)
+    assert [len(p.input_ids) for p in pieces[:-1]] == [128] * (len(pieces) - 1)
+    assert CHATML.decode([t for p in pieces for t in p.input_ids]) == text + "<|im_end|>"
+    for piece in pieces:
+        assert piece.labels == [IGNORE, *piece.input_ids[1:]] and piece.task == "text"
+
+
+def test_an_unknown_row_and_an_unknown_procedure():
+    with pytest.raises(LRSAError, match=r"a row: no known shape"):
+        encode({"foo": 1}, CHATML, 128)
+    assert load_procedure("qa").prepare is prepare
+    with pytest.raises(LRSAError, match=r"procedure='nope' is not valid: choose one of qa"):
+        load_procedure("nope")
+
+
+def config(seq_len=1024, num_validation=2, seed=0, **data):
+    evaluation = EvalConfig(num_examples=num_validation)
+    return TrainConfig(model=MODEL, seq_len=seq_len, seed=seed, data=DataConfig(**data), eval=evaluation)
+
+
+@pytest.fixture
+def rows_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "rows.jsonl"
+    rows = [{**QA, "context": "word " * (7 * i % 50), "answer": f"{i}."} for i in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_epoch_of_a_file_for_every_world_size(rows_file, streaming):
+    data = prepare(config(256, source="files", path=str(rows_file), streaming=streaming), CHATML)
+    held_out = {answer for e in data.validation_examples() for answer in targets(CHATML, e)}
+    epoch = list(data.sequences_of_epoch(0))
+    trained = [
+        CHATML.decode(run[run != IGNORE])
+        for sequence in epoch
+        for run in sequence.labels.split(sequence.document_lengths)
+        if (run != IGNORE).any()
+    ]
+    assert Counter([*trained, *held_out]) == Counter(f"{i}.<|im_end|>" for i in range(40))
+    for world_size in (1, 2, 4):
+        for num_workers in (0, 1):
+            per_rank = 4 // world_size
+            streams = [TrainStream(data.sequences_of_epoch, per_rank, r, world_size) for r in range(world_size)]
+            steps = [islice(make_loader(s, num_workers), 3) for s in streams]
+            order = [s for step in zip(*steps, strict=True) for part in step for s in part]
+            expected = [*epoch, *data.sequences_of_epoch(1)]
+            for ours, theirs in zip(order, expected, strict=False):
+                assert torch.equal(ours.input_ids, theirs.input_ids) and torch.equal(ours.labels, theirs.labels)
+
+
+def test_a_file_s_errors_name_the_row(rows_file):
+    rows_file.write_text((json.dumps({**QA, "question": "Who? " * 30}) + "\n") * 2)
+    with pytest.raises(LRSAError, match=r"row [12]: its question and answer alone need .* more than seq_len=64"):
+        prepare(config(64, 1, source="files", path=str(rows_file)), CHATML)
+
+
+@pytest.mark.parametrize("seq_len", [300, 1024, 8192])
+def test_the_generated_source_keeps_its_budget(seq_len):
+    data = prepare(config(seq_len, num_examples=24), CHATML)
+    sequences = list(data.sequences_of_epoch(0))
+    assert Counter(i for s in sequences for i in s.example_indices if i >= 0) == Counter(range(24))
+    filled = sum(s.num_tokens for s in sequences) / sum(len(s.input_ids) for s in sequences)
+    assert filled > {300: 0.8, 1024: 0.95, 8192: 0.98}[seq_len]
+    validation = data.validation_examples()
+    assert Counter(e.task for e in validation) == {"signature": 2, "passkey": 2, "lookup": 2}
+    assert max(len(e.input_ids) for e in validation) <= seq_len
+    for example in validation:
+        text = CHATML.decode(example.input_ids)
+        (answer,) = targets(CHATML, example)
+        assert text.split("\n\nQuestion: ")[0].count(answer.removesuffix("<|im_end|>")) >= 1
+
+
+def test_context_length_lets_several_examples_share_a_sequence():
+    data = prepare(config(2048, num_examples=8, context_length=500, tasks=["lookup"]), CHATML)
+    sequences = list(data.sequences_of_epoch(0))
+    assert len(sequences) == 2 and all(len([i for i in s.example_indices if i >= 0]) == 4 for s in sequences)
+    assert {t for s in sequences for t in s.tasks if t} == {"lookup"}
+
+
+def test_run_data_is_picklable_and_reproducible(rows_file):
+    for data in ({"num_examples": 3}, {"source": "files", "path": str(rows_file)}):
+        original, other = prepare(config(512, **data), CHATML), prepare(config(512, seed=1, **data), CHATML)
+        copy = pickle.loads(pickle.dumps(original))
+        first = [s.input_ids.tolist() for s in original.sequences_of_epoch(0)]
+        assert [s.input_ids.tolist() for s in copy.sequences_of_epoch(0)] == first
+        assert copy.validation_examples() == original.validation_examples()
+        assert [s.input_ids.tolist() for s in original.sequences_of_epoch(1)] != first
+        assert [s.input_ids.tolist() for s in other.sequences_of_epoch(0)] != first
+        assert original.pad_id == CHATML.pad_token_id
