@@ -1,0 +1,104 @@
+"""A run's record on disk, and its progress on the terminal."""
+
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from lrsa_ds.config import require
+from lrsa_ds.errors import LRSAError
+
+LINE_SECONDS = 10  # between two lines of progress where there is no terminal
+
+
+class JSONLines:
+    """A file of one valid JSON object per line. NaN and infinity, unknown to JSON, are null beside `"<name>_text"`.
+
+    Raises:
+        LRSAError: the file cannot be opened, or a line cannot be written, as when the disk is full.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        try:
+            self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise LRSAError(f"{path} cannot be opened: {error.strerror}.") from error
+
+    def write(self, row: dict) -> None:
+        """Appends one line; it is with the operating system, whatever happens to this process, once this returns."""
+        line = (json.dumps(_without_nan(row), allow_nan=False, default=str) + "\n").encode()
+        try:
+            written = os.write(self._file, line)
+        except OSError as error:
+            raise LRSAError(f"{self._path} cannot be written: {error.strerror}.") from error
+        require(written == len(line), f"{self._path} cannot be written: only a part of a line fits on the disk.")
+
+    def close(self) -> None:
+        os.close(self._file)
+
+
+def _without_nan(value):
+    if isinstance(value, dict):
+        clean = {}
+        for name, item in value.items():
+            clean[name] = _without_nan(item)
+            if isinstance(item, float) and not math.isfinite(item):
+                clean[f"{name}_text"] = str(float(item))
+        return clean
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def print_above(text: str) -> None:
+    """Prints to stdout without tearing a progress bar; what the terminal cannot encode is shown as "?"."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    tqdm.write(text.encode(encoding, "replace").decode(encoding))
+    sys.stdout.flush()
+
+
+class Progress:
+    """On a terminal a bar; elsewhere a line for the first and the last step and every `LINE_SECONDS` between them."""
+
+    def __init__(self, num_steps: int):
+        self._num_steps = num_steps
+        self._first = None  # step and time of the first row: later steps are timed against it, as it has the warm-up
+        self._last_line = -math.inf
+        self._bar = None
+        if sys.stderr.isatty():
+            # The bar comes last: it is what a narrow terminal may cut off.
+            self._bar = tqdm(total=num_steps, dynamic_ncols=True, bar_format="{desc}  {bar:20}")
+            self._bar.set_description_str("starting")
+
+    def show(self, row: dict) -> None:
+        step, now = row["step"], time.monotonic()
+        text = self._text(row, now)
+        if self._bar is not None:
+            self._bar.set_description_str(text, refresh=False)
+            self._bar.update(step - self._bar.n)
+            if step == self._num_steps:
+                self._bar.refresh()
+        elif now - self._last_line >= LINE_SECONDS or step == self._num_steps:
+            self._last_line = now
+            print(text, file=sys.stderr, flush=True)
+
+    def _text(self, row: dict, now: float) -> str:
+        step = row["step"]
+        self._first = self._first or (step, now)
+        num_timed, seconds = step - self._first[0], now - self._first[1]
+        per_step = seconds / num_timed if num_timed else row.get("step_seconds", 0.0)
+        parts = [f"step {step}/{self._num_steps}"]
+        formats = {"loss": "loss {:.3f}", "lr": "lr {:.1e}", "tokens_per_second": "{:,.0f} tokens/s"}
+        formats["peak_memory_gb"] = "{:.1f} GB"
+        parts += [shape.format(row[name]) for name, shape in formats.items() if row.get(name) is not None]
+        left = max(0, self._num_steps - step) * per_step
+        return "  ".join([*parts, f"{tqdm.format_interval(left)} left"])
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()

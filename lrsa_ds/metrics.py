@@ -1,0 +1,241 @@
+"""What a run says while it goes: to `metrics.jsonl`, to the terminal, and to Weights & Biases.
+
+`metrics.jsonl` is the record: each row is in it before the step is over. W&B gets the same rows from a thread of its
+own, so that no server, and no server's absence, can stop or slow the training.
+"""
+
+import os
+import queue
+import shutil
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from types import ModuleType
+
+from lrsa_ds.config import LogConfig, require, require_one_of
+from lrsa_ds.errors import LRSAError
+from lrsa_ds.journal import JSONLines, Progress, print_above
+
+INIT_SECONDS = 20  # for W&B to reach its server
+FINISH_SECONDS = 20  # for W&B to send what is left when the run ends
+CLOSE_SECONDS = 30  # for all that W&B still does when the run ends
+
+
+def check_wandb(log: LogConfig) -> str:
+    """What W&B will do in this run: "online", "offline" or "disabled". Needs no network.
+
+    `log.wandb=auto` follows WANDB_MODE; without it, it is online if `wandb login` or WANDB_API_KEY left a key.
+
+    Raises:
+        LRSAError: online is asked for and there is no key, a key is malformed, or WANDB_MODE has an unknown value.
+    """
+    mode, asked_by = log.wandb, f"log.wandb={log.wandb}"
+    variable = os.environ.get("WANDB_MODE", "")
+    if mode == "auto" and variable:
+        require_one_of("WANDB_MODE", variable, ("online", "offline", "disabled"))
+        mode, asked_by = variable, f"WANDB_MODE={variable}"
+    require(
+        mode != "online" or variable not in ("offline", "disabled"),
+        f"log.wandb=online contradicts WANDB_MODE={variable}: unset it, or use log.wandb=auto to follow it.",
+    )
+    if mode == "auto":
+        return "online" if _has_key() else "offline"
+    require(
+        mode != "online" or _has_key(),
+        f"{asked_by} needs a W&B key and found none: run `wandb login`, set WANDB_API_KEY, or use log.wandb=offline.",
+    )
+    return mode
+
+
+def _import_wandb() -> ModuleType:
+    # Its messages would tear the progress bar, and its own telemetry would hold up the exit of a process that has no
+    # way to the server. Both are read from the environment, and only once.
+    os.environ.setdefault("WANDB_SILENT", "true")
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    try:
+        import wandb
+    except ImportError as error:
+        raise LRSAError(f"wandb cannot be imported ({error}): install it, or use log.wandb=disabled.") from error
+    return wandb
+
+
+def _has_key() -> bool:
+    wandb = _import_wandb()
+    try:
+        return wandb.login(prompt=False, verify=False)
+    except wandb.errors.AuthenticationError as error:
+        raise LRSAError(
+            f"the W&B key is not valid: {_first_line(error)}; mend it, or use log.wandb=offline."
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300].rstrip(".")
+
+
+class RunLogger:
+    """Writes down what happens in a run, on the one rank that is `enabled`; on the others every method does nothing.
+
+    Args:
+        output_dir: an existing directory; receives `metrics.jsonl` and `wandb/`.
+        config: the whole configuration of the run, as W&B shows it.
+        run_name: the run's name in W&B unless `log.name` gives one.
+        num_steps: the step that will be the last, counted from 1.
+
+    Raises:
+        LRSAError: as `check_wandb`, or `metrics.jsonl` cannot be opened.
+    """
+
+    def __init__(
+        self, output_dir: Path, log: LogConfig, config: dict, run_name: str, num_steps: int, enabled: bool = True
+    ):
+        self._enabled, self._closed = enabled, False
+        if not enabled:
+            return
+        mode = check_wandb(log)
+        self._file = JSONLines(Path(output_dir) / "metrics.jsonl")
+        self._progress = Progress(num_steps) if log.progress else None
+        self._eval_rows: list[dict] = []
+        self._wandb = None
+        if mode != "disabled":
+            identity = {"project": log.project, "name": log.name or run_name, "group": log.group, "tags": log.tags}
+            self._wandb = _WandbThread(mode, Path(output_dir), {**identity, "config": config}, self.message)
+            self._wandb.start()
+
+    def step(self, row: dict) -> None:
+        """Records the metrics of one optimizer step; `row["step"]` counts from 1.
+
+        Raises:
+            LRSAError: the disk is full, or the file is not writable any more.
+        """
+        if not self._enabled:
+            return
+        self._file.write({"kind": "train", **row})
+        if self._progress:
+            self._progress.show(row)
+        if self._wandb:
+            values = {f"train/{k}": v for k, v in row.items() if isinstance(v, (int, float))}
+            self._wandb.send(lambda wandb, run: run.log(values))
+
+    def evaluation(self, rows: list[dict], picture: Path | None) -> None:
+        """Records new rows of `lrsa_ds.evaluation.evaluate` (scores in percent), and a PNG of all rows so far.
+
+        Raises:
+            LRSAError: the disk is full, or the file is not writable any more.
+        """
+        if not self._enabled:
+            return
+        for row in rows:
+            self._file.write({"kind": "eval", **row})
+        self._eval_rows.extend(rows)
+        if self._wandb:
+            so_far = list(self._eval_rows)
+            self._wandb.send(lambda wandb, run: run.log(_evaluation_log(wandb, rows, so_far, picture)))
+
+    def message(self, text: str) -> None:
+        """Prints to stdout, above the progress bar if there is one."""
+        if self._enabled:
+            print_above(text)
+
+    def close(self, failed: bool = False) -> None:
+        """Ends the record within `CLOSE_SECONDS`; `failed` marks the run as such in W&B. A second call does nothing."""
+        if not self._enabled or self._closed:
+            return
+        self._closed = True
+        if self._progress:
+            self._progress.close()
+        self._file.close()
+        if self._wandb:
+            self._wandb.close(failed)
+
+
+def _evaluation_log(wandb: ModuleType, rows: list[dict], so_far: list[dict], picture: Path | None) -> dict:
+    columns = list(dict.fromkeys(name for row in so_far for name in row))
+    table = wandb.Table(columns=columns, data=[[row.get(name) for name in columns] for row in so_far])
+    log = {f"eval/{r['when']}/{r['task']}/exact_match@{r['retention']:g}": r["exact_match"] for r in rows}
+    log["evaluation"] = table
+    if picture is not None:
+        log["evaluation_picture"] = wandb.Image(str(picture))
+    return log
+
+
+class _WandbThread(threading.Thread):
+    """Owns the W&B run. Rows wait in a queue while W&B looks for its server, and none is lost if it finds none."""
+
+    def __init__(self, mode: str, output_dir: Path, identity: dict, say: Callable[[str], None]):
+        super().__init__(name="wandb", daemon=True)  # daemon: it must not keep a failed process alive
+        self._mode, self._output_dir, self._identity, self._say = mode, output_dir, identity, say
+        self._queue = queue.SimpleQueue()
+        self._exit_code = 0
+
+    def send(self, log: Callable) -> None:
+        if self.is_alive():
+            self._queue.put(log)
+
+    def close(self, failed: bool) -> None:
+        self._exit_code = int(failed)
+        self._queue.put(None)
+        self.join(CLOSE_SECONDS)
+        if self.is_alive():
+            self._say(f"W&B did not end within {CLOSE_SECONDS} s and was left behind; metrics.jsonl is complete.")
+            # Its first act takes back the exit handler with which W&B would wait for ever when the process ends.
+            threading.Thread(target=_import_wandb().teardown, daemon=True).start()
+
+    def run(self) -> None:
+        run = None
+        try:
+            wandb = _import_wandb()
+            run = self._start_run(wandb)
+            while (log := self._queue.get()) is not None:
+                log(wandb, run)
+            self._finish(run)
+        except Exception as error:  # whatever happens to W&B, training goes on
+            self._say(f"W&B is off for the rest of this run ({_first_line(error)}); metrics.jsonl goes on.")
+            with suppress(Exception):
+                run.finish(exit_code=1)
+        # Ends W&B's background process, which otherwise stays until this one exits. SystemExit is how it reports.
+        with suppress(Exception, SystemExit):
+            wandb.teardown()
+
+    def _start_run(self, wandb: ModuleType):
+        earlier, problem = set(self._output_dir.glob("wandb/run-*")), None
+        try:
+            run = self._init(wandb, self._mode)
+        except (wandb.Error, TimeoutError) as error:
+            if self._mode != "online":
+                raise
+            problem = _first_line(error)
+            for empty in set(self._output_dir.glob("wandb/run-*")) - earlier:  # what the attempt left behind
+                shutil.rmtree(empty, ignore_errors=True)
+            run = self._init(wandb, "offline")
+        run.define_metric("train/step")
+        run.define_metric("train/*", step_metric="train/step")
+        if run.offline:
+            reason = f"W&B is offline ({problem})" if problem else "W&B is offline"
+            self._say(f"{reason}; to send this run later: wandb sync {Path(run.dir).parent}")
+        else:
+            self._say(f"W&B: {run.url}")
+        return run
+
+    def _finish(self, run) -> None:
+        try:
+            run.finish(exit_code=self._exit_code)
+        except TimeoutError:
+            self._say(
+                f"W&B could not send everything within {FINISH_SECONDS} s; nothing is lost, to send the rest: "
+                f"wandb sync {Path(run.dir).parent}"
+            )
+
+    def _init(self, wandb: ModuleType, mode: str):
+        settings = wandb.Settings(
+            init_timeout=INIT_SECONDS,
+            finish_timeout=FINISH_SECONDS,
+            finish_timeout_raises=True,
+            console="off",
+            silent=True,
+            disable_git=True,
+            disable_code=True,
+            save_code=False,
+        )
+        return wandb.init(mode=mode, dir=self._output_dir, reinit="create_new", settings=settings, **self._identity)
