@@ -1,0 +1,217 @@
+"""Hugging Face causal language models: loading them, and replacing their attention by LRSA.
+
+A model is changed through transformers' attention interface alone: `apply_lrsa` selects the attention function that is
+registered here under the name "lrsa", after checking that every layer is plain causal attention.
+"""
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.integrations import HfDeepSpeedConfig
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.utils.logging import disable_progress_bar
+
+from lrsa_ds.attention import lrsa_attention
+from lrsa_ds.config import LRSAConfig, ModelConfig, require
+from lrsa_ds.errors import LRSAError
+from lrsa_ds.hub import hub_error
+
+NAME = "lrsa"
+WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
+
+
+def apply_lrsa(model: PreTrainedModel, config: LRSAConfig) -> PreTrainedModel:
+    """Replaces the attention of every layer by LRSA under `config`, in place, and returns the model.
+
+    The settings stay in `model.config.lrsa`, so that a saved model remembers them. A forward pass may pass
+    `document_lengths` (packed documents) and `lrsa_config` (other settings for this pass).
+
+    Raises:
+        LRSAError: a layer is not plain causal attention; the sentence names the layer and why.
+    """
+    check_supported(model)
+    model.config.lrsa = asdict(config)
+    model.set_attn_implementation(NAME)
+    return model
+
+
+def check_supported(model: PreTrainedModel) -> None:
+    """Raises LRSAError unless LRSA can take the place of the attention of every layer of `model`."""
+    name, config = type(model).__name__, model.config.get_text_config()
+    require(
+        model._supports_attention_backend and model._can_set_attn_implementation(),
+        f"{name} does not call transformers' attention interface, through which LRSA replaces the attention.",
+    )
+    for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        value = getattr(config, key, None)
+        require(value in (None, 1), f"{name} changes its logits after the output layer ({key}={value}): not supported.")
+    layers = [(path, m) for path, m in model.named_modules() if isinstance(getattr(m, "layer_idx", None), int)]
+    for path, module in layers:
+        reason = _unlike_causal_attention(module, config)
+        require(reason is None, f"layer {module.layer_idx} of {name} ({path}) {reason}: LRSA cannot take its place.")
+
+
+def _unlike_causal_attention(module: torch.nn.Module, config: PreTrainedConfig) -> str | None:
+    """What in a layer is other than plain causal attention, or None."""
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is not None:
+        if layer_types[module.layer_idx] != "full_attention":
+            return f"is of type {layer_types[module.layer_idx]}"
+    elif getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True):
+        return f"has a sliding window of {config.sliding_window} tokens"
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        return f"caps its attention scores at {config.attn_logit_softcapping}"
+    if getattr(module, "sinks", None) is not None:
+        return "has learned attention sinks"
+    if getattr(module, "is_causal", True) is False:
+        return "is not causal"
+    if getattr(config, "attention_dropout", 0.0):
+        return f"drops attention weights with probability {config.attention_dropout} (attention_dropout)"
+    return None
+
+
+def _lrsa_attention_function(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    document_lengths: tuple[int, ...] | None = None,
+    lrsa_config: LRSAConfig | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """The form transformers calls: query [B, H, N, D], key and value [B, G, N, D] to ([B, N, H, D], no weights)."""
+    require(
+        query.shape[2] == key.shape[2],
+        f"a model with LRSA attention sees whole sequences, and got {query.shape[2]} new tokens beside a cache of "
+        f"{key.shape[2] - query.shape[2]}: call it with use_cache=False, or model.set_attn_implementation('sdpa').",
+    )
+    config = lrsa_config or LRSAConfig(**module.config.lrsa)
+    output = lrsa_attention(query, key, value, config, document_lengths, scaling)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _lrsa_mask(attention_mask: torch.Tensor | None = None, **kwargs) -> None:
+    """LRSA makes its own mask. Padding on the right is harmless to a causal model; on the left it is refused."""
+    if attention_mask is not None and not bool(attention_mask[:, 0].all()):
+        raise LRSAError(
+            "the attention mask begins with padding, which would be taken for the sink of the document: "
+            "pad on the right (tokenizer.padding_side='right')."
+        )
+    return None
+
+
+AttentionInterface.register(NAME, _lrsa_attention_function)
+AttentionMaskInterface.register(NAME, _lrsa_mask)
+
+
+def model_config(model: ModelConfig) -> PreTrainedConfig:
+    """The architecture that `model` names, without its weights.
+
+    Raises:
+        LRSAError: the hub cannot be reached, the directory does not exist or lacks weights, the file is not there.
+    """
+    if model.random is not None:
+        settings = dict(model.random)
+        return _named("model.random", AutoConfig.for_model, settings.pop("model_type"), **settings)
+    directory = Path(os.path.expanduser(model.name))
+    if directory.is_dir():
+        _check_weights(directory, model.gguf_file)
+    return _named("model.name", AutoConfig.from_pretrained, model.name, **_origin(model))
+
+
+def _check_weights(directory: Path, gguf_file: str | None) -> None:
+    if gguf_file is not None:
+        files = ", ".join(sorted(p.name for p in directory.glob("*.gguf"))) or "none"
+        require(
+            (directory / gguf_file).is_file(),
+            f"model.gguf_file={gguf_file} is not in model.name={directory}; GGUF files there: {files}.",
+        )
+        return
+    require(
+        any(path for pattern in WEIGHT_PATTERNS for path in directory.glob(pattern)),
+        f"model.name={directory} holds no weights ({' or '.join(WEIGHT_PATTERNS)}): give the directory of a saved "
+        "model, or model.gguf_file for a GGUF file.",
+    )
+
+
+def _origin(model: ModelConfig) -> dict:
+    origin = {"revision": model.revision, "gguf_file": model.gguf_file, "trust_remote_code": model.trust_remote_code}
+    return {key: value for key, value in origin.items() if value is not None}
+
+
+def _named(key: str, function, name: str, **kwargs):
+    """Calls a transformers loader and turns what it raises for a bad name into one sentence that names the key."""
+    try:
+        return function(name, **kwargs)
+    except (OSError, ValueError) as error:
+        raise hub_error(key, name, error) from error
+
+
+def empty_model(model: ModelConfig) -> PreTrainedModel:
+    """The model on the meta device: its structure and sizes at no cost, to check them before anything is loaded."""
+    config = model_config(model)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+
+
+def load_model(model: ModelConfig, dtype: torch.dtype, deepspeed_config: dict | None = None) -> PreTrainedModel:
+    """The model with its weights in `dtype`.
+
+    Under ZeRO-3 (from `deepspeed_config`) each layer is sharded as soon as it is made, so that no rank ever holds the
+    whole model; a GGUF file is the exception, which every rank reads in full.
+    """
+    config = model_config(model)
+    # transformers looks for this object while it lives, and calls DeepSpeed's sharded initialization.
+    sharding = HfDeepSpeedConfig(deepspeed_config) if deepspeed_config and model.gguf_file is None else None
+    try:
+        return _load(model, config, dtype)
+    finally:
+        del sharding
+
+
+def _load(model: ModelConfig, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    disable_progress_bar()  # one bar of each rank would tear the run's own
+    if model.random is not None:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if model.gguf_file is not None:
+        return _load_gguf(model, dtype)
+    return _named("model.name", AutoModelForCausalLM.from_pretrained, model.name, dtype=dtype, **_origin(model))
+
+
+def _load_gguf(model: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """A GGUF file, dequantized. The result is an ordinary model that can be trained and saved."""
+    loaded = _named("model.name", AutoModelForCausalLM.from_pretrained, model.name, dtype=dtype, **_origin(model))
+    # transformers marks the model as quantized and then refuses to save or train it; the weights are plain by now.
+    settings = loaded.config.to_dict()
+    settings.pop("quantization_config", None)
+    plain = type(loaded)(type(loaded.config)(**settings)).to(dtype)
+    plain.load_state_dict(loaded.state_dict(), strict=True)
+    plain.tie_weights()
+    return plain
+
+
+def output_layer(model: PreTrainedModel) -> torch.nn.Module:
+    """The layer from hidden states to logits."""
+    head = model.get_output_embeddings()
+    require(head is not None, f"{type(model).__name__} has no output layer: a causal language model is needed.")
+    return head
+
+
+def layer_classes(model: PreTrainedModel) -> list[str]:
+    """Names of the classes of the decoder layers."""
+    present = {type(module).__name__ for module in model.modules()}
+    return sorted(present & set(model._no_split_modules or ()))
+
+
+def enable_checkpointing(model: PreTrainedModel) -> None:
+    """Recomputes the activations of each decoder layer in the backward pass instead of holding them."""
+    kwargs = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # the name since transformers 5.2x; the older one warns there
+        model.activation_checkpointing_enable(kwargs)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)

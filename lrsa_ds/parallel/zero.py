@@ -1,0 +1,87 @@
+"""DeepSpeed's configuration and engine for a run."""
+
+from collections.abc import Callable
+
+import deepspeed
+import torch
+
+from lrsa_ds.config import TrainConfig
+
+
+def deepspeed_config(config: TrainConfig, dtype: torch.dtype) -> dict:
+    """What DeepSpeed is told; every value comes from `zero.*` and `optim.*`."""
+    zero, optim = config.zero, config.optim
+    return {
+        "train_micro_batch_size_per_gpu": optim.micro_batch,
+        "gradient_accumulation_steps": optim.grad_accum,
+        "gradient_clipping": optim.grad_clip,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "zero_optimization": {
+            "stage": zero.stage,
+            # The factor that turns DeepSpeed's average into our sum depends on this setting (see `gradient_scale`).
+            "reduce_scatter": True,
+            "reduce_bucket_size": zero.reduce_bucket_size,
+            "overlap_comm": zero.overlap_comm,
+            "contiguous_gradients": True,
+            "offload_optimizer": {"device": zero.offload_optimizer},
+            "offload_param": {"device": zero.offload_param},
+        },
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**31,
+        "wall_clock_breakdown": False,
+    }
+
+
+def gradient_scale(config: TrainConfig, world_size: int) -> float:
+    """What a sum over tokens is multiplied by, so that DeepSpeed's averages leave it unchanged.
+
+    DeepSpeed divides gradients by the number of ranks, and the loss by the number of accumulation steps.
+    """
+    return float(world_size * config.optim.grad_accum)
+
+
+def make_engine(
+    config: TrainConfig,
+    model: torch.nn.Module,
+    dtype: torch.dtype,
+    schedule: Callable[[int], float],
+    layer_classes: list[str],
+) -> deepspeed.DeepSpeedEngine:
+    """DeepSpeed's engine around `model`, with AdamW and the learning-rate factor `schedule(step)`.
+
+    `layer_classes` names the classes of the decoder layers. Under ZeRO-3 each is gathered as a whole: DeepSpeed's hooks
+    around every single module would otherwise take longer than the layers of a small model.
+    """
+    optim = config.optim
+    if config.zero.stage == 3 and config.zero.gather_layers:
+        deepspeed.utils.set_z3_leaf_modules(model, layer_classes)
+    settings = {"lr": optim.lr, "betas": (optim.beta1, optim.beta2), "weight_decay": optim.weight_decay}
+    groups = _parameter_groups(model, optim.weight_decay)
+    if config.zero.offload_optimizer == "cpu" or config.zero.offload_param == "cpu":
+        from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiled at first use, so imported only where it is used
+
+        optimizer = DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
+    else:
+        optimizer = torch.optim.AdamW(groups, fused=torch.cuda.is_available(), **settings)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        lr_scheduler=lambda wrapped: torch.optim.lr_scheduler.LambdaLR(wrapped, schedule),
+        config=deepspeed_config(config, dtype),
+    )
+    return engine
+
+
+def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
+    """Matrices decay; norms and biases, which have one dimension, do not. One group where nothing decays."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if weight_decay == 0:
+        return [{"params": parameters}]
+    matrices = [p for p in parameters if _num_dims(p) > 1]
+    others = [p for p in parameters if _num_dims(p) <= 1]
+    return [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+
+
+def _num_dims(parameter: torch.nn.Parameter) -> int:
+    """Dimensions of the whole parameter: under ZeRO-3 a rank holds a flat shard, which knows its true shape."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))

@@ -1,0 +1,176 @@
+"""`apply_lrsa` on tiny real models of each family, and every refusal."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+
+from lrsa_ds import LRSAConfig, apply_lrsa, lrsa_attention
+from lrsa_ds.config import ModelConfig
+from lrsa_ds.errors import LRSAError
+from lrsa_ds.model import empty_model, enable_checkpointing, load_model
+from tests.helpers import assert_close
+
+SIZES = dict(
+    vocab_size=101,
+    hidden_size=48,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    head_dim=12,
+)
+FAMILIES = {
+    "llama": {},
+    "qwen2": dict(tie_word_embeddings=True),
+    "qwen3": {},
+    "mistral": dict(sliding_window=None),
+}
+
+
+def tiny(family, **settings):
+    config = AutoConfig.for_model(family, **{**SIZES, **FAMILIES.get(family, {}), **settings})
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_retention_one_gives_the_logits_of_the_dense_model(family):
+    model = tiny(family)
+    ids = torch.randint(0, 101, (2, 90))
+    expected = model(ids, use_cache=False).logits
+    apply_lrsa(model, LRSAConfig(sink_size=2, lag_size=8, retention=1.0))
+    assert_close(model(ids, use_cache=False).logits, expected, 1e-5, "logits")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_layer_uses_lrsa(family, monkeypatch):
+    """The logits differ from dense attention just where a history has lost something: from token S + 2L on."""
+    model = tiny(family)
+    ids = torch.randint(0, 101, (1, 90))
+    dense = model(ids, use_cache=False).logits
+    config = LRSAConfig(sink_size=2, lag_size=8, retention=0.25)
+    sparse = apply_lrsa(model, config)(ids, use_cache=False).logits
+    assert_close(sparse[:, :18], dense[:, :18], 1e-5, "logits before the first history")
+    assert ((sparse - dense)[:, 18:].abs().amax(-1) > 1e-5).all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_documents_equal_documents_alone(family):
+    config = LRSAConfig(sink_size=2, lag_size=8, retention=0.25)
+    model = apply_lrsa(tiny(family), config)
+    lengths = (50, 7, 41)
+    ids = torch.randint(0, 101, (1, sum(lengths)))
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    packed = model(ids, position_ids=positions, use_cache=False, document_lengths=lengths).logits
+    alone = torch.cat([model(part, use_cache=False).logits for part in ids.split(lengths, 1)], 1)
+    assert_close(packed, alone, 1e-5, "logits")
+
+
+def test_settings_of_one_pass():
+    model = apply_lrsa(tiny("llama"), LRSAConfig(sink_size=2, lag_size=8, retention=0.25))
+    ids = torch.randint(0, 101, (1, 90))
+    other = LRSAConfig(sink_size=2, lag_size=8, retention=0.5)
+    passed = model(ids, use_cache=False, lrsa_config=other).logits
+    assert_close(passed, apply_lrsa(model, other)(ids, use_cache=False).logits, 1e-6, "logits")
+
+
+def test_gradients_with_activation_checkpointing():
+    model = apply_lrsa(tiny("qwen2"), LRSAConfig(sink_size=2, lag_size=8, retention=0.25)).train()
+    ids = torch.randint(0, 101, (1, 70))
+    plain = torch.autograd.grad(model(ids, use_cache=False).logits.square().mean(), list(model.parameters()))
+    enable_checkpointing(model)
+    again = torch.autograd.grad(model(ids, use_cache=False).logits.square().mean(), list(model.parameters()))
+    for a, b in zip(again, plain, strict=True):
+        assert_close(a, b, 1e-6, "gradient")
+
+
+def test_a_saved_model_remembers_its_settings_and_loads_dense(tmp_path):
+    model = apply_lrsa(tiny("qwen3"), LRSAConfig(sink_size=2, lag_size=8, retention=0.25))
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.lrsa == dict(sink_size=2, lag_size=8, retention=0.25, backend="auto")
+    assert loaded.config._attn_implementation != "lrsa"
+    ids = torch.randint(0, 101, (1, 90))
+    again = apply_lrsa(loaded.eval(), LRSAConfig(**loaded.config.lrsa))
+    assert_close(again(ids, use_cache=False).logits, model(ids, use_cache=False).logits, 1e-6, "logits")
+
+
+def test_scaling_reaches_the_attention():
+    q, k, v = torch.randn(3, 1, 2, 40, 8)
+    config = LRSAConfig(sink_size=2, lag_size=8, retention=0.25)
+    assert_close(lrsa_attention(q, k, v, config, scale=0.1), lrsa_attention(q * 0.1 * 8**0.5, k, v, config), 1e-5)
+
+
+@pytest.mark.parametrize(
+    "family,settings,said",
+    [
+        ("mistral", dict(sliding_window=64), r"layer 0 of MistralForCausalLM .*sliding"),
+        ("qwen2", dict(use_sliding_window=True, sliding_window=64, max_window_layers=1), r"layer 1 of Qwen2.*sliding"),
+        ("gemma2", dict(num_hidden_layers=2), r"Gemma2ForCausalLM"),
+        ("gemma3_text", dict(num_hidden_layers=2), r"layer 0 of Gemma3.*sliding_attention"),
+        ("gpt_oss", dict(num_local_experts=2, num_experts_per_tok=1), r"layer 0 of GptOss"),
+        ("llama", dict(attention_dropout=0.1), r"layer 0 of LlamaForCausalLM .*attention_dropout"),
+        ("cohere", dict(logit_scale=0.5), r"CohereForCausalLM changes its logits"),
+    ],
+)
+def test_models_that_are_refused(family, settings, said):
+    with pytest.raises(LRSAError, match=said):
+        apply_lrsa(tiny(family, **settings), LRSAConfig())
+
+
+def test_a_softcapped_layer_is_named():
+    settings = dict(final_logit_softcapping=None, layer_types=["full_attention"] * 2, attn_logit_softcapping=50.0)
+    with pytest.raises(LRSAError, match=r"layer 0 of Gemma2.*caps its attention scores"):
+        apply_lrsa(tiny("gemma2", **settings), LRSAConfig())
+
+
+def test_left_padding_and_a_cache_are_refused():
+    model = apply_lrsa(tiny("llama"), LRSAConfig(sink_size=2, lag_size=8))
+    ids = torch.randint(0, 101, (1, 30))
+    mask = torch.ones(1, 30, dtype=torch.int64)
+    mask[:, :3] = 0
+    with pytest.raises(LRSAError, match="pad on the right"):
+        model(ids, attention_mask=mask, use_cache=False)
+    cache = DynamicCache()
+    model(ids, past_key_values=cache)
+    with pytest.raises(LRSAError, match="beside a cache of 30"):
+        model(ids[:, :1], past_key_values=cache)
+
+
+def test_right_padding_changes_nothing():
+    model = apply_lrsa(tiny("llama"), LRSAConfig(sink_size=2, lag_size=8, retention=0.25))
+    ids = torch.randint(0, 101, (1, 60))
+    mask = torch.ones(1, 60, dtype=torch.int64)
+    mask[:, 50:] = 0
+    padded = model(ids, attention_mask=mask, use_cache=False).logits[:, :50]
+    assert_close(padded, model(ids[:, :50], use_cache=False).logits, 1e-5, "logits")
+
+
+def test_loading_random_weights_and_a_directory(tmp_path):
+    random = ModelConfig(random={"model_type": "qwen2", **SIZES}, tokenizer="bytes")
+    assert all(p.is_meta for p in empty_model(random).parameters())
+    model = load_model(random, torch.bfloat16)
+    assert model.dtype == torch.bfloat16
+    model.save_pretrained(tmp_path)
+    loaded = load_model(ModelConfig(name=str(tmp_path)), torch.bfloat16)
+    for (name, a), b in zip(model.state_dict().items(), loaded.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_a_directory_without_weights(tmp_path):
+    AutoConfig.for_model("llama", **SIZES).save_pretrained(tmp_path)
+    with pytest.raises(LRSAError, match=r"holds no weights .*safetensors"):
+        load_model(ModelConfig(name=str(tmp_path)), torch.float32)
+    with pytest.raises(LRSAError, match=r"model.gguf_file=a.gguf is not in"):
+        load_model(ModelConfig(name=str(tmp_path), gguf_file="a.gguf"), torch.float32)
+
+
+@pytest.mark.parametrize("name", ["./no/such/directory", "some-org/no-such-model"])
+def test_a_name_that_leads_nowhere(name):
+    with pytest.raises(LRSAError, match=r"model\.name"):
+        empty_model(ModelConfig(name=name))
+
+
+def test_an_unknown_architecture():
+    with pytest.raises(LRSAError, match=r"model\.random"):
+        empty_model(ModelConfig(random={"model_type": "lama"}, tokenizer="bytes"))

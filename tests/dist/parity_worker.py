@@ -1,0 +1,125 @@
+"""One rank of a parity check: two optimizer steps of the real trainer against plain torch on one process.
+
+Prints, on rank 0, a JSON object with the loss, the gradient norm and the worst relative error of a gradient.
+"""
+
+import argparse
+import json
+import random
+
+import deepspeed
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lrsa_ds import LRSAConfig, apply_lrsa
+from lrsa_ds.config import AttentionConfig, ModelConfig, OptimConfig, TrainConfig, ZeroConfig
+from lrsa_ds.data.packing import IGNORE, Example, collate, pack
+from lrsa_ds.data.stream import TrainStream, make_loader
+from lrsa_ds.loss import TargetLoss
+from lrsa_ds.model import enable_checkpointing, layer_classes
+from lrsa_ds.parallel.mesh import start_mesh
+from lrsa_ds.parallel.zero import make_engine
+from lrsa_ds.trainer import Trainer, cosine_schedule
+from tests.helpers import relative_error
+
+SEQ_LEN, NUM_SEQUENCES = 160, 4
+SIZES = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+
+
+def sequences():
+    """Four packed sequences whose documents and target counts differ widely; one has a single target."""
+    draw = random.Random(3)
+    examples = []
+    for index, length in enumerate([160, 70, 50, 31, 110, 45, 155]):
+        ids = [draw.randrange(1, 97) for _ in range(length)]
+        num_targets = [1, 9, 3, 20, 64, 2, 1][index]
+        examples.append(Example(ids, [IGNORE] * (length - num_targets) + ids[length - num_targets :], "t", index))
+    packed = list(pack(examples, SEQ_LEN, pad_id=0))
+    assert len(packed) == NUM_SEQUENCES
+    return packed
+
+
+def make_model(options):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        options.family, **SIZES, num_key_value_heads=options.kv_heads, tie_word_embeddings=options.tied
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return apply_lrsa(model, LRSAConfig(sink_size=4, lag_size=16, retention=0.25)).train()
+
+
+def reference(options):
+    """Loss and gradients of one step over all sequences, in plain torch."""
+    model = make_model(options)
+    batch = collate(sequences())
+    logits = model(
+        batch.input_ids[None],
+        position_ids=batch.position_ids[None],
+        document_lengths=batch.document_lengths,
+        use_cache=False,
+    ).logits[0]
+    loss = torch.nn.functional.cross_entropy(logits, batch.labels, ignore_index=IGNORE)
+    loss.backward()
+    return loss.item(), {name: p.grad for name, p in model.named_parameters()}
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--family", default="qwen2")
+    parser.add_argument("--stage", type=int, default=3)
+    parser.add_argument("--micro-batch", type=int, default=1)
+    parser.add_argument("--kv-heads", type=int, default=2)
+    parser.add_argument("--tied", action="store_true")
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--break-scale", action="store_true")
+    options = parser.parse_args()
+    mesh = start_mesh()
+    grad_accum = NUM_SEQUENCES // (mesh.world_size * options.micro_batch)
+    config = TrainConfig(
+        seq_len=SEQ_LEN,
+        model=ModelConfig(random={"model_type": options.family}, tokenizer="bytes"),
+        attention=AttentionConfig(sink_size=4, lag_size=16, retention=0.25),
+        zero=ZeroConfig(stage=options.stage),
+        optim=OptimConfig(
+            num_steps=2, warmup_steps=0, micro_batch=options.micro_batch, grad_accum=grad_accum, grad_clip=0.0
+        ),
+    )
+    model = make_model(options)
+    if options.checkpointing:
+        enable_checkpointing(model)
+    loss = TargetLoss(model, chunk_size=7)
+    engine = make_engine(config, loss, torch.float32, cosine_schedule(config.optim), layer_classes(model))
+    gradients, engine_step = {}, engine.step
+
+    def step_and_keep_gradients():
+        if engine.is_gradient_accumulation_boundary() and not gradients:
+            for name, parameter in engine.module.lm.named_parameters():
+                gradients[name] = deepspeed.utils.safe_get_full_grad(parameter).clone()
+        engine_step()
+
+    engine.step = step_and_keep_gradients
+    stream = TrainStream(lambda epoch: iter(sequences()), NUM_SEQUENCES // mesh.world_size, mesh.rank, mesh.world_size)
+    trainer = Trainer(config, mesh, engine, iter(make_loader(stream, 0)))
+    if options.break_scale:
+        trainer.scale = 1.0
+    rows = []
+    trainer.fit(rows.append)
+    loss, expected = reference(options)
+    norm = torch.stack([g.norm() for g in expected.values()]).norm().item()
+    worst = max((relative_error(gradients[name], g), name) for name, g in expected.items())
+    if mesh.is_main:
+        print(
+            json.dumps(
+                {
+                    "loss_error": abs(rows[0]["loss"] - loss) / loss,
+                    "norm_error": abs(rows[0]["grad_norm"] - norm) / norm,
+                    "worst_gradient": worst,
+                    "num_tokens": rows[0]["num_tokens"],
+                    "num_target_tokens": rows[0]["num_target_tokens"],
+                    "second_loss": rows[1]["loss"],
+                }
+            )
+        )
+
+
+main()
