@@ -198,7 +198,7 @@ class ParallelConfig:
     sp_size: int = 1
 
     def __post_init__(self):
-        require(self.sp_size == 1, f"parallel.sp_size={self.sp_size} is not valid: this version knows only 1.")
+        require_whole("parallel.sp_size", self.sp_size, 1)
 
 
 @dataclass(kw_only=True)

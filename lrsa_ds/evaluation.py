@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 
 from lrsa_ds.config import TrainConfig
-from lrsa_ds.data.packing import IGNORE, Example, PackedSequence, collate, pack, padding_sequence
+from lrsa_ds.data.packing import IGNORE, Example, PackedSequence, collate, pack, padding_sequence, shard
 from lrsa_ds.parallel.mesh import Mesh
 from lrsa_ds.trainer import Engine, forward
 
@@ -31,39 +31,49 @@ def evaluate(
     """
     was_training = engine.training
     engine.eval()
-    batches = _batches(examples, config, pad_id)
+    batches = _batches(examples, config, pad_id, mesh.sp_size)
     num_slots = max(1, *(batch.num_target_tokens for batch in batches))
     # Under ZeRO-3 every pass is a collective: a rank without a batch of its own runs an empty one along.
-    idle = collate([padding_sequence(config.seq_len, pad_id)] * config.optim.micro_batch)
-    batches += [idle] * (-len(batches) % mesh.world_size)
+    idle = collate([padding_sequence(config.seq_len, pad_id)] * config.optim.micro_batch, mesh.sp_size)
+    batches += [idle] * (-len(batches) % mesh.dp_size)
     rows = []
     for retention in config.eval.retentions:
         attention = config.attention.with_retention(retention)
         totals = torch.zeros(len(examples), 3, dtype=torch.float64)
-        for batch in batches[mesh.rank :: mesh.world_size]:
-            _add_scores(totals, batch, forward(engine, batch, attention, num_slots, mesh.device))
+        for batch in batches[mesh.dp_rank :: mesh.dp_size]:
+            part = shard(batch, mesh.sp_size, mesh.sp_rank)
+            targets = _example_of_target(batch)[_targets_before(batch, mesh) :][: part.num_target_tokens]
+            _add_scores(totals, targets, forward(engine, part, attention, num_slots, mesh))
         totals = torch.tensor(mesh.sum(totals.flatten().tolist())).view_as(totals)
         rows += _rows(when, retention, [example.task for example in examples], totals)
     engine.train(was_training)
     return rows
 
 
-def _batches(examples: list[Example], config: TrainConfig, pad_id: int) -> list[PackedSequence]:
+def _batches(examples: list[Example], config: TrainConfig, pad_id: int, sp_size: int) -> list[PackedSequence]:
     """All examples, each known by its place in the list, in batches of `micro_batch` sequences."""
     numbered = (replace(example, index=i) for i, example in enumerate(examples))
     sequences = list(pack(numbered, config.seq_len, pad_id))
     size = config.optim.micro_batch
     sequences += [padding_sequence(config.seq_len, pad_id)] * (-len(sequences) % size)
-    return [collate(sequences[i : i + size]) for i in range(0, len(sequences), size)]
+    return [collate(sequences[i : i + size], sp_size) for i in range(0, len(sequences), size)]
 
 
-def _add_scores(totals_E3: torch.Tensor, batch: PackedSequence, statistics_T2: torch.Tensor) -> None:
-    """Adds to each example of a batch its answer tokens, the correct ones among them, and their log-likelihood."""
+def _example_of_target(row: PackedSequence) -> torch.Tensor:
+    """The number of the example that each target of a whole row belongs to."""
+    example_of_token = torch.tensor(row.example_indices).repeat_interleave(torch.tensor(row.document_lengths))
+    return example_of_token[row.labels != IGNORE]
+
+
+def _targets_before(row: PackedSequence, mesh: Mesh) -> int:
+    """Targets of a row in the shards before this rank's."""
+    return sum(shard(row, mesh.sp_size, index).num_target_tokens for index in range(mesh.sp_rank))
+
+
+def _add_scores(totals_E3: torch.Tensor, examples_T: torch.Tensor, statistics_T2: torch.Tensor) -> None:
+    """Adds to each target's example an answer token, whether it is correct, and its negative log-likelihood."""
     nll, correct = statistics_T2.double().cpu().unbind(dim=1)
-    lengths = torch.tensor(batch.document_lengths)
-    example_of_token = torch.tensor(batch.example_indices).repeat_interleave(lengths)
-    example_of_target = example_of_token[batch.labels != IGNORE]
-    totals_E3.index_add_(0, example_of_target, torch.stack([torch.ones_like(nll), correct, nll], dim=1))
+    totals_E3.index_add_(0, examples_T, torch.stack([torch.ones_like(nll), correct, nll], dim=1))
 
 
 def _rows(when: str, retention: float, tasks: list[str], totals_E3: torch.Tensor) -> list[dict]:

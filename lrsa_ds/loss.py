@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
+from lrsa_ds.attention import AttentionFunction, lrsa_attention
 from lrsa_ds.config import LRSAConfig
 from lrsa_ds.data.packing import IGNORE
 from lrsa_ds.model import output_layer
@@ -32,14 +33,17 @@ class TargetLoss(nn.Module):
         document_lengths: tuple[int, ...],
         lrsa_config: LRSAConfig,
         num_slots: int,
+        attend: AttentionFunction = lrsa_attention,
     ) -> torch.Tensor:
         """In training the sum of the negative log-likelihoods of all targets; in evaluation [T, 2] per target.
 
         Args:
             input_ids, position_ids: [1, N], packed documents with positions that restart.
             labels: [1, N], the token that each position has to predict, or IGNORE.
+            document_lengths: of the whole row, also where this rank holds only a shard of it.
             num_slots: at least the number of targets, and the same on every rank: under ZeRO-3 each use of the output
                 layer is a collective, so every rank must use it equally often.
+            attend: the attention function of the pass; another one where this rank holds only a shard of the row.
 
         Returns:
             Training: a scalar in fp32. Evaluation: for each target in order, its negative log-likelihood and whether
@@ -52,6 +56,7 @@ class TargetLoss(nn.Module):
             use_cache=False,
             document_lengths=document_lengths,
             lrsa_config=lrsa_config,
+            attend=attend,
         ).last_hidden_state[0]
         targets = (labels[0] != IGNORE).nonzero()[:, 0]
         slots = nn.functional.pad(targets, (0, num_slots - len(targets)))

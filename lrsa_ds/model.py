@@ -14,7 +14,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.utils.logging import disable_progress_bar
 
-from lrsa_ds.attention import lrsa_attention
+from lrsa_ds.attention import AttentionFunction, lrsa_attention
 from lrsa_ds.config import LRSAConfig, ModelConfig, require
 from lrsa_ds.errors import LRSAError
 from lrsa_ds.hub import hub_error
@@ -27,7 +27,8 @@ def apply_lrsa(model: PreTrainedModel, config: LRSAConfig) -> PreTrainedModel:
     """Replaces the attention of every layer by LRSA under `config`, in place, and returns the model.
 
     The settings stay in `model.config.lrsa`, so that a saved model remembers them. A forward pass may pass
-    `document_lengths` (packed documents) and `lrsa_config` (other settings for this pass).
+    `document_lengths` (packed documents), `lrsa_config` (other settings for this pass) and `attend` (a function like
+    `lrsa_attention` in its place: sequence parallelism).
 
     Raises:
         LRSAError: a layer is not plain causal attention; the sentence names the layer and why.
@@ -82,6 +83,7 @@ def _lrsa_attention_function(
     scaling: float | None = None,
     document_lengths: tuple[int, ...] | None = None,
     lrsa_config: LRSAConfig | None = None,
+    attend: AttentionFunction = lrsa_attention,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """The form transformers calls: query [B, H, N, D], key and value [B, G, N, D] to ([B, N, H, D], no weights)."""
@@ -91,8 +93,7 @@ def _lrsa_attention_function(
         f"{key.shape[2] - query.shape[2]}: call it with use_cache=False, or model.set_attn_implementation('sdpa').",
     )
     config = lrsa_config or LRSAConfig(**module.config.lrsa)
-    output = lrsa_attention(query, key, value, config, document_lengths, scaling)
-    return output.transpose(1, 2).contiguous(), None
+    return attend(query, key, value, config, document_lengths, scaling).transpose(1, 2).contiguous(), None
 
 
 def _lrsa_mask(attention_mask: torch.Tensor | None = None, **kwargs) -> None:

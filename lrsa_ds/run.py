@@ -14,7 +14,10 @@ from lrsa_ds.evaluation import evaluate
 from lrsa_ds.loss import TargetLoss
 from lrsa_ds.metrics import RunLogger, check_wandb
 from lrsa_ds.model import apply_lrsa, check_supported, empty_model, enable_checkpointing, layer_classes, load_model
-from lrsa_ds.parallel.mesh import Mesh, start_mesh, stop_mesh
+from lrsa_ds.parallel.mesh import Mesh, check_world, start_mesh, stop_mesh
+from lrsa_ds.parallel.sequence import check_heads
+from lrsa_ds.parallel.shard import check_shards
+from lrsa_ds.parallel.ulysses import check_dense_heads
 from lrsa_ds.parallel.zero import deepspeed_config, make_engine
 from lrsa_ds.report import draw_evaluation, evaluation_table
 from lrsa_ds.trainer import Trainer, cosine_schedule
@@ -46,6 +49,7 @@ def prepare(config: TrainConfig, procedure: ModuleType) -> Plan:
     dtype = dtype[config.model.dtype]
     structure = empty_model(config.model)
     check_supported(structure)
+    _check_parallel(config, structure)
     num_parameters = sum(p.numel() for p in structure.parameters())
     checkpoint.check_output(config, num_parameters, dtype.itemsize)
     tokenizer = load_tokenizer(config.model)
@@ -57,10 +61,27 @@ def prepare(config: TrainConfig, procedure: ModuleType) -> Plan:
     return Plan(dtype, num_parameters, tokenizer, procedure.prepare(config, tokenizer))
 
 
+def _check_parallel(config: TrainConfig, structure: torch.nn.Module) -> None:
+    """Whether the sequences of the run can be shared as `parallel.sp_size` asks, in training and in evaluation."""
+    size, attention = config.parallel.sp_size, config.attention
+    if size == 1:
+        return
+    architecture = structure.config.get_text_config()
+    check_world(size)
+    check_heads(architecture.num_attention_heads, size)
+    row = config.seq_len * config.optim.micro_batch
+    for retention in {*attention.retentions, *config.eval.retentions}:
+        settings = attention.with_retention(retention)
+        if settings.is_dense:
+            check_dense_heads(architecture.num_key_value_heads, size)
+        else:
+            check_shards(row, size, settings, "seq_len * optim.micro_batch")
+
+
 def train(config: TrainConfig, procedure: ModuleType, notes: list[str]) -> None:
     """Runs the whole job on this rank. `notes` are sentences about the configuration that rank 0 shows first."""
     plan = prepare(config, procedure)
-    mesh = start_mesh()
+    mesh = start_mesh(config.parallel.sp_size)
     torch.manual_seed(config.seed)
     output = checkpoint.open_output(config, mesh)
     settings = asdict(config) | {"output_dir": str(output)}
@@ -97,7 +118,7 @@ def _run(config: TrainConfig, plan: Plan, mesh: Mesh, output: Path, logger: RunL
     if config.eval.before:
         report("before")
     stream = TrainStream(
-        data.sequences_of_epoch, config.optim.micro_batch * config.optim.grad_accum, mesh.rank, mesh.world_size
+        data.sequences_of_epoch, config.optim.micro_batch * config.optim.grad_accum, mesh.dp_rank, mesh.dp_size
     )
     Trainer(config, mesh, engine, iter(make_loader(stream, config.data.num_workers))).fit(logger.step)
     if config.eval.after:
@@ -125,7 +146,7 @@ def _describe(config: TrainConfig, plan: Plan, mesh: Mesh, output: Path) -> list
         if attention.kind == "dense"
         else f"LRSA, sink {attention.sink_size}, lag {attention.lag_size}, retention {retention}"
     )
-    sequences = mesh.world_size * optim.micro_batch * optim.grad_accum
+    sequences = mesh.dp_size * optim.micro_batch * optim.grad_accum
     name = torch.cuda.get_device_name() if mesh.device.type == "cuda" else "CPU"
     return [
         f"{config.run_name}: {plan.num_parameters / 1e6:,.1f}M parameters in {str(plan.dtype).removeprefix('torch.')} "

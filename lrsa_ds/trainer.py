@@ -9,7 +9,8 @@ import torch
 from deepspeed import DeepSpeedEngine as Engine
 
 from lrsa_ds.config import LRSAConfig, OptimConfig, TrainConfig, require
-from lrsa_ds.data.packing import PackedSequence, collate
+from lrsa_ds.data.packing import PackedSequence, collate, shard
+from lrsa_ds.parallel.attention import attention_function
 from lrsa_ds.parallel.mesh import Mesh
 from lrsa_ds.parallel.zero import gradient_scale
 
@@ -26,17 +27,16 @@ def cosine_schedule(optim: OptimConfig) -> Callable[[int], float]:
     return factor
 
 
-def forward(
-    engine: Engine, batch: PackedSequence, attention: LRSAConfig, num_slots: int, device: torch.device
-) -> torch.Tensor:
-    """One pass of the model with its loss over one row of packed sequences; see `TargetLoss.forward`."""
+def forward(engine: Engine, batch: PackedSequence, attention: LRSAConfig, num_slots: int, mesh: Mesh) -> torch.Tensor:
+    """One pass of the model with its loss over this rank's shard of a row; see `TargetLoss.forward`."""
     return engine(
-        input_ids=batch.input_ids[None].to(device, non_blocking=True),
-        position_ids=batch.position_ids[None].to(device, non_blocking=True),
-        labels=batch.labels[None].to(device, non_blocking=True),
+        input_ids=batch.input_ids[None].to(mesh.device, non_blocking=True),
+        position_ids=batch.position_ids[None].to(mesh.device, non_blocking=True),
+        labels=batch.labels[None].to(mesh.device, non_blocking=True),
         document_lengths=batch.document_lengths,
         lrsa_config=attention,
         num_slots=num_slots,
+        attend=attention_function(mesh.sequence),
     )
 
 
@@ -49,10 +49,12 @@ class Trainer:
         self.engine = engine
         self.steps = steps
         self.scale = gradient_scale(config, mesh.world_size)
+        self.num_layers = engine.module.lm.config.get_text_config().num_hidden_layers
 
     def fit(self, on_step: Callable[[dict], None]) -> None:
         """Trains, and calls `on_step` with the metrics of each step (the same on every rank)."""
         self.engine.train()
+        self._traffic()  # what an evaluation sent before belongs to no step
         reset_peak_memory(self.mesh.device)
         for step in range(self.config.optim.num_steps):
             start = time.perf_counter()
@@ -62,20 +64,21 @@ class Trainer:
 
     def train_step(self, step: int, sequences: list[PackedSequence]) -> dict:
         """One optimizer step: `grad_accum` micro-batches of `micro_batch` sequences. Returns its metrics."""
-        size = self.config.optim.micro_batch
-        batches = [collate(sequences[i : i + size]) for i in range(0, len(sequences), size)]
+        mesh, size = self.mesh, self.config.optim.micro_batch
+        rows = [collate(sequences[i : i + size], mesh.sp_size) for i in range(0, len(sequences), size)]
+        batches = [shard(row, mesh.sp_size, mesh.sp_rank) for row in rows]
         counts = [float(b.num_target_tokens) for b in batches]
-        num_tokens, num_targets = self.mesh.sum([sum(float(b.num_tokens) for b in batches), sum(counts)])
-        slots = self.mesh.max(counts)
+        num_tokens, num_targets = mesh.sum([sum(float(b.num_tokens) for b in batches), sum(counts)])
+        slots = mesh.max(counts)
         require(num_targets > 0, f"step {step + 1} has no target token: look at the answers of the data.")
         attention = self.config.attention.at_step(step)
         local_loss = 0.0
         for batch, num_slots in zip(batches, slots, strict=True):
-            loss = forward(self.engine, batch, attention, max(1, int(num_slots)), self.mesh.device) / num_targets
+            loss = forward(self.engine, batch, attention, max(1, int(num_slots)), mesh) / num_targets
             local_loss = local_loss + loss.detach()
             self.engine.backward(loss * self.scale)
             self.engine.step()
-        loss = self.mesh.sum([float(local_loss)])[0]
+        loss = mesh.sum([float(local_loss)])[0]
         require(math.isfinite(loss), f"the loss of step {step + 1} is {loss}: lower optim.lr, or look at the data.")
         return {
             "step": step + 1,
@@ -85,8 +88,17 @@ class Trainer:
             "retention": attention.retention,
             "num_tokens": int(num_tokens),
             "num_target_tokens": int(num_targets),
-            "peak_memory_gb": self.mesh.max([peak_memory_gb(self.mesh.device)])[0],
+            "peak_memory_gb": mesh.max([peak_memory_gb(mesh.device)])[0],
+            **self._traffic(),
         }
+
+    def _traffic(self) -> dict[str, float]:
+        """Bytes that a rank sent in a layer since the last call, forward and backward, on average over the ranks."""
+        if self.mesh.sequence is None:
+            return {}
+        counts = self.mesh.sequence.traffic.take(self.num_layers)
+        totals = self.mesh.sum(list(counts.values()))
+        return {name: total / self.mesh.world_size for name, total in zip(counts, totals, strict=True)}
 
 
 def reset_peak_memory(device: torch.device) -> None:

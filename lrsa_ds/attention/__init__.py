@@ -1,4 +1,11 @@
+from collections.abc import Callable
+
+import torch
+
 from lrsa_ds.attention.lrsa import lrsa_attention
 from lrsa_ds.attention.select import select_kept
 
-__all__ = ["lrsa_attention", "select_kept"]
+# The signature of `lrsa_attention`.
+AttentionFunction = Callable[..., torch.Tensor]
+
+__all__ = ["AttentionFunction", "lrsa_attention", "select_kept"]

@@ -41,12 +41,13 @@ def flex_lrsa_attention(
         # Slots up to the padded size repeat position 0; no query sees them, so they receive no gradient either.
         positions = torch.nn.functional.pad(positions, (0, layout.buffer_size - positions.shape[2]))
         k, v = (torch.cat([gather_kept(x, positions), x], dim=2) for x in (k, v))
-    attend = _compiled() if q.is_cuda else flex_attention
+    attend = compiled_flex_attention() if q.is_cuda else flex_attention
     return attend(q, k, v, block_mask=layout.block_mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
 
 
 @lru_cache(maxsize=1)
-def _compiled():
+def compiled_flex_attention():
+    """FlexAttention, compiled anew for every shape and never for another layout of the same shape."""
     # Beyond the limit dynamo would fall back to the eager version, which holds the full score matrix: fullgraph makes
     # that an error, and a higher limit leaves room for several models, lengths and gradient modes.
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
@@ -65,12 +66,17 @@ class FlexLayout:
 @lru_cache(maxsize=64)
 def _layout(document_lengths: tuple[int, ...], config: LRSAConfig, device: torch.device) -> FlexLayout:
     table = partition_table(document_lengths, config, align=BLOCK)
-    step = BLOCK * -(-table.num_tokens // (BLOCK * BUFFER_SIZES))
-    buffer_size = -(-table.buffer_size // step) * step
+    buffer_size = padded_buffer_size(table)
     hist_lo, hist_hi, win_lo = (x.to(device) for x in table.intervals())
     own = torch.arange(table.num_tokens, dtype=torch.int32, device=device)
     intervals = torch.stack([hist_lo, hist_hi, win_lo + buffer_size, own + 1 + buffer_size])
     return FlexLayout(table, buffer_size, interval_block_mask(intervals, buffer_size + table.num_tokens))
+
+
+def padded_buffer_size(table: PartitionTable) -> int:
+    """Slots of the kept buffer rounded up to one of `BUFFER_SIZES` sizes, so that few shapes are ever compiled."""
+    step = BLOCK * -(-table.num_tokens // (BLOCK * BUFFER_SIZES))
+    return -(-table.buffer_size // step) * step
 
 
 def interval_block_mask(intervals_4N: torch.Tensor, num_keys: int) -> BlockMask:

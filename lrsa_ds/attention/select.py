@@ -26,25 +26,34 @@ def select_kept(k: torch.Tensor, v: torch.Tensor, config: LRSAConfig) -> torch.T
     """
     num_partitions = max(0, (k.shape[2] - config.sink_size) // config.lag_size - 1)
     starts = config.sink_size + config.lag_size * torch.arange(num_partitions, device=k.device)
-    return _select(k, v, starts, config.lag_size, config.num_kept, one_document=True)
+    return select_partitions(k, v, starts, config.lag_size, config.num_kept, first=config.sink_size)
 
 
 @torch.no_grad()
-def _select(k, v, starts_P: torch.Tensor, lag: int, num_kept: int, one_document: bool) -> torch.Tensor:
-    """Selects in the partitions that begin at `starts_P`, each followed by its lag reference: int64 [B, G, P, K]."""
+def select_partitions(
+    k: torch.Tensor, v: torch.Tensor, starts_P: torch.Tensor, lag: int, num_kept: int, first: int | None = None
+) -> torch.Tensor:
+    """Positions kept in the partitions that begin at `starts_P`, each followed by its lag reference.
+
+    Args:
+        first: the first start, where the partitions are adjacent: spares a copy of the keys and values.
+
+    Returns:
+        int64 [B, G, P, K], absolute positions, ascending.
+    """
     if len(starts_P) == 0:
         return torch.empty(*k.shape[:2], 0, num_kept, dtype=torch.int64, device=k.device)
-    scores = sum(lag_scores(*_partitions(x, starts_P, lag, one_document)) for x in (k, v))
+    scores = sum(lag_scores(*_partitions(x, starts_P, lag, first)) for x in (k, v))
     # A stable sort, since topk does not say which of two equal scores it takes.
     best = scores.sort(dim=-1, descending=True, stable=True).indices[..., :num_kept].sort(dim=-1).values
     return best + starts_P[:, None]
 
 
-def _partitions(x, starts_P: torch.Tensor, lag: int, one_document: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _partitions(x, starts_P: torch.Tensor, lag: int, first: int | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Partitions and lag references of keys or values: two [B, G, P, L, D], views where the partitions are adjacent."""
-    if one_document:
-        start, count = int(starts_P[0]), len(starts_P)
-        parts = x[:, :, start : start + (count + 1) * lag].unflatten(2, (count + 1, lag))
+    if first is not None:
+        count = len(starts_P) + 1
+        parts = x[:, :, first : first + count * lag].unflatten(2, (count, lag))
         return parts[:, :, :-1], parts[:, :, 1:]
     tokens = starts_P[:, None] + torch.arange(2 * lag, device=x.device)
     pairs = x[:, :, tokens]
@@ -78,8 +87,8 @@ def buffer_positions(k: torch.Tensor, v: torch.Tensor, table: PartitionTable) ->
     if not table.kept_documents:
         return torch.empty(*k.shape[:2], 0, dtype=torch.int64, device=k.device)
     plan = _buffer_plan(table, k.device)
-    one_document = len(table.kept_documents) == 1
-    kept = _select(k, v, plan.starts, table.lag_size, table.num_kept, one_document)
+    first = table.kept_documents[0].start + table.sink_size if len(table.kept_documents) == 1 else None
+    kept = select_partitions(k, v, plan.starts, table.lag_size, table.num_kept, first)
     positions = plan.positions.repeat(*k.shape[:2], 1)
     positions[:, :, plan.slots] = kept.flatten(2)
     return positions

@@ -5,7 +5,7 @@ already shifted, so that sharding a sequence later needs no look at the neighbou
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -81,8 +81,15 @@ def pack(examples: Iterable[Example], seq_len: int, pad_id: int, num_open: int =
         yield _packed(members, seq_len, pad_id)
 
 
-def collate(sequences: list[PackedSequence]) -> PackedSequence:
-    """One row of `len(sequences) * T` tokens: the tensors concatenated, and the lists of documents too."""
+def collate(sequences: list[PackedSequence], multiple_of: int = 1) -> PackedSequence:
+    """One row of `len(sequences) * T` tokens: the tensors concatenated, and the lists of documents too.
+
+    The row is padded to a multiple of `multiple_of` tokens, so that as many ranks can share it.
+    """
+    missing = -sum(len(s.input_ids) for s in sequences) % multiple_of
+    if missing:
+        # Any token will do: padding is a document of its own, and nothing in it is a target.
+        sequences = [*sequences, padding_sequence(missing, pad_id=0)]
     return PackedSequence(
         input_ids=torch.cat([s.input_ids for s in sequences]),
         labels=torch.cat([s.labels for s in sequences]),
@@ -92,6 +99,26 @@ def collate(sequences: list[PackedSequence]) -> PackedSequence:
         example_indices=sum((s.example_indices for s in sequences), ()),
         num_tokens=sum(s.num_tokens for s in sequences),
         num_target_tokens=sum(s.num_target_tokens for s in sequences),
+    )
+
+
+def shard(row: PackedSequence, size: int, index: int) -> PackedSequence:
+    """The consecutive tokens that rank `index` of `size` holds of a row whose length `size` divides.
+
+    The lists of documents stay those of the whole row. `num_target_tokens` counts the shard's, and `num_tokens` the
+    whole row's on the first rank and 0 on the others: summed over the ranks, both count everything once.
+    """
+    if size == 1:
+        return row
+    part = slice(index * len(row.labels) // size, (index + 1) * len(row.labels) // size)
+    labels = row.labels[part]
+    return replace(
+        row,
+        input_ids=row.input_ids[part],
+        labels=labels,
+        position_ids=row.position_ids[part],
+        num_tokens=row.num_tokens if index == 0 else 0,
+        num_target_tokens=int((labels != IGNORE).sum()),
     )
 
 

@@ -10,6 +10,9 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
+from lrsa_ds.config import require
+from lrsa_ds.parallel.exchange import SequenceGroup
+
 
 @dataclass(frozen=True)
 class Mesh:
@@ -19,6 +22,26 @@ class Mesh:
     world_size: int
     local_rank: int
     device: torch.device
+    sequence: SequenceGroup | None = None  # the ranks that share this rank's sequences, if there are several
+
+    @property
+    def sp_size(self) -> int:
+        """Ranks that share a sequence."""
+        return self.sequence.size if self.sequence else 1
+
+    @property
+    def sp_rank(self) -> int:
+        """Which shard of a sequence this rank holds."""
+        return self.rank % self.sp_size
+
+    @property
+    def dp_size(self) -> int:
+        """Replicas: groups of ranks that each take sequences of their own."""
+        return self.world_size // self.sp_size
+
+    @property
+    def dp_rank(self) -> int:
+        return self.rank // self.sp_size
 
     @property
     def is_main(self) -> bool:
@@ -48,8 +71,26 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
-def start_mesh() -> Mesh:
-    """Starts the process group: NCCL on CUDA, gloo on the CPU. Without a launcher the run has one process."""
+def world_size() -> int:
+    """Processes of the run, known from the launcher before the process group starts."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def check_world(sp_size: int) -> None:
+    """Raises LRSAError unless the processes of the run can be dealt out into groups of `sp_size`."""
+    count = world_size()
+    valid = ", ".join(str(p) for p in range(1, count + 1) if count % p == 0)
+    require(
+        count % sp_size == 0,
+        f"parallel.sp_size={sp_size} does not divide the {count} processes of the run; valid here: {valid}.",
+    )
+
+
+def start_mesh(sp_size: int = 1) -> Mesh:
+    """Starts the process group: NCCL on CUDA, gloo on the CPU. Without a launcher the run has one process.
+
+    Each `sp_size` consecutive ranks share their sequences.
+    """
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
         os.environ.setdefault("MASTER_PORT", str(_free_port()))
@@ -63,7 +104,15 @@ def start_mesh() -> Mesh:
         # DeepSpeed would compile a shared-memory collective, for most of a minute, and leave its segments behind.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if use_cuda else "gloo", verbose=False)
-    return Mesh(dist.get_rank(), dist.get_world_size(), local_rank(), device)
+    return Mesh(dist.get_rank(), dist.get_world_size(), local_rank(), device, _sequence_group(sp_size))
+
+
+def _sequence_group(size: int) -> SequenceGroup | None:
+    if size == 1:
+        return None
+    # Every rank takes part in making every group.
+    groups = [dist.new_group(range(first, first + size)) for first in range(0, dist.get_world_size(), size)]
+    return SequenceGroup(groups[dist.get_rank() // size], size, dist.get_rank() % size)
 
 
 def stop_mesh() -> None:

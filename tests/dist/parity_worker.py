@@ -12,18 +12,19 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lrsa_ds import LRSAConfig, apply_lrsa
-from lrsa_ds.config import AttentionConfig, ModelConfig, OptimConfig, TrainConfig, ZeroConfig
+from lrsa_ds.config import AttentionConfig, ModelConfig, OptimConfig, ParallelConfig, TrainConfig, ZeroConfig
 from lrsa_ds.data.packing import IGNORE, Example, collate, pack
 from lrsa_ds.data.stream import TrainStream, make_loader
 from lrsa_ds.loss import TargetLoss
 from lrsa_ds.model import enable_checkpointing, layer_classes
-from lrsa_ds.parallel.mesh import start_mesh
+from lrsa_ds.parallel import sequence
+from lrsa_ds.parallel.mesh import start_mesh, stop_mesh
 from lrsa_ds.parallel.zero import make_engine
 from lrsa_ds.trainer import Trainer, cosine_schedule
 from tests.helpers import relative_error
 
 SEQ_LEN, NUM_SEQUENCES = 160, 4
-SIZES = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+SIZES = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
 
 
 def sequences():
@@ -42,25 +43,42 @@ def sequences():
 def make_model(options):
     torch.manual_seed(0)
     config = AutoConfig.for_model(
-        options.family, **SIZES, num_key_value_heads=options.kv_heads, tie_word_embeddings=options.tied
+        options.family,
+        **SIZES,
+        num_attention_heads=options.heads,
+        num_key_value_heads=options.kv_heads,
+        head_dim=8,
+        tie_word_embeddings=options.tied,
     )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    return apply_lrsa(model, LRSAConfig(sink_size=4, lag_size=16, retention=0.25)).train()
+    return apply_lrsa(model, LRSAConfig(sink_size=4, lag_size=16, retention=options.retention)).train()
 
 
-def reference(options):
-    """Loss and gradients of one step over all sequences, in plain torch."""
+def reference(options, optim):
+    """Loss and gradients of one step over all sequences, and the loss of the next, in plain torch."""
     model = make_model(options)
     batch = collate(sequences())
-    logits = model(
-        batch.input_ids[None],
-        position_ids=batch.position_ids[None],
-        document_lengths=batch.document_lengths,
-        use_cache=False,
-    ).logits[0]
-    loss = torch.nn.functional.cross_entropy(logits, batch.labels, ignore_index=IGNORE)
+
+    def forward():
+        logits = model(
+            batch.input_ids[None],
+            position_ids=batch.position_ids[None],
+            document_lengths=batch.document_lengths,
+            use_cache=False,
+        ).logits[0]
+        return torch.nn.functional.cross_entropy(logits, batch.labels, ignore_index=IGNORE)
+
+    loss = forward()
     loss.backward()
-    return loss.item(), {name: p.grad for name, p in model.named_parameters()}
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    torch.optim.AdamW(model.parameters(), optim.lr, (optim.beta1, optim.beta2), weight_decay=0.0).step()
+    return loss.item(), gradients, forward().item()
+
+
+def break_halo():
+    """Lets every rank see zeros where its neighbour's keys and values should be."""
+    whole = sequence.exchange_halo
+    sequence.exchange_halo = lambda *arguments: tuple(x * 0 for x in whole(*arguments))
 
 
 def main():
@@ -68,17 +86,22 @@ def main():
     parser.add_argument("--family", default="qwen2")
     parser.add_argument("--stage", type=int, default=3)
     parser.add_argument("--micro-batch", type=int, default=1)
+    parser.add_argument("--sp-size", type=int, default=1)
+    parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--kv-heads", type=int, default=2)
+    parser.add_argument("--retention", type=float, default=0.25)
     parser.add_argument("--tied", action="store_true")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--break-scale", action="store_true")
+    parser.add_argument("--break-halo", action="store_true")
     options = parser.parse_args()
-    mesh = start_mesh()
-    grad_accum = NUM_SEQUENCES // (mesh.world_size * options.micro_batch)
+    mesh = start_mesh(options.sp_size)
+    grad_accum = NUM_SEQUENCES // (mesh.dp_size * options.micro_batch)
     config = TrainConfig(
         seq_len=SEQ_LEN,
         model=ModelConfig(random={"model_type": options.family}, tokenizer="bytes"),
-        attention=AttentionConfig(sink_size=4, lag_size=16, retention=0.25),
+        attention=AttentionConfig(sink_size=4, lag_size=16, retention=options.retention),
+        parallel=ParallelConfig(sp_size=options.sp_size),
         zero=ZeroConfig(stage=options.stage),
         optim=OptimConfig(
             num_steps=2, warmup_steps=0, micro_batch=options.micro_batch, grad_accum=grad_accum, grad_clip=0.0
@@ -98,13 +121,15 @@ def main():
         engine_step()
 
     engine.step = step_and_keep_gradients
-    stream = TrainStream(lambda epoch: iter(sequences()), NUM_SEQUENCES // mesh.world_size, mesh.rank, mesh.world_size)
+    stream = TrainStream(lambda epoch: iter(sequences()), NUM_SEQUENCES // mesh.dp_size, mesh.dp_rank, mesh.dp_size)
     trainer = Trainer(config, mesh, engine, iter(make_loader(stream, 0)))
     if options.break_scale:
         trainer.scale = 1.0
+    if options.break_halo:
+        break_halo()
     rows = []
     trainer.fit(rows.append)
-    loss, expected = reference(options)
+    loss, expected, second = reference(options, config.optim)
     norm = torch.stack([g.norm() for g in expected.values()]).norm().item()
     worst = max((relative_error(gradients[name], g), name) for name, g in expected.items())
     if mesh.is_main:
@@ -117,9 +142,12 @@ def main():
                     "num_tokens": rows[0]["num_tokens"],
                     "num_target_tokens": rows[0]["num_target_tokens"],
                     "second_loss": rows[1]["loss"],
+                    "second_loss_error": abs(rows[1]["loss"] - second) / second,
+                    "traffic": {name: value for name, value in rows[0].items() if "_bytes_" in name},
                 }
             )
         )
+    stop_mesh()
 
 
 main()

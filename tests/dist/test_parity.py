@@ -7,12 +7,13 @@ import pytest
 from tests.helpers import ROOT, run_ranks
 
 pytestmark = pytest.mark.dist
-WORKER = ROOT / "tests/dist/parity_worker.py"
+LENGTHS = [160, 70, 50, 31, 110, 45, 155]  # of the worker's documents
 
 
-def measured(world_size, *options):
+def measured(worker, world_size, *options):
     # The launcher and DeepSpeed may print to stdout too; the worker's object is the last line.
-    return json.loads(run_ranks(WORKER, world_size, *options)[0].strip().splitlines()[-1])
+    output = run_ranks(ROOT / "tests/dist" / worker, world_size, *options)[0]
+    return json.loads(output.strip().splitlines()[-1])
 
 
 @pytest.mark.parametrize(
@@ -24,17 +25,69 @@ def measured(world_size, *options):
         (4, ["--kv-heads", 1, "--checkpointing"]),
         (2, ["--stage", 2, "--tied"]),
         (2, ["--stage", 1, "--micro-batch", 2]),
+        # Sequence parallelism; four sequences, so the fewer replicas, the more micro-batches in a step.
+        (2, ["--sp-size", 2, "--kv-heads", 1, "--checkpointing"]),
+        (2, ["--sp-size", 2, "--stage", 2, "--micro-batch", 2]),
+        (2, ["--sp-size", 2, "--stage", 1, "--kv-heads", 4]),
+        (4, ["--sp-size", 2, "--tied", "--checkpointing"]),
+        (4, ["--sp-size", 4, "--kv-heads", 2, "--micro-batch", 2, "--checkpointing"]),
+        (3, ["--sp-size", 3, "--heads", 6, "--kv-heads", 2, "--micro-batch", 4, "--family", "qwen3"]),
+        # Dense attention under sequence parallelism is DeepSpeed's Ulysses.
+        (2, ["--sp-size", 2, "--retention", 1.0, "--kv-heads", 1]),
+        (4, ["--sp-size", 4, "--retention", 1.0, "--micro-batch", 2, "--checkpointing"]),
     ],
 )
 def test_loss_and_gradients(world_size, options):
-    result = measured(world_size, *options)
+    result = measured("parity_worker.py", world_size, *options)
     assert result["loss_error"] < 1e-6
     assert result["worst_gradient"][0] < 1e-5, result
     assert result["norm_error"] < 1e-5
-    assert result["num_tokens"] == 160 + 70 + 50 + 31 + 110 + 45 + 155
+    assert result["second_loss_error"] < 1e-5
+    # However many ranks share a sequence, each of its tokens counts once.
+    assert result["num_tokens"] == sum(LENGTHS)
     assert result["num_target_tokens"] == 100
 
 
-def test_a_wrong_scale_is_seen():
-    result = measured(2, "--break-scale")
+@pytest.mark.parametrize("options", [["--break-scale"], ["--sp-size", 2, "--break-scale"]])
+def test_a_wrong_scale_is_seen(options):
+    result = measured("parity_worker.py", 2, *options)
     assert result["worst_gradient"][0] > 0.5 and result["norm_error"] > 0.5
+
+
+def test_a_missing_halo_is_seen():
+    result = measured("parity_worker.py", 2, "--sp-size", 2, "--break-halo")
+    assert result["loss_error"] > 1e-5 and result["worst_gradient"][0] > 1e-2
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_sequence_parallel_attention_on_random_layouts(size):
+    """Odd lengths, documents cut anywhere, KV heads fewer than ranks: the output and every gradient."""
+    cases = measured("attention_worker.py", size, "--sp-size", size)
+    assert len(cases) == 25
+    assert max(error for _, error in cases) < 1e-6, max(cases, key=lambda case: case[1])
+
+
+def test_what_travels():
+    """Bytes of a step against those worked out by hand, and the kept KV against r of what dense Ulysses sends."""
+    size, heads, kv_heads, dim, tokens, micro_batches = 2, 4, 2, 8, 160, 4
+    traffic = measured("parity_worker.py", 2, "--sp-size", 2)["traffic"]
+    per_head = 4 * dim * micro_batches  # bytes of one token, in fp32
+    others = (size - 1) / size
+    for direction in ("forward", "backward"):
+        sent = {name.removeprefix(f"sent_bytes_{direction}_"): value for name, value in traffic.items()}
+        assert sent["queries"] == sent["outputs"] == heads * tokens / size * others * per_head
+        assert sent["lse"] == sent["outputs"] / dim
+        # Of every sequence the last S + 2L = 36 tokens of the first rank's keys and values, halved by the mean of ranks.
+        assert sent["halo"] == 2 * kv_heads * 36 * per_head / size
+        ulysses_kv = traffic[f"ulysses_bytes_{direction}_kv"]
+        assert ulysses_kv == 2 * kv_heads * tokens / size * others * per_head
+        assert 0 < sent["kept"] <= 0.25 * 1.1 * ulysses_kv
+        assert traffic[f"ulysses_bytes_{direction}"] == ulysses_kv + 2 * sent["queries"]
+        assert sent["kv"] == 0
+
+
+def test_what_dense_attention_sends_is_what_is_said_of_it():
+    traffic = measured("parity_worker.py", 2, "--sp-size", 2, "--retention", 1.0)["traffic"]
+    for direction in ("forward", "backward"):
+        assert traffic[f"sent_bytes_{direction}"] == traffic[f"ulysses_bytes_{direction}"] > 0
+        assert traffic[f"sent_bytes_{direction}_kv"] == traffic[f"ulysses_bytes_{direction}_kv"] > 0

@@ -1,0 +1,34 @@
+"""The attention function of a run: that of one rank, or that of several which share every sequence."""
+
+from functools import partial
+
+import torch
+
+from lrsa_ds.attention import AttentionFunction, lrsa_attention
+from lrsa_ds.config import LRSAConfig
+from lrsa_ds.parallel.exchange import SequenceGroup
+from lrsa_ds.parallel.sequence import sequence_parallel_attention
+from lrsa_ds.parallel.ulysses import ulysses_attention
+
+
+def attention_function(group: SequenceGroup | None) -> AttentionFunction:
+    """A function with the signature of `lrsa_attention`, for a whole sequence or for this rank's shard of it.
+
+    Under sequence parallelism dense attention (retention 1) is DeepSpeed's Ulysses, LRSA our own exchange.
+    """
+    return lrsa_attention if group is None else partial(_shared, group)
+
+
+def _shared(
+    group: SequenceGroup,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    config: LRSAConfig,
+    document_lengths: tuple[int, ...],
+    scale: float | None = None,
+) -> torch.Tensor:
+    attend = ulysses_attention if config.is_dense else sequence_parallel_attention
+    output = attend(q, k, v, config, document_lengths, group, scale)
+    group.traffic.count_ulysses(q, k, output, group.size, is_real=config.is_dense)
+    return output

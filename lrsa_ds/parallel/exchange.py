@@ -1,0 +1,107 @@
+"""The one collective of sequence parallelism: an all-to-all of unequal parts, differentiable, and counted.
+
+Its halves are separate, so that work can be done while the data travels: `start` launches the exchange and `finish`
+waits for it. In the backward pass their roles swap: `finish` launches the exchange of the gradients, and `start` waits.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+
+from lrsa_ds.parallel.traffic import Traffic
+
+
+@dataclass(frozen=True, eq=False)
+class SequenceGroup:
+    """The ranks that share one sequence, in the order of their shards; `index` is this rank's place among them."""
+
+    process_group: dist.ProcessGroup
+    size: int
+    index: int
+    traffic: Traffic = field(default_factory=Traffic)
+
+
+@dataclass
+class Pending:
+    """An exchange between its start and its finish, in either direction of the pass."""
+
+    group: SequenceGroup
+    cargo: str
+    send_counts: list[int]
+    recv_counts: list[int]
+    work: dist.Work | None = None
+    sent: torch.Tensor | None = None  # must outlive the launch
+    received: torch.Tensor | None = None
+
+    def launch(self, x: torch.Tensor, reverse: bool) -> torch.Tensor:
+        sends, receives = self.send_counts, self.recv_counts
+        if reverse:
+            sends, receives = receives, sends
+        self.sent = x.contiguous()
+        self.received = x.new_empty(sum(receives))
+        self.work = dist.all_to_all_single(
+            self.received, self.sent, receives, sends, group=self.group.process_group, async_op=True
+        )
+        to_others = sum(sends) - sends[self.group.index]
+        direction = "backward" if reverse else "forward"
+        self.group.traffic.sent[self.cargo, direction] += to_others * x.element_size()
+        return self.received
+
+    def wait(self) -> torch.Tensor:
+        self.work.wait()
+        received, self.work, self.sent, self.received = self.received, None, None, None
+        return received
+
+
+class _Start(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, pending):
+        ctx.pending = pending
+        return pending.launch(x, reverse=False)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        # `gradient` is what _Finish handed on in its place; the true one has travelled meanwhile.
+        return ctx.pending.wait(), None
+
+
+class _Finish(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, received, pending):
+        ctx.pending = pending
+        pending.wait()
+        return received.view_as(received)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        ctx.pending.launch(gradient, reverse=True)
+        return gradient, None
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A started exchange. `finish` returns one tensor from each rank of the group, in its order."""
+
+    received: torch.Tensor
+    pending: Pending
+    recv_shapes: list[tuple[int, ...]]
+
+    def finish(self) -> list[torch.Tensor]:
+        flat = _Finish.apply(self.received, self.pending)
+        return [
+            part.view(shape) for part, shape in zip(flat.split(self.pending.recv_counts), self.recv_shapes, strict=True)
+        ]
+
+
+def start(group: SequenceGroup, cargo: str, parts: list[torch.Tensor], recv_shapes: list[tuple[int, ...]]) -> Exchange:
+    """Sends `parts[r]` to rank r of the group and receives a tensor of shape `recv_shapes[r]` from it.
+
+    Args:
+        cargo: under which name the bytes are counted; one of `traffic.CARGO`.
+        parts: tensors of one dtype, of any shapes; their sizes are what the receivers expect.
+    """
+    recv_counts = [torch.Size(shape).numel() for shape in recv_shapes]
+    pending = Pending(group, cargo, [part.numel() for part in parts], recv_counts)
+    flat = torch.cat([part.reshape(-1) for part in parts])
+    return Exchange(_Start.apply(flat, pending), pending, recv_shapes)

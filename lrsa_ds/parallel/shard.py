@@ -1,0 +1,124 @@
+"""Which rank computes what of a sequence that is cut into shards: integers of the partition table, before any data.
+
+Rank s of P holds tokens [s*T/P, (s+1)*T/P). Its *halo* is the S + 2L tokens before them: with it the rank has all that
+its windows need, all of every partition whose lag reference ends in its shard, and every sink that ends there. Such a
+partition or sink belongs to the rank: it selects and sends its part of the kept buffer.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from lrsa_ds.attention.flex import BLOCK, padded_buffer_size
+from lrsa_ds.attention.interval import Intervals
+from lrsa_ds.config import LRSAConfig, require
+from lrsa_ds.partition import PartitionTable, partition_table
+
+
+@dataclass(frozen=True, eq=False)
+class ShardLayout:
+    """The part of one rank. Positions count tokens of [halo | shard] where they are called local."""
+
+    shard_size: int
+    halo_size: int  # of this rank: the first ranks may have less before them than S + 2L
+    sent_halo_size: int  # of the next rank, which this rank sends
+    window: Intervals  # of each query of the shard, over [halo | shard]
+    history: Intervals  # of each query of the whole sequence, over the kept buffer
+    sink_positions: torch.Tensor  # local
+    starts: torch.Tensor  # local, first token of each partition that this rank selects
+    order: torch.Tensor  # from [sinks | kept KV] of this rank to the order of the kept buffer
+    num_sent: tuple[int, ...]  # slots that each rank contributes
+    buffer_slots: torch.Tensor  # for each slot of the (padded) kept buffer, its place in the ranks' contributions
+
+
+def check_shards(num_tokens: int, size: int, config: LRSAConfig, key: str) -> None:
+    """Raises LRSAError unless `num_tokens` cut into `size` shards leave each long enough for a halo."""
+    halo = config.sink_size + 2 * config.lag_size
+    shard = -(-num_tokens // size)
+    most = max(1, num_tokens // halo)
+    require(
+        size == 1 or shard >= halo,
+        f"parallel.sp_size={size} cuts {key} = {num_tokens:,} tokens into shards of {shard:,}, and LRSA needs at least "
+        f"sink_size + 2 * lag_size = {halo:,}: give at most {most}, or longer sequences.",
+    )
+
+
+@lru_cache(maxsize=64)
+def shard_layout(
+    document_lengths: tuple[int, ...], config: LRSAConfig, size: int, index: int, use_flex: bool, device: torch.device
+) -> ShardLayout:
+    """The layout of rank `index` of `size`, with the kept buffer aligned and padded where a kernel likes it so."""
+    table = partition_table(document_lengths, config, align=BLOCK if use_flex else 1)
+    shard, halo_max = table.num_tokens // size, config.sink_size + 2 * config.lag_size
+    lo = index * shard
+    halo = min(lo, halo_max)
+    hist_lo, hist_hi, win_lo = table.intervals()
+    own = torch.arange(lo, lo + shard, dtype=torch.int32)
+    first_local = lo - halo
+    pieces = _pieces(table, size)
+    mine = [p for p in pieces if p.owner == index]
+    sinks = [torch.arange(p.token, p.token + p.size) for p in mine if p.is_sink]
+    starts = [p.token for p in mine if not p.is_sink]
+    buffer_size = padded_buffer_size(table) if use_flex else table.buffer_size
+    return ShardLayout(
+        shard_size=shard,
+        halo_size=halo,
+        sent_halo_size=min(lo + shard, halo_max) if index + 1 < size else 0,
+        window=Intervals((win_lo[lo : lo + shard] - first_local).to(device), (own + 1 - first_local).to(device)),
+        history=Intervals(hist_lo.to(device), hist_hi.to(device)),
+        sink_positions=(torch.cat([*sinks, torch.empty(0, dtype=torch.int64)]) - first_local).to(device),
+        starts=(torch.tensor(starts, dtype=torch.int64) - first_local).to(device),
+        order=_order_of(mine).to(device),
+        num_sent=tuple(sum(p.size for p in pieces if p.owner == rank) for rank in range(size)),
+        buffer_slots=_buffer_slots(pieces, buffer_size).to(device),
+    )
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A sink or the kept KV of a partition: the tokens it comes from, its slots, and the rank it belongs to."""
+
+    is_sink: bool
+    token: int  # the first
+    slot: int
+    size: int
+    owner: int
+
+
+def _pieces(table: PartitionTable, size: int) -> list[_Piece]:
+    """All pieces of the kept buffer, in its order; owners ascend, since tokens do."""
+    shard, sink, lag = table.num_tokens // size, table.sink_size, table.lag_size
+    pieces = []
+    for document in table.kept_documents:
+        if sink:
+            last = document.start + sink - 1
+            pieces.append(_Piece(True, document.start, document.buffer_lo, sink, last // shard))
+        for p in range(document.num_partitions):
+            token = document.start + sink + p * lag
+            slot = document.buffer_lo + sink + p * table.num_kept
+            pieces.append(_Piece(False, token, slot, table.num_kept, (token + 2 * lag - 1) // shard))
+    return pieces
+
+
+def _order_of(pieces: list[_Piece]) -> torch.Tensor:
+    """Where each slot that a rank sends lies in [its sinks | its kept KV]."""
+    num_sink = sum(p.size for p in pieces if p.is_sink)
+    places, sink_place, kept_place = [], 0, num_sink
+    for piece in pieces:
+        if piece.is_sink:
+            places.append(torch.arange(sink_place, sink_place + piece.size))
+            sink_place += piece.size
+        else:
+            places.append(torch.arange(kept_place, kept_place + piece.size))
+            kept_place += piece.size
+    return torch.cat([*places, torch.empty(0, dtype=torch.int64)])
+
+
+def _buffer_slots(pieces: list[_Piece], buffer_size: int) -> torch.Tensor:
+    """The contributions of all ranks, one after the other, are the kept buffer without its gaps, which name place 0."""
+    slots, place = torch.zeros(buffer_size, dtype=torch.int64), 0
+    for piece in pieces:
+        slots[piece.slot : piece.slot + piece.size] = torch.arange(place, place + piece.size)
+        place += piece.size
+    return slots

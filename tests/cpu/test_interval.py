@@ -1,0 +1,131 @@
+"""Attention over one interval a query, its merge with another, and how a partition table is cut into shards."""
+
+import pytest
+import torch
+
+from lrsa_ds import LRSAConfig
+from lrsa_ds.attention.interval import Intervals, flex_interval_attention, interval_attention, merge
+from lrsa_ds.errors import LRSAError
+from lrsa_ds.parallel.sequence import check_heads
+from lrsa_ds.parallel.shard import check_shards, shard_layout
+from lrsa_ds.parallel.ulysses import check_dense_heads
+from tests.helpers import assert_close
+
+
+def random_parts(num_queries, num_keys, heads=4, kv_heads=2, dim=16):
+    shapes = [(1, heads, num_queries, dim)] + 2 * [(1, kv_heads, num_keys, dim)]
+    return [torch.randn(shape).requires_grad_() for shape in shapes]
+
+
+def random_intervals(num_queries, num_keys):
+    lo = torch.randint(0, num_keys, (num_queries,), dtype=torch.int32)
+    hi = (lo + torch.randint(0, num_keys // 2, (num_queries,), dtype=torch.int32)).clamp(max=num_keys)
+    hi[::7] = lo[::7]  # some see nothing
+    return Intervals(lo, hi)
+
+
+def masked_attention(q, k, v, visible, scale):
+    """Output and log-sum-exp in fp64; `visible` is bool [queries, keys], and a query without a key gives 0 and -inf."""
+    q, k, v = q.double(), *(x.double().repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    weights = ((q @ k.mT) * scale).exp() * visible
+    empty = ~visible.any(-1)
+    total = weights.sum(-1) + empty
+    return weights @ v / total[..., None], total.log().masked_fill(empty, -torch.inf)
+
+
+def visible_in(intervals, num_keys):
+    keys = torch.arange(num_keys)
+    return (keys >= intervals.lo[:, None]) & (keys < intervals.hi[:, None])
+
+
+@pytest.mark.parametrize("num_queries,num_keys,heads,kv_heads", [(40, 77, 4, 2), (600, 300, 3, 1), (513, 64, 2, 2)])
+def test_interval_attention_follows_the_definition(num_queries, num_keys, heads, kv_heads):
+    inputs = random_parts(num_queries, num_keys, heads, kv_heads)
+    intervals = random_intervals(num_queries, num_keys)
+    out, lse = interval_attention(*inputs, intervals, 0.2)
+    expected, expected_lse = masked_attention(*inputs, visible_in(intervals, num_keys), 0.2)
+    assert_close(out, expected, 1e-6, "output")
+    sees = intervals.hi > intervals.lo
+    assert_close(lse[..., sees], expected_lse[..., sees], 1e-6, "log-sum-exp")
+    assert (lse[..., ~sees] == -torch.inf).all() and (out[:, :, ~sees] == 0).all()
+    upstream, upstream_lse = torch.randn_like(out), torch.randn_like(lse[..., sees])
+    total = (out * upstream).sum() + (lse[..., sees] * upstream_lse).sum()
+    expected_total = (expected * upstream).sum() + (expected_lse[..., sees] * upstream_lse).sum()
+    gradients = zip(torch.autograd.grad(total, inputs), torch.autograd.grad(expected_total, inputs), strict=True)
+    for name, (actual, wanted) in zip("qkv", gradients, strict=True):
+        assert_close(actual, wanted, 1e-5, f"gradient of {name}")
+
+
+@pytest.mark.parametrize("num_queries,num_keys", [(40, 200), (300, 270), (257, 129)])
+def test_flex_interval_attention_is_the_same_function(num_queries, num_keys):
+    """Forward only: FlexAttention has no backward on the CPU. Its gradients are compared in tests/gpu."""
+    inputs = [x.detach() for x in random_parts(num_queries, num_keys)]
+    intervals = random_intervals(num_queries, num_keys)
+    sees = intervals.hi > intervals.lo
+    out, lse = flex_interval_attention(*inputs, intervals, 0.2)
+    expected, expected_lse = interval_attention(*inputs, intervals, 0.2)
+    assert out.shape == expected.shape and lse.shape == expected_lse.shape
+    assert_close(out[:, :, sees], expected[:, :, sees], 1e-5, "output")
+    assert_close(lse[..., sees], expected_lse[..., sees], 1e-5, "log-sum-exp")
+
+
+def test_merged_parts_are_attention_over_both():
+    num_queries, num_keys, split = 50, 80, 33
+    inputs = random_parts(num_queries, num_keys)
+    q, k, v = inputs
+    some = random_intervals(num_queries, split)
+    own = Intervals(torch.full((num_queries,), split), torch.arange(split + 1, split + 1 + num_queries).clamp(max=80))
+    shifted = Intervals(own.lo - split, own.hi - split)
+    history = interval_attention(q, k[:, :, :split], v[:, :, :split], some, 0.2)
+    window = interval_attention(q, k[:, :, split:], v[:, :, split:], shifted, 0.2)
+    merged = merge(window, history, torch.float32)
+    visible = visible_in(some, num_keys) | visible_in(own, num_keys)
+    expected, _ = masked_attention(*inputs, visible, 0.2)
+    assert_close(merged, expected, 1e-6, "output")
+    upstream = torch.randn_like(merged)
+    gradients = zip(
+        torch.autograd.grad(merged, inputs, upstream),
+        torch.autograd.grad(expected, inputs, upstream.double()),
+        strict=True,
+    )
+    for actual, wanted in gradients:
+        assert_close(actual, wanted, 1e-5, "gradient")
+
+
+@pytest.mark.parametrize("use_flex", [False, True])
+@pytest.mark.parametrize("lengths", [(192,), (50, 3, 100, 39), (10, 10, 10, 162)])
+def test_every_slot_of_the_kept_buffer_comes_from_one_rank(lengths, use_flex):
+    config, size = LRSAConfig(sink_size=3, lag_size=8, retention=0.5), 4
+    layouts = [shard_layout(lengths, config, size, rank, use_flex, torch.device("cpu")) for rank in range(size)]
+    shared = layouts[0]
+    for rank, layout in enumerate(layouts):
+        assert torch.equal(layout.buffer_slots, shared.buffer_slots) and layout.num_sent == shared.num_sent
+        assert len(layout.order) == shared.num_sent[rank] == len(layout.sink_positions) + 4 * len(layout.starts)
+        # All that a rank selects from, and all that its windows see, is in its halo and shard.
+        assert (layout.starts >= 0).all() and (layout.starts + 16 <= layout.halo_size + layout.shard_size).all()
+        assert (layout.sink_positions >= 0).all() and (layout.window.lo >= 0).all()
+    used = shared.buffer_slots[shared.buffer_slots > 0]
+    assert used.tolist() == list(range(1, sum(shared.num_sent)))
+
+
+def test_another_layout_takes_one_of_few_buffer_sizes():
+    config = LRSAConfig(sink_size=16, lag_size=64, retention=0.25)
+    draw = torch.Generator().manual_seed(0)
+    sizes = set()
+    for _ in range(60):
+        cuts = torch.randint(1, 8192, (3,), generator=draw).unique().tolist()
+        lengths = tuple(b - a for a, b in zip([0, *cuts], [*cuts, 8192], strict=True))
+        sizes.add(len(shard_layout(lengths, config, 2, 0, True, torch.device("cpu")).buffer_slots))
+    assert len(sizes) <= 4
+
+
+def test_what_cannot_be_shared():
+    config = LRSAConfig(sink_size=16, lag_size=64, retention=0.25)
+    check_shards(1024, 7, config, "seq_len")
+    with pytest.raises(LRSAError, match=r"parallel.sp_size=8 cuts seq_len = 1,024 .* = 144: give at most 7"):
+        check_shards(1024, 8, config, "seq_len")
+    with pytest.raises(LRSAError, match=r"parallel.sp_size=4 does not divide the 6 query heads .* 1, 2, 3, 6"):
+        check_heads(6, 4)
+    check_dense_heads(2, 4)
+    with pytest.raises(LRSAError, match=r"divides the 3 KV heads .*leave 1.0 out of"):
+        check_dense_heads(3, 2)
