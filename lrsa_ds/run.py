@@ -20,7 +20,7 @@ from lrsa_ds.parallel.shard import check_shards
 from lrsa_ds.parallel.ulysses import check_dense_heads
 from lrsa_ds.parallel.zero import deepspeed_config, make_engine
 from lrsa_ds.report import draw_evaluation, evaluation_table
-from lrsa_ds.trainer import Trainer, cosine_schedule
+from lrsa_ds.trainer import Engine, Trainer, cosine_schedule
 
 
 @dataclass(frozen=True)
@@ -102,12 +102,7 @@ def train(config: TrainConfig, procedure: ModuleType, notes: list[str]) -> None:
 
 
 def _run(config: TrainConfig, plan: Plan, mesh: Mesh, output: Path, logger: RunLogger) -> None:
-    sharded = deepspeed_config(config, plan.dtype) if config.zero.stage == 3 else None
-    model = apply_lrsa(load_model(config.model, plan.dtype, sharded), config.attention.at_step(0))
-    if config.activation_checkpointing:
-        enable_checkpointing(model)
-    loss = TargetLoss(model, config.loss_chunk_size)
-    engine = make_engine(config, loss, plan.dtype, cosine_schedule(config.optim), layer_classes(model))
+    engine = build_engine(config, plan)
     data, rows = plan.data, []
 
     def report(when: str) -> None:
@@ -117,15 +112,29 @@ def _run(config: TrainConfig, plan: Plan, mesh: Mesh, output: Path, logger: RunL
 
     if config.eval.before:
         report("before")
-    stream = TrainStream(
-        data.sequences_of_epoch, config.optim.micro_batch * config.optim.grad_accum, mesh.dp_rank, mesh.dp_size
-    )
-    Trainer(config, mesh, engine, iter(make_loader(stream, config.data.num_workers))).fit(logger.step)
+    build_trainer(config, plan, mesh, engine).fit(logger.step)
     if config.eval.after:
         report("after")
     if config.checkpoint.export:
         checkpoint.export_model(engine, plan.tokenizer, config, output, mesh)
         logger.message(f"model: {output / checkpoint.MODEL_DIRECTORY}")
+
+
+def build_engine(config: TrainConfig, plan: Plan) -> Engine:
+    """The model with LRSA attention and its loss, in DeepSpeed's engine."""
+    sharded = deepspeed_config(config, plan.dtype) if config.zero.stage == 3 else None
+    model = apply_lrsa(load_model(config.model, plan.dtype, sharded), config.attention.at_step(0))
+    if config.activation_checkpointing:
+        enable_checkpointing(model)
+    loss = TargetLoss(model, config.loss_chunk_size)
+    return make_engine(config, loss, plan.dtype, cosine_schedule(config.optim), layer_classes(model))
+
+
+def build_trainer(config: TrainConfig, plan: Plan, mesh: Mesh, engine: Engine) -> Trainer:
+    """The training loop over this rank's share of the sequences."""
+    per_step = config.optim.micro_batch * config.optim.grad_accum
+    stream = TrainStream(plan.data.sequences_of_epoch, per_step, mesh.dp_rank, mesh.dp_size)
+    return Trainer(config, mesh, engine, iter(make_loader(stream, config.data.num_workers)))
 
 
 def _report(config: TrainConfig, rows: list[dict], when: str, output: Path, logger: RunLogger) -> None:
@@ -148,9 +157,10 @@ def _describe(config: TrainConfig, plan: Plan, mesh: Mesh, output: Path) -> list
     )
     sequences = mesh.dp_size * optim.micro_batch * optim.grad_accum
     name = torch.cuda.get_device_name() if mesh.device.type == "cuda" else "CPU"
+    shared = f", {mesh.sp_size} ranks to a sequence" if mesh.sp_size > 1 else ""
     return [
         f"{config.run_name}: {plan.num_parameters / 1e6:,.1f}M parameters in {str(plan.dtype).removeprefix('torch.')} "
-        f"on {mesh.world_size} × {name}, ZeRO stage {config.zero.stage}",
+        f"on {mesh.world_size} × {name}, ZeRO stage {config.zero.stage}{shared}",
         f"attention: {kind}",
         f"{optim.num_steps} steps of {sequences} × {config.seq_len:,} tokens, peak learning rate {optim.lr:g}",
         f"output: {output}",

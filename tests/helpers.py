@@ -1,9 +1,11 @@
 """What several tests need: comparing tensors, and running a script in several processes."""
 
+import json
 import math
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -108,3 +110,38 @@ def _kill(processes) -> None:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+def metrics_of(output_dir: Path) -> list[dict]:
+    """The rows of a run's metrics.jsonl; NaN and infinity, which are not JSON, are an error."""
+    lines = (output_dir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line, parse_constant=_refuse_constant) for line in lines]
+
+
+def _refuse_constant(name: str):
+    raise ValueError(f"{name} is not JSON")
+
+
+def wandb_records(output_dir):
+    """The records of the one W&B run below `output_dir`: a LevelDB log of 32 KiB blocks, after 7 bytes of header."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    (path,) = output_dir.glob("wandb/*run-*/*.wandb")
+    data, position, payload, records = path.read_bytes(), 7, b"", []
+    assert data[:4] == b":W&B"
+    while position + 7 <= len(data):
+        if 32768 - position % 32768 < 7:
+            position += 32768 - position % 32768
+            continue
+        _, length, kind = struct.unpack("<IHB", data[position : position + 7])
+        payload += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            records.append(Record.FromString(payload))
+            payload = b""
+    return records
+
+
+def wandb_history(records):
+    items = [record.history.item for record in records if record.HasField("history")]
+    return [{i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in row} for row in items]

@@ -18,6 +18,7 @@ LAYERS = (
     ("checkpoint", "data", "journal", "loss", "metrics", "report"),
     ("evaluation", "trainer"),
     ("run",),
+    ("selftest",),
 )
 
 # The same for the whole project.
@@ -29,7 +30,13 @@ ONLY_IN = {
     "omegaconf": ("launch/", "lrsa_ds/config.py"),
     "wandb": ("lrsa_ds/metrics.py",),
     "transformers": ("lrsa_ds/model.py", "lrsa_ds/cache.py", "lrsa_ds/data/"),
-    "deepspeed": ("lrsa_ds/model.py", "lrsa_ds/parallel/", "lrsa_ds/trainer.py", "lrsa_ds/checkpoint.py"),
+    "deepspeed": (
+        "lrsa_ds/model.py",
+        "lrsa_ds/parallel/",
+        "lrsa_ds/trainer.py",
+        "lrsa_ds/checkpoint.py",
+        "lrsa_ds/selftest.py",
+    ),
 }
 
 LAYER_OF = {module: number for number, modules in enumerate(LAYERS) for module in modules}

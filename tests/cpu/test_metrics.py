@@ -2,10 +2,8 @@
 
 import json
 import os
-import struct
 import subprocess
 import sys
-from pathlib import Path
 
 import psutil
 import pytest
@@ -13,8 +11,8 @@ import pytest
 from lrsa_ds.config import LogConfig
 from lrsa_ds.errors import LRSAError
 from lrsa_ds.metrics import RunLogger, check_wandb
+from tests.helpers import ROOT, metrics_of, wandb_history, wandb_records
 
-ROOT = Path(__file__).resolve().parents[2]
 KEY = "a" * 40
 NO_SERVER = "http://127.0.0.1:9"
 ONE_PIXEL_PNG = bytes.fromhex(
@@ -51,36 +49,6 @@ def train_row(step, **other):
 def eval_row(when, task="passkey", retention=0.125, exact_match=50.0):
     scores = {"exact_match": exact_match, "token_accuracy": 75.0, "nll": 0.5, "num_examples": 48}
     return {"when": when, "task": task, "retention": retention, **scores}
-
-
-def metrics_of(output_dir):
-    lines = (output_dir / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line, parse_constant=pytest.fail) for line in lines]
-
-
-def wandb_records(output_dir):
-    """The records of the one W&B run below `output_dir`: a LevelDB log of 32 KiB blocks, after 7 bytes of header."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    (path,) = output_dir.glob("wandb/*run-*/*.wandb")
-    data, position, payload, records = path.read_bytes(), 7, b"", []
-    assert data[:4] == b":W&B"
-    while position + 7 <= len(data):
-        if 32768 - position % 32768 < 7:
-            position += 32768 - position % 32768
-            continue
-        _, length, kind = struct.unpack("<IHB", data[position : position + 7])
-        payload += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # a whole record, or the last part of one
-            records.append(Record.FromString(payload))
-            payload = b""
-    return records
-
-
-def wandb_history(records):
-    items = [record.history.item for record in records if record.HasField("history")]
-    return [{i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in row} for row in items]
 
 
 def wandb_core_processes():

@@ -20,6 +20,7 @@ from lrsa_ds.model import enable_checkpointing, layer_classes
 from lrsa_ds.parallel import sequence
 from lrsa_ds.parallel.mesh import start_mesh, stop_mesh
 from lrsa_ds.parallel.zero import make_engine
+from lrsa_ds.selftest import keep_gradients
 from lrsa_ds.trainer import Trainer, cosine_schedule
 from tests.helpers import relative_error
 
@@ -112,15 +113,7 @@ def main():
         enable_checkpointing(model)
     loss = TargetLoss(model, chunk_size=7)
     engine = make_engine(config, loss, torch.float32, cosine_schedule(config.optim), layer_classes(model))
-    gradients, engine_step = {}, engine.step
-
-    def step_and_keep_gradients():
-        if engine.is_gradient_accumulation_boundary() and not gradients:
-            for name, parameter in engine.module.lm.named_parameters():
-                gradients[name] = deepspeed.utils.safe_get_full_grad(parameter).clone()
-        engine_step()
-
-    engine.step = step_and_keep_gradients
+    gradients = keep_gradients(engine, deepspeed.utils.safe_get_full_grad)
     stream = TrainStream(lambda epoch: iter(sequences()), NUM_SEQUENCES // mesh.dp_size, mesh.dp_rank, mesh.dp_size)
     trainer = Trainer(config, mesh, engine, iter(make_loader(stream, 0)))
     if options.break_scale:

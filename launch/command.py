@@ -1,0 +1,49 @@
+"""What every command does: compose the configuration, type it, act, and say errors in one sentence."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from launch.accelerator import register_resolver
+from launch.sentences import hydra_sentence
+from lrsa_ds.config import TrainConfig, typed_config
+from lrsa_ds.errors import LRSAError
+from lrsa_ds.parallel.mesh import local_rank
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+
+
+def run_command(action: Callable[[TrainConfig], bool]) -> int:
+    """Runs `action` on what `conf/train.yaml` and the command line compose.
+
+    Returns:
+        The exit code: 0 if `action` returned true, 1 if not, 2 after an error that the user can mend.
+    """
+    # The deepspeed launcher appends --local_rank=N, which Hydra would refuse; the environment says the same.
+    sys.argv = [argument for argument in sys.argv if not argument.startswith("--local_rank")]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, and leave as one sentence
+    register_resolver()
+    succeeded, failure = False, None
+
+    def task(composed: DictConfig) -> None:
+        nonlocal succeeded, failure
+        try:
+            succeeded = action(typed_config(composed))
+        except LRSAError as error:  # Hydra would print its overrides on every rank before it passes the error on
+            failure = error
+
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(task)()
+        if failure is not None:
+            raise failure
+    except (LRSAError, HydraException, OmegaConfBaseException) as error:
+        if local_rank() == 0:
+            print(f"error: {hydra_sentence(error)}", file=sys.stderr, flush=True)
+        return 2
+    return 0 if succeeded else 1

@@ -1,0 +1,25 @@
+"""Whether sequence parallelism leaves your training as it is, on your own model, data and settings.
+
+    deepspeed --num_gpus 2 launch/selftest.py +recipe=smoke parallel.sp_size=2 [key=value ...]
+
+Trains two steps with `parallel.sp_size` and two without, on the same sequences, and shows both side by side. Without,
+every rank holds whole sequences: choose a `seq_len` that fits. `model.dtype=fp32` gives the sharper comparison.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout, installed or not
+
+import recipes
+from launch.command import run_command
+from lrsa_ds.config import TrainConfig
+from lrsa_ds.selftest import selftest
+
+
+def action(config: TrainConfig) -> bool:
+    return selftest(config, recipes.load_procedure(config.procedure))
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(action))

@@ -1,0 +1,238 @@
+"""The commands as users type them: real processes under the deepspeed launcher, and what they leave behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lrsa_ds import LRSAConfig, apply_lrsa
+from lrsa_ds.config import typed_config
+from lrsa_ds.report import evaluation_table
+from tests.helpers import ROOT, free_port, metrics_of, wandb_history, wandb_records
+
+pytestmark = pytest.mark.dist
+
+ENV = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+}
+SHORT = ["optim.num_steps=2", "optim.warmup_steps=1", "eval.before=false", "eval.after=false", "log.wandb=disabled"]
+
+
+def run(command: list[str], timeout: float = 240) -> subprocess.CompletedProcess:
+    """In a session of its own, so that nothing survives a timeout."""
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def launch(*arguments: str, script: str = "train", num_ranks: int = 2) -> subprocess.CompletedProcess:
+    port = ["--master_port", str(free_port())]
+    return run(["deepspeed", "--num_accelerators", str(num_ranks), *port, f"launch/{script}.py", *arguments])
+
+
+def train_alone(*arguments: str) -> subprocess.CompletedProcess:
+    """Without a launcher: one process."""
+    return run([sys.executable, "launch/train.py", *arguments])
+
+
+def rows_of(output: Path, kind: str) -> list[dict]:
+    return [row for row in metrics_of(output) if row["kind"] == kind]
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """The smoke recipe in two processes, as the README has it."""
+    output = tmp_path_factory.mktemp("smoke") / "run"
+    done = launch("+recipe=smoke", f"output_dir={output}", "log.wandb=offline")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return output, done
+
+
+def test_smoke_leaves_a_whole_run(smoke):
+    output, done = smoke
+    assert (output / "COMPLETED").exists()
+    steps = rows_of(output, "train")
+    assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
+    names = "loss grad_norm lr num_tokens num_target_tokens tokens_per_second step_seconds peak_memory_gb".split()
+    assert all(row[name] > 0 for row in steps for name in names)
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    evaluations = rows_of(output, "eval")
+    assert {row["when"] for row in evaluations} == {"before", "after"}
+    assert {row["retention"] for row in evaluations} == {1.0, 0.5, 0.25, 0.125}
+    table = evaluation_table(evaluations)
+    assert (output / "evaluation.txt").read_text() == table + "\n"
+    assert table in done.stdout
+    assert (output / "evaluation.png").read_bytes().startswith(b"\x89PNG")
+    config = typed_config(OmegaConf.load(output / "config.yaml"))
+    assert config.run_name == "smoke" and config.output_dir == str(output)
+
+
+def test_smoke_shows_its_progress(smoke):
+    _, done = smoke
+    assert "step 6/6" in done.stderr and "tokens/s" in done.stderr and "left" in done.stderr
+
+
+def test_the_exported_model_is_a_hugging_face_model_that_knows_its_settings(smoke):
+    output, _ = smoke
+    model = AutoModelForCausalLM.from_pretrained(output / "model").eval()
+    tokenizer = AutoTokenizer.from_pretrained(output / "model")
+    assert model.config.lrsa == {"sink_size": 16, "lag_size": 64, "retention": 0.125, "backend": "auto"}
+    ids = torch.tensor([tokenizer("What is the pass key? " * 10).input_ids])
+    assert model(ids).logits.isfinite().all()
+    apply_lrsa(model, LRSAConfig(**model.config.lrsa))
+    assert model(ids, use_cache=False).logits.isfinite().all()
+
+
+def test_the_offline_run_of_wandb_holds_the_same(smoke):
+    output, done = smoke
+    records = wandb_records(output)
+    (run_record,) = (record.run for record in records if record.HasField("run"))
+    assert run_record.display_name == "smoke"
+    config = {item.key: json.loads(item.value_json) for item in run_record.config.update}
+    assert config["attention"]["lag_size"] == 64
+    logged = [row for row in wandb_history(records) if "train/loss" in row]
+    assert [row["train/loss"] for row in logged] == [row["loss"] for row in rows_of(output, "train")]
+    last = wandb_history(records)[-1]
+    files = next(output.glob("wandb/offline-run-*")) / "files"
+    assert len(json.loads((files / last["evaluation/path"]).read_text())["data"]) == len(rows_of(output, "eval"))
+    assert (files / last["evaluation_picture/path"]).read_bytes() == (output / "evaluation.png").read_bytes()
+    assert "wandb sync" in done.stdout
+
+
+def test_a_finished_run_is_kept(smoke):
+    output, _ = smoke
+    before = (output / "COMPLETED").read_text()
+    done = train_alone("+recipe=smoke", f"output_dir={output}")
+    assert done.returncode == 2
+    assert "holds a finished run" in done.stderr and "checkpoint.overwrite=true" in done.stderr
+    assert (output / "COMPLETED").read_text() == before
+
+
+def test_sequence_parallelism_changes_nothing_but_the_speed(smoke, tmp_path):
+    """The same sequences in the same order, the same losses and the same evaluation, before and after."""
+    output, _ = smoke
+    done = launch(
+        *["+recipe=smoke", "parallel.sp_size=2", "optim.grad_accum=2", "log.wandb=disabled"],
+        *[f"output_dir={tmp_path}/run", "checkpoint.export=false"],
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 ranks to a sequence" in done.stdout
+    for shared, alone in zip(rows_of(tmp_path / "run", "train"), rows_of(output, "train"), strict=True):
+        for name in ("step", "num_tokens", "num_target_tokens", "lr", "retention"):
+            assert shared[name] == alone[name], name
+        assert shared["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+        assert shared["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-4)
+        assert 0 < shared["sent_bytes_forward"] < shared["ulysses_bytes_forward"]
+    for shared, alone in zip(rows_of(tmp_path / "run", "eval"), rows_of(output, "eval"), strict=True):
+        assert shared["nll"] == pytest.approx(alone["nll"], rel=1e-5)
+        for name in ("when", "task", "retention", "exact_match", "token_accuracy", "num_examples"):
+            assert shared[name] == alone[name], name
+
+
+def test_selftest():
+    done = launch("+recipe=smoke", "parallel.sp_size=2", script="selftest")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "passed: the differences are within 1e-05" in done.stdout
+    done = launch("+recipe=smoke", script="selftest")
+    assert done.returncode != 0 and "set parallel.sp_size to 2 or more" in done.stderr
+
+
+def test_the_same_seed_gives_the_same_result(tmp_path):
+    rows = []
+    for name in ("first", "second"):
+        output = tmp_path / name
+        done = train_alone("+recipe=smoke", *SHORT, f"output_dir={output}", "checkpoint.export=false")
+        assert done.returncode == 0, done.stderr
+        rows.append([(row["loss"], row["grad_norm"]) for row in rows_of(output, "train")])
+    assert rows[0] == rows[1]
+
+
+def test_your_own_file(tmp_path):
+    data = tmp_path / "rows.jsonl"
+    line = {"context": "The key is under the mat. " * 20, "question": "Where is the key?", "answer": "under the mat"}
+    data.write_text("".join(json.dumps(line | {"context": line["context"] + str(i)}) + "\n" for i in range(12)))
+    output = tmp_path / "run"
+    done = train_alone(
+        "+recipe=smoke", "data=files", f"data.path={data}", f"output_dir={output}", "log.wandb=disabled",
+        "optim.num_steps=3",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert {row["task"] for row in rows_of(output, "eval")} == {"qa"}
+    assert rows_of(output, "train")[0]["num_target_tokens"] > 0
+
+
+def refused(capfd, monkeypatch, *arguments: str) -> str:
+    """The one sentence with which a run is refused in this process, before any process group starts."""
+    from launch.command import run_command
+    from launch.train import action
+
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    monkeypatch.chdir(ROOT)
+    assert run_command(action) == 2
+    assert not torch.distributed.is_initialized()
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_bad_data(capfd, monkeypatch, tmp_path):
+    data = tmp_path / "rows.jsonl"
+    command = ["+recipe=smoke", "data=files", f"data.path={data}"]
+    assert f"data.path='{data}' does not exist" in refused(capfd, monkeypatch, *command)
+    data.write_text("")
+    assert "which is empty" in refused(capfd, monkeypatch, *command)
+    good = json.dumps({"prompt": "a", "completion": "b"}) + "\n"
+    data.write_text(good * 9 + '{"prompt": "a", "compl\n')
+    assert f"{data}, line 10: broken JSON" in refused(capfd, monkeypatch, *command)
+    data.write_text(good * 9 + json.dumps({"prompt": "a"}) + "\n")
+    assert f"{data}, line 10: completion is missing" in refused(capfd, monkeypatch, *command)
+    data.write_text(good * 4)
+    assert "eval.num_examples=4" in refused(capfd, monkeypatch, *command)
+
+
+@pytest.mark.parametrize(
+    "arguments,said",
+    [
+        (["parallel.sp_size=2"], "parallel.sp_size=2 does not divide the 1 processes"),
+        (["seq_len=64", "data.context_length=null"], "give at least"),
+        (["attention.backend=flex"], "needs a CUDA device"),
+        (["model=hub", "model.name=/no/such/model"], "model.name"),
+        (["model=hub", "model.name=some-org/no-such-model"], "the hub cannot be reached: set model.name to a local"),
+        (["data=hub", "data.name=some-org/no-such-data"], "use data=files with data.path"),
+        (["optim.lr=fast"], "optim.lr"),
+        (
+            ["model.random.hidden_size=65536", "+model.random.head_dim=8", "model.random.intermediate_size=1048576"],
+            "GB free, and the exported model needs",
+        ),
+    ],
+)
+def test_bad_settings(capfd, monkeypatch, tmp_path, arguments, said):
+    output = f"output_dir={tmp_path}/run"
+    assert said in refused(capfd, monkeypatch, "+recipe=smoke", "log.wandb=disabled", output, *arguments)
+    assert not (tmp_path / "run").exists() or not any((tmp_path / "run").iterdir())
+
+
+def test_an_export_that_does_not_fit_is_said_and_the_run_not_marked_as_complete(tmp_path):
+    """A limit on the size of a file stands for a full disk: the weights are the one large file of this run."""
+    command = [sys.executable, "launch/train.py", "+recipe=smoke", *SHORT, f"output_dir={tmp_path}"]
+    done = run(["bash", "-c", 'ulimit -f 200; exec "$@"', "bash", *command])
+    assert done.returncode == 2
+    assert "the model could not be written to" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "COMPLETED").exists() and not (tmp_path / "model").exists()
+    assert len(rows_of(tmp_path, "train")) == 2
