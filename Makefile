@@ -13,7 +13,7 @@ DEEPSPEED := PATH="$(BIN):$$PATH" deepspeed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train test smoke lint clean
+.PHONY: help setup train test smoke lint kvpress clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-14s %s\n", $$1, $$2}'
@@ -31,6 +31,11 @@ smoke: setup ## a few training steps in two processes (CPU, or two GPUs)
 
 lint: $(INSTALLED) ## ruff
 	$(BIN)/ruff check .
+
+kvpress: $(INSTALLED) ## compare the selection with that of NVIDIA kvpress, in an environment of its own (.venv-kvpress)
+	$(PYTHON) -m venv .venv-kvpress
+	PIP_CONSTRAINT= .venv-kvpress/bin/python -m pip install --quiet torch==2.13.0 kvpress==0.5.5
+	LRSA_KVPRESS_PYTHON=$(abspath .venv-kvpress)/bin/python $(BIN)/python -m pytest tests/cpu/test_kvpress.py
 
 clean: ## remove caches and build products (not .venv, models or runs)
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache

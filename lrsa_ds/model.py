@@ -5,6 +5,7 @@ registered here under the name "lrsa", after checking that every layer is plain 
 """
 
 import os
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.utils.logging import disable_progress_bar
 
 from lrsa_ds.attention import AttentionFunction, lrsa_attention
+from lrsa_ds.attention.cached import cached_attention
+from lrsa_ds.cache import LagKVCache
 from lrsa_ds.config import LRSAConfig, ModelConfig, require
 from lrsa_ds.errors import LRSAError
 from lrsa_ds.hub import hub_error
@@ -36,7 +39,39 @@ def apply_lrsa(model: PreTrainedModel, config: LRSAConfig) -> PreTrainedModel:
     check_supported(model)
     model.config.lrsa = asdict(config)
     model.set_attn_implementation(NAME)
+    if _describe_cache not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(_describe_cache, with_kwargs=True)
+        model.register_forward_hook(_release_cache, with_kwargs=True, always_call=True)
     return model
+
+
+def _describe_cache(model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Before a forward pass: tells the attention function of every layer what the cache of the pass holds."""
+    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+    if not isinstance(cache, LagKVCache):
+        return args, kwargs
+    require(
+        mask is None or mask.shape[1] <= cache.get_seq_length() + 1 or bool(mask.all()),
+        "the attention mask has padding, which a compressed cache would keep in the place of tokens: "
+        "give prompts of equal length, or one prompt at a time.",
+    )
+    trained, kept = _sizes(LRSAConfig(**model.config.lrsa)), _sizes(cache.config)
+    if kept != trained:
+        warnings.warn(
+            f"the cache keeps {kept}, and the model was trained with {trained}: its answers may suffer.", stacklevel=3
+        )
+    cache.is_attended_by_chunk = model.config._attn_implementation == NAME
+    return args, kwargs | {"num_seen": cache.get_seq_length(), "lrsa_config": cache.config}
+
+
+def _release_cache(model: PreTrainedModel, args: tuple, kwargs: dict, output) -> None:
+    """After a forward pass: the next one may be that of another model."""
+    if isinstance(cache := kwargs.get("past_key_values"), LagKVCache):
+        cache.is_attended_by_chunk = False
+
+
+def _sizes(config: LRSAConfig) -> str:
+    return f"sink_size={config.sink_size}, lag_size={config.lag_size}, retention={config.retention:g}"
 
 
 def check_supported(model: PreTrainedModel) -> None:
@@ -84,15 +119,20 @@ def _lrsa_attention_function(
     document_lengths: tuple[int, ...] | None = None,
     lrsa_config: LRSAConfig | None = None,
     attend: AttentionFunction = lrsa_attention,
+    num_seen: int = 0,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """The form transformers calls: query [B, H, N, D], key and value [B, G, N, D] to ([B, N, H, D], no weights)."""
+    require(attention_mask is None, "LRSA attention makes its own mask: a 4D attention_mask is not supported.")
+    config = lrsa_config or LRSAConfig(**module.config.lrsa)
+    if num_seen:
+        return cached_attention(query, key, value, num_seen, config, scaling).transpose(1, 2).contiguous(), None
     require(
         query.shape[2] == key.shape[2],
-        f"a model with LRSA attention sees whole sequences, and got {query.shape[2]} new tokens beside a cache of "
-        f"{key.shape[2] - query.shape[2]}: call it with use_cache=False, or model.set_attn_implementation('sdpa').",
+        f"a model with LRSA attention needs a cache that keeps what it keeps, and got one of "
+        f"{key.shape[2] - query.shape[2]} tokens: use past_key_values=lrsa_ds.LagKVCache(config), or "
+        "model.set_attn_implementation('sdpa') for dense attention.",
     )
-    config = lrsa_config or LRSAConfig(**module.config.lrsa)
     return attend(query, key, value, config, document_lengths, scaling).transpose(1, 2).contiguous(), None
 
 

@@ -64,6 +64,26 @@ class PartitionTable:
         return tuple(rows.repeat_interleave(lengths, dim=0).unbind(dim=1))
 
 
+def num_compressed_partitions(num_tokens: int, config: LRSAConfig) -> int:
+    """Partitions of which a cache holds only the kept KV once `num_tokens` tokens of a document were seen.
+
+    All complete partitions but the last, from S + 2L tokens on (LagKV, arXiv 2504.04704, equation 12).
+    """
+    if config.is_dense:
+        return 0
+    return max(0, (num_tokens - config.sink_size) // config.lag_size - 1)
+
+
+def room_in_chunk(num_tokens: int, config: LRSAConfig) -> int:
+    """Tokens that may follow `num_tokens` before the next chunk begins, which would see less than they do."""
+    head = config.sink_size + 2 * config.lag_size
+    if config.is_dense:
+        return 2**63 - 1
+    if num_tokens < head:
+        return head - num_tokens
+    return config.lag_size - (num_tokens - config.sink_size) % config.lag_size
+
+
 def partition_table(document_lengths: tuple[int, ...], config: LRSAConfig, align: int = 1) -> PartitionTable:
     """The table of one packed sequence under `config`; dense causal attention per document if everything is kept.
 

@@ -1,5 +1,7 @@
 """LRSA attention as a plain loop over chunks: the readable definition, and the oracle of every faster backend."""
 
+from collections.abc import Iterable
+
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -12,33 +14,43 @@ def chunked_attention(
 ) -> torch.Tensor:
     """Attention of q [B, H, N, D] over k, v [B, G, N, D] under `table`: [B, H, N, D]. H is a multiple of G."""
     positions = buffer_positions(k, v, table)
-    kept_k, kept_v = gather_kept(k, positions), gather_kept(v, positions)
+    return attend_chunks(q, k, v, gather_kept(k, positions), gather_kept(v, positions), table.chunks, scale)
+
+
+def attend_chunks(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    kept_k: torch.Tensor,
+    kept_v: torch.Tensor,
+    chunks: Iterable[Chunk],
+    scale: float | None,
+    first_query: int = 0,
+    first_key: int = 0,
+) -> torch.Tensor:
+    """Each chunk's queries over its part of the kept buffer and its window, one after the other: [B, H, n, D].
+
+    Args:
+        kept_k, kept_v: the kept buffer, [B, G, R, D].
+        first_query, first_key: the tokens that stand first in `q` and in `k` and `v`; chunks count from token 0.
+    """
     outputs = []
-    for chunk in table.chunks:
-        history, window = slice(chunk.hist_lo, chunk.hist_hi), slice(chunk.win_lo, chunk.q_hi)
+    for chunk in chunks:
+        history, window = slice(chunk.hist_lo, chunk.hist_hi), slice(chunk.win_lo - first_key, chunk.q_hi - first_key)
         keys = torch.cat([kept_k[:, :, history], k[:, :, window]], dim=2)
         values = torch.cat([kept_v[:, :, history], v[:, :, window]], dim=2)
-        queries = q[:, :, chunk.q_lo : chunk.q_hi]
-        # With as many keys as queries plain causality says it all, and SDPA's fastest kernels know that case.
-        square = keys.shape[2] == queries.shape[2]
-        outputs.append(
-            scaled_dot_product_attention(
-                queries,
-                keys,
-                values,
-                attn_mask=None if square else _chunk_mask(chunk, q.device),
-                is_causal=square,
-                scale=scale,
-                enable_gqa=q.shape[1] != k.shape[1],
-            )
-        )
+        queries = q[:, :, chunk.q_lo - first_query : chunk.q_hi - first_query]
+        outputs.append(attend_causally(queries, keys, values, scale))
     return torch.cat(outputs, dim=2)
 
 
-def _chunk_mask(chunk: Chunk, device: torch.device) -> torch.Tensor:
-    """Who sees whom in a chunk, bool [queries, history + window]: all of the history, and the window up to oneself."""
-    num_history = chunk.hist_hi - chunk.hist_lo
-    window = torch.arange(chunk.win_lo, chunk.q_hi, device=device)
-    queries = torch.arange(chunk.q_lo, chunk.q_hi, device=device)
-    history_mask = torch.ones(len(queries), num_history, dtype=torch.bool, device=device)
-    return torch.cat([history_mask, window <= queries[:, None]], dim=1)
+def attend_causally(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> torch.Tensor:
+    """Attention of queries that are the last of the keys: each sees all keys up to its own."""
+    num_queries, num_keys = q.shape[2], k.shape[2]
+    # With as many keys as queries plain causality says it all, and SDPA's fastest kernels know that case.
+    square = num_keys == num_queries
+    mask = None
+    if not square and num_queries > 1:
+        mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q.device).tril(num_keys - num_queries)
+    gqa = q.shape[1] != k.shape[1]
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=square, scale=scale, enable_gqa=gqa)

@@ -16,6 +16,7 @@ LAYERS = (
     ("cache", "parallel"),
     ("model",),
     ("checkpoint", "data", "journal", "loss", "metrics", "report"),
+    ("inference",),
     ("evaluation", "trainer"),
     ("run",),
     ("selftest",),
@@ -29,7 +30,7 @@ ONLY_IN = {
     "hydra": ("launch/", "lrsa_ds/config.py"),
     "omegaconf": ("launch/", "lrsa_ds/config.py"),
     "wandb": ("lrsa_ds/metrics.py",),
-    "transformers": ("lrsa_ds/model.py", "lrsa_ds/cache.py", "lrsa_ds/data/"),
+    "transformers": ("lrsa_ds/model.py", "lrsa_ds/cache.py", "lrsa_ds/inference.py", "lrsa_ds/data/"),
     "deepspeed": (
         "lrsa_ds/model.py",
         "lrsa_ds/parallel/",

@@ -133,7 +133,7 @@ def test_left_padding_and_a_cache_are_refused():
         model(ids, attention_mask=mask, use_cache=False)
     cache = DynamicCache()
     model(ids, past_key_values=cache)
-    with pytest.raises(LRSAError, match="beside a cache of 30"):
+    with pytest.raises(LRSAError, match=r"got one of 30 tokens: use past_key_values=lrsa_ds.LagKVCache"):
         model(ids[:, :1], past_key_values=cache)
 
 
