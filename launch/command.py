@@ -4,8 +4,10 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import hydra
+from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -19,8 +21,8 @@ from lrsa_ds.parallel.mesh import local_rank
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
 
-def run_command(action: Callable[[TrainConfig], bool]) -> int:
-    """Runs `action` on what `conf/train.yaml` and the command line compose.
+def run_command(action: Callable[[Any], bool], name: str = "train", schema: type = TrainConfig) -> int:
+    """Runs `action` on what `conf/<name>.yaml` and the command line compose, as an instance of `schema`.
 
     Returns:
         The exit code: 0 if `action` returned true, 1 if not, 2 after an error that the user can mend.
@@ -29,21 +31,22 @@ def run_command(action: Callable[[TrainConfig], bool]) -> int:
     sys.argv = [argument for argument in sys.argv if not argument.startswith("--local_rank")]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, and leave as one sentence
     register_resolver()
+    ConfigStore.instance().store(name=f"{name}_schema", node=schema)
     succeeded, failure = False, None
 
     def task(composed: DictConfig) -> None:
         nonlocal succeeded, failure
         try:
-            succeeded = action(typed_config(composed))
+            succeeded = action(typed_config(composed, schema))
         except LRSAError as error:  # Hydra would print its overrides on every rank before it passes the error on
             failure = error
 
     try:
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(task)()
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(task)()
         if failure is not None:
             raise failure
     except (LRSAError, HydraException, OmegaConfBaseException) as error:
         if local_rank() == 0:
-            print(f"error: {hydra_sentence(error)}", file=sys.stderr, flush=True)
+            print(f"error: {hydra_sentence(error, schema)}", file=sys.stderr, flush=True)
         return 2
     return 0 if succeeded else 1

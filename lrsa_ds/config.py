@@ -331,11 +331,11 @@ class TrainConfig:
 
 
 # `conf/train.yaml` begins with this node, so that Hydra knows every key and its type.
-ConfigStore.instance().store(name="schema", node=TrainConfig)
+ConfigStore.instance().store(name="train_schema", node=TrainConfig)
 
 
-def typed_config(composed: DictConfig) -> TrainConfig:
-    """What Hydra composed, as a `TrainConfig`.
+def typed_config(composed: DictConfig, schema: type = TrainConfig) -> Any:
+    """What Hydra composed, as an instance of the dataclass `schema`.
 
     Raises:
         LRSAError: an unknown key, a wrong type, a missing value or an impossible combination, in one sentence.
@@ -343,11 +343,11 @@ def typed_config(composed: DictConfig) -> TrainConfig:
     try:
         values = OmegaConf.to_container(composed, resolve=True)
         # Merged as plain values: a DictConfig would bring its own, laxer flags along, and drop unknown keys silently.
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainConfig), values))
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
     except LRSAError:
         raise
     except OmegaConfBaseException as error:
-        raise LRSAError(config_sentence(error)) from error
+        raise LRSAError(config_sentence(error, schema)) from error
 
 
 def save_settings(settings: dict, path: Path) -> None:
@@ -355,18 +355,23 @@ def save_settings(settings: dict, path: Path) -> None:
     OmegaConf.save(OmegaConf.create(settings), path)
 
 
-def config_sentence(error: OmegaConfBaseException) -> str:
+def load_settings(path: Path) -> dict:
+    """What `save_settings` wrote."""
+    return OmegaConf.to_container(OmegaConf.load(path))
+
+
+def config_sentence(error: OmegaConfBaseException, schema: type = TrainConfig) -> str:
     """One sentence for what OmegaConf or Hydra found wrong with a key."""
     key = error.full_key or ""
     if isinstance(error, (ConfigKeyError, ConfigAttributeError)):
-        return unknown_key_sentence(key)
+        return unknown_key_sentence(key, schema)
     return f"{key}: {str(error.msg).splitlines()[0]}." if key else f"{str(error).splitlines()[0]}."
 
 
-def unknown_key_sentence(key: str) -> str:
+def unknown_key_sentence(key: str, schema: type = TrainConfig) -> str:
     """Says that `key` is unknown, what its group does know, and which of it looks most alike."""
     *groups, name = key.split(".")
-    node = TrainConfig
+    node = schema
     for group in groups:
         known = {f.name: f.type for f in fields(node)} if is_dataclass(node) else {}
         if not is_dataclass(known.get(group)):

@@ -65,8 +65,9 @@ def print_above(text: str) -> None:
 class Progress:
     """On a terminal a bar; elsewhere a line for the first and the last step and every `LINE_SECONDS` between them."""
 
-    def __init__(self, num_steps: int):
+    def __init__(self, num_steps: int, unit: str = "step"):
         self._num_steps = num_steps
+        self._unit = unit
         self._first = None  # step and time of the first row: later steps are timed against it, as it has the warm-up
         self._last_line = -math.inf
         self._bar = None
@@ -92,7 +93,7 @@ class Progress:
         self._first = self._first or (step, now)
         num_timed, seconds = step - self._first[0], now - self._first[1]
         per_step = seconds / num_timed if num_timed else row.get("step_seconds", 0.0)
-        parts = [f"step {step}/{self._num_steps}"]
+        parts = [f"{self._unit} {step}/{self._num_steps}"]
         formats = {"loss": "loss {:.3f}", "lr": "lr {:.1e}", "tokens_per_second": "{:,.0f} tokens/s"}
         formats["peak_memory_gb"] = "{:.1f} GB"
         parts += [shape.format(row[name]) for name, shape in formats.items() if row.get(name) is not None]

@@ -133,6 +133,19 @@ class RunLogger:
             so_far = list(self._eval_rows)
             self._wandb.send(lambda wandb, run: run.log(_evaluation_log(wandb, rows, so_far, picture)))
 
+    def results(self, rows: list[dict], pictures: dict[str, Path]) -> None:
+        """Records the summary of `lrsa_ds.evaluate`: one row for each task, length and cache, and PNGs by name.
+
+        Raises:
+            LRSAError: the disk is full, or the file is not writable any more.
+        """
+        if not self._enabled:
+            return
+        for row in rows:
+            self._file.write({"kind": "result", **row})
+        if self._wandb:
+            self._wandb.send(lambda wandb, run: run.log(_results_log(wandb, rows, pictures)))
+
     def message(self, text: str) -> None:
         """Prints to stdout, above the progress bar if there is one."""
         if self._enabled:
@@ -150,11 +163,19 @@ class RunLogger:
             self._wandb.close(failed)
 
 
+def _table(wandb: ModuleType, rows: list[dict]):
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    return wandb.Table(columns=columns, data=[[row.get(name) for name in columns] for row in rows])
+
+
+def _results_log(wandb: ModuleType, rows: list[dict], pictures: dict[str, Path]) -> dict:
+    log = {f"results/{r['task']}/{r['length']}/{r['cache']}/{r['metric']}": r["mean"] for r in rows}
+    return log | {"results": _table(wandb, rows)} | {name: wandb.Image(str(p)) for name, p in pictures.items()}
+
+
 def _evaluation_log(wandb: ModuleType, rows: list[dict], so_far: list[dict], picture: Path | None) -> dict:
-    columns = list(dict.fromkeys(name for row in so_far for name in row))
-    table = wandb.Table(columns=columns, data=[[row.get(name) for name in columns] for row in so_far])
     log = {f"eval/{r['when']}/{r['task']}/exact_match@{r['retention']:g}": r["exact_match"] for r in rows}
-    log["evaluation"] = table
+    log["evaluation"] = _table(wandb, so_far)
     if picture is not None:
         log["evaluation_picture"] = wandb.Image(str(picture))
     return log

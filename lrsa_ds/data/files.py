@@ -64,7 +64,7 @@ def check_rows(files: list[str], columns: dict[str, str], limit: int | None = No
     left = limit
     for path in files:
         seen = 0
-        for place, row in islice(_rows_of(path), left):
+        for place, row in islice(rows_of(path), left):
             seen += 1
             try:
                 canonical(row, columns)
@@ -78,7 +78,7 @@ def check_rows(files: list[str], columns: dict[str, str], limit: int | None = No
                 return
 
 
-def _rows_of(path: str) -> Iterator[tuple[str, Any]]:
+def rows_of(path: str) -> Iterator[tuple[str, Any]]:
     """Rows with the place to name in an error. It reads on its own, as `datasets` does not tell the line."""
     if path.endswith(".parquet"):
         yield from _parquet_rows(path)

@@ -34,6 +34,7 @@ def canonical(row: Any, columns: dict[str, str] | None = None) -> dict[str, Any]
             "context": _text(named, "context", may_be_empty=True),
             "question": _text(named, "question"),
             "answer": _answer(named),
+            **_answers(named),
         }
     elif shape == "prompt":
         kept = {"prompt": _text(named, "prompt"), "completion": _text(named, "completion")}
@@ -82,6 +83,17 @@ def _answer(row: dict) -> str:
             raise LRSAError(f"{key} is empty.")
         value = value[0]
     return _text({key: value}, key)
+
+
+def _answers(row: dict) -> dict[str, list[str]]:
+    """`answers`, where there is more than one that counts as right; the first of them is the one to learn."""
+    texts = row.get("answers", row.get("answer"))
+    if isinstance(texts, dict):
+        texts = texts.get("text")
+    if not isinstance(texts, (list, tuple)):
+        return {}
+    texts = list(dict.fromkeys(text for text in texts if isinstance(text, str) and text.strip()))
+    return {"answers": texts} if len(texts) > 1 else {}
 
 
 def _messages(messages: Any) -> list[dict[str, str]]:

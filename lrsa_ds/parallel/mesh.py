@@ -4,6 +4,7 @@ import os
 import socket
 import warnings
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import deepspeed
@@ -86,10 +87,11 @@ def check_world(sp_size: int) -> None:
     )
 
 
-def start_mesh(sp_size: int = 1) -> Mesh:
+def start_mesh(sp_size: int = 1, timeout: timedelta | None = None) -> Mesh:
     """Starts the process group: NCCL on CUDA, gloo on the CPU. Without a launcher the run has one process.
 
-    Each `sp_size` consecutive ranks share their sequences.
+    Each `sp_size` consecutive ranks share their sequences. A collective may take as long as `timeout`, or else as
+    torch.distributed sets it.
     """
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
@@ -103,7 +105,8 @@ def start_mesh(sp_size: int = 1) -> Mesh:
     else:
         # DeepSpeed would compile a shared-memory collective, for most of a minute, and leave its segments behind.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="nccl" if use_cuda else "gloo", verbose=False)
+    patience = {} if timeout is None else {"timeout": timeout}
+    deepspeed.init_distributed(dist_backend="nccl" if use_cuda else "gloo", verbose=False, **patience)
     return Mesh(dist.get_rank(), dist.get_world_size(), local_rank(), device, _sequence_group(sp_size))
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -12,6 +13,7 @@ from launch.accelerator import PICKS, register_resolver
 from launch.sentences import hydra_sentence
 from lrsa_ds.config import TrainConfig, save_settings, typed_config
 from lrsa_ds.errors import LRSAError
+from lrsa_ds.evaluate.config import EvaluateConfig
 from tests.helpers import ROOT
 
 CONF = ROOT / "conf"
@@ -21,6 +23,15 @@ register_resolver()
 def composed(*overrides) -> TrainConfig:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return typed_config(compose("train", list(overrides)))
+
+
+def test_the_evaluation_composes_to_the_defaults_of_the_code():
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        ConfigStore.instance().store(name="evaluate_schema", node=EvaluateConfig)
+        config = typed_config(compose("evaluate", ["model.name=some/model"]), EvaluateConfig)
+        assert config == EvaluateConfig(model=config.model, data=config.data)
+        with pytest.raises(LRSAError, match=r"cache.retention is not a key .*retentions.* Did you mean retentions\?"):
+            typed_config(compose("evaluate", ["model.name=a/b", "+cache.retention=1"]), EvaluateConfig)
 
 
 def sentence(*overrides) -> str:

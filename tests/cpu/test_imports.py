@@ -17,6 +17,7 @@ LAYERS = (
     ("model",),
     ("checkpoint", "data", "journal", "loss", "metrics", "report"),
     ("inference",),
+    ("evaluate",),
     ("evaluation", "trainer"),
     ("run",),
     ("selftest",),
@@ -30,7 +31,13 @@ ONLY_IN = {
     "hydra": ("launch/", "lrsa_ds/config.py"),
     "omegaconf": ("launch/", "lrsa_ds/config.py"),
     "wandb": ("lrsa_ds/metrics.py",),
-    "transformers": ("lrsa_ds/model.py", "lrsa_ds/cache.py", "lrsa_ds/inference.py", "lrsa_ds/data/"),
+    "transformers": (
+        "lrsa_ds/model.py",
+        "lrsa_ds/cache.py",
+        "lrsa_ds/inference.py",
+        "lrsa_ds/data/",
+        "lrsa_ds/evaluate/",
+    ),
     "deepspeed": (
         "lrsa_ds/model.py",
         "lrsa_ds/parallel/",

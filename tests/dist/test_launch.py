@@ -236,3 +236,51 @@ def test_an_export_that_does_not_fit_is_said_and_the_run_not_marked_as_complete(
     assert "the model could not be written to" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "COMPLETED").exists() and not (tmp_path / "model").exists()
     assert len(rows_of(tmp_path, "train")) == 2
+
+
+def test_evaluation_is_shared_by_ranks_and_goes_on_where_it_stopped(smoke, tmp_path):
+    model = f"model.name={smoke[0] / 'model'}"
+    fixed = [model, "lengths=[512]", "cache.prefill=[dense,chunked,full]", "tasks=[needle,perplexity]"]
+    shared = tmp_path / "shared"
+    done = launch(*fixed, "num_samples=2", f"output_dir={shared}", "log.wandb=offline", script="evaluate")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "4 samples, 0 of them done before" in done.stdout and "lag 64" in done.stdout
+    assert (shared / "results.txt").read_text() in done.stdout
+    first = (shared / "results.jsonl").read_text().splitlines()
+    assert len(first) == 2 * 5 + 2 * 3
+    logged = wandb_history(wandb_records(shared))[-1]
+    assert logged["results/needle/512/dense/recall"] == 0.0
+    assert {"results/path", "needles/path", "perplexity/path", "scores_512/path"} <= set(logged)
+
+    # A rank was killed while it wrote: its whole rows stay, the torn one is done again.
+    (shared / "results.rank1.jsonl").write_text("\n".join(first[:3]) + "\n" + first[3][:20])
+    (shared / "results.jsonl").write_text("\n".join(first[4:]) + "\n")
+    more = [*fixed, "num_samples=3", "log.wandb=disabled"]
+    again = run([sys.executable, "launch/evaluate.py", *more, f"output_dir={shared}"])
+    assert again.returncode == 0, again.stderr
+    assert "6 samples, 3 of them done before" in again.stdout
+    alone = run([sys.executable, "launch/evaluate.py", *more, f"output_dir={tmp_path / 'alone'}"])
+    assert alone.returncode == 0, alone.stderr
+    assert (shared / "results.jsonl").read_text() == (tmp_path / "alone" / "results.jsonl").read_text()
+
+    other = run([sys.executable, "launch/evaluate.py", *more, f"output_dir={shared}", "seed=1", "cache.lag_size=32"])
+    assert other.returncode == 2
+    assert "another configuration, which differs in seed, cache:" in other.stderr and "overwrite=true" in other.stderr
+
+
+def test_the_answers_of_a_loaded_model(smoke):
+    import lrsa_ds
+
+    model, tokenizer, new_cache = lrsa_ds.load(smoke[0] / "model", device="cpu")
+    ids = tokenizer("Some words. " * 40, return_tensors="pt").input_ids
+    cache = new_cache()
+    logits = lrsa_ds.prefill(model, ids, cache)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits[:, -1]
+    assert (logits - expected).abs().max() <= 1e-4
+    assert cache.num_held < ids.shape[1] / 2
+    text = Path(smoke[0] / "long.txt")
+    text.write_text("Some words. " * 200)
+    done = run([sys.executable, "launch/chat.py", str(smoke[0] / "model"), str(text), "What?", "--max-new-tokens", "5"])
+    assert done.returncode == 0, done.stderr
+    assert " x less): " in done.stdout and "\nWhat?\n" in done.stdout

@@ -1,0 +1,54 @@
+"""Real text of any length, with facts hidden in it at chosen depths: the standard library's documentation."""
+
+import random
+from collections.abc import Iterator
+
+from lrsa_ds.data.stdlib_docs import load_documents
+from lrsa_ds.data.tokenizer import Tokenizer
+
+
+class Haystack:
+    """Paragraphs of the documents that were never trained on, with their lengths in tokens.
+
+    Args:
+        tokenizer: counts the tokens of each paragraph, once.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        documents = [d for d in load_documents() if d.is_validation]
+        self.documents = [[f"{part.strip()}\n\n" for part in d.text.split("\n\n") if part.strip()] for d in documents]
+        self.lengths = [self.count(parts) for parts in self.documents]
+        names = {document.name.split(".")[-1] for document in documents}
+        self.words = sorted(word for word in names if word.isascii() and word.isalpha() and 4 <= len(word) <= 9)
+
+    def count(self, texts: list[str]) -> list[int]:
+        """Tokens of each text."""
+        return [len(ids) for ids in self.tokenizer(texts, add_special_tokens=False).input_ids] if texts else []
+
+    def text(self, room: int, facts: list[tuple[str, float]], rng: random.Random) -> str:
+        """Whole paragraphs of about `room` tokens, less rather than more, and the facts among them.
+
+        Args:
+            facts: each with its depth: 0 is before all paragraphs, 1 after them.
+        """
+        room -= sum(self.count([text for text, _ in facts]))
+        parts, ends, total = [], [], 0
+        for part, length in self._paragraphs(rng):
+            if total + length > room:
+                break
+            parts.append(part)
+            total += length
+            ends.append(total)
+        placed = list(parts)
+        # The deepest first, so that the places of the others stay what they are.
+        for text, depth in sorted(facts, key=lambda fact: -fact[1]):
+            place = sum(end <= depth * total for end in ends)
+            placed.insert(place, text)
+        return "".join(placed).rstrip()
+
+    def _paragraphs(self, rng: random.Random) -> Iterator[tuple[str, int]]:
+        """Of all documents in random order, and again: very long contexts need more than there are."""
+        while True:
+            for i in rng.sample(range(len(self.documents)), len(self.documents)):
+                yield from zip(self.documents[i], self.lengths[i], strict=True)

@@ -1,0 +1,101 @@
+"""Every setting of an evaluation, typed; Hydra composes it from `conf/evaluate.yaml`."""
+
+from dataclasses import dataclass, field
+
+from lrsa_ds.config import (
+    DataConfig,
+    LogConfig,
+    LRSAConfig,
+    ModelConfig,
+    require,
+    require_one_of,
+    require_retention,
+    require_whole,
+)
+
+PREFILLS = ("dense", "chunked", "full")
+GENERATED = ("passkey", "needle", "needle_multikey", "variable_tracking", "common_words", "signature")
+TASKS = (*GENERATED, "qa", "longbench", "ruler", "perplexity")
+
+
+@dataclass(kw_only=True)
+class CacheConfig:
+    """Which caches are compared.
+
+    Args:
+        sink_size, lag_size: None takes what the model was trained with, or else 16 and 1024.
+        retentions: shares of each partition that are kept, for the compressed caches.
+        prefill: "dense" keeps all; "chunked" compresses while it prefills, chunk by chunk, as LRSA trains;
+            "full" prefills densely and compresses then, as most methods are evaluated.
+    """
+
+    sink_size: int | None = None
+    lag_size: int | None = None
+    retentions: list[float] = field(default_factory=lambda: [0.25, 0.125])
+    prefill: list[str] = field(default_factory=lambda: ["dense", "chunked"])
+
+    def __post_init__(self):
+        require(self.prefill != [], f"cache.prefill=[] is not valid: choose among {', '.join(PREFILLS)}.")
+        for prefill in self.prefill:
+            require_one_of("cache.prefill", prefill, PREFILLS)
+        for retention in self.retentions:
+            require_retention("cache.retentions", retention)
+        require(
+            self.prefill == ["dense"] or self.retentions != [],
+            "cache.retentions=[] is not valid: give numbers in (0, 1], or cache.prefill=[dense].",
+        )
+        if self.sink_size is not None:
+            require_whole("cache.sink_size", self.sink_size, 0)
+        if self.lag_size is not None:
+            require_whole("cache.lag_size", self.lag_size, 2)
+
+    def attention(self, trained: dict | None, retention: float) -> LRSAConfig:
+        """The cache of one retention, for a model that was trained with the settings `trained`, if with any."""
+        known = trained or {}
+        sink = known.get("sink_size", 16) if self.sink_size is None else self.sink_size
+        lag = known.get("lag_size", 1024) if self.lag_size is None else self.lag_size
+        return LRSAConfig(sink_size=sink, lag_size=lag, retention=retention)
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig:
+    """A whole evaluation. The order of the fields is the order of `config.yaml`."""
+
+    run_name: str = "evaluate"
+    seed: int = 0
+    output_dir: str | None = None
+    overwrite: bool = False
+    model: ModelConfig
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    tasks: list[str] = field(default_factory=lambda: list(GENERATED))
+    lengths: list[int] = field(default_factory=lambda: [4096])
+    num_samples: int = 20
+    num_depths: int = 5
+    data: DataConfig = field(default_factory=DataConfig)
+    longbench: str | None = None
+    ruler: str | None = None
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self):
+        require_whole("seed", self.seed, 0)
+        require_whole("num_samples", self.num_samples, 1)
+        require_whole("num_depths", self.num_depths, 1)
+        require(self.tasks != [], f"tasks=[] is not valid: choose among {', '.join(TASKS)}.")
+        require(self.lengths != [], "lengths=[] is not valid: give numbers of tokens.")
+        for task in self.tasks:
+            require_one_of("tasks", task, TASKS)
+        for length in self.lengths:
+            require_whole("lengths", length, 64)
+        for key in ("longbench", "ruler"):
+            require(
+                (key in self.tasks) == (getattr(self, key) is not None),
+                f"the task {key} needs {key}=PATH, its JSONL files, and {key} is read only for the task {key}.",
+            )
+        require(
+            ("qa" in self.tasks) == (self.data.source != "stdlib_qa"),
+            "the task qa needs data=files or data=hub, and data are read only for the task qa.",
+        )
+        require(
+            "perplexity" not in self.tasks or self.cache.prefill != ["full"],
+            "perplexity needs cache.prefill to hold dense or chunked: after a full prefill nothing is left to predict.",
+        )

@@ -1,0 +1,158 @@
+"""Answers with the caches that inference would keep: real prefilling and greedy decoding, sample by sample.
+
+Three ways to fill a cache are compared: "dense" keeps everything; "chunked" compresses while it prefills, chunk by
+chunk, which is the function that LRSA trains; "full" prefills densely and compresses afterwards.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from lrsa_ds.cache import LagKVCache
+from lrsa_ds.config import LRSAConfig
+from lrsa_ds.inference import prefill
+
+# Parts of a text, by position, whose perplexity is told apart.
+NUM_POSITIONS = 16
+# Tokens whose logits are held at once.
+LOGITS_AT_ONCE = 1024
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt.
+
+    Args:
+        length: tokens that prompt and answer were made for.
+        answers: right answers; what they mean is up to the metric.
+        metrics: names of metrics, the one that leads first; ("nll",) asks for the perplexity of the prompt itself.
+        depth: where the fact stands in the prompt, from 0 to 1, if there is one.
+    """
+
+    task: str
+    index: int
+    length: int
+    prompt_ids: tuple[int, ...]
+    answers: tuple[str, ...]
+    metrics: tuple[str, ...]
+    max_new_tokens: int
+    depth: float | None = None
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A way to fill the cache; `retention` is 1 for "dense"."""
+
+    prefill: str
+    retention: float
+
+
+DENSE = Mode("dense", 1.0)
+
+
+def modes(prefills: Sequence[str], retentions: Sequence[float]) -> list[Mode]:
+    """All that are to be compared, the dense one first."""
+    dense = [DENSE] if "dense" in prefills else []
+    return dense + [Mode(p, r) for p in prefills if p != "dense" for r in retentions]
+
+
+class Evaluator:
+    """Scores samples under every mode.
+
+    Args:
+        model: under `apply_lrsa`, on its device.
+        attention: sink and lag size; its retention is not read.
+        score: from the name of a metric, a prediction and the right answers to a number from 0 to 1.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        attention: LRSAConfig,
+        score: Callable[[str, str, Sequence[str]], float],
+    ):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.attention = attention
+        self.score = score
+        ends = model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        self.ends = sorted({end for end in (*ends, tokenizer.eos_token_id) if end is not None})
+
+    @torch.no_grad()
+    def rows(self, sample: Sample, wanted: Sequence[Mode]) -> list[dict]:
+        """A row for each mode: the sample's identity, the mode, `scores` in percent (nats of `nll`), and what was said.
+
+        The score `first_token` tells whether the first generated token is that of the dense mode, if that is wanted.
+        """
+        with warnings.catch_warnings():
+            # Other caches than that of the training are what is compared here.
+            warnings.filterwarnings("ignore", message="the cache keeps")
+            if sample.metrics == ("nll",):
+                return [self._perplexity_row(sample, mode) for mode in wanted if mode.prefill != "full"]
+            return self._answer_rows(sample, wanted)
+
+    def _answer_rows(self, sample: Sample, wanted: Sequence[Mode]) -> list[dict]:
+        prompt = torch.tensor([sample.prompt_ids], device=self.model.device)
+        answers: dict[Mode, list[int]] = {}
+        for mode in wanted:
+            if mode.prefill == "chunked":
+                answers[mode] = self._answer(sample, prompt, self._filled(prompt, mode))
+        others = [mode for mode in wanted if mode.prefill != "chunked"]
+        if others:
+            everything = self._filled(prompt, DENSE)
+            # The dense mode last: its answer goes into the cache that the others are made from.
+            for mode in sorted(others, key=lambda mode: mode == DENSE):
+                cache = everything if mode == DENSE else LagKVCache.from_dense(everything, self._config(mode))
+                answers[mode] = self._answer(sample, prompt, cache)
+        return [self._answer_row(sample, mode, answers[mode], answers.get(DENSE)) for mode in wanted]
+
+    def _config(self, mode: Mode) -> LRSAConfig:
+        return replace(self.attention, retention=mode.retention)
+
+    def _filled(self, prompt: torch.Tensor, mode: Mode) -> LagKVCache:
+        """A cache that has seen all of the prompt but its last token, which is the first step of decoding."""
+        cache = LagKVCache(self._config(mode))
+        prefill(self.model, prompt[:, :-1], cache)
+        return cache
+
+    def _answer(self, sample: Sample, prompt: torch.Tensor, cache: LagKVCache) -> list[int]:
+        settings = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=sample.max_new_tokens,
+            eos_token_id=self.ends or None,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+        mask = torch.ones_like(prompt)  # or tokens of the prompt that look like padding would count as such
+        found = self.model.generate(prompt, attention_mask=mask, past_key_values=cache, generation_config=settings)
+        return found[0, prompt.shape[1] :].tolist()
+
+    def _answer_row(self, sample: Sample, mode: Mode, answer: list[int], dense: list[int] | None) -> dict:
+        text = self.tokenizer.decode(answer, skip_special_tokens=True).strip()
+        scores = {name: 100 * self.score(name, text, sample.answers) for name in sample.metrics}
+        if dense is not None and mode != DENSE:
+            scores["first_token"] = 100.0 * (answer[0] == dense[0])
+        return _identity(sample, mode) | {"scores": scores, "prediction": text, "answers": list(sample.answers)}
+
+    def _perplexity_row(self, sample: Sample, mode: Mode) -> dict:
+        """Negative log-likelihood of every token of the prompt given those before it, under the cache of the mode."""
+        ids = torch.tensor([sample.prompt_ids], device=self.model.device)
+        cache, losses = LagKVCache(self._config(mode)), []
+        for part, targets in zip(ids.split(LOGITS_AT_ONCE, 1), ids[:, 1:].split(LOGITS_AT_ONCE, 1), strict=False):
+            logits = self.model(part, past_key_values=cache, use_cache=True).logits[0, : targets.shape[1]]
+            losses.append(cross_entropy(logits.float(), targets[0], reduction="none"))
+        nll = torch.cat(losses)
+        by_position = [part.mean().item() for part in nll.tensor_split(NUM_POSITIONS)]
+        return _identity(sample, mode) | {"scores": {"nll": nll.mean().item()}, "nll_by_position": by_position}
+
+
+def _identity(sample: Sample, mode: Mode) -> dict:
+    """What tells a row from every other, and the depth, if there is one."""
+    row = {"task": sample.task, "length": sample.length, "index": sample.index}
+    row |= {"prefill": mode.prefill, "retention": mode.retention}
+    return row if sample.depth is None else row | {"depth": sample.depth}

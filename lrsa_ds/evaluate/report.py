@@ -1,0 +1,214 @@
+"""The summary of an evaluation as a table for the terminal, and as pictures."""
+
+import math
+from fractions import Fraction
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from lrsa_ds.errors import LRSAError
+from lrsa_ds.evaluate.results import cache_name
+
+CACHES_PER_BLOCK = 4  # so that a line of the table stays within 100 columns
+COLORS = {"dense": "#8a8f98", "chunked": "#1f6feb", "full": "#d97706"}
+MARKERS = {"dense": "s", "chunked": "o", "full": "^"}
+
+
+def results_table(rows: list[dict]) -> str:
+    """Means with 95 % intervals: a block for each length, a line for each task and metric, a column for each cache.
+
+    Args:
+        rows: as `results.summary` gives them.
+    """
+    blocks = []
+    for length in sorted({row["length"] for row in rows}):
+        mine = [row for row in rows if row["length"] == length]
+        caches = sorted({(row["prefill"], -row["retention"]) for row in mine}, key=_order)
+        for start in range(0, len(caches), CACHES_PER_BLOCK):
+            blocks.append("\n".join(_block(mine, length, caches[start : start + CACHES_PER_BLOCK])))
+    return "\n\n".join([*blocks, "percent (nats for nll), with 95 % intervals; (n): samples"])
+
+
+def _order(cache: tuple[str, float]) -> tuple:
+    return (list(COLORS).index(cache[0]), cache[1])
+
+
+def _block(rows: list[dict], length: int, caches: list[tuple[str, float]]) -> list[str]:
+    width, title_width = 18, 28
+    names = [cache_name(prefill, -negative) for prefill, negative in caches]
+    lines = [f"{f'{length:,} tokens':<{title_width}}" + "".join(f"{name:>{width}}" for name in names)]
+    for task, metric in dict.fromkeys((row["task"], row["metric"]) for row in rows):
+        found = {row["cache"]: row for row in rows if (row["task"], row["metric"]) == (task, metric)}
+        count = "/".join(dict.fromkeys(str(found[name]["num_samples"]) for name in names if name in found))
+        if count:  # some tasks know only some of the caches
+            count = f" {metric} ({count})"
+            room = title_width - len(count)
+            title = (task if len(task) <= room else f"{task[: room - 1]}…") + count
+            cells = "".join(f"{_cell(found.get(name)):>{width}}" for name in names)
+            lines.append(f"{title:<{title_width}}{cells}")
+    return lines
+
+
+def _cell(row: dict | None) -> str:
+    if row is None:
+        return "-"
+    digits = 3 if row["metric"] == "nll" else 1
+    if math.isnan(row["low"]):
+        return f"{row['mean']:.{digits}f}"
+    ends = f"{row['low']:.2f}–{row['high']:.2f}" if row["metric"] == "nll" else f"{row['low']:.0f}–{row['high']:.0f}"
+    return f"{row['mean']:.{digits}f} ({ends})"
+
+
+def draw_results(rows: list[dict], samples: list[dict], directory: Path, title: str) -> dict[str, Path]:
+    """Writes the pictures that the results allow; returns them by name.
+
+    "scores_<length>": each task's first metric over the share of the cache kept; "needles": by depth and length;
+    "perplexity": by position.
+
+    Args:
+        rows: as `results.summary` gives them; samples: the rows of `results.jsonl`.
+    """
+    pictures = {}
+    for length in sorted({row["length"] for row in rows}):
+        mine = [row for row in rows if row["length"] == length and row["metric"] not in ("nll", "first_token")]
+        if mine:
+            figure = _scores(mine, f"{title}: answers from {length:,} tokens")
+            pictures[f"scores_{length}"] = _save(figure, directory / f"scores_{length}.png")
+    if any("depth" in sample for sample in samples):
+        pictures["needles"] = _save(_needles(samples, f"{title}: by depth and length"), directory / "needles.png")
+    if any("nll_by_position" in sample for sample in samples):
+        pictures["perplexity"] = _save(_perplexity(samples, f"{title}: by position"), directory / "perplexity.png")
+    return pictures
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    try:
+        figure.savefig(path)
+    except OSError as error:
+        raise LRSAError(f"{path} cannot be written: {error.strerror}.") from error
+    return path
+
+
+def _figure(num_lines: int, num_columns: int, size: tuple[float, float], title: str, **shared):
+    figure = Figure(figsize=(max(5.2, size[0] * num_columns), 0.7 + size[1] * num_lines), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+    return figure, figure.subplots(num_lines, num_columns, squeeze=False, **shared)
+
+
+def _scores(rows: list[dict], title: str) -> Figure:
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    num_columns = min(4, len(tasks))
+    figure, panels = _figure(-(-len(tasks) // num_columns), num_columns, (3.0, 2.6), title, sharex=True, sharey=True)
+    handles = {}
+    for number, panel in enumerate(panels.flat):
+        if number >= len(tasks):
+            panel.set_visible(False)
+            continue
+        metric = next(row["metric"] for row in rows if row["task"] == tasks[number])
+        mine = [row for row in rows if (row["task"], row["metric"]) == (tasks[number], metric)]
+        for prefill in COLORS:
+            line = sorted((row for row in mine if row["prefill"] == prefill), key=lambda row: row["retention"])
+            if line:
+                handles[prefill] = _errorbar(panel, line, prefill)
+        retentions = sorted({row["retention"] for row in rows})
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(retentions, [_share(retention) for retention in retentions])
+        panel.minorticks_off()
+        panel.set_xlim(retentions[-1] * 1.25, retentions[0] / 1.25)
+        panel.set_ylim(-4, 104)
+        panel.set_title(f"{tasks[number]} ({metric})", fontsize=9)
+        panel.tick_params(labelsize=8)
+        panel.grid(alpha=0.25, linewidth=0.6)
+        panel.spines[["top", "right"]].set_visible(False)
+        if number + num_columns >= len(tasks):
+            panel.set_xlabel("share of the KV cache kept", fontsize=8.5)
+            panel.tick_params(labelbottom=True)
+    for panel in panels[:, 0]:
+        panel.set_ylabel("%", fontsize=8.5)
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8.5)
+    return figure
+
+
+def _errorbar(panel, line: list[dict], prefill: str):
+    # A little beside each other, so that equal scores do not hide one another.
+    shift = 1 + 0.04 * (list(COLORS).index(prefill) - 1)
+    means = [row["mean"] for row in line]
+    errors = [[row["mean"] - row["low"] for row in line], [row["high"] - row["mean"] for row in line]]
+    return panel.errorbar(
+        [row["retention"] * shift for row in line],
+        means,
+        yerr=[[max(0.0, error) for error in side] for side in errors],
+        color=COLORS[prefill],
+        marker=MARKERS[prefill],
+        markersize=4.5,
+        linewidth=1.7,
+        elinewidth=0.8,
+        capsize=2,
+    )
+
+
+def _share(retention: float) -> str:
+    share = Fraction(retention).limit_denominator(1024)
+    return "all" if retention == 1 else f"1/{share.denominator}" if share.numerator == 1 else f"{retention:.2g}"
+
+
+def _needles(samples: list[dict], title: str) -> Figure:
+    samples = [sample for sample in samples if "depth" in sample]
+    tasks = list(dict.fromkeys(sample["task"] for sample in samples))
+    caches = sorted({(sample["prefill"], -sample["retention"]) for sample in samples}, key=_order)
+    lengths = sorted({sample["length"] for sample in samples})
+    depths = sorted({sample["depth"] for sample in samples})
+    size = (max(2.2, 0.55 * len(lengths) + 1.2), max(1.6, 0.28 * len(depths) + 0.8))
+    figure, panels = _figure(len(tasks), len(caches), size, title, sharex=True, sharey=True)
+    image = None
+    for task, line in zip(tasks, panels, strict=True):
+        for (prefill, negative), panel in zip(caches, line, strict=True):
+            grid = [[_mean(samples, task, prefill, -negative, n, depth) for n in lengths] for depth in depths]
+            image = panel.imshow(grid, vmin=0, vmax=100, cmap="RdYlGn", alpha=0.65, aspect="auto")
+            for y, values in enumerate(grid):
+                for x, value in enumerate(values):
+                    if not math.isnan(value):
+                        panel.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=7)
+            panel.set_title(f"{task}, {cache_name(prefill, -negative)}", fontsize=8.5)
+            panel.set_xticks(range(len(lengths)), [_short(n) for n in lengths], fontsize=7.5)
+            panel.set_yticks(range(len(depths)), [f"{100 * depth:.0f} %" for depth in depths], fontsize=7.5)
+    figure.supxlabel("tokens", fontsize=8.5)
+    figure.supylabel("depth of the fact", fontsize=8.5)
+    figure.colorbar(image, ax=panels, shrink=0.8, label="%").ax.tick_params(labelsize=7.5)
+    return figure
+
+
+def _mean(samples: list[dict], task: str, prefill: str, retention: float, length: int, depth: float) -> float:
+    wanted = (task, prefill, retention, length, depth)
+    names = ("task", "prefill", "retention", "length", "depth")
+    scores = [next(iter(s["scores"].values())) for s in samples if tuple(s[name] for name in names) == wanted]
+    return sum(scores) / len(scores) if scores else math.nan
+
+
+def _short(length: int) -> str:
+    return f"{length // 1024}K" if length % 1024 == 0 else f"{length:,}"
+
+
+def _perplexity(samples: list[dict], title: str) -> Figure:
+    samples = [sample for sample in samples if "nll_by_position" in sample]
+    lengths = sorted({sample["length"] for sample in samples})
+    figure, panels = _figure(1, len(lengths), (3.6, 2.8), title, sharey=True)
+    styles = ["-", "--", "-.", ":"]
+    for length, panel in zip(lengths, panels[0], strict=True):
+        mine = [sample for sample in samples if sample["length"] == length]
+        for number, cache in enumerate(sorted({(s["prefill"], -s["retention"]) for s in mine}, key=_order)):
+            curves = [s["nll_by_position"] for s in mine if (s["prefill"], -s["retention"]) == cache]
+            mean = [sum(values) / len(values) for values in zip(*curves, strict=True)]
+            ends = [length * (i + 1) / len(mean) for i in range(len(mean))]
+            label = cache_name(cache[0], -cache[1])
+            panel.plot(ends, mean, color=COLORS[cache[0]], linestyle=styles[number % 4], linewidth=1.5, label=label)
+        panel.set_xlabel("position (tokens)", fontsize=8.5)
+        panel.set_title(f"{length:,} tokens ({len({s['index'] for s in mine})} texts)", fontsize=9)
+        panel.tick_params(labelsize=8)
+        panel.grid(alpha=0.25, linewidth=0.6)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0, 0].set_ylabel("nats per token", fontsize=8.5)
+    panels[0, -1].legend(fontsize=8, frameon=False)
+    return figure

@@ -1,0 +1,105 @@
+"""The results of an evaluation on disk, so that it can be stopped and continued, and their means with intervals."""
+
+import json
+import math
+import os
+from collections import defaultdict
+from pathlib import Path
+
+from lrsa_ds.errors import LRSAError
+
+RESULTS = "results.jsonl"
+PARTS = "results.rank*.jsonl"
+KEY = ("task", "length", "index", "prefill", "retention")
+Z = 1.96  # of a 95 % interval
+
+
+def part_of(directory: Path, rank: int) -> Path:
+    """Where a rank writes down what it has done: ranks never write to one file."""
+    return directory / PARTS.replace("*", str(rank))
+
+
+def key_of(row: dict) -> tuple:
+    return tuple(row[name] for name in KEY)
+
+
+def collect(directory: Path) -> list[dict]:
+    """All rows in `results.jsonl` and the parts, each once. Only one rank may call it, while none is writing.
+
+    Raises:
+        LRSAError: a line that is broken, and not for being the last of a stopped run.
+    """
+    rows: dict[tuple, dict] = {}
+    parts = sorted(directory.glob(PARTS))
+    for path in [directory / RESULTS, *parts]:
+        if path.exists():
+            rows |= {key_of(row): row for row in _read(path)}
+    merged = sorted(rows.values(), key=key_of)
+    partial = directory / f"{RESULTS}.partial"
+    try:
+        partial.write_text("".join(json.dumps(row) + "\n" for row in merged), encoding="utf-8")
+        os.replace(partial, directory / RESULTS)
+    except OSError as error:
+        raise LRSAError(f"{directory / RESULTS} cannot be written: {error.strerror}.") from error
+    for path in parts:
+        path.unlink()
+    return merged
+
+
+def read_results(directory: Path) -> list[dict]:
+    return _read(directory / RESULTS)
+
+
+def _read(path: Path) -> list[dict]:
+    lines = path.read_text(encoding="utf-8").split("\n")
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            if line:
+                rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number == len(lines):  # without a line's end: the run was stopped while it wrote
+                break
+            raise LRSAError(f"{path}, line {number} is broken: remove it, and its sample is done again.") from error
+    return rows
+
+
+def summary(rows: list[dict]) -> list[dict]:
+    """One row for each task, length, cache and metric, in the order of the rows.
+
+    `mean` with its 95 % interval `low` to `high`; `num_samples`. Scores in percent have Wilson's interval, which is
+    right for shares and wide for others between 0 and 100; `nll` has that of the normal distribution.
+    """
+    values: dict[tuple, list[float]] = defaultdict(list)
+    for row in rows:
+        for metric, score in row["scores"].items():
+            values[row["task"], row["length"], row["prefill"], row["retention"], metric].append(score)
+    found = []
+    for (task, length, prefill, retention, metric), scores in values.items():
+        mean, low, high = interval(scores) if metric == "nll" else wilson(scores)
+        row = {"task": task, "length": length, "prefill": prefill, "retention": retention}
+        row |= {"cache": cache_name(prefill, retention), "metric": metric, "num_samples": len(scores)}
+        found.append(row | {"mean": mean, "low": low, "high": high})
+    return found
+
+
+def wilson(scores: list[float]) -> tuple[float, float, float]:
+    """Mean and Wilson's score interval of scores from 0 to 100."""
+    n, share = len(scores), sum(scores) / len(scores) / 100
+    center = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
+    half = Z * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2)) / (1 + Z**2 / n)
+    return 100 * share, 100 * max(0.0, center - half), 100 * min(1.0, center + half)
+
+
+def interval(values: list[float]) -> tuple[float, float, float]:
+    """Mean and the normal distribution's interval; of one value there is none."""
+    n, mean = len(values), sum(values) / len(values)
+    if n == 1:
+        return mean, math.nan, math.nan
+    half = Z * math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n)
+    return mean, mean - half, mean + half
+
+
+def cache_name(prefill: str, retention: float) -> str:
+    """Such as "dense" or "chunked 8x"."""
+    return prefill if prefill == "dense" else f"{prefill} {1 / retention:.3g}x"

@@ -1,0 +1,189 @@
+"""An evaluation from configuration to pictures: each rank answers its share of the samples, and any may be stopped."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from lrsa_ds.config import LogConfig, LRSAConfig, load_settings, require, save_settings
+from lrsa_ds.data.tokenizer import Tokenizer, load_tokenizer
+from lrsa_ds.evaluate.config import EvaluateConfig
+from lrsa_ds.evaluate.evaluator import Evaluator, Mode, Sample, modes
+from lrsa_ds.evaluate.report import draw_results, results_table
+from lrsa_ds.evaluate.results import PARTS, RESULTS, cache_name, collect, key_of, part_of, read_results, summary
+from lrsa_ds.journal import JSONLines, Progress
+from lrsa_ds.metrics import RunLogger, check_wandb
+from lrsa_ds.model import apply_lrsa, check_supported, empty_model, load_model
+from lrsa_ds.parallel.mesh import Mesh, start_mesh, stop_mesh
+
+Score = Callable[[str, str, Sequence[str]], float]
+SETTINGS = "config.yaml"
+# What may differ when an evaluation goes on in the same directory: more of the same, or how it is shown.
+MAY_DIFFER = ("run_name", "output_dir", "overwrite", "log", "tasks", "lengths", "num_samples", "longbench", "ruler")
+
+
+class SampleSource(Protocol):
+    """Where samples come from; see `recipes.samples.Samples`."""
+
+    def items(self) -> list[tuple[str, int, int]]: ...
+
+    def sample(self, task: str, length: int, index: int) -> Sample: ...
+
+    def check(self) -> None: ...
+
+
+def evaluate(
+    config: EvaluateConfig, make_samples: Callable[[EvaluateConfig, Tokenizer], SampleSource], score: Score
+) -> None:
+    """Runs the whole evaluation on this rank.
+
+    Raises:
+        LRSAError: the configuration cannot be honoured, or `output_dir` holds the results of another one.
+    """
+    check_wandb(config.log)
+    structure = empty_model(config.model)
+    check_supported(structure)
+    trained = getattr(structure.config, "lrsa", None)
+    wanted = modes(config.cache.prefill, config.cache.retentions)
+    settings = asdict(config)
+    for mode in wanted:
+        config.cache.attention(trained, mode.retention)
+    directory = _directory(config)
+    _check_directory(directory, settings, config.overwrite)
+    tokenizer = load_tokenizer(config.model)
+    samples = make_samples(config, tokenizer)
+    samples.check()
+    # Ranks meet at the end of the work only, and some may be long done by then.
+    mesh = start_mesh(timeout=timedelta(days=7))
+    directory = Path(mesh.from_main(str(directory)))
+    done = _open(directory, settings, config.overwrite, mesh)
+    quiet = replace(config.log, progress=False)  # the logger's progress is that of training steps
+    logger = RunLogger(directory, quiet, settings, config.run_name, 0, enabled=mesh.is_main)
+    failed = True
+    try:
+        attention = config.cache.attention(trained, 1.0)
+        missing = _missing(samples, wanted, done)
+        for line in _description(config, attention, wanted, samples, missing, directory, mesh):
+            logger.message(line)
+        if missing:
+            model = apply_lrsa(load_model(config.model, _dtype(config)), attention).to(mesh.device).eval()
+            _work(Evaluator(model, tokenizer, attention, score), samples, missing, directory, mesh, config.log)
+        dist.barrier()
+        if mesh.is_main:
+            _report(config, collect(directory), directory, logger)
+        failed = False
+    finally:
+        logger.close(failed=failed)
+    stop_mesh()
+
+
+def _dtype(config: EvaluateConfig) -> torch.dtype:
+    automatic = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    return {"auto": automatic, "bf16": torch.bfloat16, "fp32": torch.float32}[config.model.dtype]
+
+
+def _directory(config: EvaluateConfig) -> Path:
+    default = Path("outputs") / config.run_name / time.strftime("%Y-%m-%d_%H-%M-%S")
+    return Path(config.output_dir).expanduser() if config.output_dir else default
+
+
+def _check_directory(directory: Path, settings: dict, overwrite: bool) -> None:
+    """Refuses a directory whose results belong to another configuration, and names the keys that differ."""
+    if overwrite or not (directory / SETTINGS).exists():
+        return
+    require(
+        (directory / RESULTS).exists() or any(directory.glob(PARTS)),
+        f"output_dir={directory} holds something else than an evaluation: choose another directory.",
+    )
+    there = load_settings(directory / SETTINGS)
+    differing = [key for key in settings if key not in MAY_DIFFER and _fixed(settings[key]) != _fixed(there.get(key))]
+    require(
+        not differing,
+        f"output_dir={directory} holds results of another configuration, which differs in {', '.join(differing)}: "
+        "choose another directory, or set overwrite=true.",
+    )
+
+
+def _fixed(value):
+    """A setting without what may be added to it: more retentions and prefill modes make more rows, not other ones."""
+    if isinstance(value, dict):
+        return {key: item for key, item in value.items() if key not in ("retentions", "prefill")}
+    return value
+
+
+def _open(directory: Path, settings: dict, overwrite: bool, mesh: Mesh) -> set[tuple]:
+    """Makes the directory and returns the keys of the rows that it holds, on every rank."""
+    if mesh.is_main:
+        directory.mkdir(parents=True, exist_ok=True)
+        if overwrite:
+            for path in (directory / RESULTS, directory / "metrics.jsonl", *directory.glob(PARTS)):
+                path.unlink(missing_ok=True)
+        save_settings(settings | {"output_dir": str(directory)}, directory / SETTINGS)
+        collect(directory)
+    dist.barrier()
+    return {key_of(row) for row in read_results(directory)}
+
+
+def _missing(samples: SampleSource, wanted: list[Mode], done: set[tuple]) -> list[tuple[tuple, list[Mode]]]:
+    """Every sample that is not done, with all its modes: the agreement with the dense one needs them together."""
+    missing = []
+    for item in samples.items():
+        expected = [m for m in wanted if not (item[0] == "perplexity" and m.prefill == "full")]
+        if any((*item, m.prefill, m.retention) not in done for m in expected):
+            missing.append((item, expected))
+    return missing
+
+
+def _work(
+    evaluator: Evaluator,
+    samples: SampleSource,
+    missing: list[tuple[tuple, list[Mode]]],
+    directory: Path,
+    mesh: Mesh,
+    log: LogConfig,
+) -> None:
+    mine = missing[mesh.rank :: mesh.world_size]
+    progress = Progress(len(mine), unit="sample") if mesh.is_main and log.progress else None
+    file = JSONLines(part_of(directory, mesh.rank))
+    for number, (item, wanted) in enumerate(mine, start=1):
+        started = time.perf_counter()
+        for row in evaluator.rows(samples.sample(*item), wanted):
+            file.write(row)
+        if progress:
+            progress.show({"step": number, "step_seconds": time.perf_counter() - started})
+    file.close()
+    if progress:
+        progress.close()
+
+
+def _description(
+    config: EvaluateConfig,
+    attention: LRSAConfig,
+    wanted: list[Mode],
+    samples: SampleSource,
+    missing: list,
+    directory: Path,
+    mesh: Mesh,
+) -> list[str]:
+    total = len(samples.items())
+    name = torch.cuda.get_device_name() if mesh.device.type == "cuda" else "CPU"
+    return [
+        f"{config.run_name}: {config.model.name or 'random weights'} on {mesh.world_size} × {name}",
+        f"caches: sink {attention.sink_size}, lag {attention.lag_size}; "
+        + ", ".join(cache_name(mode.prefill, mode.retention) for mode in wanted),
+        f"{total} samples, {total - len(missing)} of them done before; seed {config.seed}; greedy decoding",
+        f"output: {directory}",
+    ]
+
+
+def _report(config: EvaluateConfig, samples: list[dict], directory: Path, logger: RunLogger) -> None:
+    rows = summary(samples)
+    table = results_table(rows)
+    logger.message(table)
+    (directory / "results.txt").write_text(table + "\n", encoding="utf-8")
+    logger.results(rows, draw_results(rows, samples, directory, config.run_name))

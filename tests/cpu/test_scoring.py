@@ -1,0 +1,38 @@
+"""The metrics of answers."""
+
+import pytest
+
+from recipes.scoring import METRICS
+
+
+@pytest.mark.parametrize(
+    "metric,prediction,answers,score",
+    [
+        ("exact", "The Eiffel Tower.", ["eiffel tower"], 1),
+        ("exact", "Eiffel", ["eiffel tower", "EIFFEL!"], 1),
+        ("exact", "in Paris", ["Paris"], 0),
+        ("f1", "in Paris", ["Paris"], 2 / 3),
+        ("f1", "the cat sat", ["a cat sat down", "dog"], 4 / 5),
+        ("f1", "nothing", ["Paris"], 0),
+        ("f1", "", ["Paris"], 0),
+        ("recall", "AB, CD and EF", ["ab", "CD", "XY", "EF"], 3 / 4),
+        ("hit", "It is PARIS, I think.", ["Rome", "Paris"], 1),
+        ("hit", "It is London.", ["Rome", "Paris"], 0),
+        ("partial", "The key is 12345", ["1234567890"], 1 / 2),
+        ("partial", "", ["1234"], 0),
+        ("rouge_l", "the cat sat on the mat", ["the cat lay on the mat"], 5 / 6),
+        ("rouge_l", "a b c", ["c b a"], 1 / 3),
+        ("similarity", "```python\n# a comment\nx = 1\ny = 2", ["x = 1"], 1),
+        ("similarity", "", ["x = 1"], 0),
+        ("count", "There are 17, or 3 or 17", ["17"], 2 / 3),
+        ("count", "Paragraph 4", ["Paragraph 4"], 1),
+        ("count", "none", ["5"], 0),
+    ],
+)
+def test_metrics(metric, prediction, answers, score):
+    assert METRICS[metric](prediction, answers) == pytest.approx(score)
+
+
+def test_every_metric_is_right_about_the_answer_itself():
+    for name, metric in METRICS.items():
+        assert metric("Room 12 b", ["Room 12 b"]) == 1, name
