@@ -1,9 +1,12 @@
-"""Times LRSA attention against torch's dense attention on one GPU, in one run, and appends rows to a CSV file.
+"""Times LRSA against dense attention, both in one run, and appends rows to a CSV file.
 
-    python launch/benchmark.py --num-tokens 32768 131072 --retention 0.125 0.25
+    python launch/benchmark.py attention --num-tokens 32768 131072 --retention 0.25 0.125      # needs a GPU
+    python launch/benchmark.py generation --num-tokens 32768 131072 --retention 0.25 0.125
 
-Every row has the median, 20th and 80th percentile of the repetitions; selection and gather are part of LRSA's times.
-Absolute times say little without the dense rows beside them: compare within one run.
+`attention`: forward, and forward with backward, against torch's dense kernels; selection and gather are part of LRSA's
+times. `generation`: prefilling, decoding and the memory of the cache, against the dense cache of transformers.
+Every row has the median, 20th and 80th percentile of the repetitions. Absolute times say little without the dense rows
+beside them: compare within one run.
 """
 
 import argparse
@@ -18,60 +21,80 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
+import transformers  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 from torch.nn.functional import scaled_dot_product_attention  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache  # noqa: E402
 
-from lrsa_ds import LRSAConfig, lrsa_attention, select_kept  # noqa: E402
+from lrsa_ds import LagKVCache, LRSAConfig, apply_lrsa, lrsa_attention, prefill, select_kept  # noqa: E402
 
 DENSE = {"dense cuDNN": SDPBackend.CUDNN_ATTENTION, "dense flash": SDPBackend.FLASH_ATTENTION}
-BASELINE = "dense cuDNN"
+# Shapes of models whose weights do not matter: (hidden, intermediate, layers, query heads, KV heads).
+SHAPES = {"tiny": (64, 128, 2, 4, 2), "1.5b": (1536, 8960, 28, 12, 2), "8b": (4096, 14336, 32, 32, 8)}
+DECODED_TOKENS = 64
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("attention", "generation"))
     parser.add_argument("--num-tokens", type=int, nargs="+", default=[32768, 131072])
     parser.add_argument("--retention", type=float, nargs="+", default=[0.25, 0.125])
     parser.add_argument("--sink-size", type=int, default=16)
     parser.add_argument("--lag-size", type=int, default=1024)
     parser.add_argument("--heads", type=int, nargs=3, default=[32, 8, 128], metavar=("QUERY", "KV", "DIM"))
+    parser.add_argument("--model", choices=SHAPES, default="1.5b", help="of generation; random weights")
     parser.add_argument("--repetitions", type=int, default=10)
     parser.add_argument("--csv", type=Path, default=Path("outputs/benchmark.csv"))
     return parser.parse_args()
 
 
-def setting() -> dict[str, str]:
+def setting(device: torch.device) -> dict[str, str]:
     """What a time depends on besides the code that is timed."""
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT)
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "gpu": torch.cuda.get_device_name(),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
         "torch": torch.__version__,
-        "cuda": torch.version.cuda,
+        "cuda": torch.version.cuda or "",
+        "transformers": transformers.__version__,
         "commit": commit.stdout.strip() or "unknown",
     }
 
 
-def measure(function: Callable[[], object], repetitions: int) -> dict[str, float]:
-    """Milliseconds of a call on the GPU (20th, 50th, 80th percentile), and the memory it took beyond its inputs."""
+def percentiles(times: list[float]) -> dict[str, float]:
+    p20, p50, p80 = torch.tensor(times).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
+    return {"ms_p20": p20, "ms_p50": p50, "ms_p80": p80}
+
+
+def timed(function: Callable[[], object], device: torch.device) -> float:
+    """Milliseconds of a call, to the end of the work that it started."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
     started = time.perf_counter()
     function()
-    torch.cuda.synchronize()
-    first = time.perf_counter() - started
-    function()
-    torch.cuda.synchronize()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - started)
+
+
+def peak_gb(function: Callable[[], object], device: torch.device) -> float | str:
+    """Memory that a call takes beyond what is there before, in 1e9 bytes; not known on the CPU."""
+    if device.type != "cuda":
+        function()
+        return ""
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    times = []
-    for _ in range(repetitions):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        function()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end))
-    p20, p50, p80 = torch.tensor(times).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
-    peak = (torch.cuda.max_memory_allocated() - before) / 1e9
-    return {"ms_p20": p20, "ms_p50": p50, "ms_p80": p80, "peak_gb": peak, "first_call_s": first}
+    function()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 1e9
+
+
+def measure(function: Callable[[], object], repetitions: int, device: torch.device) -> dict[str, float | str]:
+    """Times of a call after one that may compile, and its memory."""
+    first = timed(function, device)
+    peak = peak_gb(function, device)
+    times = [timed(function, device) for _ in range(repetitions)]
+    return percentiles(times) | {"peak_gb": peak, "first_call_s": first / 1e3}
 
 
 def dense(backend: SDPBackend) -> Callable:
@@ -82,48 +105,111 @@ def dense(backend: SDPBackend) -> Callable:
     return attend
 
 
-def benchmark(options: argparse.Namespace, num_tokens: int) -> list[dict]:
+def settings_of(options: argparse.Namespace, retention: float) -> LRSAConfig:
+    return LRSAConfig(sink_size=options.sink_size, lag_size=options.lag_size, retention=retention)
+
+
+def attention_rows(options: argparse.Namespace, num_tokens: int, device: torch.device, add: Callable) -> None:
     """Rows of one sequence length: each method, forward, and forward with backward."""
     num_heads, num_kv_heads, dim = options.heads
     q, k, v, upstream = (
-        torch.randn(1, heads, num_tokens, dim, device="cuda", dtype=torch.bfloat16)
+        torch.randn(1, heads, num_tokens, dim, device=device, dtype=torch.bfloat16)
         for heads in (num_heads, num_kv_heads, num_kv_heads, num_heads)
     )
     inputs = [x.requires_grad_() for x in (q, k, v)]
     methods = [(name, None, dense(backend)) for name, backend in DENSE.items()]
     for retention in options.retention:
-        config = LRSAConfig(sink_size=options.sink_size, lag_size=options.lag_size, retention=retention, backend="flex")
-        methods.append(("LRSA flex", config, lambda q, k, v, config=config: lrsa_attention(q, k, v, config)))
-    rows = []
-
-    def add(method: str, config: LRSAConfig | None, passes: str, function: Callable) -> None:
-        kept = config.num_kept if config else ""
-        row = {"num_tokens": num_tokens, "method": method, "num_kept": kept, "passes": passes}
-        rows.append(row | measure(function, options.repetitions))
-        print_row(rows)
-
+        config = settings_of(options, retention)
+        methods.append(("LRSA", config, lambda q, k, v, config=config: lrsa_attention(q, k, v, config)))
     for name, config, attend in methods:
         with torch.no_grad():
-            add(name, config, "forward", lambda attend=attend: attend(*inputs))
+            forward = measure(lambda attend=attend: attend(*inputs), options.repetitions, device)
+        add(name, config, "forward", forward)
 
         def both(attend=attend):
             return torch.autograd.grad(attend(*inputs), inputs, upstream)
 
-        add(name, config, "forward+backward", both)
+        add(name, config, "forward+backward", measure(both, options.repetitions, device))
         if config:
-            add(name, config, "selection", lambda config=config: select_kept(k, v, config))
-    return rows
+            selection = measure(lambda config=config: select_kept(k, v, config), options.repetitions, device)
+            add(name, config, "selection", selection)
 
 
-def print_row(rows: list[dict]) -> None:
-    row = rows[-1]
-    same = [r for r in rows if r["method"] == BASELINE and r["passes"] == row["passes"]]
-    speedup = f"{same[0]['ms_p50'] / row['ms_p50']:.2f}x" if same else ""
-    print(
-        f"{row['num_tokens']:>9,} {row['method']:<12} {row['num_kept']!s:>5} {row['passes']:<17}"
-        f"{row['ms_p20']:9.2f} {row['ms_p50']:9.2f} {row['ms_p80']:9.2f} {row['peak_gb']:8.2f} {speedup:>9}",
-        flush=True,
+def random_model(shape: str, num_tokens: int, device: torch.device) -> torch.nn.Module:
+    hidden, intermediate, layers, heads, kv_heads = SHAPES[shape]
+    config = AutoConfig.for_model(
+        "qwen2",
+        vocab_size=32000,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=2 * num_tokens,
+        tie_word_embeddings=True,
     )
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+@torch.no_grad()
+def generation_rows(options: argparse.Namespace, num_tokens: int, device: torch.device, add: Callable) -> None:
+    """Rows of one context length: prefilling and decoding with the dense cache, and with each compressed one."""
+    model = random_model(options.model, num_tokens, device)
+    ids = torch.randint(0, 32000, (1, num_tokens), device=device)
+
+    def fill(config: LRSAConfig | None):
+        if config is None:
+            cache = DynamicCache(config=model.config)
+            model(ids, past_key_values=cache, logits_to_keep=1)
+        else:
+            cache = LagKVCache(config)
+            prefill(model, ids, cache)
+        return cache
+
+    for config in [None, *(settings_of(options, retention) for retention in options.retention)]:
+        name = "dense" if config is None else "LRSA"
+        if config is not None:
+            apply_lrsa(model, config)
+        cache, prefilling = None, []
+        for _ in range(2):  # the first one warms up
+            cache = None
+            holder = []
+            prefilling.append(timed(lambda holder=holder, config=config: holder.append(fill(config)), device))
+            cache = holder[0]
+        peak = peak_gb(lambda config=config: fill(config), device)
+        layers = [x for layer in cache.layers for x in (layer.keys, layer.values)]
+        held = {"cache_gb": sum(x.untyped_storage().nbytes() for x in layers) / 1e9}
+        add(name, config, "prefill", percentiles(prefilling[1:]) | held | {"peak_gb": peak})
+
+        def step(cache=cache):
+            model(ids[:, :1], past_key_values=cache)
+
+        times = [timed(step, device) for _ in range(DECODED_TOKENS)][DECODED_TOKENS // 4 :]
+        add(name, config, "decode one token", percentiles(times) | held)
+
+
+COLUMNS = ["ms_p20", "ms_p50", "ms_p80", "peak_gb", "cache_gb", "first_call_s"]
+
+
+class Table:
+    """Prints rows as they come, with the speed-up over the first dense method of the same length and pass."""
+
+    def __init__(self):
+        self.rows: list[dict] = []
+        title = f"{'tokens':>9} {'method':<12} {'K':>5} {'what':<17}"
+        print(title + "".join(f"{name:>10}" for name in ("ms p20", "p50", "p80", "peak GB", "cache GB", "speed-up")))
+
+    def add(self, num_tokens: int, method: str, config: LRSAConfig | None, what: str, values: dict) -> None:
+        row = {"num_tokens": num_tokens, "method": method, "num_kept": config.num_kept if config else "", "what": what}
+        self.rows.append(row | {name: values.get(name, "") for name in COLUMNS})
+        row = self.rows[-1]
+        same = [r for r in self.rows if (r["num_tokens"], r["what"]) == (num_tokens, what) and not r["num_kept"]]
+        speedup = f"{same[0]['ms_p50'] / row['ms_p50']:.2f}x" if same else ""
+        cells = [row[name] for name in COLUMNS[:-1]]
+        numbers = "".join(f"{'' if cell == '' else f'{cell:.2f}':>10}" for cell in cells)
+        print(f"{num_tokens:>9,} {method:<12} {row['num_kept']!s:>5} {what:<17}{numbers}{speedup:>10}", flush=True)
 
 
 def append(path: Path, rows: list[dict]) -> None:
@@ -138,19 +224,22 @@ def append(path: Path, rows: list[dict]) -> None:
 
 def main() -> int:
     options = arguments()
-    if not torch.cuda.is_available():
-        print("error: the benchmark needs a CUDA device, and there is none.", file=sys.stderr)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if options.what == "attention" and device.type == "cpu":
+        print("error: the benchmark of attention needs a CUDA device, and there is none.", file=sys.stderr)
         return 2
-    where = setting()
-    heads = dict(zip(("num_heads", "num_kv_heads", "head_dim"), options.heads, strict=True))
+    where = setting(device)
+    subject = "model" if options.what == "generation" else "heads"
+    shape = {subject: str(getattr(options, subject))}
     sizes = {"sink_size": options.sink_size, "lag_size": options.lag_size}
-    print(", ".join(f"{key} {value}" for key, value in (where | heads | sizes | {"dtype": "bf16"}).items()))
-    columns = f"{'tokens':>9} {'method':<12} {'K':>5} {'passes':<17}{'ms p20':>9} {'p50':>9} {'p80':>9} {'peak GB':>8}"
-    print(f"{columns} {'speed-up':>9}  (p50, against {BASELINE})")
+    print(", ".join(f"{key} {value}" for key, value in (where | shape | sizes).items()))
     torch.manual_seed(0)
+    table = Table()
+    measure_rows = attention_rows if options.what == "attention" else generation_rows
     for num_tokens in options.num_tokens:
-        rows = benchmark(options, num_tokens)
-        append(options.csv, [where | heads | sizes | row for row in rows])
+        before = len(table.rows)
+        measure_rows(options, num_tokens, device, lambda *row, n=num_tokens: table.add(n, *row))
+        append(options.csv, [where | shape | sizes | row for row in table.rows[before:]])
     return 0
 
 
