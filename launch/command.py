@@ -1,5 +1,6 @@
 """What every command does: compose the configuration, type it, act, and say errors in one sentence."""
 
+import atexit
 import os
 import sys
 from collections.abc import Callable
@@ -15,17 +16,31 @@ from omegaconf.errors import OmegaConfBaseException
 from launch.accelerator import register_resolver
 from launch.sentences import hydra_sentence
 from lrsa_ds.config import TrainConfig, typed_config
-from lrsa_ds.errors import LRSAError
+from lrsa_ds.errors import LRSAError, Stopped
 from lrsa_ds.parallel.mesh import local_rank
 
+STOPPED = 75
 CONF = Path(__file__).resolve().parent.parent / "conf"
+
+
+def leave(code: int) -> None:
+    """Ends this process at once, after what is registered for its exit.
+
+    In the interpreter's own last steps a thread of a library can still abort a process whose work is done, and the
+    launcher would take a finished run for a failed one.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def run_command(action: Callable[[Any], bool], name: str = "train", schema: type = TrainConfig) -> int:
     """Runs `action` on what `conf/<name>.yaml` and the command line compose, as an instance of `schema`.
 
     Returns:
-        The exit code: 0 if `action` returned true, 1 if not, 2 after an error that the user can mend.
+        The exit code: 0 if `action` returned true, 1 if not, 2 after an error that the user can mend, and 75 (try
+        again, in the words of sysexits.h) if a signal has stopped the run and the same command would go on.
     """
     # The deepspeed launcher appends --local_rank=N, which Hydra would refuse; the environment says the same.
     sys.argv = [argument for argument in sys.argv if not argument.startswith("--local_rank")]
@@ -38,13 +53,17 @@ def run_command(action: Callable[[Any], bool], name: str = "train", schema: type
         nonlocal succeeded, failure
         try:
             succeeded = action(typed_config(composed, schema))
-        except LRSAError as error:  # Hydra would print its overrides on every rank before it passes the error on
+        except (LRSAError, Stopped) as error:  # on its way through Hydra it would print the overrides on every rank
             failure = error
 
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(task)()
         if failure is not None:
             raise failure
+    except Stopped as stopped:
+        if local_rank() == 0:
+            print(stopped, file=sys.stderr, flush=True)
+        return STOPPED
     except (LRSAError, HydraException, OmegaConfBaseException) as error:
         if local_rank() == 0:
             print(f"error: {hydra_sentence(error, schema)}", file=sys.stderr, flush=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout, installed or not
 
-from launch.command import run_command
+from launch.command import leave, run_command
 from lrsa_ds.evaluate.config import EvaluateConfig
 from lrsa_ds.evaluate.run import evaluate
 from recipes.samples import Samples
@@ -24,4 +24,4 @@ def action(config: EvaluateConfig) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(action, "evaluate", EvaluateConfig))
+    leave(run_command(action, "evaluate", EvaluateConfig))

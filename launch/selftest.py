@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout, installed or not
 
 import recipes
-from launch.command import run_command
+from launch.command import leave, run_command
 from lrsa_ds.config import TrainConfig
 from lrsa_ds.selftest import selftest
 
@@ -22,4 +22,4 @@ def action(config: TrainConfig) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(action))
+    leave(run_command(action))

@@ -7,7 +7,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout
 
 import recipes
 from launch.accelerator import PICKS
-from launch.command import run_command
+from launch.command import leave, run_command
 from lrsa_ds.config import TrainConfig
 from lrsa_ds.run import train
 
@@ -18,4 +18,4 @@ def action(config: TrainConfig) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(action))
+    leave(run_command(action))

@@ -1,108 +1,214 @@
-"""The output directory: who may write there, the exported model, and the mark of a finished run."""
+"""Checkpoints in the output directory: whole or not there, found again, and loaded at any number of ranks.
+
+A checkpoint is written under a name that ends in `.partial` and renamed when every rank has written its part, so that a
+kill at any moment leaves the earlier ones as they were. DeepSpeed writes the tensors; `trainer.json` says the rest.
+"""
 
 import json
+import os
 import shutil
-import time
-from dataclasses import asdict
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
+import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
-from safetensors import SafetensorError
 
 from lrsa_ds.config import TrainConfig, require
 from lrsa_ds.errors import LRSAError
 from lrsa_ds.parallel.mesh import Mesh
 
-COMPLETED = "COMPLETED"
-MODEL_DIRECTORY = "model"
-# What a run writes into its directory: all that is removed when a run there is started anew.
-RUN_FILES = (COMPLETED, "config.yaml", "metrics.jsonl", "evaluation.txt", "evaluation.png", MODEL_DIRECTORY, "wandb")
-WRAPPER_PREFIX = "lm."
+DIRECTORY = "checkpoints"
+PARTIAL = ".partial"
+TRAINER = "trainer.json"
+# Names of DeepSpeed's own states below a checkpoint: as saved, and converted for another number of ranks.
+SAVED, UNIVERSAL = "state", "universal"
+# Settings that a run may change when it goes on: where and how it computes, not what.
+MAY_CHANGE = (
+    "run_name",
+    "output_dir",
+    "activation_checkpointing",
+    "loss_chunk_size",
+    "attention.backend",
+    "data.num_workers",
+    "parallel",
+    "zero.offload_optimizer",
+    "zero.offload_param",
+    "zero.gather_layers",
+    "zero.reduce_bucket_size",
+    "zero.overlap_comm",
+    "optim.micro_batch",
+    "optim.grad_accum",
+    "eval",
+    "log",
+    "checkpoint",
+)
 
 
-def check_output(config: TrainConfig, num_parameters: int, bytes_per_parameter: int) -> None:
-    """Refuses a directory that holds a finished run, cannot be written, or has no room for the exported model."""
-    if config.output_dir is None:
-        return
-    directory = Path(config.output_dir).expanduser()
-    require(
-        config.checkpoint.overwrite or not (directory / COMPLETED).exists(),
-        f"output_dir={directory} holds a finished run: choose another, or set checkpoint.overwrite=true.",
-    )
-    check_room(directory, num_parameters * bytes_per_parameter if config.checkpoint.export else 0)
+@dataclass(frozen=True)
+class ResumePoint:
+    """A whole checkpoint: what `trainer.json` holds, and where it lies.
 
-
-def check_room(directory: Path, needed: int) -> None:
-    """Makes `directory` and raises LRSAError unless it can be written and has `needed` bytes free, and a margin."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(directory).free
-    except OSError as error:
-        raise LRSAError(f"output_dir={directory} cannot be written: {error.strerror}.") from error
-    needed = int(1.05 * needed) + 10_000_000
-    require(
-        free >= needed,
-        f"output_dir={directory} has {free / 1e9:.2f} GB free, and the exported model needs {needed / 1e9:.2f} GB: "
-        "choose another output_dir, or set checkpoint.export=false.",
-    )
-
-
-def open_output(config: TrainConfig, mesh: Mesh) -> Path:
-    """The directory of this run, the same on every rank and empty of an earlier run's files.
-
-    Without `output_dir` it is `outputs/<run_name>/<time>`, and rank 0's clock decides.
+    Args:
+        step: optimizer steps that were done.
+        position: where the stream of training sequences stands.
+        world_size: the number of ranks that wrote it.
+        settings, data: the configuration, and what the data looked like.
     """
-    default = Path("outputs") / config.run_name / time.strftime("%Y-%m-%d_%H-%M-%S")
-    directory = Path(mesh.from_main(str(Path(config.output_dir).expanduser() if config.output_dir else default)))
-    if mesh.is_main:
-        directory.mkdir(parents=True, exist_ok=True)
-        for name in RUN_FILES:
-            path = directory / name
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-    return directory
+
+    directory: Path
+    step: int
+    position: dict
+    world_size: int
+    settings: dict
+    data: str
 
 
-def export_model(engine: DeepSpeedEngine, tokenizer, config: TrainConfig, directory: Path, mesh: Mesh) -> None:
-    """Writes the model in Hugging Face format, with its tokenizer and LRSA settings, to `directory`/model.
+def find_checkpoint(output: Path) -> ResumePoint | None:
+    """The newest whole checkpoint of a run, if there is any."""
+    found = [path for path in (output / DIRECTORY).glob("step_*") if (path / TRAINER).is_file()]
+    whole = [path for path in found if path.suffix != PARTIAL]
+    if not whole:
+        return None
+    newest = max(whole, key=lambda path: int(path.name.removeprefix("step_")))
+    return ResumePoint(directory=newest, **json.loads((newest / TRAINER).read_text(encoding="utf-8")))
 
-    The files appear under their final name only when all are written.
+
+def check_resume(point: ResumePoint, config: TrainConfig, data: str) -> None:
+    """Raises LRSAError if `config` or the data are not those of the checkpoint; names what differs."""
+    instead = "restore it, choose another output_dir, or set checkpoint.overwrite=true to start anew"
+    there, here = _flat(point.settings), _flat(plain_settings(config))
+    differing = [
+        f"{key}={here.get(key)!r} (was {there.get(key)!r})"
+        for key in sorted(there | here)
+        if there.get(key) != here.get(key) and not any(f"{key}.".startswith(f"{may}.") for may in MAY_CHANGE)
+    ]
+    place = f"output_dir={point.directory.parent.parent} holds step {point.step} of a run"
+    require(not differing, f"{place} with other settings, {', '.join(differing)}: {instead}.")
+    require(data == point.data, f"{place} over other data (it was {point.data}, and is {data}): {instead}.")
+
+
+def plain_settings(config: TrainConfig) -> dict:
+    """The configuration as JSON would give it back."""
+    return json.loads(json.dumps(asdict(config)))
+
+
+def _flat(settings: dict, prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in settings.items():
+        is_group = isinstance(value, dict) and value and prefix == ""
+        flat |= _flat(value, f"{key}.") if is_group else {prefix + key: value}
+    return flat
+
+
+def save_checkpoint(
+    engine: DeepSpeedEngine, output: Path, trainer: dict, keep: int, num_bytes: int, mesh: Mesh
+) -> Path:
+    """Writes a checkpoint on all ranks and removes all but the newest `keep`; returns its directory.
+
+    Args:
+        trainer: the fields of a `ResumePoint` but its directory.
+        num_bytes: what the checkpoint is expected to take.
 
     Raises:
-        LRSAError: the disk is full, or the directory cannot be written.
+        LRSAError: the disk is full, or the directory cannot be written; earlier checkpoints are whole.
     """
-    weights = _full_weights(engine)
-    if not mesh.is_main:
-        return
-    lm = engine.module.lm
-    weights = {name.removeprefix(WRAPPER_PREFIX): tensor for name, tensor in weights.items()}
-    partial, final = directory / f"{MODEL_DIRECTORY}.partial", directory / MODEL_DIRECTORY
+    final = output / DIRECTORY / f"step_{trainer['step']:06d}"
+    partial = final.with_name(final.name + PARTIAL)
+    problem = mesh.from_main(_make_room(partial, num_bytes) if mesh.is_main else None)
+    require(problem is None, f"{problem}")
     try:
-        lm.save_pretrained(partial, state_dict=weights)
-        tokenizer.save_pretrained(partial)
-        (partial / "lrsa.json").write_text(json.dumps(_lrsa_settings(config), indent=2) + "\n")
-        partial.rename(final)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise LRSAError(f"the model could not be written to {final}: {error}; the run is not complete.") from error
+        engine.save_checkpoint(str(partial), tag=SAVED, save_latest=False)
+    except (OSError, RuntimeError) as error:
+        # torch reports a full disk as a RuntimeError of its writer.
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error) and "write" not in str(error):
+            raise
+        reason = str(error).splitlines()[0]
+        raise LRSAError(f"the checkpoint {final} could not be written: {reason}; earlier ones are whole.") from error
+    dist.barrier()
+    if mesh.is_main:
+        (partial / TRAINER).write_text(json.dumps(trainer, indent=1) + "\n", encoding="utf-8")
+        if final.exists():  # the same step once more, after a stop at its end
+            shutil.rmtree(final)
+        os.replace(partial, final)
+        _prune(output, keep)
+    dist.barrier()
+    return final
 
 
-def _full_weights(engine: DeepSpeedEngine) -> dict[str, torch.Tensor] | None:
-    """All weights on the CPU of rank 0; a collective under ZeRO-3."""
-    if engine.zero_optimization_partition_weights():
-        return engine._zero3_consolidated_16bit_state_dict()
-    return {name: tensor.detach().cpu() for name, tensor in engine.module.state_dict().items()}
+def _make_room(partial: Path, num_bytes: int) -> str | None:
+    """Removes what a killed run left behind and makes the directory; returns what is wrong, if anything is."""
+    try:
+        remove_partial(partial.parent)
+        partial.mkdir(parents=True)
+        free = shutil.disk_usage(partial).free
+    except OSError as error:
+        return f"the checkpoint {partial.with_suffix('')} could not be written: {error.strerror}."
+    if free >= num_bytes:
+        return None
+    partial.rmdir()
+    return (
+        f"the checkpoint {partial.with_suffix('')} needs {num_bytes / 1e9:.2f} GB and {free / 1e9:.2f} GB are free: "
+        "make room and start the same command again; earlier checkpoints are whole."
+    )
 
 
-def _lrsa_settings(config: TrainConfig) -> dict:
-    """How the model was trained, so that inference can keep the same KV."""
-    attention = asdict(config.attention)
-    return {"attention": attention, "seq_len": config.seq_len}
+def remove_partial(checkpoints: Path) -> None:
+    for path in checkpoints.glob(f"*{PARTIAL}"):
+        shutil.rmtree(path)
 
 
-def mark_completed(directory: Path) -> None:
-    """The last thing a run does: everything else is on disk by then."""
-    (directory / COMPLETED).write_text(time.strftime("%Y-%m-%dT%H:%M:%S%z") + "\n")
+def _prune(output: Path, keep: int) -> None:
+    whole = sorted(p for p in (output / DIRECTORY).glob("step_*") if p.suffix != PARTIAL)
+    for path in whole[:-keep]:
+        shutil.rmtree(path)
+
+
+def load_checkpoint(engine: DeepSpeedEngine, point: ResumePoint, mesh: Mesh) -> None:
+    """Restores weights, optimizer and scheduler. The engine must be made for `needs_conversion(point, mesh)`."""
+    tag = UNIVERSAL if needs_conversion(point, mesh) else SAVED
+    loaded, _ = engine.load_checkpoint(str(point.directory), tag=tag)
+    require(loaded is not None, f"the checkpoint {point.directory} could not be loaded: set checkpoint.overwrite=true.")
+
+
+def needs_conversion(point: ResumePoint, mesh: Mesh) -> bool:
+    """Whether another number of ranks wrote the checkpoint, so that its parts have to be cut anew."""
+    return point.world_size != mesh.world_size
+
+
+def convert_checkpoint(point: ResumePoint, zero_stage: int, mesh: Mesh) -> None:
+    """Lets rank 0 cut the checkpoint into DeepSpeed's universal form, once.
+
+    Raises:
+        LRSAError: DeepSpeed's converter failed.
+    """
+    problem = mesh.from_main(_convert(point, zero_stage) if mesh.is_main else None)
+    require(
+        problem is None,
+        f"the checkpoint {point.directory} could not be converted to another number of ranks: {problem}",
+    )
+
+
+def _convert(point: ResumePoint, zero_stage: int) -> str | None:
+    source, final = point.directory / SAVED, point.directory / UNIVERSAL
+    if final.exists():
+        return None
+    partial = final.with_name(UNIVERSAL + PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)
+    workers = str(max(1, min(8, os.cpu_count() or 1)))
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
+    command += ["--input_folder", str(source), "--output_folder", str(partial)]
+    command += ["--num_extract_workers", workers, "--num_merge_workers", workers]
+    if zero_stage < 3:
+        command.append("--inject_missing_state")  # what Megatron's models would have saved, and has no meaning here
+    # A process of its own, without the launcher's variables: the converter would take them for a run to join.
+    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = {key: value for key, value in os.environ.items() if key not in launcher}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode != 0:
+        return (done.stderr.strip().splitlines() or ["no message"])[-1]
+    os.replace(partial, final)
+    (point.directory / "latest_universal").unlink(missing_ok=True)  # it names the partial one, and is not needed
+    return None

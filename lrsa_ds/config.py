@@ -193,12 +193,14 @@ class DataConfig:
 
 @dataclass(kw_only=True)
 class ParallelConfig:
-    """How the ranks are arranged."""
+    """How the ranks are arranged; `timeout` is in seconds, 0 for none."""
 
     sp_size: int = 1
+    timeout: float = 1800.0
 
     def __post_init__(self):
         require_whole("parallel.sp_size", self.sp_size, 1)
+        require(self.timeout >= 0, f"parallel.timeout={self.timeout} is not valid: give seconds, or 0 for none.")
 
 
 @dataclass(kw_only=True)
@@ -237,6 +239,7 @@ class OptimConfig:
     beta2: float = 0.95
     min_lr_ratio: float = 0.1
     grad_clip: float = 1.0
+    on_nan: str = "stop"
 
     def __post_init__(self):
         require(self.lr > 0, f"optim.lr={self.lr} is not valid: give a number above 0.")
@@ -246,6 +249,7 @@ class OptimConfig:
         require_whole("optim.micro_batch", self.micro_batch, 1)
         require(self.weight_decay >= 0, f"optim.weight_decay={self.weight_decay} is not valid: give at least 0.")
         require(self.grad_clip >= 0, f"optim.grad_clip={self.grad_clip} is not valid: give at least 0 (0 is off).")
+        require_one_of("optim.on_nan", self.on_nan, ("stop", "skip"))
         require(0 <= self.min_lr_ratio <= 1, f"optim.min_lr_ratio={self.min_lr_ratio} is not valid: give 0 to 1.")
         for key in ("beta1", "beta2"):
             value = getattr(self, key)
@@ -254,15 +258,17 @@ class OptimConfig:
 
 @dataclass(kw_only=True)
 class EvalConfig:
-    """Answers under the caches that inference would keep, before and after training."""
+    """Answers under the caches that inference would keep: before, after, and every so many steps (0: never)."""
 
     before: bool = True
     after: bool = True
+    every: int = 0
     num_examples: int = 48
     retentions: list[float] = field(default_factory=lambda: [1.0, 0.5, 0.25, 0.125])
 
     def __post_init__(self):
         require_whole("eval.num_examples", self.num_examples, 1)
+        require_whole("eval.every", self.every, 0)
         require(self.retentions != [], "eval.retentions=[] is not valid: give numbers in (0, 1].")
         for retention in self.retentions:
             require_retention("eval.retentions", retention)
@@ -285,10 +291,19 @@ class LogConfig:
 
 @dataclass(kw_only=True)
 class CheckpointConfig:
-    """What is left on disk at the end."""
+    """What is left on disk, on the way (every so many steps, 0: never) and at the end."""
 
+    every: int = 0
+    keep: int = 2
+    resume: str = "auto"
+    best: bool = False
     export: bool = True
     overwrite: bool = False
+
+    def __post_init__(self):
+        require_whole("checkpoint.every", self.every, 0)
+        require_whole("checkpoint.keep", self.keep, 1)
+        require_one_of("checkpoint.resume", self.resume, ("auto", "never"))
 
 
 @dataclass(kw_only=True)
@@ -319,6 +334,10 @@ class TrainConfig:
         require_one_of("procedure", self.procedure, ("qa",))
         for retention in self.eval.retentions:
             self.attention.with_retention(retention)
+        require(
+            not self.checkpoint.best or self.eval.every > 0,
+            "checkpoint.best=true needs eval.every, the steps between two evaluations to choose among.",
+        )
         context_length = self.data.context_length
         require(
             context_length is None or context_length <= self.seq_len,

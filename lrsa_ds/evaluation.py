@@ -5,6 +5,7 @@ answer: it does if and only if every answer token is the likeliest one, given th
 token that is not, decoding has seen exactly those tokens.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -17,13 +18,20 @@ from lrsa_ds.trainer import Engine, forward
 
 @torch.no_grad()
 def evaluate(
-    engine: Engine, config: TrainConfig, mesh: Mesh, examples: list[Example], pad_id: int, when: str
+    engine: Engine,
+    config: TrainConfig,
+    mesh: Mesh,
+    examples: list[Example],
+    pad_id: int,
+    when: str,
+    on_batch: Callable[[], None] = lambda: None,
 ) -> list[dict]:
     """Exact match and token accuracy of the answers, by task and retention: one row each, the same on every rank.
 
     Args:
         examples: all of them on every rank; each rank takes its share.
-        when: "before" or "after" training, copied into the rows.
+        when: "before" or "after" training, or "step N", copied into the rows.
+        on_batch: called before each batch.
 
     Returns:
         Rows with `when`, `task`, `retention`, `exact_match` and `token_accuracy` in percent, `nll` per answer token in
@@ -41,6 +49,7 @@ def evaluate(
         attention = config.attention.with_retention(retention)
         totals = torch.zeros(len(examples), 3, dtype=torch.float64)
         for batch in batches[mesh.dp_rank :: mesh.dp_size]:
+            on_batch()
             part = shard(batch, mesh.sp_size, mesh.sp_rank)
             targets = _example_of_target(batch)[_targets_before(batch, mesh) :][: part.num_target_tokens]
             _add_scores(totals, targets, forward(engine, part, attention, num_slots, mesh))

@@ -103,3 +103,31 @@ class Progress:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def keep_rows_until(path: Path, step: int, may_write: bool) -> list[dict]:
+    """The rows of a metrics file that a run which goes on after `step` keeps: the steps and evaluations up to there.
+
+    The file is rewritten with these rows alone by the rank that `may_write`; a torn last line is dropped.
+    """
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:  # the run was killed while it wrote
+            break
+    kept = [row for row in rows if _step_of(row) <= step]
+    if may_write:
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        os.replace(partial, path)
+    return kept
+
+
+def _step_of(row: dict) -> float:
+    if row["kind"] == "train":
+        return row["step"]
+    when = row.get("when", "")
+    return 0 if when == "before" else int(when.removeprefix("step ")) if when.startswith("step ") else math.inf

@@ -19,6 +19,7 @@ from lrsa_ds.journal import JSONLines, Progress, print_above
 
 INIT_SECONDS = 20  # for W&B to reach its server
 FINISH_SECONDS = 20  # for W&B to send what is left when the run ends
+RUN_ID_FILE = "wandb_run.txt"
 CLOSE_SECONDS = 30  # for all that W&B still does when the run ends
 
 
@@ -249,6 +250,11 @@ class _WandbThread(threading.Thread):
             )
 
     def _init(self, wandb: ModuleType, mode: str):
+        # A run that goes on is the same run there.
+        known = self._output_dir / RUN_ID_FILE
+        identity = dict(self._identity)
+        if known.exists():
+            identity |= {"id": known.read_text().strip(), "resume": "allow"}
         settings = wandb.Settings(
             init_timeout=INIT_SECONDS,
             finish_timeout=FINISH_SECONDS,
@@ -259,4 +265,6 @@ class _WandbThread(threading.Thread):
             disable_code=True,
             save_code=False,
         )
-        return wandb.init(mode=mode, dir=self._output_dir, reinit="create_new", settings=settings, **self._identity)
+        run = wandb.init(mode=mode, dir=self._output_dir, reinit="create_new", settings=settings, **identity)
+        known.write_text(run.id + "\n")
+        return run

@@ -1,153 +1,203 @@
-"""A run from configuration to exported model: check, start, evaluate, train, evaluate, export."""
+"""A run from configuration to exported model: start or go on, evaluate, train, evaluate, export."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
-from lrsa_ds import checkpoint
-from lrsa_ds.config import TrainConfig, require, save_settings
+from lrsa_ds import checkpoint, output
+from lrsa_ds.config import TrainConfig, save_settings
 from lrsa_ds.data.stream import TrainStream, make_loader
-from lrsa_ds.data.tokenizer import load_tokenizer
+from lrsa_ds.errors import Stopped
 from lrsa_ds.evaluation import evaluate
+from lrsa_ds.journal import keep_rows_until
 from lrsa_ds.loss import TargetLoss
-from lrsa_ds.metrics import RunLogger, check_wandb
-from lrsa_ds.model import apply_lrsa, check_supported, empty_model, enable_checkpointing, layer_classes, load_model
-from lrsa_ds.parallel.mesh import Mesh, check_world, start_mesh, stop_mesh
-from lrsa_ds.parallel.sequence import check_heads
-from lrsa_ds.parallel.shard import check_shards
-from lrsa_ds.parallel.ulysses import check_dense_heads
+from lrsa_ds.metrics import RunLogger
+from lrsa_ds.model import apply_lrsa, enable_checkpointing, layer_classes, load_model
+from lrsa_ds.parallel.mesh import Mesh, start_mesh, stop_mesh
+from lrsa_ds.parallel.watch import Watch
 from lrsa_ds.parallel.zero import deepspeed_config, make_engine
+from lrsa_ds.plan import Plan, prepare
 from lrsa_ds.report import draw_evaluation, evaluation_table
+from lrsa_ds.signals import StopRequest
 from lrsa_ds.trainer import Engine, Trainer, cosine_schedule
 
 
-@dataclass(frozen=True)
-class Plan:
-    """All that can be known, and all that can be wrong, before a process group starts."""
-
-    dtype: torch.dtype
-    num_parameters: int
-    tokenizer: object
-    data: object
-
-
-def prepare(config: TrainConfig, procedure: ModuleType) -> Plan:
-    """Checks everything that can be checked on one process, at the cost of reading the data's head.
+def train(config: TrainConfig, procedure: ModuleType, notes: list[str]) -> None:
+    """Runs the whole job on this rank. `notes` are sentences about the configuration that rank 0 shows first.
 
     Raises:
-        LRSAError: the first thing that is wrong, in one sentence.
+        LRSAError: anything that the user can mend.
+        Stopped: a signal has ended the run after a checkpoint.
     """
-    use_cuda = torch.cuda.is_available()
-    require(
-        config.attention.backend != "flex" or use_cuda,
-        "attention.backend=flex needs a CUDA device, and there is none: use auto or chunked.",
-    )
-    check_wandb(config.log)
-    dtype = {"auto": torch.bfloat16 if use_cuda else torch.float32, "bf16": torch.bfloat16, "fp32": torch.float32}
-    dtype = dtype[config.model.dtype]
-    structure = empty_model(config.model)
-    check_supported(structure)
-    _check_parallel(config, structure)
-    num_parameters = sum(p.numel() for p in structure.parameters())
-    checkpoint.check_output(config, num_parameters, dtype.itemsize)
-    tokenizer = load_tokenizer(config.model)
-    vocabulary = structure.get_input_embeddings().num_embeddings
-    require(
-        len(tokenizer) <= vocabulary,
-        f"model.tokenizer has {len(tokenizer)} tokens, and the model knows {vocabulary}: they do not belong together.",
-    )
-    return Plan(dtype, num_parameters, tokenizer, procedure.prepare(config, tokenizer))
-
-
-def _check_parallel(config: TrainConfig, structure: torch.nn.Module) -> None:
-    """Whether the sequences of the run can be shared as `parallel.sp_size` asks, in training and in evaluation."""
-    size, attention = config.parallel.sp_size, config.attention
-    if size == 1:
-        return
-    architecture = structure.config.get_text_config()
-    check_world(size)
-    check_heads(architecture.num_attention_heads, size)
-    row = config.seq_len * config.optim.micro_batch
-    for retention in {*attention.retentions, *config.eval.retentions}:
-        settings = attention.with_retention(retention)
-        if settings.is_dense:
-            check_dense_heads(architecture.num_key_value_heads, size)
-        else:
-            check_shards(row, size, settings, "seq_len * optim.micro_batch")
-
-
-def train(config: TrainConfig, procedure: ModuleType, notes: list[str]) -> None:
-    """Runs the whole job on this rank. `notes` are sentences about the configuration that rank 0 shows first."""
     plan = prepare(config, procedure)
-    mesh = start_mesh(config.parallel.sp_size)
+    stop = StopRequest()
+    # Our own watch, which names the rank that hangs, is to speak before torch's, which does not.
+    patience = timedelta(seconds=3 * config.parallel.timeout) if config.parallel.timeout else timedelta(days=30)
+    mesh = start_mesh(config.parallel.sp_size, patience)
+    plan = replace(plan, resume=mesh.from_main(plan.resume))
     torch.manual_seed(config.seed)
-    output = checkpoint.open_output(config, mesh)
-    settings = asdict(config) | {"output_dir": str(output)}
+    directory = output.open_output(config, mesh, going_on=plan.resume is not None)
+    settings = asdict(config) | {"output_dir": str(directory)}
+    earlier = keep_rows_until(directory / "metrics.jsonl", plan.resume.step if plan.resume else 0, mesh.is_main)
     if mesh.is_main:
-        save_settings(settings, output / "config.yaml")
-    logger = RunLogger(output, config.log, settings, config.run_name, config.optim.num_steps, enabled=mesh.is_main)
+        save_settings(settings, directory / "config.yaml")
+    watch = Watch(directory, mesh, config.parallel.timeout)
+    logger = RunLogger(directory, config.log, settings, config.run_name, config.optim.num_steps, enabled=mesh.is_main)
     failed = True
     try:
-        for note in [*notes, *_describe(config, plan, mesh, output)]:
+        for note in [*notes, *_describe(config, plan, mesh, directory)]:
             logger.message(note)
-        _run(config, plan, mesh, output, logger)
+        _Run(config, plan, mesh, directory, logger, watch, stop).all([row for row in earlier if row["kind"] == "eval"])
         failed = False
     finally:
         logger.close(failed=failed)
+        watch.close()
     if mesh.is_main:
-        checkpoint.mark_completed(output)
+        output.mark(directory, output.COMPLETED)
     stop_mesh()
 
 
-def _run(config: TrainConfig, plan: Plan, mesh: Mesh, output: Path, logger: RunLogger) -> None:
-    engine = build_engine(config, plan)
-    data, rows = plan.data, []
+class _Run:
+    """What happens between the start and the end of a run."""
 
-    def report(when: str) -> None:
-        rows.extend(evaluate(engine, config, mesh, data.validation_examples(), data.pad_id, when))
-        if mesh.is_main:
-            _report(config, rows, when, output, logger)
+    def __init__(
+        self,
+        config: TrainConfig,
+        plan: Plan,
+        mesh: Mesh,
+        directory: Path,
+        logger: RunLogger,
+        watch: Watch,
+        stop: StopRequest,
+    ):
+        self.config, self.plan, self.mesh, self.directory = config, plan, mesh, directory
+        self.logger, self.watch, self.stop = logger, watch, stop
+        self.rows: list[dict] = []
 
-    if config.eval.before:
-        report("before")
-    build_trainer(config, plan, mesh, engine).fit(logger.step)
-    if config.eval.after:
-        report("after")
-    if config.checkpoint.export:
-        checkpoint.export_model(engine, plan.tokenizer, config, output, mesh)
-        logger.message(f"model: {output / checkpoint.MODEL_DIRECTORY}")
+    def all(self, earlier_rows: list[dict]) -> None:
+        """Evaluates, trains, evaluates and exports; `earlier_rows` are the evaluations of the run that goes on."""
+        config, point = self.config, self.plan.resume
+        self.rows = [{key: value for key, value in row.items() if key != "kind"} for row in earlier_rows]
+        self.watch.doing("loading the model")
+        self.engine = build_engine(config, self.plan, self.mesh)
+        if point is not None:
+            checkpoint.load_checkpoint(self.engine, point, self.mesh)
+        elif config.eval.before:
+            self.evaluate("before")
+        build_trainer(config, self.plan, self.mesh, self.engine, self.watch.doing).fit(self.after_step)
+        if config.eval.after:
+            self.evaluate("after")
+        if config.checkpoint.export:
+            self.export(output.MODEL_DIRECTORY)
+
+    def after_step(self, metrics: dict, position: dict) -> None:
+        """Logs a step; then evaluates, keeps the best model, writes a checkpoint, or stops, where that is due."""
+        config, step = self.config, metrics["step"]
+        is_last = step == config.optim.num_steps
+        self.logger.step(metrics)
+        if config.eval.every and step % config.eval.every == 0 and not is_last:
+            self.evaluate(f"step {step}")
+            if config.checkpoint.best and self._is_best(f"step {step}"):
+                self.export(output.BEST_DIRECTORY)
+        # Whether some rank was asked to stop: all ranks have to agree, and this is where they meet.
+        wants_stop = self.mesh.max([float(self.stop.is_set)])[0] > 0
+        if wants_stop:
+            self.stop.accept()
+        every = config.checkpoint.every
+        if wants_stop or (every and (step % every == 0 or is_last)):
+            self.save(step, position)
+        if wants_stop:
+            self._end(step)
+
+    def _end(self, step: int) -> None:
+        name = self.stop.signal_name or "a signal to another rank"
+        if self.mesh.is_main:
+            output.mark(self.directory, output.STOPPED)
+        raise Stopped(f"stopped after step {step} by {name}: the same command with the same output_dir goes on.")
+
+    def save(self, step: int, position: dict) -> None:
+        config = self.config
+        self.watch.doing(f"step {step}: writing a checkpoint")
+        trainer = {
+            "step": step,
+            "position": position,
+            "world_size": self.mesh.world_size,
+            "settings": checkpoint.plain_settings(config),
+            "data": self.plan.data.fingerprint(),
+        }
+        room = self.plan.checkpoint_bytes
+        path = checkpoint.save_checkpoint(self.engine, self.directory, trainer, config.checkpoint.keep, room, self.mesh)
+        self.logger.message(f"checkpoint: {path}")
+
+    def evaluate(self, when: str) -> None:
+        config, data = self.config, self.plan.data
+
+        def alive() -> None:
+            self.watch.doing(f"evaluation ({when})")
+
+        examples = data.validation_examples()
+        found = evaluate(self.engine, config, self.mesh, examples, data.pad_id, when, alive)
+        self.rows.extend(found)
+        if self.mesh.is_main:
+            _report(config, self.rows, found, self.directory, self.logger)
+
+    def _is_best(self, when: str) -> bool:
+        """Whether an evaluation on the way is better than all others on the way, under the smallest cache."""
+        smallest = min(self.config.eval.retentions)
+        scores: dict[str, list[float]] = {}
+        for row in self.rows:
+            if row["retention"] == smallest and row["when"].startswith("step"):
+                scores.setdefault(row["when"], []).append(row["exact_match"] + row["token_accuracy"] / 1000)
+        means = {name: sum(values) / len(values) for name, values in scores.items()}
+        return means[when] == max(means.values())
+
+    def export(self, name: str) -> None:
+        self.watch.doing("exporting the model")
+        output.export_model(self.engine, self.plan.tokenizer, self.config, self.directory / name, self.mesh)
+        self.logger.message(f"model: {self.directory / name}")
 
 
-def build_engine(config: TrainConfig, plan: Plan) -> Engine:
+def build_engine(config: TrainConfig, plan: Plan, mesh: Mesh) -> Engine:
     """The model with LRSA attention and its loss, in DeepSpeed's engine."""
+    point = plan.resume
+    universal = point is not None and checkpoint.needs_conversion(point, mesh)
+    if universal:
+        checkpoint.convert_checkpoint(point, config.zero.stage, mesh)
     sharded = deepspeed_config(config, plan.dtype) if config.zero.stage == 3 else None
     model = apply_lrsa(load_model(config.model, plan.dtype, sharded), config.attention.at_step(0))
     if config.activation_checkpointing:
         enable_checkpointing(model)
     loss = TargetLoss(model, config.loss_chunk_size)
-    return make_engine(config, loss, plan.dtype, cosine_schedule(config.optim), layer_classes(model))
+    return make_engine(config, loss, plan.dtype, cosine_schedule(config.optim), layer_classes(model), universal)
 
 
-def build_trainer(config: TrainConfig, plan: Plan, mesh: Mesh, engine: Engine) -> Trainer:
-    """The training loop over this rank's share of the sequences."""
+def build_trainer(
+    config: TrainConfig, plan: Plan, mesh: Mesh, engine: Engine, doing: Callable[[str], None] = lambda what: None
+) -> Trainer:
+    """The training loop over this rank's share of the sequences, from where the run goes on."""
+    point = plan.resume
     per_step = config.optim.micro_batch * config.optim.grad_accum
-    stream = TrainStream(plan.data.sequences_of_epoch, per_step, mesh.dp_rank, mesh.dp_size)
-    return Trainer(config, mesh, engine, iter(make_loader(stream, config.data.num_workers)))
+    start = point.position if point else None
+    stream = TrainStream(plan.data, per_step, mesh.dp_rank, mesh.dp_size, start)
+    loader = iter(make_loader(stream, config.data.num_workers))
+    return Trainer(config, mesh, engine, loader, point.step if point else 0, doing)
 
 
-def _report(config: TrainConfig, rows: list[dict], when: str, output: Path, logger: RunLogger) -> None:
-    """The table in the terminal and on disk, the picture, and the rows of this evaluation in the logs."""
+def _report(config: TrainConfig, rows: list[dict], new: list[dict], directory: Path, logger: RunLogger) -> None:
+    """The table in the terminal and on disk, the picture, and the new rows in the logs."""
     table = evaluation_table(rows)
     logger.message(table)
-    (output / "evaluation.txt").write_text(table + "\n", encoding="utf-8")
-    picture = output / "evaluation.png"
+    (directory / "evaluation.txt").write_text(table + "\n", encoding="utf-8")
+    picture = directory / "evaluation.png"
     draw_evaluation(rows, picture, f"{config.run_name}: answers under a compressed KV cache")
-    logger.evaluation([row for row in rows if row["when"] == when], picture)
+    logger.evaluation(new, picture)
 
 
-def _describe(config: TrainConfig, plan: Plan, mesh: Mesh, output: Path) -> list[str]:
+def _describe(config: TrainConfig, plan: Plan, mesh: Mesh, directory: Path) -> list[str]:
     attention, optim = config.attention, config.optim
     retention = attention.retentions[0] if len(attention.retentions) == 1 else attention.retentions
     kind = (
@@ -158,10 +208,14 @@ def _describe(config: TrainConfig, plan: Plan, mesh: Mesh, output: Path) -> list
     sequences = mesh.dp_size * optim.micro_batch * optim.grad_accum
     name = torch.cuda.get_device_name() if mesh.device.type == "cuda" else "CPU"
     shared = f", {mesh.sp_size} ranks to a sequence" if mesh.sp_size > 1 else ""
-    return [
+    lines = [
         f"{config.run_name}: {plan.num_parameters / 1e6:,.1f}M parameters in {str(plan.dtype).removeprefix('torch.')} "
         f"on {mesh.world_size} × {name}, ZeRO stage {config.zero.stage}{shared}",
         f"attention: {kind}",
         f"{optim.num_steps} steps of {sequences} × {config.seq_len:,} tokens, peak learning rate {optim.lr:g}",
-        f"output: {output}",
+        f"output: {directory}",
     ]
+    if plan.resume is not None:
+        was = f", which {plan.resume.world_size} ranks wrote" if plan.resume.world_size != mesh.world_size else ""
+        lines.append(f"going on after step {plan.resume.step}, from {plan.resume.directory}{was}")
+    return lines

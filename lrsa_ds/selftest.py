@@ -10,7 +10,8 @@ import torch
 
 from lrsa_ds.config import OptimConfig, ParallelConfig, TrainConfig, require
 from lrsa_ds.parallel.mesh import Mesh, start_mesh, stop_mesh
-from lrsa_ds.run import Plan, build_engine, build_trainer, prepare
+from lrsa_ds.plan import Plan, prepare
+from lrsa_ds.run import build_engine, build_trainer
 from lrsa_ds.trainer import Engine
 
 NUM_STEPS = 2
@@ -57,12 +58,12 @@ def _two_steps(config: TrainConfig, sp_size: int, grad_accum: int) -> TrainConfi
 
 def _measure(config: TrainConfig, plan: Plan, mesh: Mesh) -> Measured:
     torch.manual_seed(config.seed)
-    engine = build_engine(config, plan)
+    engine = build_engine(config, plan, mesh)
     # Under ZeRO-3 a rank holds its part of every gradient; both runs cut them alike, so the parts can be compared.
     sharded = config.zero.stage == 3
     read = deepspeed.utils.safe_get_local_grad if sharded else deepspeed.utils.safe_get_full_grad
     gradients, rows = keep_gradients(engine, read), []
-    build_trainer(config, plan, mesh, engine).fit(rows.append)
+    build_trainer(config, plan, mesh, engine).fit(lambda row, position: rows.append(row))
     engine.destroy()
     del engine
     gc.collect()

@@ -6,10 +6,13 @@ from collections.abc import Callable, Iterator
 
 import psutil
 import torch
+import torch.distributed as dist
 from deepspeed import DeepSpeedEngine as Engine
 
 from lrsa_ds.config import LRSAConfig, OptimConfig, TrainConfig, require
-from lrsa_ds.data.packing import PackedSequence, collate, shard
+from lrsa_ds.data.packing import PackedSequence, collate, padding_sequence, shard
+from lrsa_ds.data.stream import StepData
+from lrsa_ds.errors import LRSAError
 from lrsa_ds.parallel.attention import attention_function
 from lrsa_ds.parallel.mesh import Mesh
 from lrsa_ds.parallel.zero import gradient_scale
@@ -41,30 +44,54 @@ def forward(engine: Engine, batch: PackedSequence, attention: LRSAConfig, num_sl
 
 
 class Trainer:
-    """Runs `config.optim.num_steps` optimizer steps of `engine` over this rank's share of the data."""
+    """Runs optimizer steps of `engine` over this rank's share of the data, up to `config.optim.num_steps`.
 
-    def __init__(self, config: TrainConfig, mesh: Mesh, engine: Engine, steps: Iterator[list[PackedSequence]]):
+    Args:
+        steps: the data of one step after the other, from that of `first_step` on.
+        first_step: steps that were done before.
+        doing: told what this rank begins.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        mesh: Mesh,
+        engine: Engine,
+        steps: Iterator[StepData],
+        first_step: int = 0,
+        doing: Callable[[str], None] = lambda what: None,
+    ):
         self.config = config
         self.mesh = mesh
         self.engine = engine
         self.steps = steps
+        self.first_step = first_step
+        self.doing = doing
         self.scale = gradient_scale(config, mesh.world_size)
         self.num_layers = engine.module.lm.config.get_text_config().num_hidden_layers
 
-    def fit(self, on_step: Callable[[dict], None]) -> None:
-        """Trains, and calls `on_step` with the metrics of each step (the same on every rank)."""
+    def fit(self, on_step: Callable[[dict, dict], None]) -> None:
+        """Trains, and calls `on_step` after each step with its metrics and the position of the data after it.
+
+        Both are the same on every rank.
+        """
         self.engine.train()
-        self._traffic()  # what an evaluation sent before belongs to no step
         reset_peak_memory(self.mesh.device)
-        for step in range(self.config.optim.num_steps):
+        for step in range(self.first_step, self.config.optim.num_steps):
             start = time.perf_counter()
-            metrics = self.train_step(step, next(self.steps))
+            self.doing(f"step {step + 1}: reading data")
+            data = next(self.steps)
+            self.doing(f"step {step + 1}: computing")
+            metrics = self.train_step(step, data.sequences)
             seconds = time.perf_counter() - start
-            on_step(metrics | {"tokens_per_second": metrics["num_tokens"] / seconds, "step_seconds": seconds})
+            metrics |= {"tokens_per_second": metrics["num_tokens"] / seconds, "step_seconds": seconds}
+            on_step(metrics, data.position)
 
     def train_step(self, step: int, sequences: list[PackedSequence]) -> dict:
         """One optimizer step: `grad_accum` micro-batches of `micro_batch` sequences. Returns its metrics."""
         mesh, size = self.mesh, self.config.optim.micro_batch
+        if mesh.sequence is not None:
+            mesh.sequence.traffic.take(1)  # what was sent since the last step, in an evaluation, belongs to none
         rows = [collate(sequences[i : i + size], mesh.sp_size) for i in range(0, len(sequences), size)]
         batches = [shard(row, mesh.sp_size, mesh.sp_rank) for row in rows]
         counts = [float(b.num_target_tokens) for b in batches]
@@ -72,28 +99,56 @@ class Trainer:
         slots = mesh.max(counts)
         require(num_targets > 0, f"step {step + 1} has no target token: look at the answers of the data.")
         attention = self.config.attention.at_step(step)
-        local_loss = 0.0
+        local_loss, num_skipped = 0.0, 0
         for batch, num_slots in zip(batches, slots, strict=True):
             loss = forward(self.engine, batch, attention, max(1, int(num_slots)), mesh) / num_targets
+            bad = self._replicas_with_bad_loss(loss)
+            if bad:
+                self._report_bad_loss(step, batch, bad)
+                num_skipped += len(bad)
+                # A pass is a collective: the others repeat theirs, while those with a bad loss go over padding.
+                if mesh.dp_rank in bad:
+                    padding = padding_sequence(sum(batch.document_lengths), pad_id=0)
+                    batch = shard(padding, mesh.sp_size, mesh.sp_rank)
+                loss = forward(self.engine, batch, attention, max(1, int(num_slots)), mesh) / num_targets
             local_loss = local_loss + loss.detach()
             self.engine.backward(loss * self.scale)
             self.engine.step()
-        loss = mesh.sum([float(local_loss)])[0]
-        require(math.isfinite(loss), f"the loss of step {step + 1} is {loss}: lower optim.lr, or look at the data.")
         return {
             "step": step + 1,
-            "loss": loss,
+            "loss": mesh.sum([float(local_loss)])[0],
             "grad_norm": float(self.engine.get_global_grad_norm()),
             "lr": self.config.optim.lr * cosine_schedule(self.config.optim)(step),
             "retention": attention.retention,
             "num_tokens": int(num_tokens),
             "num_target_tokens": int(num_targets),
             "peak_memory_gb": mesh.max([peak_memory_gb(mesh.device)])[0],
+            **({"num_skipped_rows": num_skipped} if num_skipped else {}),
             **self._traffic(),
         }
 
+    def _replicas_with_bad_loss(self, loss: torch.Tensor) -> list[int]:
+        """Which replicas have a loss that is not finite; the same on every rank."""
+        flags = [0.0] * self.mesh.dp_size
+        flags[self.mesh.dp_rank] = float(not math.isfinite(loss.item()))
+        return [replica for replica, flag in enumerate(self.mesh.max(flags)) if flag]
+
+    def _report_bad_loss(self, step: int, batch: PackedSequence, bad: list[int]) -> None:
+        """Names the samples with a bad loss; unless they are to be skipped, on every rank as an error."""
+        mesh = self.mesh
+        mine = [i for i in batch.example_indices if i >= 0] if mesh.dp_rank in bad and mesh.sp_rank == 0 else []
+        everyone: list[list[int]] = [[] for _ in range(mesh.world_size)]
+        dist.all_gather_object(everyone, mine)
+        samples = ", ".join(str(i) for indices in everyone for i in indices)
+        what = f"the loss of step {step + 1} is not finite at sample{'s' * (samples.count(',') > 0)} {samples}"
+        if self.config.optim.on_nan == "skip":
+            if mesh.is_main:
+                print(f"{what}: left out (optim.on_nan=skip)", flush=True)
+            return
+        raise LRSAError(f"{what}: lower optim.lr, look at the data, or set optim.on_nan=skip to leave them out.")
+
     def _traffic(self) -> dict[str, float]:
-        """Bytes that a rank sent in a layer since the last call, forward and backward, on average over the ranks."""
+        """Bytes that a rank sent in a layer in this step, forward and backward, on average over the ranks."""
         if self.mesh.sequence is None:
             return {}
         counts = self.mesh.sequence.traffic.take(self.num_layers)

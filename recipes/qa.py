@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from lrsa_ds.config import TrainConfig
-from lrsa_ds.data.packing import IGNORE, Example, PackedSequence, pack
+from lrsa_ds.data.packing import IGNORE, Example
 from lrsa_ds.data.segments import CUTTABLE, END, FIXED, TARGET, Segment, chat_segments, plain_segments
 from lrsa_ds.data.shapes import canonical
 from lrsa_ds.data.sources import Rows
+from lrsa_ds.data.stdlib_docs import documents_fingerprint
 from lrsa_ds.data.stdlib_qa import MARGIN, StdlibQA
 from lrsa_ds.data.tokenizer import Tokenizer
 from lrsa_ds.errors import LRSAError
@@ -63,9 +64,27 @@ class QAData:
         else:
             self.rows = Rows(data, config.seed, config.eval.num_examples)
 
-    def sequences_of_epoch(self, epoch: int) -> Iterator[PackedSequence]:
-        """All packed sequences of one epoch, in the global order: the same on every rank."""
-        return pack(self._training_examples(epoch), self.seq_len, self.pad_id)
+    def examples_of_rows(self, epoch: int, first: int = 0) -> Iterator[list[Example]]:
+        """The examples of every training row, in the order of the epoch, from row `first` on: as on every rank."""
+        if self.rows is None:
+            for index in range(first, self.num_generated):
+                yield [self._generated_example("train", epoch, index, None)]
+        else:
+            for index, row in self.rows.epoch(epoch, first):
+                yield self.encoder.examples(row, index, self.rows.place(index))
+
+    def examples_at(self, epoch: int, rows: list[int]) -> dict[int, list[Example]]:
+        """The examples of the rows at these places in the order of the epoch."""
+        if self.rows is None:
+            return {i: [self._generated_example("train", epoch, i, None)] for i in rows}
+        found = self.rows.at(epoch, rows)
+        return {i: self.encoder.examples(row, index, self.rows.place(index)) for i, (index, row) in found.items()}
+
+    def fingerprint(self) -> str:
+        """What the training rows are, so that a run which goes on notices when they have changed."""
+        if self.rows is None:
+            return f"{self.num_generated} questions over {documents_fingerprint()}"
+        return self.rows.fingerprint()
 
     def validation_examples(self) -> list[Example]:
         """What answers are scored on: `eval.num_examples` rows, or as many of each task of the generated source."""
@@ -76,15 +95,7 @@ class QAData:
         if self.rows is not None:
             for _ in self._validation_examples():
                 pass
-        next(self._training_examples(0), None)
-
-    def _training_examples(self, epoch: int) -> Iterator[Example]:
-        if self.rows is None:
-            for index in range(self.num_generated):
-                yield self._generated_example("train", epoch, index, None)
-        else:
-            for index, row in self.rows.epoch(epoch):
-                yield from self.encoder.examples(row, index, self.rows.place(index))
+        next(self.examples_of_rows(0), None)
 
     def _validation_examples(self) -> Iterator[Example]:
         if self.rows is None:

@@ -1,5 +1,6 @@
 """JSONL, JSON and Parquet files on this machine: found, and checked row by row so that an error names its place."""
 
+import hashlib
 import json
 from collections.abc import Iterator
 from glob import glob, has_magic
@@ -13,6 +14,7 @@ import pyarrow.parquet
 from lrsa_ds.data.shapes import canonical
 from lrsa_ds.errors import LRSAError
 
+HASHED_BYTES = 1 << 20
 JSON_SUFFIXES = (".jsonl", ".json")
 SUFFIXES = (*JSON_SUFFIXES, ".parquet")
 
@@ -47,6 +49,20 @@ def find_files(key: str, value: str) -> list[str]:
     if len({Path(path).suffix == ".parquet" for path in found}) > 1:
         raise LRSAError(f"{key}={value!r} mixes JSON and Parquet files: give one kind.")
     return found
+
+
+def files_fingerprint(files: list[str]) -> str:
+    """Number, size and content of files; of large ones their beginning and end stand for the content."""
+    digest, total = hashlib.sha256(), 0
+    for path in files:
+        size = Path(path).stat().st_size
+        with open(path, "rb") as file:
+            digest.update(file.read(HASHED_BYTES))
+            file.seek(max(HASHED_BYTES, size - HASHED_BYTES))
+            digest.update(file.read(HASHED_BYTES))
+        digest.update(str(size).encode())
+        total += size
+    return f"{len(files)} files of {total:,} bytes, {digest.hexdigest()[:12]}"
 
 
 def format_of(files: list[str]) -> str:

@@ -20,12 +20,14 @@ class Example:
 
     `labels[i] == input_ids[i]` where token i has to be predicted, else `IGNORE`. Token 0 is never a target: nothing
     stands before it. `task` names the kind of question, `index` the row or the number of the example in its source.
+    `place` is where a training stream has it from: epoch, row in the order of the epoch, and number within the row.
     """
 
     input_ids: list[int]
     labels: list[int]
     task: str
     index: int
+    place: tuple[int, int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,37 +50,55 @@ class PackedSequence:
     num_target_tokens: int
 
 
-def pack(examples: Iterable[Example], seq_len: int, pad_id: int, num_open: int = 8) -> Iterator[PackedSequence]:
-    """First-fit packing into sequences of `seq_len` tokens; every example lands in exactly one of them.
+class Packer:
+    """First-fit packing of examples into sequences of `seq_len` tokens; every example lands in exactly one of them.
 
     At most `num_open` sequences are open at a time: when an example fits into none of them, the fullest is closed.
-    The order of the output depends on the input alone.
-
-    Raises:
-        LRSAError: an example longer than `seq_len`.
+    What comes out depends on the order of the examples alone.
     """
-    bins: list[list[Example]] = []
-    room: list[int] = []
-    for example in examples:
-        length = len(example.input_ids)
-        if length > seq_len:
-            raise LRSAError(f"seq_len={seq_len} is too short for example {example.index} of {length} tokens.")
-        place = next((i for i, free in enumerate(room) if free >= length), None)
+
+    def __init__(self, seq_len: int, num_open: int = 8):
+        self.seq_len = seq_len
+        self.num_open = num_open
+        self.open: list[list[Example]] = []
+
+    def add(self, example: Example) -> list[list[Example]]:
+        """Puts an example into a sequence, and returns the members of those that are closed now.
+
+        Raises:
+            LRSAError: an example longer than `seq_len`.
+        """
+        length, closed = len(example.input_ids), []
+        if length > self.seq_len:
+            raise LRSAError(f"seq_len={self.seq_len} is too short for example {example.index} of {length} tokens.")
+        place = next((i for i, members in enumerate(self.open) if self._room(members) >= length), None)
         if place is None:
-            if len(bins) == num_open:
-                fullest = room.index(min(room))
-                room.pop(fullest)
-                yield _packed(bins.pop(fullest), seq_len, pad_id)
-            place = len(bins)
-            bins.append([])
-            room.append(seq_len)
-        bins[place].append(example)
-        room[place] -= length
-        if room[place] == 0:
-            room.pop(place)
-            yield _packed(bins.pop(place), seq_len, pad_id)
-    for members in bins:
-        yield _packed(members, seq_len, pad_id)
+            if len(self.open) == self.num_open:
+                closed.append(self.open.pop(min(range(self.num_open), key=lambda i: self._room(self.open[i]))))
+            place = len(self.open)
+            self.open.append([])
+        self.open[place].append(example)
+        if self._room(self.open[place]) == 0:
+            closed.append(self.open.pop(place))
+        return closed
+
+    def flush(self) -> list[list[Example]]:
+        """Closes all that are open."""
+        closed, self.open = self.open, []
+        return closed
+
+    def _room(self, members: list[Example]) -> int:
+        return self.seq_len - sum(len(example.input_ids) for example in members)
+
+
+def pack(examples: Iterable[Example], seq_len: int, pad_id: int, num_open: int = 8) -> Iterator[PackedSequence]:
+    """All examples as packed sequences; see `Packer`."""
+    packer = Packer(seq_len, num_open)
+    for example in examples:
+        for members in packer.add(example):
+            yield packed(members, seq_len, pad_id)
+    for members in packer.flush():
+        yield packed(members, seq_len, pad_id)
 
 
 def collate(sequences: list[PackedSequence], multiple_of: int = 1) -> PackedSequence:
@@ -124,10 +144,11 @@ def shard(row: PackedSequence, size: int, index: int) -> PackedSequence:
 
 def padding_sequence(seq_len: int, pad_id: int) -> PackedSequence:
     """A sequence of padding, without targets: it evens out the number of sequences among ranks."""
-    return _packed([], seq_len, pad_id)
+    return packed([], seq_len, pad_id)
 
 
-def _packed(examples: list[Example], seq_len: int, pad_id: int) -> PackedSequence:
+def packed(examples: list[Example], seq_len: int, pad_id: int) -> PackedSequence:
+    """The given examples, and padding, as one sequence."""
     lengths = [len(e.input_ids) for e in examples]
     tasks: list[str | None] = [e.task for e in examples]
     indices = [e.index for e in examples]

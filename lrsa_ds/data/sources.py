@@ -10,7 +10,7 @@ import numpy as np
 from datasets.exceptions import DatasetsError
 
 from lrsa_ds.config import DataConfig
-from lrsa_ds.data.files import check_rows, find_files, format_of
+from lrsa_ds.data.files import check_rows, files_fingerprint, find_files, format_of
 from lrsa_ds.data.shapes import canonical
 from lrsa_ds.errors import LRSAError
 from lrsa_ds.hub import first_line, hub_error, resolve_name
@@ -68,8 +68,8 @@ class Rows:
         """The number and the content of every validation row."""
         return self.held_out
 
-    def epoch(self, epoch: int) -> Iterator[tuple[int, dict[str, Any]]]:
-        """The number and the content of every training row, each once, in the order of this epoch.
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The number and the content of every training row from the `first` on, each once, in the order of this epoch.
 
         The number is the row's place in the source, or, streaming, its place in the order of the epoch.
         """
@@ -78,10 +78,26 @@ class Rows:
             stream = self.train.rows.skip(self.num_skipped) if self.num_skipped else self.train.rows
             stream = stream.shuffle(seed=self.seed, buffer_size=SHUFFLE_BUFFER)
             stream.set_epoch(epoch)
-            yield from self.train.canonical_rows(stream, self.columns)
+            yield from islice(self.train.canonical_rows(stream, self.columns), first, None)
             return
-        for i in np.random.default_rng([self.seed, epoch + 1]).permutation(self.trained):
+        for i in np.random.default_rng([self.seed, epoch + 1]).permutation(self.trained)[first:]:
             yield int(i), self.train.row(int(i), self.columns)
+
+    def at(self, epoch: int, places: list[int]) -> dict[int, tuple[int, dict[str, Any]]]:
+        """The number and the content of the rows at these places in the order of this epoch, by place.
+
+        A stream has to be read up to the last of them; of other data nothing else is read.
+        """
+        if self.streaming:
+            return {i: row for i, row in zip(range(max(places) + 1), self.epoch(epoch)) if i in set(places)}
+        return {place: next(self.epoch(epoch, place)) for place in places}
+
+    def fingerprint(self) -> str:
+        """What the training rows are, as far as that can be told without reading all of them."""
+        if self.train.files is not None:
+            return f"{self.train.label}: {files_fingerprint(self.train.files)}"
+        count = "a stream" if self.streaming else f"{len(self.train.rows)} rows"
+        return f"{self.train.label}: {count}, columns {self.train.rows.column_names}"
 
     def place(self, index: int) -> str:
         """Where row `index` is, for an error."""

@@ -65,6 +65,13 @@ def load_documents() -> tuple[Document, ...]:
     return tuple(documents.values())
 
 
+def documents_fingerprint() -> str:
+    """Tells the documentation of one Python from that of another."""
+    documents = load_documents()
+    digest = hashlib.sha256("\0".join(d.text for d in documents).encode()).hexdigest()
+    return f"{len(documents)} documents of Python {sys.version.split()[0]}, {digest[:12]}"
+
+
 def _source_files() -> Iterator[tuple[str, Path]]:
     """Public modules and their files, in the order of their names."""
     root = Path(sysconfig.get_path("stdlib"))

@@ -1,24 +1,115 @@
-"""The endless stream of training steps, the same for any number of ranks."""
+"""The endless stream of training steps, the same for any number of ranks, with a place that can be found again."""
 
 import os
-from collections.abc import Callable, Iterator
-from itertools import count, islice
-from typing import Any
+import signal
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Protocol
 
 import fsspec.asyn
 from torch.utils.data import DataLoader, IterableDataset
 
-from lrsa_ds.data.packing import PackedSequence
+from lrsa_ds.data.packing import Example, PackedSequence, Packer, packed
 from lrsa_ds.errors import LRSAError
 
 
-class TrainStream(IterableDataset):
-    """Yields, for every optimizer step and for ever, this rank's list of `sequences_per_rank` packed sequences.
+class TrainingRows(Protocol):
+    """What is trained on; see `recipes.qa.QAData`."""
 
-    The global order is that of epochs 0, 1, 2, ... one after the other. A step takes the next
-    `world_size * sequences_per_rank` sequences of it, rank r the r-th contiguous part. A step may span epochs, so
-    nothing is dropped at an epoch's end. Every rank walks the whole order: `sequences_of_epoch(epoch)` must give the
-    same on each, and the sequences of a step are then the same for any number of ranks.
+    seq_len: int
+    pad_id: int
+
+    def examples_of_rows(self, epoch: int, first: int = 0) -> Iterator[list[Example]]:
+        """The examples of every row of an epoch, in its order, from row `first` on; the same on every rank."""
+
+    def examples_at(self, epoch: int, rows: list[int]) -> dict[int, list[Example]]:
+        """The examples of the rows at these places in the order of an epoch, without reading all before them."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a stream stands: plain numbers, so that they can be kept as JSON.
+
+    Args:
+        epoch, row: what is read next.
+        open, ready: the sequences that are being packed, and those that are packed and not taken yet: the places of
+            their members, as in `Example.place`.
+    """
+
+    epoch: int = 0
+    row: int = 0
+    open: list[list[list[int]]] = field(default_factory=list)
+    ready: list[list[list[int]]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class StepData:
+    """This rank's packed sequences of one optimizer step, and where the stream stands after it (on all ranks)."""
+
+    sequences: list[PackedSequence]
+    position: dict
+
+
+class SequenceOrder:
+    """The global order of packed sequences: those of epochs 0, 1, 2, ... one after the other, from `position` on."""
+
+    def __init__(self, data: TrainingRows, position: Position):
+        self.data = data
+        self.packer = Packer(data.seq_len)
+        self.epoch, self.row = position.epoch, position.row
+        examples = self._examples([place for places in (*position.open, *position.ready) for place in places])
+        self.packer.open = [[examples[tuple(place)] for place in places] for places in position.open]
+        self.ready = deque([examples[tuple(place)] for place in places] for places in position.ready)
+        self.rows = data.examples_of_rows(self.epoch, self.row)
+        self.is_empty = self.row == 0
+
+    def _examples(self, places: list[list[int]]) -> dict[tuple[int, ...], Example]:
+        """The examples at these places, made anew."""
+        found = {}
+        for epoch in {place[0] for place in places}:
+            rows = self.data.examples_at(epoch, sorted({place[1] for place in places if place[0] == epoch}))
+            for place in (tuple(place) for place in places if place[0] == epoch):
+                found[place] = replace(rows[place[1]][place[2]], place=place)
+        return found
+
+    def next(self) -> PackedSequence:
+        while not self.ready:
+            self._read_row()
+        return packed(self.ready.popleft(), self.data.seq_len, self.data.pad_id)
+
+    def _read_row(self) -> None:
+        examples = next(self.rows, None)
+        if examples is None:
+            if self.is_empty:
+                raise LRSAError(
+                    f"The training data has no example in epoch {self.epoch}: check data.path or data.name."
+                )
+            self.ready.extend(self.packer.flush())
+            self.epoch, self.row, self.is_empty = self.epoch + 1, 0, True
+            self.rows = self.data.examples_of_rows(self.epoch)
+            return
+        for number, example in enumerate(examples):
+            self.ready.extend(self.packer.add(replace(example, place=(self.epoch, self.row, number))))
+            self.is_empty = False
+        self.row += 1
+
+    def position(self) -> Position:
+        def places(sequences):
+            return [[list(example.place) for example in members] for members in sequences]
+
+        return Position(self.epoch, self.row, places(self.packer.open), places(self.ready))
+
+
+class TrainStream(IterableDataset):
+    """Yields, for every optimizer step and for ever, this rank's `sequences_per_rank` packed sequences.
+
+    A step takes the next `world_size * sequences_per_rank` sequences of the global order, rank r the r-th contiguous
+    part. A step may span epochs, so nothing is dropped at an epoch's end. Every rank walks the whole order, and the
+    sequences of a step are the same for any number of ranks.
+
+    Args:
+        start: where an earlier stream stood, as `StepData.position` gives it; default: at the beginning.
 
     Raises (while iterating):
         LRSAError: an epoch without a single sequence.
@@ -26,32 +117,25 @@ class TrainStream(IterableDataset):
 
     def __init__(
         self,
-        sequences_of_epoch: Callable[[int], Iterator[PackedSequence]],
+        data: TrainingRows,
         sequences_per_rank: int,
         rank: int,
         world_size: int,
+        start: dict | None = None,
     ):
         super().__init__()
-        self.sequences_of_epoch = sequences_of_epoch
+        self.data = data
         self.sequences_per_rank = sequences_per_rank
         self.rank = rank
         self.world_size = world_size
+        self.start = Position(**(start or {}))
 
-    def __iter__(self) -> Iterator[list[PackedSequence]]:
-        order = self._global_order()
+    def __iter__(self) -> Iterator[StepData]:
+        order = SequenceOrder(self.data, self.start)
         first = self.rank * self.sequences_per_rank
         while True:
-            step = list(islice(order, self.world_size * self.sequences_per_rank))
-            yield step[first : first + self.sequences_per_rank]
-
-    def _global_order(self) -> Iterator[PackedSequence]:
-        for epoch in count():
-            empty = True
-            for sequence in self.sequences_of_epoch(epoch):
-                empty = False
-                yield sequence
-            if empty:
-                raise LRSAError(f"The training data has no example in epoch {epoch}: check data.path or data.name.")
+            step = [order.next() for _ in range(self.world_size * self.sequences_per_rank)]
+            yield StepData(step[first : first + self.sequences_per_rank], asdict(order.position()))
 
 
 def make_loader(stream: TrainStream, num_workers: int) -> DataLoader:
@@ -80,7 +164,7 @@ class _ErrorsAsItems(IterableDataset):
 
 
 class _Loader(DataLoader):
-    def __iter__(self) -> Iterator[list[PackedSequence]]:
+    def __iter__(self) -> Iterator[StepData]:
         for item in super().__iter__():
             if isinstance(item, LRSAError):
                 raise item
@@ -92,6 +176,9 @@ def _unchanged(item: Any) -> Any:
 
 
 def _start_worker(worker_id: int) -> None:
+    # Who ends a run sends these to all of its processes; the run still wants data up to the end of its step.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     # A forked tokenizer switches its threads off by itself, but prints a warning about it.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # The lock of remote streaming may have been held elsewhere at the fork; `datasets` does this for its own workers.

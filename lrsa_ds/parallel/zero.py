@@ -8,8 +8,12 @@ import torch
 from lrsa_ds.config import TrainConfig
 
 
-def deepspeed_config(config: TrainConfig, dtype: torch.dtype) -> dict:
-    """What DeepSpeed is told; every value comes from `zero.*` and `optim.*`."""
+def deepspeed_config(config: TrainConfig, dtype: torch.dtype, load_universal: bool = False) -> dict:
+    """What DeepSpeed is told; every value comes from `zero.*` and `optim.*`.
+
+    Args:
+        load_universal: whether a checkpoint of another number of ranks will be loaded.
+    """
     zero, optim = config.zero, config.optim
     return {
         "train_micro_batch_size_per_gpu": optim.micro_batch,
@@ -27,6 +31,7 @@ def deepspeed_config(config: TrainConfig, dtype: torch.dtype) -> dict:
             "offload_param": {"device": zero.offload_param},
         },
         "zero_allow_untested_optimizer": True,
+        "checkpoint": {"load_universal": load_universal},
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
     }
@@ -46,6 +51,7 @@ def make_engine(
     dtype: torch.dtype,
     schedule: Callable[[int], float],
     layer_classes: list[str],
+    load_universal: bool = False,
 ) -> deepspeed.DeepSpeedEngine:
     """DeepSpeed's engine around `model`, with AdamW and the learning-rate factor `schedule(step)`.
 
@@ -67,7 +73,7 @@ def make_engine(
         model=model,
         optimizer=optimizer,
         lr_scheduler=lambda wrapped: torch.optim.lr_scheduler.LambdaLR(wrapped, schedule),
-        config=deepspeed_config(config, dtype),
+        config=deepspeed_config(config, dtype, load_universal),
     )
     return engine
 

@@ -1,8 +1,8 @@
 """Packing and the stream of steps: shifted labels, document borders, and one order for any number of ranks."""
 
+import json
 import pickle
 from collections import Counter
-from functools import partial
 from itertools import islice
 
 import pytest
@@ -28,8 +28,30 @@ def make_examples(lengths, epoch=0):
 LENGTHS = [5, 40, 17, 64, 3, 31, 33, 20, 9, 1, 63, 12, 12, 12, 40, 24]
 
 
+class Rows:
+    """Training data of given lengths; rows of several examples, and one of none, as plain text gives them."""
+
+    seq_len, pad_id = 64, PAD
+
+    def __init__(self, lengths):
+        self.lengths = lengths
+
+    def examples_of_rows(self, epoch, first=0):
+        examples = make_examples(self.lengths, epoch)
+        taken, groups = 0, []
+        for size in [1, 2, 0, 3] * len(examples):
+            groups.append(examples[taken : taken + size])
+            taken += size
+            if taken >= len(examples):
+                break
+        yield from groups[first:]
+
+    def examples_at(self, epoch, rows):
+        return {row: next(Rows.examples_of_rows(self, epoch, row)) for row in rows}
+
+
 def sequences_of_epoch(lengths, epoch):
-    return pack(make_examples(lengths, epoch), 64, PAD, num_open=3)
+    return pack(make_examples(lengths, epoch), 64, PAD)
 
 
 def test_labels_are_the_next_token_of_the_same_document():
@@ -83,8 +105,8 @@ def test_collate_and_padding():
 
 
 def steps(num_steps, sequences_per_rank, rank, world_size, num_workers=0):
-    stream = TrainStream(partial(sequences_of_epoch, LENGTHS), sequences_per_rank, rank, world_size)
-    return list(islice(make_loader(stream, num_workers), num_steps))
+    stream = TrainStream(Rows(LENGTHS), sequences_per_rank, rank, world_size)
+    return [step.sequences for step in islice(make_loader(stream, num_workers), num_steps)]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -109,12 +131,43 @@ def test_a_worker_gives_the_same_stream():
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_an_empty_epoch_is_one_sentence(num_workers):
-    loader = make_loader(TrainStream(partial(sequences_of_epoch, []), 1, 0, 1), num_workers)
+    loader = make_loader(TrainStream(Rows([]), 1, 0, 1), num_workers)
     with pytest.raises(LRSAError) as caught:
         next(iter(loader))
     assert str(caught.value) == "The training data has no example in epoch 0: check data.path or data.name."
 
 
 def test_stream_is_picklable():
-    stream = pickle.loads(pickle.dumps(TrainStream(partial(sequences_of_epoch, LENGTHS), 1, 0, 1)))
-    assert next(iter(stream))[0].num_tokens > 0
+    stream = pickle.loads(pickle.dumps(TrainStream(Rows(LENGTHS), 1, 0, 1)))
+    assert next(iter(stream)).sequences[0].num_tokens > 0
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("num_done", range(9))
+def test_a_stream_goes_on_from_any_step_at_any_world_size(num_done, num_workers):
+    """Nothing is skipped, repeated or packed otherwise; the position goes through JSON."""
+    expected = [s for step in steps(12, 4, 0, 1) for s in step]
+    before = list(islice(iter(TrainStream(Rows(LENGTHS), 4, 0, 1)), num_done))
+    position = json.loads(json.dumps(before[-1].position)) if before else None
+    for world_size in (1, 2):
+        ranks = []
+        for rank in range(world_size):
+            stream = TrainStream(Rows(LENGTHS), 4 // world_size, rank, world_size, position)
+            ranks.append(list(islice(make_loader(stream, num_workers), 12 - num_done)))
+        after = [s for step in zip(*ranks, strict=True) for part in step for s in part.sequences]
+        for ours, theirs in zip(after, expected[4 * num_done :], strict=True):
+            assert torch.equal(ours.input_ids, theirs.input_ids) and ours.example_indices == theirs.example_indices
+
+
+def test_going_on_reads_no_row_before_its_place():
+    read = []
+
+    class Counted(Rows):
+        def examples_of_rows(self, epoch, first=0):
+            for number, row in enumerate(super().examples_of_rows(epoch, first), start=first):
+                read.append((epoch, number))
+                yield row
+
+    position = list(islice(iter(TrainStream(Rows(LENGTHS), 2, 0, 1)), 7))[-1].position
+    next(iter(TrainStream(Counted(LENGTHS), 2, 0, 1, position)))
+    assert min(read) == (position["epoch"], position["row"])

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lrsa_ds.config import DataConfig, EvalConfig, ModelConfig, TrainConfig
-from lrsa_ds.data.packing import IGNORE
+from lrsa_ds.data.packing import IGNORE, pack
 from lrsa_ds.data.stream import TrainStream, make_loader
 from lrsa_ds.data.tokenizer import load_tokenizer
 from lrsa_ds.errors import LRSAError
@@ -163,6 +163,11 @@ def config(seq_len=1024, num_validation=2, seed=0, **data):
     return TrainConfig(model=MODEL, seq_len=seq_len, seed=seed, data=DataConfig(**data), eval=evaluation)
 
 
+def sequences_of_epoch(data, epoch):
+    examples = (example for row in data.examples_of_rows(epoch) for example in row)
+    return list(pack(examples, data.seq_len, data.pad_id))
+
+
 @pytest.fixture
 def rows_file(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
@@ -176,7 +181,7 @@ def rows_file(tmp_path, monkeypatch):
 def test_an_epoch_of_a_file_for_every_world_size(rows_file, streaming):
     data = prepare(config(256, source="files", path=str(rows_file), streaming=streaming), CHATML)
     held_out = {answer for e in data.validation_examples() for answer in targets(CHATML, e)}
-    epoch = list(data.sequences_of_epoch(0))
+    epoch = sequences_of_epoch(data, 0)
     trained = [
         CHATML.decode(run[run != IGNORE])
         for sequence in epoch
@@ -187,10 +192,10 @@ def test_an_epoch_of_a_file_for_every_world_size(rows_file, streaming):
     for world_size in (1, 2, 4):
         for num_workers in (0, 1):
             per_rank = 4 // world_size
-            streams = [TrainStream(data.sequences_of_epoch, per_rank, r, world_size) for r in range(world_size)]
+            streams = [TrainStream(data, per_rank, r, world_size) for r in range(world_size)]
             steps = [islice(make_loader(s, num_workers), 3) for s in streams]
-            order = [s for step in zip(*steps, strict=True) for part in step for s in part]
-            expected = [*epoch, *data.sequences_of_epoch(1)]
+            order = [s for step in zip(*steps, strict=True) for part in step for s in part.sequences]
+            expected = [*epoch, *sequences_of_epoch(data, 1)]
             for ours, theirs in zip(order, expected, strict=False):
                 assert torch.equal(ours.input_ids, theirs.input_ids) and torch.equal(ours.labels, theirs.labels)
 
@@ -204,7 +209,7 @@ def test_a_file_s_errors_name_the_row(rows_file):
 @pytest.mark.parametrize("seq_len", [300, 1024, 8192])
 def test_the_generated_source_keeps_its_budget(seq_len):
     data = prepare(config(seq_len, num_examples=24), CHATML)
-    sequences = list(data.sequences_of_epoch(0))
+    sequences = sequences_of_epoch(data, 0)
     assert Counter(i for s in sequences for i in s.example_indices if i >= 0) == Counter(range(24))
     filled = sum(s.num_tokens for s in sequences) / sum(len(s.input_ids) for s in sequences)
     assert filled > {300: 0.8, 1024: 0.95, 8192: 0.98}[seq_len]
@@ -219,7 +224,7 @@ def test_the_generated_source_keeps_its_budget(seq_len):
 
 def test_context_length_lets_several_examples_share_a_sequence():
     data = prepare(config(2048, num_examples=8, context_length=500, tasks=["lookup"]), CHATML)
-    sequences = list(data.sequences_of_epoch(0))
+    sequences = sequences_of_epoch(data, 0)
     assert len(sequences) == 2 and all(len([i for i in s.example_indices if i >= 0]) == 4 for s in sequences)
     assert {t for s in sequences for t in s.tasks if t} == {"lookup"}
 
@@ -228,9 +233,26 @@ def test_run_data_is_picklable_and_reproducible(rows_file):
     for data in ({"num_examples": 3}, {"source": "files", "path": str(rows_file)}):
         original, other = prepare(config(512, **data), CHATML), prepare(config(512, seed=1, **data), CHATML)
         copy = pickle.loads(pickle.dumps(original))
-        first = [s.input_ids.tolist() for s in original.sequences_of_epoch(0)]
-        assert [s.input_ids.tolist() for s in copy.sequences_of_epoch(0)] == first
+        first = [s.input_ids.tolist() for s in sequences_of_epoch(original, 0)]
+        assert [s.input_ids.tolist() for s in sequences_of_epoch(copy, 0)] == first
         assert copy.validation_examples() == original.validation_examples()
-        assert [s.input_ids.tolist() for s in original.sequences_of_epoch(1)] != first
-        assert [s.input_ids.tolist() for s in other.sequences_of_epoch(0)] != first
+        assert [s.input_ids.tolist() for s in sequences_of_epoch(original, 1)] != first
+        assert [s.input_ids.tolist() for s in sequences_of_epoch(other, 0)] != first
         assert original.pad_id == CHATML.pad_token_id
+
+
+@pytest.mark.parametrize("source", ["generated", "files", "streaming", "text"])
+def test_training_data_go_on_where_they_were(rows_file, source):
+    settings = {"num_examples": 30}
+    if source != "generated":
+        settings = {"source": "files", "path": str(rows_file), "streaming": source == "streaming"}
+    if source == "text":
+        rows_file.write_text("".join(json.dumps({"text": f"{i} " * (60 * i % 400 + 9)}) + "\n" for i in range(30)))
+    data = prepare(config(400, **settings), CHATML)
+    whole = list(islice(iter(TrainStream(data, 3, 0, 1)), 9))
+    for num_done in (1, 4, 7):
+        position = json.loads(json.dumps(whole[num_done - 1].position))
+        for ours, theirs in zip(TrainStream(data, 3, 0, 1, position), whole[num_done:]):
+            assert ours.position == theirs.position
+            for a, b in zip(ours.sequences, theirs.sequences, strict=True):
+                assert torch.equal(a.input_ids, b.input_ids) and torch.equal(a.labels, b.labels)

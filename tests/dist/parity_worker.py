@@ -4,6 +4,7 @@ Prints, on rank 0, a JSON object with the loss, the gradient norm and the worst 
 """
 
 import argparse
+import itertools
 import json
 import random
 
@@ -14,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lrsa_ds import LRSAConfig, apply_lrsa
 from lrsa_ds.config import AttentionConfig, ModelConfig, OptimConfig, ParallelConfig, TrainConfig, ZeroConfig
 from lrsa_ds.data.packing import IGNORE, Example, collate, pack
-from lrsa_ds.data.stream import TrainStream, make_loader
+from lrsa_ds.data.stream import StepData
 from lrsa_ds.loss import TargetLoss
 from lrsa_ds.model import enable_checkpointing, layer_classes
 from lrsa_ds.parallel import sequence
@@ -114,14 +115,15 @@ def main():
     loss = TargetLoss(model, chunk_size=7)
     engine = make_engine(config, loss, torch.float32, cosine_schedule(config.optim), layer_classes(model))
     gradients = keep_gradients(engine, deepspeed.utils.safe_get_full_grad)
-    stream = TrainStream(lambda epoch: iter(sequences()), NUM_SEQUENCES // mesh.dp_size, mesh.dp_rank, mesh.dp_size)
-    trainer = Trainer(config, mesh, engine, iter(make_loader(stream, 0)))
+    per_rank = NUM_SEQUENCES // mesh.dp_size
+    mine = StepData(sequences()[mesh.dp_rank * per_rank :][:per_rank], {})
+    trainer = Trainer(config, mesh, engine, itertools.repeat(mine))
     if options.break_scale:
         trainer.scale = 1.0
     if options.break_halo:
         break_halo()
     rows = []
-    trainer.fit(rows.append)
+    trainer.fit(lambda row, position: rows.append(row))
     loss, expected, second = reference(options, config.optim)
     norm = torch.stack([g.norm() for g in expected.values()]).norm().item()
     worst = max((relative_error(gradients[name], g), name) for name, g in expected.items())

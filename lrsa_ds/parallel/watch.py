@@ -1,0 +1,104 @@
+"""A watch over the ranks: when nothing moves for too long, one rank says which one holds up the others, and all end.
+
+Every rank writes down what it is doing, in a file of its own in the output directory; a thread of every rank refreshes
+it. So a process that is stopped or gone can be told from one that is alive and waits for others.
+"""
+
+import json
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+from lrsa_ds.parallel.mesh import Mesh
+
+DIRECTORY = "ranks"
+EXIT_CODE = 3
+
+
+class Watch:
+    """Ends this process when it has not moved for `timeout` seconds.
+
+    Args:
+        output: the output directory, the same for all ranks.
+        timeout: seconds; 0 switches the watch off.
+    """
+
+    def __init__(self, output: Path, mesh: Mesh, timeout: float):
+        self._directory, self._rank, self._world_size = output / DIRECTORY, mesh.rank, mesh.world_size
+        self._timeout = timeout
+        self._interval = max(0.2, min(10.0, timeout / 8))
+        self._doing, self._since, self._beats = "starting", time.monotonic(), 0
+        self._ended = threading.Event()
+        if timeout > 0:
+            self._directory.mkdir(exist_ok=True)
+            self._write()
+            self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+            self._thread.start()
+
+    def doing(self, what: str) -> None:
+        """Notes what this rank begins, such as "step 7: reading data"."""
+        self._doing, self._since = what, time.monotonic()
+
+    def close(self) -> None:
+        self._ended.set()
+        if self._timeout > 0:
+            self._thread.join()
+            self._file(self._rank).unlink(missing_ok=True)
+
+    def _file(self, rank: int) -> Path:
+        return self._directory / str(rank)
+
+    def _write(self) -> None:
+        self._beats += 1
+        partial = self._file(self._rank).with_suffix(".partial")
+        partial.write_text(json.dumps({"doing": self._doing, "beat": self._beats}))
+        os.replace(partial, self._file(self._rank))
+
+    def _read(self) -> list[dict | None]:
+        found = []
+        for rank in range(self._world_size):
+            try:
+                found.append(json.loads(self._file(rank).read_text()))
+            except (OSError, json.JSONDecodeError):
+                found.append(None)
+        return found
+
+    def _run(self) -> None:
+        while not self._ended.wait(self._interval):
+            self._write()
+            if time.monotonic() - self._since > self._timeout:
+                before = self._read()
+                if self._ended.wait(3 * self._interval):
+                    return
+                self._write()
+                if time.monotonic() - self._since > self._timeout:
+                    self._end(before, self._read())
+
+    def _end(self, before: list[dict | None], now: list[dict | None]) -> None:
+        silent = [r for r in range(self._world_size) if now[r] is None or now[r] == before[r]]
+        alive = [r for r in range(self._world_size) if r not in silent]
+        if self._rank == min(alive, default=self._rank):
+            print(f"error: {self._sentence(silent, alive, now)}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(1)  # the launcher ends all when one ends: the one that speaks comes first
+        os._exit(EXIT_CODE)
+
+    def _sentence(self, silent: list[int], alive: list[int], now: list[dict | None]) -> str:
+        start = f"nothing has moved for {self._timeout:g} s (parallel.timeout) in {self._doing}: "
+        if silent:
+            verb = "gives" if len(silent) == 1 else "give"
+            return f"{start}{_ranks(silent)} {verb} no sign of life. All ranks end; the same command goes on."
+        by_deed: dict[str, list[int]] = {}
+        for rank in alive:
+            by_deed.setdefault(now[rank]["doing"], []).append(rank)
+        if len(by_deed) == 1:
+            return f"{start}all ranks are there and wait for each other. All ranks end; the same command goes on."
+        fewest = min(by_deed, key=lambda deed: len(by_deed[deed]))
+        held_up = _ranks(by_deed[fewest])
+        return f"{start}{held_up} is still at '{fewest}' while others wait. All ranks end; the same command goes on."
+
+
+def _ranks(ranks: list[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"

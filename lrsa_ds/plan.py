@@ -1,0 +1,82 @@
+"""All that can be known of a run, and all that can be wrong with it, before a process group starts."""
+
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from lrsa_ds.checkpoint import ResumePoint, check_resume
+from lrsa_ds.config import TrainConfig, require
+from lrsa_ds.data.tokenizer import load_tokenizer
+from lrsa_ds.metrics import check_wandb
+from lrsa_ds.model import check_supported, empty_model
+from lrsa_ds.output import check_output
+from lrsa_ds.parallel.mesh import check_world
+from lrsa_ds.parallel.sequence import check_heads
+from lrsa_ds.parallel.shard import check_shards
+from lrsa_ds.parallel.ulysses import check_dense_heads
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `prepare` has found out."""
+
+    dtype: torch.dtype
+    num_parameters: int
+    tokenizer: Any
+    data: Any
+    resume: ResumePoint | None
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """A checkpoint's size at most: the weights, and in fp32 a copy of them and two moments."""
+        return self.num_parameters * (self.dtype.itemsize + 12)
+
+
+def prepare(config: TrainConfig, procedure: ModuleType) -> Plan:
+    """Checks everything that can be checked on one process, at the cost of reading the data's head.
+
+    Raises:
+        LRSAError: the first thing that is wrong, in one sentence.
+    """
+    use_cuda = torch.cuda.is_available()
+    require(
+        config.attention.backend != "flex" or use_cuda,
+        "attention.backend=flex needs a CUDA device, and there is none: use auto or chunked.",
+    )
+    check_wandb(config.log)
+    dtype = {"auto": torch.bfloat16 if use_cuda else torch.float32, "bf16": torch.bfloat16, "fp32": torch.float32}
+    dtype = dtype[config.model.dtype]
+    structure = empty_model(config.model)
+    check_supported(structure)
+    _check_parallel(config, structure)
+    num_parameters = sum(p.numel() for p in structure.parameters())
+    resume = check_output(config, num_parameters, dtype.itemsize)
+    tokenizer = load_tokenizer(config.model)
+    vocabulary = structure.get_input_embeddings().num_embeddings
+    require(
+        len(tokenizer) <= vocabulary,
+        f"model.tokenizer has {len(tokenizer)} tokens, and the model knows {vocabulary}: they do not belong together.",
+    )
+    data = procedure.prepare(config, tokenizer)
+    if resume is not None:
+        check_resume(resume, config, data.fingerprint())
+    return Plan(dtype, num_parameters, tokenizer, data, resume)
+
+
+def _check_parallel(config: TrainConfig, structure: torch.nn.Module) -> None:
+    """Whether the sequences of the run can be shared as `parallel.sp_size` asks, in training and in evaluation."""
+    size, attention = config.parallel.sp_size, config.attention
+    if size == 1:
+        return
+    architecture = structure.config.get_text_config()
+    check_world(size)
+    check_heads(architecture.num_attention_heads, size)
+    row = config.seq_len * config.optim.micro_batch
+    for retention in {*attention.retentions, *config.eval.retentions}:
+        settings = attention.with_retention(retention)
+        if settings.is_dense:
+            check_dense_heads(architecture.num_key_value_heads, size)
+        else:
+            check_shards(row, size, settings, "seq_len * optim.micro_batch")
