@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import torch.distributed as dist
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import DictConfig
@@ -17,9 +18,9 @@ from launch.accelerator import register_resolver
 from launch.sentences import hydra_sentence
 from lrsa_ds.config import TrainConfig, typed_config
 from lrsa_ds.errors import LRSAError, Stopped
-from lrsa_ds.parallel.mesh import local_rank
+from lrsa_ds.parallel.mesh import local_rank, rank
 
-STOPPED = 75
+STOPPED, LOST = 75, 4
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
 
@@ -35,15 +36,25 @@ def leave(code: int) -> None:
     os._exit(code)
 
 
+def _lost_a_rank(error: RuntimeError) -> bool:
+    """Whether a collective failed since a process at the other end is gone."""
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+
+
 def run_command(action: Callable[[Any], bool], name: str = "train", schema: type = TrainConfig) -> int:
     """Runs `action` on what `conf/<name>.yaml` and the command line compose, as an instance of `schema`.
 
     Returns:
         The exit code: 0 if `action` returned true, 1 if not, 2 after an error that the user can mend, and 75 (try
-        again, in the words of sysexits.h) if a signal has stopped the run and the same command would go on.
+        again, in the words of sysexits.h) if a signal has stopped the run and the same command would go on; 4 if
+        another rank has ended.
     """
     # The deepspeed launcher appends --local_rank=N, which Hydra would refuse; the environment says the same.
     sys.argv = [argument for argument in sys.argv if not argument.startswith("--local_rank")]
+    if {"-m", "--multirun"} & set(sys.argv):
+        if local_rank() == 0:
+            print("error: a sweep has a command of its own: python launch/sweep.py --multirun ...", file=sys.stderr)
+        return 2
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, and leave as one sentence
     register_resolver()
     ConfigStore.instance().store(name=f"{name}_schema", node=schema)
@@ -64,6 +75,11 @@ def run_command(action: Callable[[Any], bool], name: str = "train", schema: type
         if local_rank() == 0:
             print(stopped, file=sys.stderr, flush=True)
         return STOPPED
+    except RuntimeError as error:
+        if not _lost_a_rank(error):
+            raise
+        print(f"error: rank {rank()} lost another rank of the run, which ended first.", file=sys.stderr, flush=True)
+        return LOST
     except (LRSAError, HydraException, OmegaConfBaseException) as error:
         if local_rank() == 0:
             print(f"error: {hydra_sentence(error, schema)}", file=sys.stderr, flush=True)

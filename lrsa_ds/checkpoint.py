@@ -20,6 +20,7 @@ from lrsa_ds.config import TrainConfig, require
 from lrsa_ds.errors import LRSAError
 from lrsa_ds.parallel.mesh import Mesh
 
+TORCH_WRITER = ("inline_container", "PytorchStreamWriter", "file write failed")
 DIRECTORY = "checkpoints"
 PARTIAL = ".partial"
 TRAINER = "trainer.json"
@@ -122,8 +123,8 @@ def save_checkpoint(
     try:
         engine.save_checkpoint(str(partial), tag=SAVED, save_latest=False)
     except (OSError, RuntimeError) as error:
-        # torch reports a full disk as a RuntimeError of its writer.
-        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error) and "write" not in str(error):
+        # torch reports a full disk as a RuntimeError of its archive writer, in one of several places.
+        if isinstance(error, RuntimeError) and not any(name in str(error) for name in TORCH_WRITER):
             raise
         reason = str(error).splitlines()[0]
         raise LRSAError(f"the checkpoint {final} could not be written: {reason}; earlier ones are whole.") from error

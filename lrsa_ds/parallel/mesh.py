@@ -72,6 +72,10 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
 def world_size() -> int:
     """Processes of the run, known from the launcher before the process group starts."""
     return int(os.environ.get("WORLD_SIZE", 1))

@@ -17,6 +17,7 @@ LAYERS = (
     ("model",),
     ("checkpoint", "data", "journal", "loss", "metrics", "report"),
     ("output",),
+    ("sweep",),
     ("inference",),
     ("evaluate",),
     ("evaluation", "trainer"),
@@ -39,6 +40,7 @@ ONLY_IN = {
         "lrsa_ds/inference.py",
         "lrsa_ds/data/",
         "lrsa_ds/evaluate/",
+        "launch/benchmark.py",  # the stock model and cache are its baseline
     ),
     "deepspeed": (
         "lrsa_ds/model.py",

@@ -1,9 +1,6 @@
 """The commands as users type them: real processes under the deepspeed launcher, and what they leave behind."""
 
 import json
-import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,44 +12,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lrsa_ds import LRSAConfig, apply_lrsa
 from lrsa_ds.config import typed_config
 from lrsa_ds.report import evaluation_table
-from tests.helpers import ROOT, free_port, metrics_of, wandb_history, wandb_records
+from tests.dist.launcher import launch, rows_of, run, train_alone
+from tests.helpers import ROOT, wandb_history, wandb_records
 
 pytestmark = pytest.mark.dist
 
-ENV = {
-    **os.environ,
-    "OMP_NUM_THREADS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-}
 SHORT = ["optim.num_steps=2", "optim.warmup_steps=1", "eval.before=false", "eval.after=false", "log.wandb=disabled"]
-
-
-def run(command: list[str], timeout: float = 240) -> subprocess.CompletedProcess:
-    """In a session of its own, so that nothing survives a timeout."""
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    try:
-        out, err = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    return subprocess.CompletedProcess(command, process.returncode, out, err)
-
-
-def launch(*arguments: str, script: str = "train", num_ranks: int = 2) -> subprocess.CompletedProcess:
-    port = ["--master_port", str(free_port())]
-    return run(["deepspeed", "--num_accelerators", str(num_ranks), *port, f"launch/{script}.py", *arguments])
-
-
-def train_alone(*arguments: str) -> subprocess.CompletedProcess:
-    """Without a launcher: one process."""
-    return run([sys.executable, "launch/train.py", *arguments])
-
-
-def rows_of(output: Path, kind: str) -> list[dict]:
-    return [row for row in metrics_of(output) if row["kind"] == kind]
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,171 @@
+"""Many runs over the values of some keys, each under the deepspeed launcher in a process group of its own.
+
+    python launch/sweep.py --multirun +recipe=smoke attention.retention=0.125,0.25,0.5 optim.lr=1e-5,2e-5
+    python launch/sweep.py +recipe=qa_smollm2 +sweep=retention_lag --at-once 4 --gpus-per-job 2
+
+Every job gets a directory below `output_dir` (default: outputs/<run_name>_sweep) and the W&B group of the sweep. A
+failed job is reported, and the others go on. The same command again goes on where the sweep was stopped. At its end it
+prints a table (sweep.txt) and draws score and step time over the swept keys (sweep.png).
+"""
+
+import argparse
+import json
+import os
+import re
+import shlex
+import signal
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import hydra  # noqa: E402
+import torch  # noqa: E402
+from hydra import compose, initialize_config_dir  # noqa: E402
+from hydra.core.config_store import ConfigStore  # noqa: E402
+from hydra.core.hydra_config import HydraConfig  # noqa: E402
+from hydra.core.override_parser.overrides_parser import OverridesParser  # noqa: E402
+from hydra.core.override_parser.types import Override  # noqa: E402
+from hydra.errors import HydraException  # noqa: E402
+from omegaconf import DictConfig  # noqa: E402
+from omegaconf.errors import OmegaConfBaseException  # noqa: E402
+
+from launch.accelerator import register_resolver  # noqa: E402
+from launch.command import CONF  # noqa: E402
+from launch.sentences import hydra_sentence  # noqa: E402
+from lrsa_ds.config import TrainConfig, require, typed_config  # noqa: E402
+from lrsa_ds.errors import LRSAError  # noqa: E402
+from lrsa_ds.sweep import Job, Runner, draw_sweep, job_name, result, results, sweep_table  # noqa: E402
+
+BASIC = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
+# Set by the sweep for every job.
+OURS = ("output_dir", "log.group", "log.name")
+# How a job that Hydra's launcher starts elsewhere (Slurm) learns of our own arguments.
+VARIABLE = "LRSA_SWEEP"
+# Jobs that are to run once Hydra has named all of them.
+QUEUE: list[Job] = []
+
+
+def arguments() -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--at-once", type=int, default=1, help="jobs that run at the same time, on GPUs of their own")
+    parser.add_argument("--gpus-per-job", type=int, help="default: all GPUs, shared out among the jobs at once")
+    parser.add_argument("--launcher", default="", help='for the deepspeed launcher, such as "--num_gpus 4"')
+    options, typed = parser.parse_known_args()
+    # Hydra takes no flag between two overrides.
+    return options, sorted(typed, key=lambda argument: argument not in ("-m", "--multirun"))
+
+
+def slots_of(at_once: int, gpus_per_job: int | None) -> list[list[int] | None]:
+    """The GPUs of each job that runs at the same time; None leaves the choice to the launcher."""
+    require(at_once >= 1, f"--at-once={at_once} is not valid: give at least 1.")
+    count = torch.cuda.device_count()
+    if count == 0 or (at_once == 1 and gpus_per_job is None):
+        return [None] * at_once
+    size = gpus_per_job or count // at_once
+    require(
+        size >= 1 and size * at_once <= count,
+        f"--at-once={at_once} jobs of {max(size, 1)} GPUs do not fit on {count} GPUs: lower one of the two.",
+    )
+    return [list(range(i * size, (i + 1) * size)) for i in range(at_once)]
+
+
+def parsed(overrides: list[str]) -> list[Override]:
+    return OverridesParser.create().parse_overrides([o for o in overrides if not o.startswith("-")])
+
+
+def base_config(typed: list[str]) -> TrainConfig:
+    """The configuration without the swept keys: where the sweep's directory is, and whether the rest is right."""
+    others = [o for o in parsed(typed) if not o.is_sweep_override()]
+    fixed = [o.input_line for o in others if re.split("[./]", o.key_or_group)[0] not in ("hydra", "sweep")]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return typed_config(compose("train", fixed))
+
+
+def sweep_directory(config: TrainConfig) -> Path:
+    return Path(config.output_dir or f"outputs/{config.run_name}_sweep").expanduser().resolve()
+
+
+def task(composed: DictConfig) -> float | None:
+    """One job, as Hydra's launcher calls it, here or elsewhere. Returns its score."""
+    settings, ours = HydraConfig.get(), json.loads(os.environ[VARIABLE])
+    swept = [o.key_or_group for o in parsed(ours["typed"]) if o.is_sweep_override()]
+    swept += [key for key in settings.sweeper.get("params", None) or {} if key not in swept]
+    job = job_of(composed, list(settings.overrides.task), swept, Path(ours["directory"]))
+    if ours["at_once"] > 1:
+        require(
+            settings.sweeper._target_ == BASIC,
+            "--at-once works with Hydra's basic sweeper alone: another one waits for each result.",
+        )
+        QUEUE.append(job)
+        return None
+    make_runner(ours).run(job)
+    return result(job.directory).get("score")
+
+
+def job_of(composed: DictConfig, overrides: list[str], swept_keys: list[str], root: Path) -> Job:
+    """What Hydra has composed for one job, as a run of its own."""
+    values = dict(o.lstrip("+").split("=", 1) for o in overrides)
+    swept = {key: values[key] for key in swept_keys if key in values}
+    kept = [o for o in overrides if o.lstrip("+").split("=", 1)[0] not in (*OURS, "sweep")]
+    name = job_name(swept)
+    group = composed.log.group or root.name
+    ours = {"output_dir": root / name, "log.group": group, "log.name": name}
+    return Job(root / name, swept, kept + [f"{key}={quoted(value)}" for key, value in ours.items()])
+
+
+def quoted(value: object) -> str:
+    """A value as Hydra reads it back, whatever characters it has."""
+    return "'" + str(value).replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def make_runner(ours: dict) -> Runner:
+    runner = Runner(ROOT, shlex.split(ours["launcher"]), slots_of(ours["at_once"], ours["gpus_per_job"]))
+
+    def interrupt(*_) -> None:
+        print("stopping the running jobs; the same command goes on", file=sys.stderr, flush=True)
+        runner.stop()
+        os._exit(130)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
+    return runner
+
+
+def report(directory: Path) -> int:
+    """The table and the picture of all jobs; returns 1 if one has failed."""
+    rows = results(directory)
+    table = sweep_table(rows)
+    print(f"\n{table}\n\nexact answers and answer tokens: mean over tasks, under the smallest cache; {directory}")
+    (directory / "sweep.txt").write_text(table + "\n", encoding="utf-8")
+    draw_sweep(rows, directory / "sweep.png", directory.name)
+    return int(any(row["status"] != "done" for row in rows))
+
+
+def main() -> int:
+    options, typed = arguments()
+    sys.argv = [sys.argv[0], *typed]
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    register_resolver()
+    ConfigStore.instance().store(name="train_schema", node=TrainConfig)
+    try:
+        has_values = any(flag in typed for flag in ("-m", "--multirun"))
+        require(
+            has_values or any(o.key_or_group == "sweep" for o in parsed(typed)),
+            "a sweep needs --multirun with values such as optim.lr=1e-5,2e-5, or a ready one such as +sweep=lr.",
+        )
+        slots_of(options.at_once, options.gpus_per_job)
+        directory = sweep_directory(base_config(typed))
+        ours = vars(options) | {"typed": typed, "directory": str(directory)}
+        os.environ[VARIABLE] = json.dumps(ours)
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(task)()
+        make_runner(ours).run_all(QUEUE)
+    except (LRSAError, HydraException, OmegaConfBaseException) as error:
+        print(f"error: {hydra_sentence(error)}", file=sys.stderr, flush=True)
+        return 2
+    return report(directory)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,262 @@
+"""The jobs of a sweep: each a run of its own under the deepspeed launcher, and what came of all of them."""
+
+import json
+import math
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import psutil
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from lrsa_ds.config import LRSAError
+from lrsa_ds.output import COMPLETED
+
+JOB, LOG = "job.json", "log.txt"
+GRACE_SECONDS = 40  # for a job that is told to stop: longer than DeepSpeed's launcher waits for its ranks
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run.
+
+    Args:
+        directory: its output directory.
+        swept: the swept keys and their values in this job, as typed.
+        overrides: all that is typed behind `launch/train.py`.
+    """
+
+    directory: Path
+    swept: dict[str, str]
+    overrides: list[str]
+
+    @property
+    def name(self) -> str:
+        return job_name(self.swept)
+
+
+def job_name(swept: dict[str, str]) -> str:
+    """Such as "retention=0.25,lr=1e-05": a directory's name, so without separators of paths."""
+    parts = [f"{key.split('.')[-1]}={value}" for key, value in swept.items()]
+    return ",".join(parts).replace("/", "-").replace(" ", "") or "job"
+
+
+class Runner:
+    """Runs jobs, one at a time in each slot; every job is a process group that ends with the sweep.
+
+    Args:
+        root: the checkout, where `launch/train.py` is.
+        launcher_args: for the deepspeed launcher.
+        slots: for each job that may run at once, the GPUs that it gets, or None for all.
+    """
+
+    def __init__(self, root: Path, launcher_args: Sequence[str], slots: Sequence[Sequence[int] | None]):
+        self.root = root
+        self.launcher_args = list(launcher_args)
+        self.slots = list(slots)
+        self.running: dict[int, subprocess.Popen] = {}
+        self.stopped = threading.Event()
+        # Held while a job starts: the stop of all is to see every job. A signal may interrupt its own thread.
+        self.lock = threading.RLock()
+
+    def run(self, job: Job, slot: int = 0, number: str = "") -> bool:
+        """Runs one job to its end, unless it is done already. Returns whether it is complete."""
+        label = f"{number}{job.name}"
+        if (job.directory / COMPLETED).exists():
+            is_same = json.loads((job.directory / JOB).read_text())["overrides"] == job.overrides
+            other = f"failed: {job.directory} holds a finished run of other settings: choose another output_dir"
+            print(f"{label}: {'done before' if is_same else other}", flush=True)
+            return is_same
+        job.directory.mkdir(parents=True, exist_ok=True)
+        (job.directory / JOB).write_text(json.dumps({"swept": job.swept, "overrides": job.overrides}, indent=1) + "\n")
+        print(f"{label}: starts, log in {job.directory / LOG}", flush=True)
+        started = time.monotonic()
+        with open(job.directory / LOG, "a") as log:
+            process = self._start(job, slot, log)
+            process.wait()
+            self.running.pop(process.pid, None)
+        # The launcher's exit code is not to be trusted in every case; the mark is.
+        is_complete = (job.directory / COMPLETED).exists()
+        minutes, seconds = divmod(round(time.monotonic() - started), 60)
+        said = "done" if is_complete else f"failed (exit code {process.returncode}): {_reason(job.directory / LOG)}"
+        print(f"{label}: {said} after {minutes}:{seconds:02}", flush=True)
+        return is_complete
+
+    def run_all(self, jobs: Sequence[Job]) -> None:
+        """Runs all jobs, as many at once as there are slots; a failed one does not hold up the others."""
+        waiting = list(enumerate(jobs, start=1))
+        lock = threading.Lock()
+
+        def work(slot: int) -> None:
+            while not self.stopped.is_set():
+                with lock:
+                    if not waiting:
+                        return
+                    number, job = waiting.pop(0)
+                self.run(job, slot, f"[{number}/{len(jobs)}] ")
+
+        threads = [threading.Thread(target=work, args=(slot,)) for slot in range(len(self.slots))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    def _start(self, job: Job, slot: int, log: IO) -> subprocess.Popen:
+        with self.lock:
+            if self.stopped.is_set():
+                sys.exit(130)
+            process = subprocess.Popen(
+                self._command(job, slot),
+                cwd=self.root,
+                env=os.environ | {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            self.running[process.pid] = process
+        return process
+
+    def _command(self, job: Job, slot: int) -> list[str]:
+        gpus = self.slots[slot]
+        where = [] if gpus is None else ["--include", f"localhost:{','.join(map(str, gpus))}"]
+        launcher = ["deepspeed", *self.launcher_args, *where, "--master_port", str(_free_port())]
+        return [*launcher, "launch/train.py", *job.overrides]
+
+    def stop(self) -> None:
+        """Tells the running jobs to stop, and kills those that do not; each can go on later."""
+        with self.lock:
+            self.stopped.set()
+            groups = list(self.running.values())
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            for process in groups:
+                if _is_alive(process.pid):
+                    os.killpg(process.pid, number)
+            deadline = time.monotonic() + GRACE_SECONDS
+            while any(_is_alive(process.pid) for process in groups) and time.monotonic() < deadline:
+                time.sleep(0.1)
+
+
+def _is_alive(group: int) -> bool:
+    """Whether a process group has members: its leader, the launcher, ends before the ranks do."""
+    for process in psutil.process_iter(["status"]):
+        with suppress(ProcessLookupError):
+            if os.getpgid(process.pid) == group and process.info["status"] != psutil.STATUS_ZOMBIE:
+                return True
+    return False
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _reason(log: Path) -> str:
+    """The sentence with which a job has failed, or the last line that it printed."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return said[-1] if said else lines[-1][:300] if lines else "it printed nothing"
+
+
+def result(directory: Path) -> dict:
+    """What came of the job in a directory: the swept keys, `status`, and of a run that trained its figures.
+
+    `score` is the mean over tasks of the exact answers under the smallest cache, `tokens` that of the answer tokens, in
+    percent; `loss` is the last one, `step_seconds` the median of all steps but the first.
+    """
+    swept = json.loads((directory / JOB).read_text())["swept"]
+    row = {"job": job_name(swept), "swept": swept, "directory": str(directory)}
+    row["status"] = "done" if (directory / COMPLETED).exists() else "failed"
+    metrics = directory / "metrics.jsonl"
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+    steps = [r for r in rows if r["kind"] == "train"]
+    after = [r for r in rows if r["kind"] == "eval" and r["when"] == "after"]
+    if steps:
+        row["loss"] = steps[-1]["loss"]
+        row["step_seconds"] = statistics.median(r["step_seconds"] for r in (steps[1:] or steps))
+        row["peak_memory_gb"] = max(r["peak_memory_gb"] for r in steps)
+    if after:
+        smallest = [r for r in after if r["retention"] == min(r["retention"] for r in after)]
+        row["score"] = statistics.mean(r["exact_match"] for r in smallest)
+        row["tokens"] = statistics.mean(r["token_accuracy"] for r in smallest)
+    return row
+
+
+def results(root: Path) -> list[dict]:
+    """All jobs of a sweep's directory, in the order of their values."""
+    found = [result(path.parent) for path in root.glob(f"*/{JOB}")]
+    return sorted(found, key=lambda row: [_as_number(value) for value in row["swept"].values()])
+
+
+def _as_number(value: str) -> tuple:
+    try:
+        return (0, float(value), "")
+    except ValueError:
+        return (1, 0.0, value)
+
+
+FIGURES = {"score": "exact %", "tokens": "tokens %", "loss": "loss", "step_seconds": "s/step", "peak_memory_gb": "GB"}
+
+
+def sweep_table(rows: list[dict]) -> str:
+    """A line for each job: the swept keys, its figures, and whether it is done."""
+    keys = list(dict.fromkeys(key for row in rows for key in row["swept"]))
+    head = [*(key.split(".")[-1] for key in keys), *FIGURES.values(), "status"]
+    lines = [head]
+    for row in rows:
+        figures = [f"{row[name]:.3g}" if row.get(name) is not None else "-" for name in FIGURES]
+        lines.append([*(row["swept"].get(key, "-") for key in keys), *figures, row["status"]])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+
+
+def draw_sweep(rows: list[dict], path: Path, title: str) -> None:
+    """Score and step time over each swept key, a line for each combination of the other keys.
+
+    Raises:
+        LRSAError: `path` cannot be written.
+    """
+    keys = list(dict.fromkeys(key for row in rows for key in row["swept"]))
+    figure = Figure(figsize=(max(5.2, 3.4 * len(keys)), 5.4), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+    panels = figure.subplots(2, len(keys), squeeze=False, sharex="col", sharey="row")
+    for column, key in enumerate(keys):
+        values = sorted({row["swept"].get(key, "-") for row in rows}, key=_as_number)
+        lines: dict[str, list[dict]] = {}
+        for row in rows:
+            others = {k: v for k, v in row["swept"].items() if k != key}
+            lines.setdefault(job_name(others) if others else "", []).append(row)
+        for line, (name, label) in zip(
+            panels[:, column], (("score", "exact %"), ("step_seconds", "s/step")), strict=True
+        ):
+            for other, mine in lines.items():
+                points = [(values.index(row["swept"].get(key, "-")), row.get(name, math.nan)) for row in mine]
+                line.plot(*zip(*sorted(points), strict=True), marker="o", markersize=4, linewidth=1.5, label=other)
+            line.grid(alpha=0.25, linewidth=0.6)
+            line.tick_params(labelsize=8)
+            line.spines[["top", "right"]].set_visible(False)
+            if column == 0:
+                line.set_ylabel(label, fontsize=8.5)
+        panels[0, column].set_ylim(-4, 104)
+        panels[1, column].set_ylim(bottom=0)
+        panels[1, column].set_xticks(range(len(values)), values)
+        panels[1, column].set_xlabel(key, fontsize=8.5)
+        if any(lines):
+            panels[0, column].legend(fontsize=7, frameon=False)
+    try:
+        figure.savefig(path)
+    except OSError as error:
+        raise LRSAError(f"{path} cannot be written: {error.strerror}.") from error

@@ -1,0 +1,99 @@
+"""Commands as users start them, in real processes that a test can wait for, signal and kill."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+from tests.helpers import ROOT, free_port, metrics_of
+
+ENV = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+}
+
+
+class Job:
+    """A command in a session of its own."""
+
+    def __init__(self, command: list[str]):
+        self.command = command
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+
+    def finish(self, timeout: float = 240) -> subprocess.CompletedProcess:
+        """Waits for its end; nothing survives the timeout."""
+        try:
+            out, err = self.process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            self.signal_all(signal.SIGKILL)
+            raise
+        return subprocess.CompletedProcess(self.command, self.process.returncode, out, err)
+
+    def signal_all(self, number: int) -> None:
+        os.killpg(self.process.pid, number)
+
+    def ranks(self) -> list[psutil.Process]:
+        """The processes of the ranks, in their order."""
+        found = {}
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            arguments = [a for a in process.cmdline() if a.startswith("--local_rank=")]
+            if arguments and "deepspeed.launcher.launch" not in process.cmdline():
+                found.setdefault(int(arguments[0].split("=")[1]), process)
+        return [found[rank] for rank in sorted(found)]
+
+    def wait_for(self, condition, timeout: float = 120) -> None:
+        """Until `condition()` holds; the job must not end before."""
+        deadline = time.monotonic() + timeout
+        while not condition():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.signal_all(signal.SIGKILL) if self.process.poll() is None else None
+                done = self.finish()
+                raise AssertionError(f"it did not come to that: {done.returncode}\n{done.stdout}\n{done.stderr}")
+            time.sleep(0.002)
+
+
+def run(command: list[str], timeout: float = 240) -> subprocess.CompletedProcess:
+    return Job(command).finish(timeout)
+
+
+def launch_command(*arguments: str, script: str = "train", num_ranks: int = 2) -> list[str]:
+    port = ["--master_port", str(free_port())]
+    return ["deepspeed", "--num_accelerators", str(num_ranks), *port, f"launch/{script}.py", *arguments]
+
+
+def launch(*arguments: str, script: str = "train", num_ranks: int = 2) -> subprocess.CompletedProcess:
+    return run(launch_command(*arguments, script=script, num_ranks=num_ranks))
+
+
+def train_alone(*arguments: str) -> subprocess.CompletedProcess:
+    """Without a launcher: one process."""
+    return run([sys.executable, "launch/train.py", *arguments])
+
+
+def rows_of(output: Path, kind: str) -> list[dict]:
+    return [row for row in metrics_of(output) if row["kind"] == kind]
+
+
+def last_step(output: Path) -> int:
+    """The step that a running job has logged last; 0 before the first."""
+    try:
+        return rows_of(output, "train")[-1]["step"]
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def processes_of(output: Path) -> list[int]:
+    """Processes on this machine whose command names the directory."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "status"]):
+        if str(output) in " ".join(process.info["cmdline"] or []) and process.info["status"] != psutil.STATUS_ZOMBIE:
+            found.append(process.pid)
+    return found

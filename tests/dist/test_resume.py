@@ -1,0 +1,234 @@
+"""Runs that are killed, stopped, starved or hung go on as if nothing had happened: real processes, real signals."""
+
+import json
+import random
+import shutil
+import signal
+import sys
+import time
+
+import pytest
+import torch
+
+from lrsa_ds.checkpoint import find_checkpoint
+from tests.dist.launcher import Job, last_step, launch, launch_command, processes_of, rows_of, run, train_alone
+from tests.dist.test_launch import refused
+from tests.helpers import wandb_records
+
+pytestmark = pytest.mark.dist
+
+NUM_STEPS = 14
+SETTINGS = ["+recipe=smoke", f"optim.num_steps={NUM_STEPS}", "eval.before=false", "eval.after=false", "eval.num_examples=1"]
+
+
+def settings(output, *more, every=3, wandb="disabled"):
+    return [*SETTINGS, f"checkpoint.every={every}", f"log.wandb={wandb}", f"output_dir={output}", *more]
+
+
+def training_rows(output):
+    timed = ("tokens_per_second", "step_seconds", "peak_memory_gb", "kind")
+    return [{k: v for k, v in row.items() if k not in timed} for row in rows_of(output, "train")]
+
+
+def weights_of(output):
+    from safetensors.torch import load_file
+
+    return load_file(output / "model" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of two ranks that nothing has disturbed."""
+    output = tmp_path_factory.mktemp("whole") / "run"
+    done = launch(*settings(output, "checkpoint.keep=9"))
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+def test_checkpoints_are_made_as_configured(whole, tmp_path):
+    assert sorted(p.name for p in (whole / "checkpoints").iterdir()) == [
+        f"step_{step:06d}" for step in (3, 6, 9, 12, NUM_STEPS)
+    ]
+    point = find_checkpoint(whole)
+    assert point.step == NUM_STEPS and point.world_size == 2
+    assert (whole / "COMPLETED").exists() and not (whole / "STOPPED").exists()
+
+
+def test_killed_at_random_steps_it_ends_as_if_undisturbed(whole, tmp_path):
+    """Any rank, any step; the rows, the weights and the W&B run are those of one run."""
+    output, draw = tmp_path / "run", random.Random(time.time_ns())
+    for _ in range(3):
+        job = Job(launch_command(*settings(output, wandb="offline")))
+        wrote, target = output / "metrics.jsonl", draw.randrange(last_step(output) // 3 * 3, NUM_STEPS - 1)
+        started = time.time()
+        # The rows of the run before stay in the file until this one has started.
+        job.wait_for(lambda: wrote.exists() and wrote.stat().st_mtime > started)
+        job.wait_for(lambda at=target: last_step(output) >= at)
+        victim = draw.choice(job.ranks())
+        victim.kill()
+        done = job.finish()
+        assert done.returncode != 0
+        assert "Traceback" not in done.stderr
+        assert processes_of(output) == []
+        assert not (output / "COMPLETED").exists()
+    done = launch(*settings(output, wandb="offline"))
+    assert done.returncode == 0, done.stderr
+    assert training_rows(output) == training_rows(whole)
+    for name, weight in weights_of(output).items():
+        assert torch.equal(weight, weights_of(whole)[name]), name
+    assert len({path.name.split("-")[-1] for path in output.glob("wandb/offline-run-*")}) == 1
+
+
+@pytest.mark.parametrize(
+    "num_ranks,changes",
+    [
+        (1, ["optim.grad_accum=2"]),
+        (4, ["optim.micro_batch=1", "parallel.sp_size=2"]),
+        (2, ["parallel.sp_size=2", "optim.grad_accum=2"]),
+    ],
+)
+def test_another_number_of_ranks_goes_on(whole, tmp_path, num_ranks, changes):
+    """And another SP size: as many sequences in a step, and the same loss to 1e-5."""
+    output = tmp_path / "run"
+    (output / "checkpoints").mkdir(parents=True)
+    shutil.copytree(whole / "checkpoints" / "step_000006", output / "checkpoints" / "step_000006")
+    done = launch(*settings(output, *changes), num_ranks=num_ranks)
+    assert done.returncode == 0, done.stderr
+    assert "going on after step 6" in done.stdout
+    rows, expected = training_rows(output), training_rows(whole)[6:]
+    for row, wanted in zip(rows, expected, strict=True):
+        assert row["step"] == wanted["step"] and row["num_target_tokens"] == wanted["num_target_tokens"]
+        assert row["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
+        assert row["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-3)
+        assert row["lr"] == wanted["lr"]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_other_zero_stages_go_on_too(tmp_path, stage):
+    """At the same number of ranks, and at another."""
+    whole, output = tmp_path / "whole", tmp_path / "run"
+    command = [f"zero.stage={stage}", "optim.num_steps=4", "checkpoint.export=false", "checkpoint.keep=3"]
+    done = launch(*settings(whole, *command, every=2))
+    assert done.returncode == 0, done.stderr
+    for num_ranks, accumulation in ((2, 1), (1, 2)):
+        shutil.rmtree(output, ignore_errors=True)
+        (output / "checkpoints").mkdir(parents=True)
+        shutil.copytree(whole / "checkpoints" / "step_000002", output / "checkpoints" / "step_000002")
+        more = [*command, f"optim.grad_accum={accumulation}"]
+        done = launch(*settings(output, *more, every=2), num_ranks=num_ranks)
+        assert done.returncode == 0, done.stderr
+        for row, wanted in zip(training_rows(output), training_rows(whole)[2:], strict=True):
+            assert row["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("to_all", [True, False])
+def test_a_signal_stops_the_run_after_a_checkpoint(whole, tmp_path, to_all):
+    """SIGTERM to the whole job, as a scheduler sends it, or SIGUSR1 to one rank."""
+    output = tmp_path / "run"
+    job = Job(launch_command(*settings(output, every=0)))
+    job.wait_for(lambda: last_step(output) >= 4)
+    if to_all:
+        job.signal_all(signal.SIGTERM)
+    else:
+        job.ranks()[1].send_signal(signal.SIGUSR1)
+    done = job.finish()
+    step = last_step(output)
+    assert f"stopped after step {step} by" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode != 0 and (to_all or done.returncode == 75)
+    assert processes_of(output) == []
+    assert (output / "STOPPED").exists() and find_checkpoint(output).step == step
+    done = launch(*settings(output, every=0))
+    assert done.returncode == 0, done.stderr
+    assert training_rows(output) == training_rows(whole)
+    assert not (output / "STOPPED").exists()
+
+
+def test_a_kill_during_a_save_leaves_the_earlier_checkpoint(whole, tmp_path):
+    output = tmp_path / "run"
+    job = Job(launch_command(*settings(output)))
+    partial = output / "checkpoints" / "step_000006.partial"
+    job.wait_for(partial.exists)
+    job.signal_all(signal.SIGKILL)
+    job.finish()
+    assert find_checkpoint(output).step == 3
+    assert not (output / "checkpoints" / "step_000006").exists()
+    done = launch(*settings(output))
+    assert done.returncode == 0, done.stderr
+    assert "going on after step 3" in done.stdout
+    assert not list(output.glob("checkpoints/*.partial"))
+    assert training_rows(output) == training_rows(whole)
+
+
+def test_a_rank_that_hangs_is_named(tmp_path):
+    output = tmp_path / "run"
+    job = Job(launch_command(*settings(output, "parallel.timeout=4")))
+    job.wait_for(lambda: last_step(output) >= 4)
+    job.ranks()[1].suspend()
+    done = job.finish()
+    assert done.returncode != 0
+    sentences = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(sentences) == 1 and "rank 1 gives no sign of life" in sentences[0]
+    assert processes_of(output) == []
+    assert find_checkpoint(output).step == 3
+
+
+def test_a_full_disk_at_a_checkpoint_is_one_sentence(tmp_path):
+    """A limit on the size of a file stands for a full disk."""
+    output = tmp_path / "run"
+    limited = ["bash", "-c", 'ulimit -f 100; exec "$@"', "bash", sys.executable, "launch/train.py"]
+    done = run([*limited, *settings(output)])
+    assert done.returncode == 2
+    assert "step_000003 could not be written" in done.stderr and "Traceback" not in done.stderr
+    assert last_step(output) == 3 and find_checkpoint(output) is None
+
+
+def test_what_a_run_must_not_change_when_it_goes_on(whole, tmp_path, capfd, monkeypatch):
+    output = tmp_path / "run"
+    shutil.copytree(whole, output)
+    (output / "COMPLETED").unlink()
+    command = settings(output, "checkpoint.keep=9")
+    said = refused(capfd, monkeypatch, *command, "optim.lr=1e-4", "seed=3")
+    assert "holds step 14 of a run with other settings, optim.lr=0.0001 (was 0.003), seed=3 (was 0)" in said
+    assert "checkpoint.overwrite=true" in said
+    assert "set checkpoint.resume=auto" in refused(capfd, monkeypatch, *command, "checkpoint.resume=never")
+    trainer = output / "checkpoints" / f"step_{NUM_STEPS:06d}" / "trainer.json"
+    trainer.write_text(json.dumps(json.loads(trainer.read_text()) | {"data": "other rows"}))
+    assert "over other data (it was other rows, and is 64 questions over" in refused(capfd, monkeypatch, *command)
+
+
+def test_a_changed_data_file_is_noticed(tmp_path, capfd, monkeypatch):
+    data, output = tmp_path / "rows.jsonl", tmp_path / "run"
+    rows = [json.dumps({"prompt": f"{i} " * 40, "completion": f"{i}."}) + "\n" for i in range(20)]
+    data.write_text("".join(rows))
+    command = settings(output, "data=files", f"data.path={data}", "checkpoint.export=false", every=2)
+    done = train_alone(*command, "optim.num_steps=2", "optim.warmup_steps=1")
+    assert done.returncode == 0, done.stderr
+    (output / "COMPLETED").unlink()
+    data.write_text("".join(rows[::-1]))
+    said = refused(capfd, monkeypatch, *command, "optim.num_steps=2", "optim.warmup_steps=1")
+    assert "over other data" in said and str(data) in said
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_samples(tmp_path):
+    output = tmp_path / "run"
+    done = launch(*settings(output, "optim.lr=1e30", "optim.grad_clip=0", "optim.warmup_steps=0"))
+    assert done.returncode == 2
+    (sentence,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "is not finite at samples" in sentence and "optim.on_nan=skip" in sentence
+    assert "Traceback" not in done.stderr
+
+
+def test_wandb_goes_on_with_the_same_run(tmp_path):
+    output = tmp_path / "run"
+    short = ["optim.warmup_steps=1", "checkpoint.export=false"]
+    job = Job([sys.executable, "launch/train.py", *settings(output, *short, every=2, wandb="offline")])
+    job.wait_for(lambda: last_step(output) >= 3)
+    job.signal_all(signal.SIGTERM)
+    assert job.finish().returncode == 75
+    run_id = (output / "wandb_run.txt").read_text().strip()
+    done = train_alone(*settings(output, *short, every=2, wandb="offline"))
+    assert done.returncode == 0, done.stderr
+    newest = max(output.glob("wandb/offline-run-*"), key=lambda path: path.stat().st_mtime)
+    shutil.rmtree(next(p for p in output.glob("wandb/offline-run-*") if p != newest))
+    (record,) = (r.run for r in wandb_records(output) if r.HasField("run"))
+    assert record.run_id == run_id

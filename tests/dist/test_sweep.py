@@ -1,0 +1,104 @@
+"""Sweeps as users start them: several runs, one that fails, a stop and the rest of it, and Hydra's plugins."""
+
+import json
+import signal
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from matplotlib.image import imread
+
+from lrsa_ds.sweep import draw_sweep, job_name, sweep_table
+from tests.dist.launcher import Job, processes_of, run
+
+pytestmark = pytest.mark.dist
+SHORT = ["+recipe=smoke", "log.wandb=disabled", "eval.before=false", "eval.num_examples=1", "optim.num_steps=3"]
+ONE_RANK = ["--launcher", "--num_accelerators 1"]
+
+
+def sweep(output: Path, *arguments: str) -> list[str]:
+    return [sys.executable, "launch/sweep.py", *SHORT, f"output_dir={output}", *ONE_RANK, *arguments]
+
+
+def test_a_sweep_goes_on_after_a_failed_job_and_after_a_stop(tmp_path):
+    """Two jobs at once; one has a value that is not valid."""
+    command = sweep(tmp_path, "--multirun", "--at-once", "2", "attention.retention=0.125,7", "optim.lr=1e-3,3e-3")
+    first = Job(command)
+    first.wait_for(lambda: any(tmp_path.glob("*/COMPLETED")), timeout=120)
+    first.process.send_signal(signal.SIGINT)
+    done = first.finish()
+    assert done.returncode == 130 and "the same command goes on" in done.stderr
+    assert processes_of(tmp_path) == []
+    finished = {path.parent.name: path.stat().st_mtime for path in tmp_path.glob("*/COMPLETED")}
+
+    done = run(command)
+    assert done.returncode == 1, done.stderr
+    assert all(f"{name}: done before" in done.stdout for name in finished)
+    assert done.stdout.count("attention.retention=7 is not valid: give the share") == 2
+    assert {p.parent.name for p in tmp_path.glob("*/COMPLETED")} == {
+        "retention=0.125,lr=0.001",
+        "retention=0.125,lr=0.003",
+    }
+    assert all((tmp_path / name / "COMPLETED").stat().st_mtime == time for name, time in finished.items())
+    table = (tmp_path / "sweep.txt").read_text()
+    assert table in done.stdout + "\n" and len(table.splitlines()) == 5
+    assert [line.split()[-1] for line in table.splitlines()] == ["status", "done", "done", "failed", "failed"]
+    assert imread(tmp_path / "sweep.png").shape[0] > 300
+    config = (tmp_path / "retention=0.125,lr=0.001" / "config.yaml").read_text()
+    assert f"group: {tmp_path.name}" in config and "lr: 0.001" in config
+
+    other = run([*command, "seed=5", "attention.retention=0.125", "optim.lr=1e-3,3e-3"])
+    assert other.stdout.count("holds a finished run of other settings") == 2
+
+
+def test_optuna_asks_for_one_job_after_the_other(tmp_path):
+    assert find_spec("hydra_plugins.hydra_optuna_sweeper")
+    done = run(sweep(tmp_path, "+sweep=optuna_lr", "hydra.sweeper.n_trials=2"))
+    assert done.returncode == 0, done.stderr
+    jobs = [json.loads(path.read_text()) for path in tmp_path.glob("*/job.json")]
+    assert len(jobs) == 2 and all(set(job["swept"]) == {"optim.lr", "attention.retention"} for job in jobs)
+    both = run(sweep(tmp_path, "+sweep=optuna_lr", "--at-once", "2"))
+    assert both.returncode == 2 and "--at-once works with Hydra's basic sweeper alone" in both.stderr
+
+
+def test_submitit_starts_the_jobs_elsewhere(tmp_path):
+    """Its local executor does what that of Slurm does, without Slurm: processes of their own, from pickles."""
+    here = f"hydra.sweep.dir={tmp_path}/submitit"
+    command = sweep(tmp_path / "runs", "-m", "hydra/launcher=submitit_local", here, "attention.retention=0.125,0.5")
+    done = run(command)
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "runs").glob("*/COMPLETED"))) == 2
+
+
+@pytest.mark.parametrize(
+    "command,said",
+    [
+        (["launch/sweep.py", "+recipe=smoke"], "a sweep needs --multirun with values such as optim.lr=1e-5,2e-5"),
+        (["launch/sweep.py", "-m", "+recipe=smoke", "optim.lrr=1,2", "seed=s"], "seed: "),
+        (["launch/sweep.py", "-m", "+recipe=nope", "optim.lr=1,2"], "there is no recipe/nope; valid here: qa_128k"),
+        (["launch/sweep.py", "-m", "+recipe=smoke", "seed=1,2", "--at-once", "0"], "--at-once=0 is not valid"),
+        (["launch/train.py", "-m", "+recipe=smoke", "seed=1,2"], "python launch/sweep.py --multirun"),
+    ],
+)
+def test_mistakes(command, said):
+    done = run([sys.executable, *command])
+    assert done.returncode == 2
+    (sentence,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert said in sentence
+
+
+def test_table_and_picture_of_many_jobs(tmp_path):
+    rows = [
+        dict(swept={"a.x": str(x), "b": y}, status="done", score=10.0 * x, tokens=50.0, loss=1.234, step_seconds=0.1 * x)
+        for x in (1, 2, 10)
+        for y in ("p", "q")
+    ]
+    rows.append(dict(swept={"a.x": "10", "b": "r"}, status="failed"))
+    lines = sweep_table(rows).splitlines()
+    assert lines[0].split() == ["x", "b", "exact", "%", "tokens", "%", "loss", "s/step", "GB", "status"]
+    assert lines[1].split() == ["1", "p", "10", "50", "1.23", "0.1", "-", "done"]
+    assert lines[-1].split() == ["10", "r", "-", "-", "-", "-", "-", "failed"]
+    draw_sweep(rows, tmp_path / "sweep.png", "title")
+    assert imread(tmp_path / "sweep.png").shape[0] > 300
+    assert job_name({"model.name": "a/b c", "lr": "1"}) == "name=a-bc,lr=1"
