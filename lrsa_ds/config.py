@@ -84,8 +84,28 @@ class LRSAConfig:
 
 
 @dataclass(kw_only=True)
+class LoraConfig:
+    """Low-rank adapters through PEFT; rank 0 trains the model itself.
+
+    Args:
+        targets: "all-linear", or the names of layers, separated by commas, such as "q_proj,v_proj".
+        export: "merged" (a model as any other) or "adapter" (the adapters alone, in PEFT's format).
+    """
+
+    rank: int = 0
+    alpha: float = 32.0
+    targets: str = "all-linear"
+    export: str = "merged"
+
+    def __post_init__(self):
+        require_whole("model.lora.rank", self.rank, 0)
+        require(self.alpha > 0, f"model.lora.alpha={self.alpha} is not valid: give a number above 0.")
+        require_one_of("model.lora.export", self.export, ("merged", "adapter"))
+
+
+@dataclass(kw_only=True)
 class ModelConfig:
-    """Where the model comes from: a hub name, a local directory, a GGUF file, or random weights."""
+    """Where the model comes from: a hub name, a local directory, a GGUF file, or random weights; what is trained."""
 
     name: str | None = None
     revision: str | None = None
@@ -94,8 +114,14 @@ class ModelConfig:
     tokenizer: str | None = None
     trust_remote_code: bool = False
     dtype: str = "auto"
+    freeze: list[str] = field(default_factory=list)
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self):
+        require(
+            self.lora.rank == 0 or not self.freeze,
+            "model.freeze has no effect beside model.lora.rank, which trains the adapters alone: set one of the two.",
+        )
         require_one_of("model.dtype", self.dtype, ("auto", "bf16", "fp32"))
         require(
             (self.name is None) != (self.random is None),
@@ -284,8 +310,14 @@ class LogConfig:
     group: str | None = None
     tags: list[str] = field(default_factory=list)
     progress: bool = True
+    profile_steps: list[int] = field(default_factory=list)
 
     def __post_init__(self):
+        first_and_last = self.profile_steps
+        require(
+            first_and_last == [] or (len(first_and_last) == 2 and 1 <= first_and_last[0] <= first_and_last[1]),
+            f"log.profile_steps={first_and_last} is not valid: give the first and the last step, such as [3,5], or [].",
+        )
         require_one_of("log.wandb", self.wandb, ("auto", "online", "offline", "disabled"))
 
 

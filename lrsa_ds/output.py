@@ -9,7 +9,9 @@ from pathlib import Path
 import torch
 from deepspeed import DeepSpeedEngine
 from safetensors import SafetensorError
+from transformers import PreTrainedModel
 
+from lrsa_ds.adapters import merge_adapters, save_adapters
 from lrsa_ds.checkpoint import ResumePoint, find_checkpoint
 from lrsa_ds.config import TrainConfig, require
 from lrsa_ds.errors import LRSAError
@@ -107,11 +109,15 @@ def export_model(engine: DeepSpeedEngine, tokenizer, config: TrainConfig, final:
     weights = _full_weights(engine)
     if not mesh.is_main:
         return
-    lm = engine.module.lm
+    lm, lora = engine.module.lm, config.model.lora
     weights = {name.removeprefix(WRAPPER_PREFIX): tensor for name, tensor in weights.items()}
     partial = final.with_name(f"{final.name}.partial")
     try:
-        lm.save_pretrained(partial, state_dict=weights)
+        if lora.rank and lora.export == "adapter":
+            save_adapters(lm, weights, lora, partial)
+        else:
+            weights = merge_adapters(lm, weights, lora) if lora.rank else weights
+            _save_model(lm, weights, partial)
         tokenizer.save_pretrained(partial)
         (partial / "lrsa.json").write_text(json.dumps(_lrsa_settings(config), indent=2) + "\n")
         shutil.rmtree(final, ignore_errors=True)
@@ -119,6 +125,14 @@ def export_model(engine: DeepSpeedEngine, tokenizer, config: TrainConfig, final:
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise LRSAError(f"the model could not be written to {final}: {error}; the run is not complete.") from error
+
+
+def _save_model(lm: PreTrainedModel, weights: dict[str, torch.Tensor], directory: Path) -> None:
+    # A model with adapters in its layers would save them under their names: a bare one of the same kind saves these.
+    with torch.device("meta"):
+        bare = type(lm)(lm.config)
+    bare.generation_config = lm.generation_config
+    bare.save_pretrained(directory, state_dict=weights)
 
 
 def _full_weights(engine: DeepSpeedEngine) -> dict[str, torch.Tensor] | None:

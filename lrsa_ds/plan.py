@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from lrsa_ds.adapters import check_peft
 from lrsa_ds.checkpoint import ResumePoint, check_resume
 from lrsa_ds.config import TrainConfig, require
 from lrsa_ds.data.tokenizer import load_tokenizer
@@ -46,6 +47,7 @@ def prepare(config: TrainConfig, procedure: ModuleType) -> Plan:
         "attention.backend=flex needs a CUDA device, and there is none: use auto or chunked.",
     )
     check_wandb(config.log)
+    check_peft(config.model.lora)
     dtype = {"auto": torch.bfloat16 if use_cuda else torch.float32, "bf16": torch.bfloat16, "fp32": torch.float32}
     dtype = dtype[config.model.dtype]
     structure = empty_model(config.model)

@@ -20,8 +20,8 @@ def evaluation_table(rows: list[dict]) -> str:
     """Scores in percent, one line per cache and one pair of columns per task: "before → after", or what there is.
 
     Args:
-        rows: `when` ("before" or "after"), `task`, `retention` in (0, 1], `exact_match` and `token_accuracy` in
-            percent, `num_examples`.
+        rows: `when` ("before", "step N" or "after"; the first and the last are shown), `task`, `retention` in (0, 1],
+            `exact_match` and `token_accuracy` in percent, `num_examples`.
 
     Returns:
         Lines of at most 100 columns; more than three tasks go below each other. "-" is a score that was not taken.
@@ -29,7 +29,7 @@ def evaluation_table(rows: list[dict]) -> str:
     tasks = _in_order(rows, "task")
     blocks = [tasks[i : i + TASKS_PER_BLOCK] for i in range(0, len(tasks), TASKS_PER_BLOCK)]
     tables = ["\n".join(_block(rows, block)) for block in blocks]
-    times = " → ".join(f"{when} training" for when in _times(rows))
+    times = " → ".join(_phrase(when) for when in _times(rows))
     return "\n\n".join([*tables, f"{times}; token acc.: the share of the answers' tokens that are right"])
 
 
@@ -66,7 +66,15 @@ def _in_order(rows: list[dict], name: str) -> list:
 
 
 def _times(rows: list[dict]) -> list[str]:
-    return sorted(_in_order(rows, "when"), key=["before", "after"].index)
+    """The first and the last time at which the rows were taken."""
+    times = _in_order(rows, "when")
+    order = {"before": -1, "after": math.inf}
+    times = sorted(times, key=lambda when: order[when] if when in order else int(when.removeprefix("step ")))
+    return times if len(times) < 2 else [times[0], times[-1]]
+
+
+def _phrase(when: str) -> str:
+    return f"{when} training" if when in ("before", "after") else f"at {when}"
 
 
 def _compression(retention: float) -> str:
@@ -116,8 +124,12 @@ def draw_evaluation(rows: list[dict], path: Path, title: str) -> None:
         raise LRSAError(f"{path} cannot be written: {error.strerror}.") from error
 
 
-def _style(when: str, metric: str) -> dict:
-    style = {"color": BEFORE if when == "before" else AFTER, "linestyle": "--" if when == "before" else "-"}
+def _is_start(when: str, times: list[str]) -> bool:
+    return when == "before" or (len(times) == 2 and when == times[0])
+
+
+def _style(is_start: bool, metric: str) -> dict:
+    style = {"color": BEFORE if is_start else AFTER, "linestyle": "--" if is_start else "-"}
     if metric == "exact_match":
         return style | {"marker": "o", "markersize": 4.5, "linewidth": 1.9}
     return style | {"marker": ".", "linewidth": 1.1, "alpha": 0.45}
@@ -125,14 +137,22 @@ def _style(when: str, metric: str) -> dict:
 
 def _legend(times: list[str]) -> list[Line2D]:
     names = {"exact_match": "exact answers", "token_accuracy": "answer tokens"}
-    return [Line2D([], [], **_style(w, m), label=f"{name}, {w} training") for m, name in names.items() for w in times]
+    return [
+        Line2D([], [], **_style(_is_start(w, times), m), label=f"{name}, {_phrase(w)}")
+        for m, name in names.items()
+        for w in times
+    ]
 
 
 def _draw_panel(panel, rows: list[dict], task: str) -> None:
     for when in _times(rows):
         mine = sorted((r for r in rows if (r["when"], r["task"]) == (when, task)), key=lambda row: row["retention"])
         for metric in ("token_accuracy", "exact_match"):
-            panel.plot([r["retention"] for r in mine], [r[metric] for r in mine], **_style(when, metric))
+            panel.plot(
+                [r["retention"] for r in mine],
+                [r[metric] for r in mine],
+                **_style(_is_start(when, _times(rows)), metric),
+            )
     retentions = sorted({row["retention"] for row in rows})
     panel.set_xscale("log", base=2)
     panel.set_xticks(retentions, [_share(retention) for retention in retentions], minor=False)

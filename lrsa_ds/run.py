@@ -9,6 +9,7 @@ from types import ModuleType
 import torch
 
 from lrsa_ds import checkpoint, output
+from lrsa_ds.adapters import add_adapters, freeze
 from lrsa_ds.config import TrainConfig, save_settings
 from lrsa_ds.data.stream import TrainStream, make_loader
 from lrsa_ds.errors import Stopped
@@ -21,6 +22,7 @@ from lrsa_ds.parallel.mesh import Mesh, start_mesh, stop_mesh
 from lrsa_ds.parallel.watch import Watch
 from lrsa_ds.parallel.zero import deepspeed_config, make_engine
 from lrsa_ds.plan import Plan, prepare
+from lrsa_ds.profiling import StepProfiler
 from lrsa_ds.report import draw_evaluation, evaluation_table
 from lrsa_ds.signals import StopRequest
 from lrsa_ds.trainer import Engine, Trainer, cosine_schedule
@@ -88,7 +90,9 @@ class _Run:
             checkpoint.load_checkpoint(self.engine, point, self.mesh)
         elif config.eval.before:
             self.evaluate("before")
-        build_trainer(config, self.plan, self.mesh, self.engine, self.watch.doing).fit(self.after_step)
+        self.profiler = StepProfiler(config.log.profile_steps if self.mesh.is_main else [], self.directory)
+        trainer = build_trainer(config, self.plan, self.mesh, self.engine, self.watch.doing)
+        trainer.fit(self.after_step, self.profiler.before)
         if config.eval.after:
             self.evaluate("after")
         if config.checkpoint.export:
@@ -98,6 +102,7 @@ class _Run:
         """Logs a step; then evaluates, keeps the best model, writes a checkpoint, or stops, where that is due."""
         config, step = self.config, metrics["step"]
         is_last = step == config.optim.num_steps
+        self.profiler.after(step)
         self.logger.step(metrics)
         if config.eval.every and step % config.eval.every == 0 and not is_last:
             self.evaluate(f"step {step}")
@@ -169,6 +174,9 @@ def build_engine(config: TrainConfig, plan: Plan, mesh: Mesh) -> Engine:
         checkpoint.convert_checkpoint(point, config.zero.stage, mesh)
     sharded = deepspeed_config(config, plan.dtype) if config.zero.stage == 3 else None
     model = apply_lrsa(load_model(config.model, plan.dtype, sharded), config.attention.at_step(0))
+    if config.model.lora.rank:
+        add_adapters(model, config.model.lora)
+    freeze(model, config.model.freeze)
     if config.activation_checkpointing:
         enable_checkpointing(model)
     loss = TargetLoss(model, config.loss_chunk_size)

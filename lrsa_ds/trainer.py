@@ -70,14 +70,17 @@ class Trainer:
         self.scale = gradient_scale(config, mesh.world_size)
         self.num_layers = engine.module.lm.config.get_text_config().num_hidden_layers
 
-    def fit(self, on_step: Callable[[dict, dict], None]) -> None:
+    def fit(
+        self, on_step: Callable[[dict, dict], None], before_step: Callable[[int], None] = lambda step: None
+    ) -> None:
         """Trains, and calls `on_step` after each step with its metrics and the position of the data after it.
 
-        Both are the same on every rank.
+        Both are the same on every rank. `before_step` is called with the number of the step that begins, from 1.
         """
         self.engine.train()
         reset_peak_memory(self.mesh.device)
         for step in range(self.first_step, self.config.optim.num_steps):
+            before_step(step + 1)
             start = time.perf_counter()
             self.doing(f"step {step + 1}: reading data")
             data = next(self.steps)

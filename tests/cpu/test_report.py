@@ -76,3 +76,16 @@ def test_picture_is_written_with_nothing_cut_off(tmp_path, rows):
 def test_picture_that_cannot_be_written_is_one_sentence(tmp_path):
     with pytest.raises(LRSAError, match="cannot be written: No such file"):
         draw_evaluation(make_rows(), tmp_path / "missing" / "evaluation.png", "my_run")
+
+
+def test_of_many_evaluations_the_first_and_the_last_are_shown(tmp_path):
+    rows = [
+        row | {"exact_match": 10.0 * i}
+        for i, when in enumerate(["step 10", "step 9", "step 100"])
+        for row in make_rows(times=(when,))
+    ]
+    lines = evaluation_table(rows).splitlines()
+    assert lines[2].startswith("full  │  10.0 →  20.0") and lines[-1].startswith("at step 9 → at step 100;")
+    draw_evaluation(rows, tmp_path / "picture.png", "title")
+    assert imread(tmp_path / "picture.png").shape[0] > 300
+    assert "before training → at step 100" in evaluation_table([*make_rows(times=("before",)), *rows])

@@ -26,6 +26,8 @@ from lrsa_ds.trainer import Trainer, cosine_schedule
 from tests.helpers import relative_error
 
 SEQ_LEN, NUM_SEQUENCES = 160, 4
+# A token that stands nowhere but where a test puts it, and the sequence where it does.
+BAD_TOKEN, BAD_SEQUENCE = 96, 2
 SIZES = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
 
 
@@ -34,7 +36,7 @@ def sequences():
     draw = random.Random(3)
     examples = []
     for index, length in enumerate([160, 70, 50, 31, 110, 45, 155]):
-        ids = [draw.randrange(1, 97) for _ in range(length)]
+        ids = [draw.randrange(1, BAD_TOKEN) for _ in range(length)]
         num_targets = [1, 9, 3, 20, 64, 2, 1][index]
         examples.append(Example(ids, [IGNORE] * (length - num_targets) + ids[length - num_targets :], "t", index))
     packed = list(pack(examples, SEQ_LEN, pad_id=0))
@@ -60,6 +62,9 @@ def reference(options, optim):
     """Loss and gradients of one step over all sequences, and the loss of the next, in plain torch."""
     model = make_model(options)
     batch = collate(sequences())
+    num_targets = batch.num_target_tokens
+    if options.bad_loss:
+        batch.labels[BAD_SEQUENCE * SEQ_LEN :][:SEQ_LEN] = IGNORE  # it counts among the targets, and gives no loss
 
     def forward():
         logits = model(
@@ -68,7 +73,8 @@ def reference(options, optim):
             document_lengths=batch.document_lengths,
             use_cache=False,
         ).logits[0]
-        return torch.nn.functional.cross_entropy(logits, batch.labels, ignore_index=IGNORE)
+        loss = torch.nn.functional.cross_entropy(logits, batch.labels, ignore_index=IGNORE, reduction="sum")
+        return loss / num_targets
 
     loss = forward()
     loss.backward()
@@ -96,6 +102,7 @@ def main():
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--break-scale", action="store_true")
     parser.add_argument("--break-halo", action="store_true")
+    parser.add_argument("--bad-loss", action="store_true")
     options = parser.parse_args()
     mesh = start_mesh(options.sp_size)
     grad_accum = NUM_SEQUENCES // (mesh.dp_size * options.micro_batch)
@@ -106,17 +113,28 @@ def main():
         parallel=ParallelConfig(sp_size=options.sp_size),
         zero=ZeroConfig(stage=options.stage),
         optim=OptimConfig(
-            num_steps=2, warmup_steps=0, micro_batch=options.micro_batch, grad_accum=grad_accum, grad_clip=0.0
+            num_steps=2,
+            warmup_steps=0,
+            micro_batch=options.micro_batch,
+            grad_accum=grad_accum,
+            grad_clip=0.0,
+            on_nan="skip",
         ),
     )
     model = make_model(options)
+    if options.bad_loss:
+        with torch.no_grad():
+            model.get_input_embeddings().weight[BAD_TOKEN] = torch.nan
     if options.checkpointing:
         enable_checkpointing(model)
     loss = TargetLoss(model, chunk_size=7)
     engine = make_engine(config, loss, torch.float32, cosine_schedule(config.optim), layer_classes(model))
     gradients = keep_gradients(engine, deepspeed.utils.safe_get_full_grad)
     per_rank = NUM_SEQUENCES // mesh.dp_size
-    mine = StepData(sequences()[mesh.dp_rank * per_rank :][:per_rank], {})
+    everything = sequences()
+    if options.bad_loss:
+        everything[BAD_SEQUENCE].input_ids[1] = BAD_TOKEN
+    mine = StepData(everything[mesh.dp_rank * per_rank :][:per_rank], {})
     trainer = Trainer(config, mesh, engine, itertools.repeat(mine))
     if options.break_scale:
         trainer.scale = 1.0
@@ -137,6 +155,7 @@ def main():
                     "num_tokens": rows[0]["num_tokens"],
                     "num_target_tokens": rows[0]["num_target_tokens"],
                     "second_loss": rows[1]["loss"],
+                    "num_skipped_rows": [row.get("num_skipped_rows", 0) for row in rows],
                     "second_loss_error": abs(rows[1]["loss"] - second) / second,
                     "traffic": {name: value for name, value in rows[0].items() if "_bytes_" in name},
                 }

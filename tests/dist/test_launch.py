@@ -1,6 +1,7 @@
 """The commands as users type them: real processes under the deepspeed launcher, and what they leave behind."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from tests.helpers import ROOT, wandb_history, wandb_records
 
 pytestmark = pytest.mark.dist
 
+ALONE = "import runpy, sys; sys.argv = ['launch/train.py', *sys.argv[1:]]; runpy.run_path(sys.argv[0], run_name='__main__')"
 SHORT = ["optim.num_steps=2", "optim.warmup_steps=1", "eval.before=false", "eval.after=false", "log.wandb=disabled"]
 
 
@@ -249,3 +251,32 @@ def test_the_answers_of_a_loaded_model(smoke):
     done = run([sys.executable, "launch/chat.py", str(smoke[0] / "model"), str(text), "What?", "--max-new-tokens", "5"])
     assert done.returncode == 0, done.stderr
     assert " x less): " in done.stdout and "\nWhat?\n" in done.stdout
+
+
+def test_adapters_evaluations_on_the_way_the_best_model_and_a_trace(tmp_path):
+    output = tmp_path / "run"
+    command = [
+        "+recipe=smoke", f"output_dir={output}", "log.wandb=offline", "log.profile_steps=[2,3]", "model.lora.rank=4",
+        "eval.before=false", "eval.every=2", "eval.num_examples=2", "checkpoint.best=true", "checkpoint.every=4",
+    ]  # fmt: skip
+    secret = "0123456789abcdef" * 2 + "01234567"
+    done = run([sys.executable, "-c", f"import os; os.environ['WANDB_API_KEY']='{secret}'\n" + ALONE, *command])
+    assert done.returncode == 0, done.stderr
+    assert {row["when"] for row in rows_of(output, "eval")} == {"step 2", "step 4", "after"}
+    best = AutoModelForCausalLM.from_pretrained(output / "best").state_dict()
+    final = AutoModelForCausalLM.from_pretrained(output / "model").state_dict()
+    assert best.keys() == final.keys() and not any("lora" in name for name in final)
+    events = json.loads((output / "trace.json").read_text())["traceEvents"]
+    assert any("attention" in event.get("name", "") for event in events)
+    # Nothing that a run leaves behind holds the key of W&B.
+    for path in output.rglob("*"):
+        if path.is_file():
+            assert secret.encode() not in path.read_bytes(), path
+
+    # It goes on with its adapters, at another number of ranks.
+    (output / "COMPLETED").unlink()
+    newest = max((output / "checkpoints").iterdir())
+    shutil.rmtree(newest)
+    again = launch(*command[:2], "log.wandb=disabled", *command[3:], "optim.grad_accum=1", num_ranks=2)
+    assert again.returncode == 0, again.stderr
+    assert "going on after step 4" in again.stdout and "which 1 ranks wrote" in again.stdout

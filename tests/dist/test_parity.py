@@ -54,6 +54,15 @@ def test_a_wrong_scale_is_seen(options):
     assert result["worst_gradient"][0] > 0.5 and result["norm_error"] > 0.5
 
 
+@pytest.mark.parametrize("world_size,options", [(2, []), (4, ["--sp-size", 2]), (2, ["--stage", 2])])
+def test_a_row_with_a_loss_that_is_not_finite_is_left_out(world_size, options):
+    """Loss and gradients are those of the other rows, whichever rank had it."""
+    result = measured("parity_worker.py", world_size, "--bad-loss", "--checkpointing", *options)
+    assert result["num_skipped_rows"] == [1, 1]
+    assert result["loss_error"] < 1e-6 and result["second_loss_error"] < 1e-5
+    assert result["worst_gradient"][0] < 1e-5
+
+
 def test_a_missing_halo_is_seen():
     result = measured("parity_worker.py", 2, "--sp-size", 2, "--break-halo")
     assert result["loss_error"] > 1e-5 and result["worst_gradient"][0] > 1e-2
