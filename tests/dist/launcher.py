@@ -49,6 +49,11 @@ class Job:
                 found.setdefault(int(arguments[0].split("=")[1]), process)
         return [found[rank] for rank in sorted(found)]
 
+    def processes(self, script: str) -> list[psutil.Process]:
+        """All that run a script, without the shells and launchers around them."""
+        everyone = psutil.Process(self.process.pid).children(recursive=True)
+        return [p for p in everyone if script in p.cmdline()[1:3] and "python" in p.name()]
+
     def wait_for(self, condition, timeout: float = 120) -> None:
         """Until `condition()` holds; the job must not end before."""
         deadline = time.monotonic() + timeout

@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Everything that one GPU can show, in about half an hour; pass names of parts to run some of them:
+#     benchmarks/single_gpu.sh [tests] [attention] [generation] [steps] [answers]
+set -u
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-.venv/bin/python}
+OUT=${OUT:-outputs/benchmarks}
+MODEL=${MODEL:-models/SmolLM2-135M-Instruct}
+mkdir -p "$OUT"
+run() { "$PYTHON" launch/train.py "$@" checkpoint.overwrite=true log.progress=false || echo "failed: $*"; }
+
+for part in "${@:-tests attention generation steps answers}"; do for name in $part; do
+    echo "== $name"
+    case $name in
+        tests) "$PYTHON" -m pytest -q -m gpu tests ;;
+        attention)
+            "$PYTHON" launch/benchmark.py attention --num-tokens 32768 131072 --retention 0.25 0.125 --csv "$OUT/attention.csv" ;;
+        generation)
+            "$PYTHON" launch/benchmark.py generation --num-tokens 8192 32768 131072 --retention 0.25 0.125 --csv "$OUT/generation.csv" ;;
+        steps)
+            run +recipe=step_1b5 attention=dense output_dir="$OUT/step_dense"
+            for retention in 0.25 0.125; do
+                run +recipe=step_1b5 attention.retention=$retention output_dir="$OUT/step_lrsa_$retention"
+            done
+            "$PYTHON" benchmarks/table.py "$OUT"/step_* ;;
+        answers)
+            for kind in lrsa dense; do
+                run +recipe=qa_smollm2 attention=$kind model.name="$MODEL" eval.before=false log.wandb=disabled \
+                    output_dir="$OUT/answers_$kind"
+            done
+            "$PYTHON" benchmarks/table.py "$OUT"/answers_* ;;
+        *) echo "unknown part: $name (tests, attention, generation, steps, answers)" >&2; exit 2 ;;
+    esac
+done; done
