@@ -91,6 +91,7 @@ class _Run:
         elif config.eval.before:
             self.evaluate("before")
         self.profiler = StepProfiler(config.log.profile_steps if self.mesh.is_main else [], self.directory)
+        self.stop.begin()
         trainer = build_trainer(config, self.plan, self.mesh, self.engine, self.watch.doing)
         trainer.fit(self.after_step, self.profiler.before)
         if config.eval.after:
@@ -122,7 +123,7 @@ class _Run:
         name = self.stop.signal_name or "a signal to another rank"
         if self.mesh.is_main:
             output.mark(self.directory, output.STOPPED)
-        raise Stopped(f"stopped after step {step} by {name}: the same command with the same output_dir goes on.")
+        raise Stopped(f"stopped after step {step} by {name}: the same command goes on, in {self.directory}.")
 
     def save(self, step: int, position: dict) -> None:
         config = self.config

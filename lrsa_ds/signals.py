@@ -14,17 +14,19 @@ import psutil
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 POLL_SECONDS = 0.5
 EXIT_CODE = 143  # of a process that SIGTERM has ended
+NOTHING_LOST = 75  # of one that may be started again as it is
 
 
 class StopRequest:
-    """Knows whether a signal has asked this process to stop. Make one, in the main thread, before the training.
+    """Knows whether a signal has asked this process to stop. Make one in the main thread, before anything long.
 
-    A thread of its own hears the signals, since the main one may be deep in a collective for minutes.
+    Until `begin` a signal ends the process at once: there is nothing yet to save. A thread of its own hears the
+    signals, since the main one may be deep in a collective for minutes.
     """
 
     def __init__(self):
         self.signal_name: str | None = None
-        self._accepted = threading.Event()
+        self._begun, self._accepted = threading.Event(), threading.Event()
         self._heard, sender = socket.socketpair()
         sender.setblocking(False)
         self._sender = sender
@@ -37,6 +39,10 @@ class StopRequest:
     def is_set(self) -> bool:
         return self.signal_name is not None
 
+    def begin(self) -> None:
+        """From now on a signal is a wish that the end of a step fulfils."""
+        self._begun.set()
+
     def accept(self) -> None:
         """All ranks have agreed to stop: from now on they may end one after the other."""
         self._accepted.set()
@@ -46,6 +52,8 @@ class StopRequest:
             for number in self._heard.recv(64):
                 if number in SIGNALS:
                     self.signal_name = signal.Signals(number).name
+            if self.is_set and not self._begun.is_set():
+                os._exit(NOTHING_LOST)
             while self.is_set and not self._accepted.wait(POLL_SECONDS):
                 if _a_neighbour_died():
                     os._exit(EXIT_CODE)

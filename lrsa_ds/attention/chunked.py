@@ -53,4 +53,8 @@ def attend_causally(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: fl
     if not square and num_queries > 1:
         mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q.device).tril(num_keys - num_queries)
     gqa = q.shape[1] != k.shape[1]
+    if gqa and mask is not None and q.is_cuda:
+        # No fused kernel of SDPA takes a mask and grouped heads together, and the plain one holds all scores.
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+        gqa = False
     return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=square, scale=scale, enable_gqa=gqa)

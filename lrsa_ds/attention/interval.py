@@ -64,8 +64,9 @@ def flex_interval_attention(
     """The same function on FlexAttention, compiled on CUDA."""
     attend = compiled_flex_attention() if q.is_cuda else flex_attention
     num_queries = q.shape[2]
-    # The kernel needs a whole block of queries: the missing ones see nothing and are cut off again.
-    q = torch.nn.functional.pad(q, (0, 0, 0, max(0, BLOCK - num_queries)))
+    if num_queries < BLOCK:
+        # The kernel needs a whole block of queries: the missing ones see nothing and are cut off again.
+        q = torch.nn.functional.pad(q, (0, 0, 0, BLOCK - num_queries))
     mask = _block_mask(intervals, k.shape[2])
     gqa = q.shape[1] != k.shape[1]
     out, aux = attend(q, k, v, block_mask=mask, scale=scale, enable_gqa=gqa, return_aux=AuxRequest(lse=True))
