@@ -1,12 +1,15 @@
-"""One rank of a parity check: two optimizer steps of the real trainer against plain torch on one process.
+"""One rank of parity checks: two optimizer steps of the real trainer against plain torch on one process.
 
-Prints, on rank 0, a JSON object with the loss, the gradient norm and the worst relative error of a gradient.
+Its argument is a JSON list of cases, each a list of options. Prints, on rank 0, a JSON list with, for each case, how far
+the loss, the gradient norm and the worst gradient are from those of plain torch.
 """
 
 import argparse
 import itertools
 import json
 import random
+import sys
+from contextlib import contextmanager, nullcontext
 
 import deepspeed
 import torch
@@ -19,7 +22,7 @@ from lrsa_ds.data.stream import StepData
 from lrsa_ds.loss import TargetLoss
 from lrsa_ds.model import enable_checkpointing, layer_classes
 from lrsa_ds.parallel import sequence
-from lrsa_ds.parallel.mesh import start_mesh, stop_mesh
+from lrsa_ds.parallel.mesh import rank, start_mesh, stop_mesh
 from lrsa_ds.parallel.zero import make_engine
 from lrsa_ds.selftest import keep_gradients
 from lrsa_ds.trainer import Trainer, cosine_schedule
@@ -83,13 +86,18 @@ def reference(options, optim):
     return loss.item(), gradients, forward().item()
 
 
-def break_halo():
-    """Lets every rank see zeros where its neighbour's keys and values should be."""
+@contextmanager
+def without_halo():
+    """Every rank sees zeros where its neighbour's keys and values should be."""
     whole = sequence.exchange_halo
     sequence.exchange_halo = lambda *arguments: tuple(x * 0 for x in whole(*arguments))
+    try:
+        yield
+    finally:
+        sequence.exchange_halo = whole
 
 
-def main():
+def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--family", default="qwen2")
     parser.add_argument("--stage", type=int, default=3)
@@ -103,7 +111,10 @@ def main():
     parser.add_argument("--break-scale", action="store_true")
     parser.add_argument("--break-halo", action="store_true")
     parser.add_argument("--bad-loss", action="store_true")
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def check(options: argparse.Namespace) -> dict:
     mesh = start_mesh(options.sp_size)
     grad_accum = NUM_SEQUENCES // (mesh.dp_size * options.micro_batch)
     config = TrainConfig(
@@ -138,29 +149,28 @@ def main():
     trainer = Trainer(config, mesh, engine, itertools.repeat(mine))
     if options.break_scale:
         trainer.scale = 1.0
-    if options.break_halo:
-        break_halo()
     rows = []
-    trainer.fit(lambda row, position: rows.append(row))
+    with without_halo() if options.break_halo else nullcontext():
+        trainer.fit(lambda row, position: rows.append(row))
+    engine.destroy()
     loss, expected, second = reference(options, config.optim)
     norm = torch.stack([g.norm() for g in expected.values()]).norm().item()
-    worst = max((relative_error(gradients[name], g), name) for name, g in expected.items())
-    if mesh.is_main:
-        print(
-            json.dumps(
-                {
-                    "loss_error": abs(rows[0]["loss"] - loss) / loss,
-                    "norm_error": abs(rows[0]["grad_norm"] - norm) / norm,
-                    "worst_gradient": worst,
-                    "num_tokens": rows[0]["num_tokens"],
-                    "num_target_tokens": rows[0]["num_target_tokens"],
-                    "second_loss": rows[1]["loss"],
-                    "num_skipped_rows": [row.get("num_skipped_rows", 0) for row in rows],
-                    "second_loss_error": abs(rows[1]["loss"] - second) / second,
-                    "traffic": {name: value for name, value in rows[0].items() if "_bytes_" in name},
-                }
-            )
-        )
+    return {
+        "loss_error": abs(rows[0]["loss"] - loss) / loss,
+        "norm_error": abs(rows[0]["grad_norm"] - norm) / norm,
+        "worst_gradient": max((relative_error(gradients[name], g), name) for name, g in expected.items()),
+        "num_tokens": rows[0]["num_tokens"],
+        "num_target_tokens": rows[0]["num_target_tokens"],
+        "num_skipped_rows": [row.get("num_skipped_rows", 0) for row in rows],
+        "second_loss_error": abs(rows[1]["loss"] - second) / second,
+        "traffic": {name: value for name, value in rows[0].items() if "_bytes_" in name},
+    }
+
+
+def main():
+    results = [check(parse(list(map(str, case)))) for case in json.loads(sys.argv[1])]
+    if rank() == 0:
+        print(json.dumps(results))
     stop_mesh()
 
 

@@ -116,8 +116,6 @@ def test_selftest():
     done = launch("+recipe=smoke", "parallel.sp_size=2", script="selftest")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "passed: the differences are within 1e-05" in done.stdout
-    done = launch("+recipe=smoke", script="selftest")
-    assert done.returncode != 0 and "set parallel.sp_size to 2 or more" in done.stderr
 
 
 def test_the_same_seed_gives_the_same_result(tmp_path):
@@ -144,14 +142,20 @@ def test_your_own_file(tmp_path):
     assert rows_of(output, "train")[0]["num_target_tokens"] > 0
 
 
-def refused(capfd, monkeypatch, *arguments: str) -> str:
-    """The one sentence with which a run is refused in this process, before any process group starts."""
+def refused(capfd, monkeypatch, *arguments: str, command: str = "train") -> str:
+    """The one sentence with which a command is refused in this process, before any process group starts."""
+    from launch import evaluate, selftest, train
     from launch.command import run_command
-    from launch.train import action
+    from lrsa_ds.evaluate.config import EvaluateConfig
 
-    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    commands = {
+        "train": (train.action,),
+        "selftest": (selftest.action,),
+        "evaluate": (evaluate.action, "evaluate", EvaluateConfig),
+    }
+    monkeypatch.setattr(sys, "argv", [f"{command}.py", *arguments])
     monkeypatch.chdir(ROOT)
-    assert run_command(action) == 2
+    assert run_command(*commands[command]) == 2
     assert not torch.distributed.is_initialized()
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
@@ -195,6 +199,11 @@ def test_bad_settings(capfd, monkeypatch, tmp_path, arguments, said):
     assert not (tmp_path / "run").exists() or not any((tmp_path / "run").iterdir())
 
 
+def test_a_selftest_without_sequence_parallelism(capfd, monkeypatch):
+    said = refused(capfd, monkeypatch, "+recipe=smoke", command="selftest")
+    assert "set parallel.sp_size to 2 or more" in said
+
+
 def test_an_export_that_does_not_fit_is_said_and_the_run_not_marked_as_complete(tmp_path):
     """A limit on the size of a file stands for a full disk: the weights are the one large file of this run."""
     command = [sys.executable, "launch/train.py", "+recipe=smoke", *SHORT, f"output_dir={tmp_path}"]
@@ -205,7 +214,7 @@ def test_an_export_that_does_not_fit_is_said_and_the_run_not_marked_as_complete(
     assert len(rows_of(tmp_path, "train")) == 2
 
 
-def test_evaluation_is_shared_by_ranks_and_goes_on_where_it_stopped(smoke, tmp_path):
+def test_evaluation_is_shared_by_ranks_and_goes_on_where_it_stopped(smoke, tmp_path, capfd, monkeypatch):
     model = f"model.name={smoke[0] / 'model'}"
     fixed = [model, "lengths=[512]", "cache.prefill=[dense,chunked,full]", "tasks=[needle,perplexity]"]
     shared = tmp_path / "shared"
@@ -230,9 +239,10 @@ def test_evaluation_is_shared_by_ranks_and_goes_on_where_it_stopped(smoke, tmp_p
     assert alone.returncode == 0, alone.stderr
     assert (shared / "results.jsonl").read_text() == (tmp_path / "alone" / "results.jsonl").read_text()
 
-    other = run([sys.executable, "launch/evaluate.py", *more, f"output_dir={shared}", "seed=1", "cache.lag_size=32"])
-    assert other.returncode == 2
-    assert "another configuration, which differs in seed, cache:" in other.stderr and "overwrite=true" in other.stderr
+    said = refused(
+        capfd, monkeypatch, *more, f"output_dir={shared}", "seed=1", "cache.lag_size=32", command="evaluate"
+    )
+    assert "another configuration, which differs in seed, cache:" in said and "overwrite=true" in said
 
 
 def test_the_answers_of_a_loaded_model(smoke):

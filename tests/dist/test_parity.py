@@ -1,6 +1,7 @@
 """The trainer under DeepSpeed on several ranks gives the loss and the gradients of plain torch on one."""
 
 import json
+from functools import lru_cache
 
 import pytest
 
@@ -9,36 +10,56 @@ from tests.helpers import ROOT, run_ranks
 pytestmark = pytest.mark.dist
 LENGTHS = [160, 70, 50, 31, 110, 45, 155]  # of the worker's documents
 
+PARITY = [
+    (1, ["--micro-batch", 2]),
+    (2, ["--micro-batch", 1, "--tied", "--checkpointing"]),
+    (2, ["--micro-batch", 2, "--family", "llama", "--checkpointing"]),
+    (4, ["--kv-heads", 1, "--checkpointing"]),
+    (2, ["--stage", 2, "--tied"]),
+    (2, ["--stage", 1, "--micro-batch", 2]),
+    # Sequence parallelism; four sequences, so the fewer replicas, the more micro-batches in a step.
+    (2, ["--sp-size", 2]),
+    (2, ["--sp-size", 2, "--kv-heads", 1, "--checkpointing"]),
+    (2, ["--sp-size", 2, "--stage", 2, "--micro-batch", 2]),
+    (2, ["--sp-size", 2, "--stage", 1, "--kv-heads", 4]),
+    (4, ["--sp-size", 2, "--tied", "--checkpointing"]),
+    (4, ["--sp-size", 4, "--kv-heads", 2, "--micro-batch", 2, "--checkpointing"]),
+    (3, ["--sp-size", 3, "--heads", 6, "--kv-heads", 2, "--micro-batch", 4, "--family", "qwen3"]),
+    # Dense attention under sequence parallelism is DeepSpeed's Ulysses.
+    (2, ["--sp-size", 2, "--retention", 1.0]),
+    (2, ["--sp-size", 2, "--retention", 1.0, "--kv-heads", 1]),
+    (4, ["--sp-size", 4, "--retention", 1.0, "--micro-batch", 2, "--checkpointing"]),
+]
+WRONG_SCALE = [(2, ["--break-scale"]), (2, ["--sp-size", 2, "--break-scale"])]
+NO_HALO = (2, ["--sp-size", 2, "--break-halo"])
+BAD_LOSS = [
+    (2, ["--bad-loss", "--checkpointing"]),
+    (4, ["--bad-loss", "--checkpointing", "--sp-size", 2]),
+    (2, ["--bad-loss", "--stage", 2]),
+]
 
-def measured(worker, world_size, *options):
+
+def output_of(worker, world_size, *arguments):
     # The launcher and DeepSpeed may print to stdout too; the worker's object is the last line.
-    output = run_ranks(ROOT / "tests/dist" / worker, world_size, *options)[0]
+    output = run_ranks(ROOT / "tests/dist" / worker, world_size, *arguments)[0]
     return json.loads(output.strip().splitlines()[-1])
 
 
-@pytest.mark.parametrize(
-    "world_size,options",
-    [
-        (1, ["--micro-batch", 2]),
-        (2, ["--micro-batch", 1, "--tied", "--checkpointing"]),
-        (2, ["--micro-batch", 2, "--family", "llama", "--checkpointing"]),
-        (4, ["--kv-heads", 1, "--checkpointing"]),
-        (2, ["--stage", 2, "--tied"]),
-        (2, ["--stage", 1, "--micro-batch", 2]),
-        # Sequence parallelism; four sequences, so the fewer replicas, the more micro-batches in a step.
-        (2, ["--sp-size", 2, "--kv-heads", 1, "--checkpointing"]),
-        (2, ["--sp-size", 2, "--stage", 2, "--micro-batch", 2]),
-        (2, ["--sp-size", 2, "--stage", 1, "--kv-heads", 4]),
-        (4, ["--sp-size", 2, "--tied", "--checkpointing"]),
-        (4, ["--sp-size", 4, "--kv-heads", 2, "--micro-batch", 2, "--checkpointing"]),
-        (3, ["--sp-size", 3, "--heads", 6, "--kv-heads", 2, "--micro-batch", 4, "--family", "qwen3"]),
-        # Dense attention under sequence parallelism is DeepSpeed's Ulysses.
-        (2, ["--sp-size", 2, "--retention", 1.0, "--kv-heads", 1]),
-        (4, ["--sp-size", 4, "--retention", 1.0, "--micro-batch", 2, "--checkpointing"]),
-    ],
-)
+@lru_cache(maxsize=None)
+def results_of(world_size):
+    """All cases of so many ranks by their options, from one start of the processes."""
+    cases = [options for size, options in (*PARITY, *WRONG_SCALE, NO_HALO, *BAD_LOSS) if size == world_size]
+    results = output_of("parity_worker.py", world_size, json.dumps(cases))
+    return {str(options): result for options, result in zip(cases, results, strict=True)}
+
+
+def measured(world_size, options):
+    return results_of(world_size)[str(options)]
+
+
+@pytest.mark.parametrize("world_size,options", PARITY)
 def test_loss_and_gradients(world_size, options):
-    result = measured("parity_worker.py", world_size, *options)
+    result = measured(world_size, options)
     assert result["loss_error"] < 1e-6
     assert result["worst_gradient"][0] < 1e-5, result
     assert result["norm_error"] < 1e-5
@@ -48,30 +69,30 @@ def test_loss_and_gradients(world_size, options):
     assert result["num_target_tokens"] == 100
 
 
-@pytest.mark.parametrize("options", [["--break-scale"], ["--sp-size", 2, "--break-scale"]])
-def test_a_wrong_scale_is_seen(options):
-    result = measured("parity_worker.py", 2, *options)
+@pytest.mark.parametrize("world_size,options", WRONG_SCALE)
+def test_a_wrong_scale_is_seen(world_size, options):
+    result = measured(world_size, options)
     assert result["worst_gradient"][0] > 0.5 and result["norm_error"] > 0.5
 
 
-@pytest.mark.parametrize("world_size,options", [(2, []), (4, ["--sp-size", 2]), (2, ["--stage", 2])])
+@pytest.mark.parametrize("world_size,options", BAD_LOSS)
 def test_a_row_with_a_loss_that_is_not_finite_is_left_out(world_size, options):
     """Loss and gradients are those of the other rows, whichever rank had it."""
-    result = measured("parity_worker.py", world_size, "--bad-loss", "--checkpointing", *options)
+    result = measured(world_size, options)
     assert result["num_skipped_rows"] == [1, 1]
     assert result["loss_error"] < 1e-6 and result["second_loss_error"] < 1e-5
     assert result["worst_gradient"][0] < 1e-5
 
 
 def test_a_missing_halo_is_seen():
-    result = measured("parity_worker.py", 2, "--sp-size", 2, "--break-halo")
+    result = measured(*NO_HALO)
     assert result["loss_error"] > 1e-5 and result["worst_gradient"][0] > 1e-2
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_sequence_parallel_attention_on_random_layouts(size):
     """Odd lengths, documents cut anywhere, KV heads fewer than ranks: the output and every gradient."""
-    cases = measured("attention_worker.py", size, "--sp-size", size)
+    cases = output_of("attention_worker.py", size, "--sp-size", size)
     assert len(cases) == 25
     assert max(error for _, error in cases) < 1e-6, max(cases, key=lambda case: case[1])
 
@@ -79,7 +100,7 @@ def test_sequence_parallel_attention_on_random_layouts(size):
 def test_what_travels():
     """Bytes of a step against those worked out by hand, and the kept KV against r of what dense Ulysses sends."""
     size, heads, kv_heads, dim, tokens, micro_batches = 2, 4, 2, 8, 160, 4
-    traffic = measured("parity_worker.py", 2, "--sp-size", 2)["traffic"]
+    traffic = measured(2, ["--sp-size", 2])["traffic"]
     per_head = 4 * dim * micro_batches  # bytes of one token, in fp32
     others = (size - 1) / size
     for direction in ("forward", "backward"):
@@ -96,7 +117,7 @@ def test_what_travels():
 
 
 def test_what_dense_attention_sends_is_what_is_said_of_it():
-    traffic = measured("parity_worker.py", 2, "--sp-size", 2, "--retention", 1.0)["traffic"]
+    traffic = measured(2, ["--sp-size", 2, "--retention", 1.0])["traffic"]
     for direction in ("forward", "backward"):
         assert traffic[f"sent_bytes_{direction}"] == traffic[f"ulysses_bytes_{direction}"] > 0
         assert traffic[f"sent_bytes_{direction}_kv"] == traffic[f"ulysses_bytes_{direction}_kv"] > 0
