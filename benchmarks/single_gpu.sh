@@ -26,7 +26,7 @@ for part in "${@:-tests attention generation steps answers}"; do for name in $pa
         answers)
             for kind in lrsa dense; do
                 run +recipe=qa_smollm2 attention=$kind model.name="$MODEL" eval.before=false log.wandb=disabled \
-                    output_dir="$OUT/answers_$kind"
+                    checkpoint.every=50 output_dir="$OUT/answers_$kind"
             done
             "$PYTHON" benchmarks/table.py "$OUT"/answers_* ;;
         *) echo "unknown part: $name (tests, attention, generation, steps, answers)" >&2; exit 2 ;;

@@ -27,6 +27,11 @@ def step_line(directory: Path) -> str | None:
             row["sent_bytes_forward_kept"] / row["ulysses_bytes_forward_kv"] if row["ulysses_bytes_forward_kv"] else 0
         )
         line += f"  sent {sent / 1e6:.1f} MB a layer, dense Ulysses {ulysses / 1e6:.1f} MB; kept/kv {kept:.3f}"
+    saves = rows_of(directory, "checkpoint")
+    if saves:
+        interval = saves[0]["step"]
+        cost = statistics.median(row["seconds"] for row in saves)
+        line += f"  a checkpoint {cost:.2f} s, every {interval} steps {100 * cost / (interval * seconds):.1f} %"
     return line
 
 

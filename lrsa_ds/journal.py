@@ -106,7 +106,7 @@ class Progress:
 
 
 def keep_rows_until(path: Path, step: int, may_write: bool) -> list[dict]:
-    """The rows of a metrics file that a run which goes on after `step` keeps: the steps and evaluations up to there.
+    """The rows of a metrics file that a run which goes on after `step` keeps: what was recorded up to there.
 
     The file is rewritten with these rows alone by the rank that `may_write`; a torn last line is dropped.
     """
@@ -127,7 +127,7 @@ def keep_rows_until(path: Path, step: int, may_write: bool) -> list[dict]:
 
 
 def _step_of(row: dict) -> float:
-    if row["kind"] == "train":
+    if row["kind"] in ("train", "checkpoint"):
         return row["step"]
     when = row.get("when", "")
     return 0 if when == "before" else int(when.removeprefix("step ")) if when.startswith("step ") else math.inf

@@ -147,6 +147,20 @@ class RunLogger:
         if self._wandb:
             self._wandb.send(lambda wandb, run: run.log(_results_log(wandb, rows, pictures)))
 
+    def checkpoint(self, step: int, seconds: float, path: Path) -> None:
+        """Records that a checkpoint was written after `step`, and how long the training waited for it.
+
+        Raises:
+            LRSAError: the disk is full, or the file is not writable any more.
+        """
+        if not self._enabled:
+            return
+        self._file.write({"kind": "checkpoint", "step": step, "seconds": seconds})
+        self.message(f"checkpoint: {path} ({seconds:.1f} s)")
+        if self._wandb:
+            values = {"train/step": step, "train/checkpoint_seconds": seconds}
+            self._wandb.send(lambda wandb, run: run.log(values))
+
     def message(self, text: str) -> None:
         """Prints to stdout, above the progress bar if there is one."""
         if self._enabled:

@@ -1,5 +1,6 @@
 """A run from configuration to exported model: start or go on, evaluate, train, evaluate, export."""
 
+import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from datetime import timedelta
@@ -135,9 +136,9 @@ class _Run:
             "settings": checkpoint.plain_settings(config),
             "data": self.plan.data.fingerprint(),
         }
-        room = self.plan.checkpoint_bytes
+        room, start = self.plan.checkpoint_bytes, time.perf_counter()
         path = checkpoint.save_checkpoint(self.engine, self.directory, trainer, config.checkpoint.keep, room, self.mesh)
-        self.logger.message(f"checkpoint: {path}")
+        self.logger.checkpoint(step, time.perf_counter() - start, path)
 
     def evaluate(self, when: str) -> None:
         config, data = self.config, self.plan.data
