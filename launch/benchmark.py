@@ -3,8 +3,10 @@
     python launch/benchmark.py attention --num-tokens 32768 131072 --retention 0.25 0.125      # needs a GPU
     python launch/benchmark.py generation --num-tokens 32768 131072 --retention 0.25 0.125
 
-`attention`: forward, and forward with backward, against torch's dense kernels; selection and gather are part of LRSA's
-times. `generation`: prefilling, decoding and the memory of the cache, against the dense cache of transformers.
+`attention`: forward, and forward with backward, against torch's dense kernels and flash-attn-4 where it is installed;
+selection and gather are part of LRSA's times. `generation`: prefilling, decoding and the memory of the cache, against
+the dense cache of transformers. Decoding with several caches takes turns, token by token; `gpu_ms` is the time that the
+GPU works for a token, which is less than what passes where the host cannot keep it busy.
 Every row has the median, 20th and 80th percentile of the repetitions. Absolute times say little without the dense rows
 beside them: compare within one run.
 """
@@ -15,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,9 +27,11 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 from torch.nn.functional import scaled_dot_product_attention  # noqa: E402
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache  # noqa: E402
 
-from lrsa_ds import LagKVCache, LRSAConfig, apply_lrsa, lrsa_attention, prefill, select_kept  # noqa: E402
+from lrsa_ds import LagKVCache, LRSAConfig, apply_lrsa, lrsa_attention, prefill  # noqa: E402
+from lrsa_ds.attention.buffered import buffered_layout, select_and_gather  # noqa: E402
+from lrsa_ds.attention.fa4 import why_not_fa4  # noqa: E402
 
 DENSE = {"dense cuDNN": SDPBackend.CUDNN_ATTENTION, "dense flash": SDPBackend.FLASH_ATTENTION}
 # Shapes of models whose weights do not matter: (hidden, intermediate, layers, query heads, KV heads).
@@ -42,6 +47,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sink-size", type=int, default=16)
     parser.add_argument("--lag-size", type=int, default=1024)
     parser.add_argument("--heads", type=int, nargs=3, default=[32, 8, 128], metavar=("QUERY", "KV", "DIM"))
+    parser.add_argument("--chunks-at-once", type=int, default=8, help="of prefilling")
     parser.add_argument("--model", choices=SHAPES, default="1.5b", help="of generation; random weights")
     parser.add_argument("--repetitions", type=int, default=10)
     parser.add_argument("--csv", type=Path, default=Path("outputs/benchmark.csv"))
@@ -105,6 +111,12 @@ def dense(backend: SDPBackend) -> Callable:
     return attend
 
 
+def dense_fa4(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    from flash_attn.cute import flash_attn_func
+
+    return flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), causal=True)[0].transpose(1, 2)
+
+
 def settings_of(options: argparse.Namespace, retention: float) -> LRSAConfig:
     return LRSAConfig(sink_size=options.sink_size, lag_size=options.lag_size, retention=retention)
 
@@ -117,10 +129,13 @@ def attention_rows(options: argparse.Namespace, num_tokens: int, device: torch.d
         for heads in (num_heads, num_kv_heads, num_kv_heads, num_heads)
     )
     inputs = [x.requires_grad_() for x in (q, k, v)]
+    has_fa4 = why_not_fa4(device, q.dtype, dim) is None
     methods = [(name, None, dense(backend)) for name, backend in DENSE.items()]
-    for retention in options.retention:
-        config = settings_of(options, retention)
-        methods.append(("LRSA", config, lambda q, k, v, config=config: lrsa_attention(q, k, v, config)))
+    methods += [("dense fa4", None, dense_fa4)] if has_fa4 else []
+    for config in (settings_of(options, retention) for retention in options.retention):
+        for backend in ("flex", "fa4") if has_fa4 else ("flex",):
+            chosen = replace(config, backend=backend)
+            methods.append((f"LRSA {backend}", chosen, lambda q, k, v, c=chosen: lrsa_attention(q, k, v, c)))
     for name, config, attend in methods:
         with torch.no_grad():
             forward = measure(lambda attend=attend: attend(*inputs), options.repetitions, device)
@@ -130,9 +145,11 @@ def attention_rows(options: argparse.Namespace, num_tokens: int, device: torch.d
             return torch.autograd.grad(attend(*inputs), inputs, upstream)
 
         add(name, config, "forward+backward", measure(both, options.repetitions, device))
-        if config:
-            selection = measure(lambda config=config: select_kept(k, v, config), options.repetitions, device)
-            add(name, config, "selection", selection)
+    for config in (settings_of(options, retention) for retention in options.retention):
+        layout = buffered_layout((num_tokens,), config, device)
+        with torch.no_grad():
+            selection = measure(lambda layout=layout: select_and_gather(k, v, layout), options.repetitions, device)
+        add("LRSA", config, "select and gather", selection)
 
 
 def random_model(shape: str, num_tokens: int, device: torch.device) -> torch.nn.Module:
@@ -153,44 +170,69 @@ def random_model(shape: str, num_tokens: int, device: torch.device) -> torch.nn.
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
+def gpu_ms(function: Callable[[], object], device: torch.device) -> float | str:
+    """Time that the GPU works in a call; not known on the CPU."""
+    if device.type != "cuda":
+        return ""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        function()
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in profiler.key_averages()) / 1e3
+
+
+def cache_gb(cache: Cache) -> float:
+    """Memory that the keys and values take."""
+    tensors = [x for layer in cache.layers for x in (layer.keys, layer.values)]
+    return sum(x.untyped_storage().nbytes() for x in tensors) / 1e9
+
+
 @torch.no_grad()
 def generation_rows(options: argparse.Namespace, num_tokens: int, device: torch.device, add: Callable) -> None:
     """Rows of one context length: prefilling and decoding with the dense cache, and with each compressed one."""
     model = random_model(options.model, num_tokens, device)
     ids = torch.randint(0, 32000, (1, num_tokens), device=device)
+    configs = [None, *(settings_of(options, retention) for retention in options.retention)]
 
-    def fill(config: LRSAConfig | None):
+    def use(config: LRSAConfig | None) -> None:
+        if config is None:
+            model.set_attn_implementation("sdpa")
+        else:
+            apply_lrsa(model, config)
+
+    def fill(config: LRSAConfig | None) -> Cache:
         if config is None:
             cache = DynamicCache(config=model.config)
             model(ids, past_key_values=cache, logits_to_keep=1)
         else:
             cache = LagKVCache(config)
-            prefill(model, ids, cache)
+            prefill(model, ids, cache, options.chunks_at_once)
         return cache
 
-    for config in [None, *(settings_of(options, retention) for retention in options.retention)]:
-        name = "dense" if config is None else "LRSA"
-        if config is not None:
-            apply_lrsa(model, config)
-        cache, prefilling = None, []
-        for _ in range(2):  # the first one warms up
-            cache = None
-            holder = []
-            prefilling.append(timed(lambda holder=holder, config=config: holder.append(fill(config)), device))
-            cache = holder[0]
-        peak = peak_gb(lambda config=config: fill(config), device)
-        layers = [x for layer in cache.layers for x in (layer.keys, layer.values)]
-        held = {"cache_gb": sum(x.untyped_storage().nbytes() for x in layers) / 1e9}
-        add(name, config, "prefill", percentiles(prefilling[1:]) | held | {"peak_gb": peak})
+    caches: list[Cache] = []
+    for config in configs:
+        use(config)
+        peak = peak_gb(lambda config=config: fill(config), device)  # which also warms up
+        times = [timed(lambda config=config: caches.append(fill(config)), device) for _ in range(3)]
+        del caches[-3:-1]
+        values = percentiles(times) | {"cache_gb": cache_gb(caches[-1]), "peak_gb": peak}
+        add("dense" if config is None else "LRSA", config, "prefill", values)
 
-        def step(cache=cache):
-            model(ids[:, :1], past_key_values=cache)
+    def step(cache: Cache) -> None:
+        model(ids[:, :1], past_key_values=cache)
 
-        times = [timed(step, device) for _ in range(DECODED_TOKENS)][DECODED_TOKENS // 4 :]
-        add(name, config, "decode one token", percentiles(times) | held)
+    times: list[list[float]] = [[] for _ in caches]
+    for _ in range(DECODED_TOKENS):
+        for config, cache, mine in zip(configs, caches, times, strict=True):
+            use(config)
+            mine.append(timed(lambda cache=cache: step(cache), device))
+    for config, cache, mine in zip(configs, caches, times, strict=True):
+        use(config)
+        values = percentiles(mine[DECODED_TOKENS // 4 :]) | {"cache_gb": cache_gb(cache)}
+        values["gpu_ms"] = gpu_ms(lambda cache=cache: step(cache), device)
+        add("dense" if config is None else "LRSA", config, "decode one token", values)
 
 
-COLUMNS = ["ms_p20", "ms_p50", "ms_p80", "peak_gb", "cache_gb", "first_call_s"]
+COLUMNS = ["ms_p20", "ms_p50", "ms_p80", "gpu_ms", "peak_gb", "cache_gb", "first_call_s"]
 
 
 class Table:
@@ -199,7 +241,10 @@ class Table:
     def __init__(self):
         self.rows: list[dict] = []
         title = f"{'tokens':>9} {'method':<12} {'K':>5} {'what':<17}"
-        print(title + "".join(f"{name:>10}" for name in ("ms p20", "p50", "p80", "peak GB", "cache GB", "speed-up")))
+        print(
+            title
+            + "".join(f"{name:>10}" for name in ("ms p20", "p50", "p80", "GPU ms", "peak GB", "cache GB", "speed-up"))
+        )
 
     def add(self, num_tokens: int, method: str, config: LRSAConfig | None, what: str, values: dict) -> None:
         row = {"num_tokens": num_tokens, "method": method, "num_kept": config.num_kept if config else "", "what": what}

@@ -16,7 +16,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from lrsa_ds.errors import LRSAError
 
-BACKENDS = ("auto", "chunked", "flex")
+BACKENDS = ("auto", "chunked", "flex", "fa4")
 
 
 def require(condition: bool, message: str) -> None:
@@ -50,7 +50,8 @@ class LRSAConfig:
         sink_size: tokens at the start of a document that stay visible to all of it (S).
         lag_size: tokens of a partition, and of the lag reference that scores it (L).
         retention: share of each partition that is kept, in (0, 1]; 1.0 is dense attention.
-        backend: "chunked" (readable, any device), "flex" (FlexAttention, CUDA) or "auto" (by device).
+        backend: "chunked" (readable, any device), "flex" (FlexAttention, CUDA), "fa4" (flash-attn-4, Hopper) or "auto",
+            which is the fastest that the device, the dtype and the head dim allow.
 
     Raises:
         LRSAError: a value out of its range, or a retention so small that nothing of a partition is kept.

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from lrsa_ds.adapters import check_peft
+from lrsa_ds.attention.backends import choose_backend
 from lrsa_ds.checkpoint import ResumePoint, check_resume
 from lrsa_ds.config import TrainConfig, require
 from lrsa_ds.data.tokenizer import load_tokenizer
@@ -42,16 +43,13 @@ def prepare(config: TrainConfig, procedure: ModuleType) -> Plan:
         LRSAError: the first thing that is wrong, in one sentence.
     """
     use_cuda = torch.cuda.is_available()
-    require(
-        config.attention.backend != "flex" or use_cuda,
-        "attention.backend=flex needs a CUDA device, and there is none: use auto or chunked.",
-    )
     check_wandb(config.log)
     check_peft(config.model.lora)
     dtype = {"auto": torch.bfloat16 if use_cuda else torch.float32, "bf16": torch.bfloat16, "fp32": torch.float32}
     dtype = dtype[config.model.dtype]
     structure = empty_model(config.model)
     check_supported(structure)
+    _check_backend(config, structure, dtype)
     _check_parallel(config, structure)
     num_parameters = sum(p.numel() for p in structure.parameters())
     resume = check_output(config, num_parameters, dtype.itemsize)
@@ -65,6 +63,15 @@ def prepare(config: TrainConfig, procedure: ModuleType) -> Plan:
     if resume is not None:
         check_resume(resume, config, data.fingerprint())
     return Plan(dtype, num_parameters, tokenizer, data, resume)
+
+
+def _check_backend(config: TrainConfig, structure: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Whether the attention backend that the settings name can run here."""
+    architecture = structure.config.get_text_config()
+    head_dim = getattr(architecture, "head_dim", None)
+    head_dim = head_dim or architecture.hidden_size // architecture.num_attention_heads
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    choose_backend(config.attention.at_step(0), device, dtype, head_dim)
 
 
 def _check_parallel(config: TrainConfig, structure: torch.nn.Module) -> None:

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 import torch
 
+from lrsa_ds.attention.backends import KERNELS, choose_backend
+from lrsa_ds.attention.buffered import buffered_attention
 from lrsa_ds.attention.chunked import chunked_attention
-from lrsa_ds.attention.flex import flex_lrsa_attention
 from lrsa_ds.config import LRSAConfig, require
 from lrsa_ds.partition import partition_table
 
@@ -47,18 +48,11 @@ def lrsa_attention(
     )
     lengths = (num_tokens,) if document_lengths is None else tuple(map(int, document_lengths))
     require(sum(lengths) == num_tokens, f"document_lengths sum to {sum(lengths)}, and there are {num_tokens} tokens.")
-    if _backend(q, config, lengths) == "flex":
-        return flex_lrsa_attention(q, k, v, config, lengths, scale)
-    return chunked_attention(q, k, v, partition_table(lengths, config), scale)
-
-
-def _backend(q: torch.Tensor, config: LRSAConfig, lengths: tuple[int, ...]) -> str:
-    if config.backend == "auto":
-        # Without a history the loop is one plain causal call per document, and SDPA's dense kernels are the fastest.
-        has_history = not config.is_dense and max(lengths) > config.sink_size + 2 * config.lag_size
-        return "flex" if q.is_cuda and has_history else "chunked"
-    require(
-        config.backend != "flex" or q.is_cuda,
-        f"attention.backend=flex needs a CUDA device, and the tensors are on {q.device}: use auto or chunked.",
+    # Without a history the loop is one plain causal call per document, and SDPA's dense kernels are the fastest.
+    has_history = not config.is_dense and max(lengths) > config.sink_size + 2 * config.lag_size
+    backend = (
+        choose_backend(config, q.device, q.dtype, q.shape[3]) if has_history or config.backend != "auto" else "chunked"
     )
-    return config.backend
+    if backend == "chunked":
+        return chunked_attention(q, k, v, partition_table(lengths, config), scale)
+    return buffered_attention(q, k, v, config, lengths, scale, KERNELS[backend])

@@ -3,11 +3,13 @@
 Shapes: B batch, G KV heads, N tokens, D head dim, P partitions, L lag size, K kept per partition, R kept buffer slots.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 
+from lrsa_ds.attention.fused import HAS_TRITON, fused_select_partitions
 from lrsa_ds.attention.score import lag_scores
 from lrsa_ds.config import LRSAConfig
 from lrsa_ds.partition import PartitionTable
@@ -49,6 +51,15 @@ def select_partitions(
     return best + starts_P[:, None]
 
 
+def fast_select_partitions(
+    k: torch.Tensor, v: torch.Tensor, starts_P: torch.Tensor, lag: int, num_kept: int, first: int | None = None
+) -> torch.Tensor:
+    """`select_partitions`, in fused kernels where the tensors are on a GPU."""
+    if k.is_cuda and HAS_TRITON and len(starts_P):
+        return fused_select_partitions(k, v, starts_P, lag, num_kept)
+    return select_partitions(k, v, starts_P, lag, num_kept, first)
+
+
 def _partitions(x, starts_P: torch.Tensor, lag: int, first: int | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Partitions and lag references of keys or values: two [B, G, P, L, D], views where the partitions are adjacent."""
     if first is not None:
@@ -64,14 +75,17 @@ def _partitions(x, starts_P: torch.Tensor, lag: int, first: int | None) -> tuple
 class _BufferPlan:
     """What of the kept buffer does not depend on the data: tensors on one device."""
 
-    positions: torch.Tensor  # [R], the tokens of the sinks in their slots; 0 in the slots to fill and in the gaps
+    positions: (
+        torch.Tensor
+    )  # [R], the tokens of the sinks in their slots; other tokens in the slots to fill and in gaps
     starts: torch.Tensor  # [P], first token of each partition that is history
     slots: torch.Tensor  # [P * K], where the kept positions go
 
 
 @lru_cache(maxsize=64)
-def _buffer_plan(table: PartitionTable, device: torch.device) -> _BufferPlan:
-    positions = torch.zeros(table.buffer_size, dtype=torch.int64)
+def _buffer_plan(table: PartitionTable, size: int, device: torch.device) -> _BufferPlan:
+    # Gaps name token after token: the backward pass adds their zeros, and would be slow to add all of them to one.
+    positions = torch.arange(size) % table.num_tokens
     starts, slots = [], []
     for document in table.kept_documents:
         first = document.buffer_lo + table.sink_size
@@ -82,13 +96,24 @@ def _buffer_plan(table: PartitionTable, device: torch.device) -> _BufferPlan:
 
 
 @torch.no_grad()
-def buffer_positions(k: torch.Tensor, v: torch.Tensor, table: PartitionTable) -> torch.Tensor:
-    """Token position that fills each slot of the kept buffer: int64 [B, G, R]. Alignment gaps name position 0."""
+def buffer_positions(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    table: PartitionTable,
+    size: int | None = None,
+    select: Callable[..., torch.Tensor] = select_partitions,
+) -> torch.Tensor:
+    """Token position that fills each slot of the kept buffer: int64 [B, G, R]. Gaps name some token.
+
+    Args:
+        size: R, if it is to be larger than `table.buffer_size`.
+        select: `select_partitions` or a faster form of it.
+    """
     if not table.kept_documents:
         return torch.empty(*k.shape[:2], 0, dtype=torch.int64, device=k.device)
-    plan = _buffer_plan(table, k.device)
+    plan = _buffer_plan(table, size or table.buffer_size, k.device)
     first = table.kept_documents[0].start + table.sink_size if len(table.kept_documents) == 1 else None
-    kept = select_partitions(k, v, plan.starts, table.lag_size, table.num_kept, first)
+    kept = select(k, v, plan.starts, table.lag_size, table.num_kept, first)
     positions = plan.positions.repeat(*k.shape[:2], 1)
     positions[:, :, plan.slots] = kept.flatten(2)
     return positions

@@ -10,17 +10,14 @@ The result is that of one rank. Shapes: B batch (1), H query heads, G KV heads, 
 sequence, D head dim, P ranks.
 """
 
-from collections.abc import Callable
-
 import torch
 
-from lrsa_ds.attention.interval import flex_interval_attention, interval_attention, merge
-from lrsa_ds.attention.select import gather_kept, select_partitions
+from lrsa_ds.attention.backends import KERNELS, choose_backend
+from lrsa_ds.attention.interval import merge
+from lrsa_ds.attention.select import fast_select_partitions, gather_kept, select_partitions
 from lrsa_ds.config import LRSAConfig, require
 from lrsa_ds.parallel.exchange import Exchange, SequenceGroup, start
 from lrsa_ds.parallel.shard import ShardLayout, shard_layout
-
-Attend = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
 def check_heads(num_heads: int, size: int) -> None:
@@ -50,16 +47,16 @@ def sequence_parallel_attention(
     Returns:
         [1, H, n, D].
     """
-    use_flex = config.backend == "flex" or (config.backend == "auto" and q.is_cuda)
-    attend: Attend = flex_interval_attention if use_flex else interval_attention
-    layout = shard_layout(tuple(document_lengths), config, group.size, group.index, use_flex, q.device)
+    backend = choose_backend(config, q.device, q.dtype, q.shape[3])
+    attend, by_blocks = KERNELS[backend], backend != "chunked"
+    layout = shard_layout(tuple(document_lengths), config, group.size, group.index, by_blocks, q.device)
     heads = HeadGroups(q.shape[1], k.shape[1], group)
     halo_k, halo_v = exchange_halo(k, v, layout, group)
     k, v = torch.cat([halo_k, k], dim=2), torch.cat([halo_v, v], dim=2)
     if not any(layout.num_sent):  # every document is short: the window is all there is
         return attend(q, k, v, layout.window, scale)[0]
     queries = heads.send_queries(q)
-    kept = heads.send_kept(*kept_of_shard(k, v, layout, config), layout)
+    kept = heads.send_kept(*kept_of_shard(k, v, layout, config, by_blocks), layout)
     window = attend(q, k, v, layout.window, scale)
     history = attend(heads.receive_queries(queries), *heads.receive_kept(kept, layout), layout.history, scale)
     return merge(window, heads.return_outputs(*history), q.dtype)
@@ -87,10 +84,11 @@ def exchange_halo(
 
 
 def kept_of_shard(
-    k: torch.Tensor, v: torch.Tensor, layout: ShardLayout, config: LRSAConfig
+    k: torch.Tensor, v: torch.Tensor, layout: ShardLayout, config: LRSAConfig, fast: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """This rank's part of the kept buffer, in its order: keys and values [1, G, slots, D] from [halo | shard]."""
-    kept = select_partitions(k, v, layout.starts, config.lag_size, config.num_kept).flatten(2)
+    select = fast_select_partitions if fast else select_partitions
+    kept = select(k, v, layout.starts, config.lag_size, config.num_kept).flatten(2)
     sinks = layout.sink_positions.expand(*k.shape[:2], -1)
     positions = torch.cat([sinks, kept], dim=2)[:, :, layout.order]
     return gather_kept(k, positions), gather_kept(v, positions)

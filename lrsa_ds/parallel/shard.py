@@ -10,7 +10,7 @@ from functools import lru_cache
 
 import torch
 
-from lrsa_ds.attention.flex import BLOCK, padded_buffer_size
+from lrsa_ds.attention.blocks import BLOCK, padded_buffer_size
 from lrsa_ds.attention.interval import Intervals
 from lrsa_ds.config import LRSAConfig, require
 from lrsa_ds.partition import PartitionTable, partition_table
@@ -29,7 +29,9 @@ class ShardLayout:
     starts: torch.Tensor  # local, first token of each partition that this rank selects
     order: torch.Tensor  # from [sinks | kept KV] of this rank to the order of the kept buffer
     num_sent: tuple[int, ...]  # slots that each rank contributes
-    buffer_slots: torch.Tensor  # for each slot of the (padded) kept buffer, its place in the ranks' contributions
+    buffer_slots: (
+        torch.Tensor
+    )  # for each slot of the (padded) kept buffer, its place in the ranks' contributions; gaps name some
 
 
 def check_shards(num_tokens: int, size: int, config: LRSAConfig, key: str) -> None:
@@ -46,10 +48,10 @@ def check_shards(num_tokens: int, size: int, config: LRSAConfig, key: str) -> No
 
 @lru_cache(maxsize=64)
 def shard_layout(
-    document_lengths: tuple[int, ...], config: LRSAConfig, size: int, index: int, use_flex: bool, device: torch.device
+    document_lengths: tuple[int, ...], config: LRSAConfig, size: int, index: int, by_blocks: bool, device: torch.device
 ) -> ShardLayout:
     """The layout of rank `index` of `size`, with the kept buffer aligned and padded where a kernel likes it so."""
-    table = partition_table(document_lengths, config, align=BLOCK if use_flex else 1)
+    table = partition_table(document_lengths, config, align=BLOCK if by_blocks else 1)
     shard, halo_max = table.num_tokens // size, config.sink_size + 2 * config.lag_size
     lo = index * shard
     halo = min(lo, halo_max)
@@ -60,7 +62,7 @@ def shard_layout(
     mine = [p for p in pieces if p.owner == index]
     sinks = [torch.arange(p.token, p.token + p.size) for p in mine if p.is_sink]
     starts = [p.token for p in mine if not p.is_sink]
-    buffer_size = padded_buffer_size(table) if use_flex else table.buffer_size
+    buffer_size = padded_buffer_size(table) if by_blocks else table.buffer_size
     return ShardLayout(
         shard_size=shard,
         halo_size=halo,
@@ -116,8 +118,9 @@ def _order_of(pieces: list[_Piece]) -> torch.Tensor:
 
 
 def _buffer_slots(pieces: list[_Piece], buffer_size: int) -> torch.Tensor:
-    """The contributions of all ranks, one after the other, are the kept buffer without its gaps, which name place 0."""
-    slots, place = torch.zeros(buffer_size, dtype=torch.int64), 0
+    """The contributions of all ranks, one after the other, are the kept buffer without its gaps."""
+    # Gaps name place after place: the backward pass adds their zeros, and would be slow to add all of them to one.
+    slots, place = torch.arange(buffer_size) % max(1, sum(piece.size for piece in pieces)), 0
     for piece in pieces:
         slots[piece.slot : piece.slot + piece.size] = torch.arange(place, place + piece.size)
         place += piece.size

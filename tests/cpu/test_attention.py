@@ -4,8 +4,11 @@ import pytest
 import torch
 
 from lrsa_ds import LRSAConfig, lrsa_attention, select_kept
+from lrsa_ds.attention.blocks import BLOCK
+from lrsa_ds.attention.buffered import buffered_attention, buffered_layout
 from lrsa_ds.attention.chunked import chunked_attention
-from lrsa_ds.attention.flex import BLOCK, _layout, flex_lrsa_attention
+from lrsa_ds.attention.flex import _block_mask, flex_interval_attention
+from lrsa_ds.attention.interval import interval_attention
 from lrsa_ds.errors import LRSAError
 from lrsa_ds.partition import _build as layout_of
 from lrsa_ds.partition import partition_table
@@ -98,7 +101,18 @@ def test_flex_is_the_same_function(layout):
     config = LRSAConfig(**{key: value for key, value in layout.items() if key != "lengths"})
     inputs = [x.detach() for x in random_qkv(sum(lengths))]
     expected = chunked_attention(*inputs, partition_table(lengths, config))
-    assert_close(flex_lrsa_attention(*inputs, config, lengths), expected, 1e-5, "output")
+    actual = buffered_attention(*inputs, config, lengths, None, flex_interval_attention)
+    assert_close(actual, expected, 1e-5, "output")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_history_and_window_are_two_intervals(layout):
+    """With the readable kernel: the kept buffer, its gaps and its padding change nothing, backward neither."""
+    lengths = layout["lengths"]
+    config = LRSAConfig(**{key: value for key, value in layout.items() if key != "lengths"})
+    inputs = random_qkv(sum(lengths), 4, 2)
+    actual = buffered_attention(*inputs, config, lengths, None, interval_attention)
+    assert_same_function(actual, chunked_attention(*inputs, partition_table(lengths, config)), inputs, 1e-5)
 
 
 @pytest.mark.parametrize("lengths", [(3000,), (1000, 17, 1500, 483), (100, 120, 130, 2000, 5), (513,)])
@@ -106,8 +120,9 @@ def test_flex_is_the_same_function(layout):
 def test_block_mask_covers_exactly(lengths, lag_size, retention, sink_size):
     """Every block with a visible pair is listed, and no block listed as full holds an invisible pair."""
     config = LRSAConfig(sink_size=sink_size, lag_size=lag_size, retention=retention)
-    layout = _layout(lengths, config, torch.device("cpu"))
-    mask, buffer_size, num_tokens = layout.block_mask, layout.buffer_size, sum(lengths)
+    layout = buffered_layout(lengths, config, torch.device("cpu"))
+    buffer_size, num_tokens = layout.buffer_size, sum(lengths)
+    mask = _block_mask(layout.intervals, num_tokens, buffer_size + num_tokens)
     q, kv = torch.arange(num_tokens)[:, None], torch.arange(buffer_size + num_tokens)[None]
     visible = mask.mask_mod(0, 0, q, kv)
     visible = torch.nn.functional.pad(visible, (0, -visible.shape[1] % BLOCK, 0, -num_tokens % BLOCK))
@@ -131,7 +146,8 @@ def test_block_mask_covers_exactly(lengths, lag_size, retention, sink_size):
 
 def test_one_long_document_meets_mostly_full_blocks():
     """The alignment of the kept buffer is worth its gaps: the history is nearly free of partly covered blocks."""
-    mask = _layout((16384,), LRSAConfig(sink_size=16, lag_size=1024, retention=0.125), torch.device("cpu")).block_mask
+    layout = buffered_layout((16384,), LRSAConfig(sink_size=16, lag_size=1024, retention=0.125), torch.device("cpu"))
+    mask = _block_mask(layout.intervals, 16384, layout.buffer_size + 16384)
     # The block with the sink and both borders of the window; more only where two chunks meet, in one block of eight.
     assert (mask.kv_num_blocks <= 3).float().mean() >= 7 / 8
 

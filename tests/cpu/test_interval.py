@@ -4,11 +4,14 @@ import pytest
 import torch
 
 from lrsa_ds import LRSAConfig
-from lrsa_ds.attention.interval import Intervals, flex_interval_attention, interval_attention, merge
+from lrsa_ds.attention.blocks import BLOCK
+from lrsa_ds.attention.flex import flex_interval_attention
+from lrsa_ds.attention.interval import Intervals, interval_attention, merge
 from lrsa_ds.errors import LRSAError
 from lrsa_ds.parallel.sequence import check_heads
 from lrsa_ds.parallel.shard import check_shards, shard_layout
 from lrsa_ds.parallel.ulysses import check_dense_heads
+from lrsa_ds.partition import partition_table
 from tests.helpers import assert_close
 
 
@@ -92,11 +95,11 @@ def test_merged_parts_are_attention_over_both():
         assert_close(actual, wanted, 1e-5, "gradient")
 
 
-@pytest.mark.parametrize("use_flex", [False, True])
+@pytest.mark.parametrize("by_blocks", [False, True])
 @pytest.mark.parametrize("lengths", [(192,), (50, 3, 100, 39), (10, 10, 10, 162)])
-def test_every_slot_of_the_kept_buffer_comes_from_one_rank(lengths, use_flex):
+def test_every_slot_of_the_kept_buffer_comes_from_one_rank(lengths, by_blocks):
     config, size = LRSAConfig(sink_size=3, lag_size=8, retention=0.5), 4
-    layouts = [shard_layout(lengths, config, size, rank, use_flex, torch.device("cpu")) for rank in range(size)]
+    layouts = [shard_layout(lengths, config, size, rank, by_blocks, torch.device("cpu")) for rank in range(size)]
     shared = layouts[0]
     for rank, layout in enumerate(layouts):
         assert torch.equal(layout.buffer_slots, shared.buffer_slots) and layout.num_sent == shared.num_sent
@@ -104,8 +107,10 @@ def test_every_slot_of_the_kept_buffer_comes_from_one_rank(lengths, use_flex):
         # All that a rank selects from, and all that its windows see, is in its halo and shard.
         assert (layout.starts >= 0).all() and (layout.starts + 16 <= layout.halo_size + layout.shard_size).all()
         assert (layout.sink_positions >= 0).all() and (layout.window.lo >= 0).all()
-    used = shared.buffer_slots[shared.buffer_slots > 0]
-    assert used.tolist() == list(range(1, sum(shared.num_sent)))
+    table = partition_table(lengths, config, align=BLOCK if by_blocks else 1)
+    sizes = [(d.buffer_lo, d.buffer_lo + 3 + 4 * d.num_partitions) for d in table.kept_documents]
+    used = torch.cat([shared.buffer_slots[lo:hi] for lo, hi in sizes])
+    assert used.tolist() == list(range(sum(shared.num_sent)))
 
 
 def test_another_layout_takes_one_of_few_buffer_sizes():

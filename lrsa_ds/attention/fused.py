@@ -1,0 +1,130 @@
+"""The selection in two Triton kernels, and the kept buffer written beside the tokens once.
+
+The readable form is `select.py`. Both score in fp32 from the same keys and values, and break ties alike; where sums
+are rounded in another order, two scores that differ by less than that may change places. Shapes as there.
+"""
+
+import importlib.util
+
+import torch
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+if HAS_TRITON:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def _deviation_kernel(
+        x, stride_b, stride_g, stride_n, starts, out, num_heads, num_partitions,
+        lag: tl.constexpr, dim: tl.constexpr, TOKENS: tl.constexpr, DIM: tl.constexpr,
+    ):  # fmt: skip
+        """Deviation of each token of a partition over its channels, normalised by the lag reference: [B * G, P, L]."""
+        head, partition = tl.program_id(0).to(tl.int64), tl.program_id(1)
+        tokens, channels = tl.arange(0, TOKENS), tl.arange(0, DIM)
+        is_channel = channels < dim
+        base = x + (head // num_heads) * stride_b + (head % num_heads) * stride_g + channels[None, :]
+        start = tl.load(starts + partition)
+        low, high = tl.full([DIM], float("inf"), tl.float32), tl.full([DIM], float("-inf"), tl.float32)
+        for first in range(0, lag, TOKENS):
+            inside = (first + tokens < lag)[:, None] & is_channel[None, :]
+            values = tl.load(base + (start + lag + first + tokens)[:, None] * stride_n, mask=inside).to(tl.float32)
+            low = tl.minimum(low, tl.min(tl.where(inside, values, float("inf")), axis=0))
+            high = tl.maximum(high, tl.max(tl.where(inside, values, float("-inf")), axis=0))
+        # A channel that is constant in the reference gives no scale to measure by: it counts as 0.
+        spread = tl.where(high > low, high - low, float("inf"))
+        for first in range(0, lag, TOKENS):
+            inside = (first + tokens < lag)[:, None] & is_channel[None, :]
+            values = tl.load(base + (start + first + tokens)[:, None] * stride_n, mask=inside, other=0.0)
+            scaled = tl.where(inside, (values.to(tl.float32) - low[None, :]) / spread[None, :], 0.0)
+            centred = tl.where(inside, scaled - (tl.sum(scaled, axis=1) / dim)[:, None], 0.0)
+            deviation = tl.sqrt(tl.sum(centred * centred, axis=1) / (dim - 1))
+            # What overflows stands out most of all.
+            deviation = tl.where(deviation < 3.4028234663852886e38, deviation, 3.4028234663852886e38)
+            row = (head * num_partitions + partition) * lag
+            tl.store(out + row + first + tokens, deviation, mask=first + tokens < lag)
+
+    @triton.jit
+    def _keep_kernel(
+        deviations, row_size, starts, kept, num_partitions, lag: tl.constexpr, num_kept, LAG: tl.constexpr
+    ):
+        """Positions of the `num_kept` highest scores of a partition, ascending; ties go to the lower position."""
+        row, tokens = tl.program_id(0).to(tl.int64), tl.arange(0, LAG)
+        is_token = tokens < lag
+        score = tl.zeros([LAG], tl.float32)
+        for part in tl.static_range(2):
+            at = deviations + part * row_size + row * lag + tokens
+            deviation = tl.load(at, mask=is_token, other=float("-inf"))
+            weight = tl.exp(deviation - tl.max(deviation, axis=0))
+            score += weight / tl.sum(weight, axis=0)
+        # The bits of floats that are not negative are ordered as they are: find the num_kept-th largest bit by bit.
+        bits = tl.where(is_token, score.to(tl.int32, bitcast=True), -1)
+        threshold = tl.zeros([1], tl.int32)
+        for place in tl.static_range(31):
+            candidate = threshold + (1 << (30 - place))
+            is_low_enough = tl.sum((bits >= candidate).to(tl.int32), axis=0) >= num_kept
+            threshold = tl.where(is_low_enough, candidate, threshold)
+        above, equal = bits > threshold, bits == threshold
+        num_equal = num_kept - tl.sum(above.to(tl.int32), axis=0)
+        keep = above | (equal & (tl.cumsum(equal.to(tl.int32), axis=0) <= num_equal))
+        place = tl.cumsum(keep.to(tl.int32), axis=0) - 1
+        start = tl.load(starts + row % num_partitions)
+        tl.store(kept + row * num_kept + place, start + tokens, mask=keep)
+
+
+@torch.no_grad()
+def fused_select_partitions(
+    k: torch.Tensor, v: torch.Tensor, starts_P: torch.Tensor, lag: int, num_kept: int
+) -> torch.Tensor:
+    """The same function as `select_partitions`, on a GPU: int64 [B, G, P, K]."""
+    batch, heads = k.shape[:2]
+    num_rows = batch * heads * len(starts_P)
+    deviations = torch.empty(2, num_rows, lag, dtype=torch.float32, device=k.device)
+    for x, out in zip((k, v), deviations, strict=True):
+        x = x if x.stride(-1) == 1 else x.contiguous()
+        dim = triton.next_power_of_2(x.shape[3])
+        tile = max(16, min(triton.next_power_of_2(lag), 8192 // dim))
+        sizes = (heads, len(starts_P), lag, x.shape[3])
+        _deviation_kernel[batch * heads, len(starts_P)](
+            x, *x.stride()[:3], starts_P, out, *sizes, TOKENS=tile, DIM=dim, num_warps=4
+        )
+    kept = torch.empty(batch, heads, len(starts_P), num_kept, dtype=torch.int64, device=k.device)
+    _keep_kernel[(num_rows,)](
+        deviations,
+        num_rows * lag,
+        starts_P,
+        kept,
+        len(starts_P),
+        lag,
+        num_kept,
+        LAG=triton.next_power_of_2(lag),
+        num_warps=4,
+    )
+    return kept
+
+
+class _WithKept(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, positions_BGR):
+        num_slots, num_tokens = positions_BGR.shape[2], x.shape[2]
+        ctx.save_for_backward(positions_BGR)
+        out = x.new_empty(*x.shape[:2], num_slots + num_tokens, x.shape[3])
+        torch.gather(x, 2, _index(positions_BGR, x), out=out[:, :, :num_slots])
+        out[:, :, num_slots:] = x
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (positions,) = ctx.saved_tensors
+        num_slots = positions.shape[2]
+        tokens = gradient[:, :, num_slots:].clone()
+        return tokens.scatter_add_(2, _index(positions, gradient), gradient[:, :, :num_slots]), None
+
+
+def _index(positions_BGR: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return positions_BGR[..., None].expand(-1, -1, -1, x.shape[3])
+
+
+def with_kept(x: torch.Tensor, positions_BGR: torch.Tensor) -> torch.Tensor:
+    """Keys or values [B, G, N, D] behind those at the given positions: [B, G, R + N, D], with gradients to `x`."""
+    return _WithKept.apply(x, positions_BGR)

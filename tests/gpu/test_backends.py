@@ -1,0 +1,121 @@
+"""The block-sparse backends against the chunked one in fp32: forward and every gradient, by relative error."""
+
+import random
+
+import pytest
+import torch
+
+from lrsa_ds import LRSAConfig, lrsa_attention
+from lrsa_ds.attention.chunked import chunked_attention
+from lrsa_ds.attention.fa4 import why_not_fa4
+from lrsa_ds.attention.fused import fused_select_partitions
+from lrsa_ds.attention.score import lag_scores
+from lrsa_ds.attention.select import select_partitions
+from lrsa_ds.partition import partition_table
+from tests.helpers import relative_error
+
+pytestmark = pytest.mark.gpu
+BACKENDS = ["flex", "fa4"]
+
+
+def compare(backend, lengths, heads=4, kv_heads=2, dim=64, dtype=torch.bfloat16, **settings):
+    """Relative errors of output and gradients of q, k, v; the oracle selects from the same tensors, in fp32."""
+    reason = why_not_fa4(torch.device("cuda"), dtype, dim) if backend == "fa4" else None
+    if reason:
+        pytest.skip(reason)
+    config = LRSAConfig(**settings, backend=backend)
+    # In the order of memory that models give: a token's heads beside each other.
+    shapes = [(1, sum(lengths), count, dim) for count in (heads, kv_heads, kv_heads, heads)]
+    *inputs, upstream = (torch.randn(s, device="cuda", dtype=dtype).transpose(1, 2) for s in shapes)
+    inputs = [x.requires_grad_() for x in inputs]
+    exact = [x.detach().float().requires_grad_() for x in inputs]
+    actual = lrsa_attention(*inputs, config, document_lengths=lengths)
+    expected = chunked_attention(*exact, partition_table(tuple(lengths), config))
+    gradients = torch.autograd.grad(actual, inputs, upstream), torch.autograd.grad(expected, exact, upstream.float())
+    return [relative_error(a, b) for a, b in [(actual, expected), *zip(*gradients, strict=True)]]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 5e-3), (torch.bfloat16, 2e-2), (torch.float16, 4e-3)])
+@pytest.mark.parametrize("heads,kv_heads,dim", [(4, 2, 64), (3, 1, 64), (8, 8, 128), (12, 2, 128)])
+def test_kernels_equal_chunked(backend, dtype, tolerance, heads, kv_heads, dim, poison_empty):
+    # TF32 in FlexAttention's fp32 dot products is why fp32 is not compared more closely.
+    errors = compare(
+        backend, (1000, 333, 2001), heads, kv_heads, dim, dtype, sink_size=16, lag_size=128, retention=0.25
+    )
+    assert max(errors) < tolerance, errors
+
+
+def random_case(seed):
+    """Odd lengths, sinks, lags and retentions, several documents, grouped heads."""
+    draw = random.Random(seed)
+    lag_size, kv_heads = draw.randrange(32, 300), draw.choice([1, 2, 3])
+    return dict(
+        lengths=[draw.randrange(2, 8 * lag_size) for _ in range(draw.randrange(1, 5))],
+        heads=kv_heads * draw.choice([1, 2, 3, 4]),
+        kv_heads=kv_heads,
+        dim=draw.choice([64, 128]),
+        sink_size=draw.randrange(0, 40),
+        lag_size=lag_size,
+        retention=draw.uniform(0.1, 0.9),
+    )
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_random_layouts(backend, seed):
+    errors = compare(backend, **random_case(seed))
+    assert max(errors) < 2e-2, errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(0, 200, 50))
+def test_two_hundred_random_layouts(first):
+    for seed in range(1000 + first, 1050 + first):
+        errors = compare("fa4", **random_case(seed))
+        assert max(errors) < 2e-2, (seed, errors)
+
+
+def test_another_layout_of_the_same_shape_compiles_nothing():
+    settings = dict(sink_size=16, lag_size=128, retention=0.25)
+    torch._dynamo.reset()
+    compare("flex", (4096,), **settings)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for lengths in [(2048, 2048), (1000, 3096), (4000, 96), (1500, 1500, 1096)]:
+        compare("flex", lengths, **settings)
+    sizes = torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs
+    assert sizes <= 2, "a kept buffer takes one of few sizes; nothing else may compile"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "lag,num_kept,dim", [(128, 16, 64), (100, 33, 80), (1024, 128, 128), (37, 36, 64), (64, 1, 96)]
+)
+def test_fused_selection_is_the_same_function(dtype, lag, num_kept, dim, poison_empty):
+    k, v = (torch.randn(2, 7 * lag + 5, 3, dim, device="cuda", dtype=dtype).transpose(1, 2) for _ in range(2))
+    starts = torch.tensor([3, lag, 4 * lag + 1, 5 * lag + 5], device="cuda")
+    fused = fused_select_partitions(k, v, starts, lag, num_kept)
+    readable = select_partitions(k, v, starts, lag, num_kept)
+    assert (fused.diff(dim=-1) > 0).all()
+    # Where the sets differ, the scores on both sides of the cut are equal but for rounding.
+    tokens = starts[:, None] + torch.arange(lag, device="cuda")
+    scores = sum(lag_scores(x[:, :, tokens], x[:, :, tokens + lag]) for x in (k, v))
+    chosen = [scores.gather(-1, kept - starts[:, None]).sort(dim=-1).values for kept in (fused, readable)]
+    assert relative_error(*chosen) < 1e-5
+    assert (fused == readable).float().mean() > 0.99
+
+
+def test_fused_selection_breaks_ties_towards_the_lower_position():
+    k = torch.randn(1, 2, 1, 64, device="cuda").expand(1, 2, 400, 64)  # every token is the same
+    kept = fused_select_partitions(k, k, torch.tensor([10, 110], device="cuda"), 100, 7)
+    assert kept[0, 0].tolist() == [list(range(10, 17)), list(range(110, 117))]
+
+
+@pytest.mark.parametrize("value", [0.0, 1e30, -1e-30, float("inf")])
+def test_fused_selection_with_degenerate_channels(value):
+    k, v = (torch.randn(1, 2, 600, 64, device="cuda") for _ in range(2))
+    k[..., :10] = value if value != float("inf") else 1e38
+    k[:, :, 100:300, 0] = 1e38  # overflows where the reference is small
+    starts = torch.tensor([0, 100, 300], device="cuda")
+    fused = fused_select_partitions(k, v, starts, 100, 20)
+    assert (fused == select_partitions(k, v, starts, 100, 20)).float().mean() > 0.95
