@@ -39,10 +39,10 @@ def evaluate(
     """
     was_training = engine.training
     engine.eval()
-    batches = _batches(examples, config, pad_id, mesh.sp_size)
+    batches = _batches(examples, config, pad_id, mesh.row_multiple)
     num_slots = max(1, *(batch.num_target_tokens for batch in batches))
     # Under ZeRO-3 every pass is a collective: a rank without a batch of its own runs an empty one along.
-    idle = collate([padding_sequence(config.seq_len, pad_id)] * config.optim.micro_batch, mesh.sp_size)
+    idle = collate([padding_sequence(config.seq_len, pad_id)] * config.optim.micro_batch, mesh.row_multiple)
     batches += [idle] * (-len(batches) % mesh.dp_size)
     rows = []
     for retention in config.eval.retentions:
@@ -59,13 +59,13 @@ def evaluate(
     return rows
 
 
-def _batches(examples: list[Example], config: TrainConfig, pad_id: int, sp_size: int) -> list[PackedSequence]:
+def _batches(examples: list[Example], config: TrainConfig, pad_id: int, multiple_of: int) -> list[PackedSequence]:
     """All examples, each known by its place in the list, in batches of `micro_batch` sequences."""
     numbered = (replace(example, index=i) for i, example in enumerate(examples))
     sequences = list(pack(numbered, config.seq_len, pad_id))
     size = config.optim.micro_batch
     sequences += [padding_sequence(config.seq_len, pad_id)] * (-len(sequences) % size)
-    return [collate(sequences[i : i + size], sp_size) for i in range(0, len(sequences), size)]
+    return [collate(sequences[i : i + size], multiple_of) for i in range(0, len(sequences), size)]
 
 
 def _example_of_target(row: PackedSequence) -> torch.Tensor:

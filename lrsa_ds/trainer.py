@@ -95,7 +95,7 @@ class Trainer:
         mesh, size = self.mesh, self.config.optim.micro_batch
         if mesh.sequence is not None:
             mesh.sequence.traffic.take(1)  # what was sent since the last step, in an evaluation, belongs to none
-        rows = [collate(sequences[i : i + size], mesh.sp_size) for i in range(0, len(sequences), size)]
+        rows = [collate(sequences[i : i + size], mesh.row_multiple) for i in range(0, len(sequences), size)]
         batches = [shard(row, mesh.sp_size, mesh.sp_rank) for row in rows]
         counts = [float(b.num_target_tokens) for b in batches]
         num_tokens, num_targets = mesh.sum([sum(float(b.num_tokens) for b in batches), sum(counts)])

@@ -5,6 +5,7 @@ places and joins them by their log-sum-exp. Shapes: B batch, H query heads, G KV
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Optional
 
 import torch
@@ -67,6 +68,16 @@ def merge(
 
     Every query must see something in `first`; it may see nothing in `second`.
     """
-    (out_a, lse_a), (out_b, lse_b) = first, second
+    combine = _compiled_merge() if first[0].is_cuda else _merge
+    return combine(*first, *second, dtype)
+
+
+@lru_cache(maxsize=1)
+def _compiled_merge():
+    """One kernel each way, instead of a dozen that each read and write fp32 copies."""
+    return torch.compile(_merge, dynamic=False, fullgraph=True)
+
+
+def _merge(out_a, lse_a, out_b, lse_b, dtype: torch.dtype) -> torch.Tensor:
     share_b = torch.sigmoid(lse_b.float() - lse_a.float())[..., None]
     return torch.lerp(out_a.float(), out_b.float(), share_b).to(dtype)

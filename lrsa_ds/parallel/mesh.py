@@ -11,6 +11,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
+from lrsa_ds.attention.blocks import BLOCK
 from lrsa_ds.config import require
 from lrsa_ds.parallel.exchange import SequenceGroup
 
@@ -34,6 +35,12 @@ class Mesh:
     def sp_rank(self) -> int:
         """Which shard of a sequence this rank holds."""
         return self.rank % self.sp_size
+
+    @property
+    def row_multiple(self) -> int:
+        """What the number of tokens of a row has to be a multiple of: ranks share it evenly, GPUs in whole blocks."""
+        in_blocks = self.sequence is not None and self.device.type == "cuda"
+        return self.sp_size * (BLOCK if in_blocks else 1)
 
     @property
     def dp_size(self) -> int:

@@ -130,7 +130,8 @@ class HeadGroups:
 
     def receive_kept(self, exchange: Exchange, layout: ShardLayout) -> tuple[torch.Tensor, torch.Tensor]:
         """The kept buffer of the whole sequence for the heads of this rank: keys and values [1, G', R, D]."""
-        k, v = torch.cat(exchange.finish(), dim=2)[:, None, :, layout.buffer_slots]
+        # index_select, since the backward pass of indexing sorts, to add in a fixed order what never meets here.
+        k, v = torch.cat(exchange.finish(), dim=2).index_select(2, layout.buffer_slots)[:, None]
         per_kv = self.num_heads // k.shape[1]
         if self.place_of_kv == [h // per_kv for h in range(self.num_heads)]:
             return k, v

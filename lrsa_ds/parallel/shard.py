@@ -53,6 +53,8 @@ def shard_layout(
     """The layout of rank `index` of `size`, with the kept buffer aligned and padded where a kernel likes it so."""
     table = partition_table(document_lengths, config, align=BLOCK if by_blocks else 1)
     shard, halo_max = table.num_tokens // size, config.sink_size + 2 * config.lag_size
+    if by_blocks:  # kernels are slower where the number of keys is no multiple of a block
+        halo_max = min(shard, -(-halo_max // BLOCK) * BLOCK)
     lo = index * shard
     halo = min(lo, halo_max)
     hist_lo, hist_hi, win_lo = table.intervals()
