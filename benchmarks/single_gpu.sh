@@ -18,11 +18,8 @@ for part in "${@:-tests attention generation steps answers}"; do for name in $pa
         generation)
             "$PYTHON" launch/benchmark.py generation --num-tokens 8192 32768 131072 --retention 0.25 0.125 --csv "$OUT/generation.csv" ;;
         steps)
-            run +recipe=step_1b5 attention=dense output_dir="$OUT/step_dense"
-            for retention in 0.25 0.125; do
-                run +recipe=step_1b5 attention.retention=$retention output_dir="$OUT/step_lrsa_$retention"
-            done
-            "$PYTHON" benchmarks/table.py "$OUT"/step_* ;;
+            "$PYTHON" launch/benchmark_steps.py --num-tokens 32768 131072 --retention 1 0.25 0.125 \
+                --csv "$OUT/steps.csv" -- +recipe=step_1b5 ;;
         answers)
             for kind in lrsa dense; do
                 run +recipe=qa_smollm2 attention=$kind model.name="$MODEL" eval.before=false log.wandb=disabled \

@@ -9,16 +9,14 @@ on() {  # on NUMBER_OF_GPUS SCRIPT ARGUMENT...
     local gpus=$1 script=$2; shift 2
     deepspeed --num_gpus "$gpus" "launch/$script.py" "$@" || echo "failed: $*"
 }
-common="checkpoint.overwrite=true log.progress=false"
 
 "$PYTHON" -m pytest -q -m gpu tests/multi_gpu
 on 2 selftest +recipe=smoke parallel.sp_size=2 seq_len=4096 data.context_length=3000
-on 1 train +recipe=step_1b5 $common output_dir="$OUT/sp_1gpu"
-on 2 train +recipe=step_1b5 $common parallel.sp_size=2 output_dir="$OUT/sp_2gpus"
-on 2 train +recipe=step_1b5 $common parallel.sp_size=2 attention=dense output_dir="$OUT/sp_2gpus_ulysses"
-for tokens in 262144 524288; do  # the longest sequence that fits on one GPU, and twice as many tokens on two
-    on 1 train +recipe=step_1b5 $common seq_len=$tokens optim.num_steps=3 output_dir="$OUT/long_1gpu_$tokens"
-    on 2 train +recipe=step_1b5 $common seq_len=$((2 * tokens)) optim.num_steps=3 parallel.sp_size=2 \
-        output_dir="$OUT/long_2gpus_$((2 * tokens))"
+for gpus in 1 2; do
+    on $gpus benchmark_steps --num-tokens 131072 --retention 1 0.125 --csv "$OUT/steps.csv" -- \
+        +recipe=step_1b5 parallel.sp_size=$gpus
 done
-"$PYTHON" benchmarks/table.py "$OUT"/sp_* "$OUT"/long_*
+# The longest sequence: each ends at the first length that does not fit. 436,224 is 1.9 times 229,376 and more.
+on 1 benchmark_steps --num-tokens 163840 196608 229376 --steps 1 --csv "$OUT/longest.csv" -- +recipe=step_1b5
+on 2 benchmark_steps --num-tokens 393216 436224 --steps 1 --csv "$OUT/longest.csv" -- \
+    +recipe=step_1b5 parallel.sp_size=2

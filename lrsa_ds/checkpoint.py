@@ -1,7 +1,7 @@
 """Checkpoints in the output directory: whole or not there, found again, and loaded at any number of ranks.
 
-A checkpoint is written under a name that ends in `.partial` and renamed when every rank has written its part, so that a
-kill at any moment leaves the earlier ones as they were. DeepSpeed writes the tensors; `trainer.json` says the rest.
+They are written by `saving.py`. A name that ends in `.partial` is of one that is not whole. DeepSpeed wrote the
+tensors; `trainer.json` says the rest.
 """
 
 import json
@@ -13,14 +13,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 
 from lrsa_ds.config import TrainConfig, require
-from lrsa_ds.errors import LRSAError
 from lrsa_ds.parallel.mesh import Mesh
 
-TORCH_WRITER = ("inline_container", "PytorchStreamWriter", "file write failed")
 DIRECTORY = "checkpoints"
 PARTIAL = ".partial"
 TRAINER = "trainer.json"
@@ -104,66 +101,9 @@ def _flat(settings: dict, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def save_checkpoint(
-    engine: DeepSpeedEngine, output: Path, trainer: dict, keep: int, num_bytes: int, mesh: Mesh
-) -> Path:
-    """Writes a checkpoint on all ranks and removes all but the newest `keep`; returns its directory.
-
-    Args:
-        trainer: the fields of a `ResumePoint` but its directory.
-        num_bytes: what the checkpoint is expected to take.
-
-    Raises:
-        LRSAError: the disk is full, or the directory cannot be written; earlier checkpoints are whole.
-    """
-    final = output / DIRECTORY / f"step_{trainer['step']:06d}"
-    partial = final.with_name(final.name + PARTIAL)
-    problem = mesh.from_main(_make_room(partial, num_bytes) if mesh.is_main else None)
-    require(problem is None, f"{problem}")
-    try:
-        engine.save_checkpoint(str(partial), tag=SAVED, save_latest=False)
-    except (OSError, RuntimeError) as error:
-        # torch reports a full disk as a RuntimeError of its archive writer, in one of several places.
-        if isinstance(error, RuntimeError) and not any(name in str(error) for name in TORCH_WRITER):
-            raise
-        reason = str(error).splitlines()[0]
-        raise LRSAError(f"the checkpoint {final} could not be written: {reason}; earlier ones are whole.") from error
-    dist.barrier()
-    if mesh.is_main:
-        (partial / TRAINER).write_text(json.dumps(trainer, indent=1) + "\n", encoding="utf-8")
-        if final.exists():  # the same step once more, after a stop at its end
-            shutil.rmtree(final)
-        os.replace(partial, final)
-        _prune(output, keep)
-    dist.barrier()
-    return final
-
-
-def _make_room(partial: Path, num_bytes: int) -> str | None:
-    """Removes what a killed run left behind and makes the directory; returns what is wrong, if anything is."""
-    try:
-        remove_partial(partial.parent)
-        partial.mkdir(parents=True)
-        free = shutil.disk_usage(partial).free
-    except OSError as error:
-        return f"the checkpoint {partial.with_suffix('')} could not be written: {error.strerror}."
-    if free >= num_bytes:
-        return None
-    partial.rmdir()
-    return (
-        f"the checkpoint {partial.with_suffix('')} needs {num_bytes / 1e9:.2f} GB and {free / 1e9:.2f} GB are free: "
-        "make room and start the same command again; earlier checkpoints are whole."
-    )
-
-
 def remove_partial(checkpoints: Path) -> None:
+    """Removes what is not whole."""
     for path in checkpoints.glob(f"*{PARTIAL}"):
-        shutil.rmtree(path)
-
-
-def _prune(output: Path, keep: int) -> None:
-    whole = sorted(p for p in (output / DIRECTORY).glob("step_*") if p.suffix != PARTIAL)
-    for path in whole[:-keep]:
         shutil.rmtree(path)
 
 

@@ -329,6 +329,7 @@ class CheckpointConfig:
     every: int = 0
     keep: int = 2
     resume: str = "auto"
+    write: str = "auto"
     best: bool = False
     export: bool = True
     overwrite: bool = False
@@ -337,6 +338,7 @@ class CheckpointConfig:
         require_whole("checkpoint.every", self.every, 0)
         require_whole("checkpoint.keep", self.keep, 1)
         require_one_of("checkpoint.resume", self.resume, ("auto", "never"))
+        require_one_of("checkpoint.write", self.write, ("auto", "background", "wait"))
 
 
 @dataclass(kw_only=True)

@@ -147,18 +147,19 @@ class RunLogger:
         if self._wandb:
             self._wandb.send(lambda wandb, run: run.log(_results_log(wandb, rows, pictures)))
 
-    def checkpoint(self, step: int, seconds: float, path: Path) -> None:
-        """Records that a checkpoint was written after `step`, and how long the training waited for it.
+    def checkpoint(self, step: int, path: Path, waited: float, took: float) -> None:
+        """Records a whole checkpoint: seconds that the training waited for it, and those until it was whole.
 
         Raises:
             LRSAError: the disk is full, or the file is not writable any more.
         """
         if not self._enabled:
             return
-        self._file.write({"kind": "checkpoint", "step": step, "seconds": seconds})
-        self.message(f"checkpoint: {path} ({seconds:.1f} s)")
+        self._file.write({"kind": "checkpoint", "step": step, "seconds": waited, "seconds_until_whole": took})
+        background = f", whole after {took:.1f} s" if took > waited + 0.1 else ""
+        self.message(f"checkpoint: {path} ({waited:.1f} s{background})")
         if self._wandb:
-            values = {"train/step": step, "train/checkpoint_seconds": seconds}
+            values = {"train/step": step, "train/checkpoint_seconds": waited}
             self._wandb.send(lambda wandb, run: run.log(values))
 
     def message(self, text: str) -> None:

@@ -1,6 +1,5 @@
 """A run from configuration to exported model: start or go on, evaluate, train, evaluate, export."""
 
-import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from datetime import timedelta
@@ -25,6 +24,7 @@ from lrsa_ds.parallel.zero import deepspeed_config, make_engine
 from lrsa_ds.plan import Plan, prepare
 from lrsa_ds.profiling import StepProfiler
 from lrsa_ds.report import draw_evaluation, evaluation_table
+from lrsa_ds.saving import CheckpointSaver
 from lrsa_ds.signals import StopRequest
 from lrsa_ds.trainer import Engine, Trainer, cosine_schedule
 
@@ -93,6 +93,9 @@ class _Run:
             self.evaluate("before")
         self.profiler = StepProfiler(config.log.profile_steps if self.mesh.is_main else [], self.directory)
         self.stop.begin()
+        save = config.checkpoint
+        room = self.plan.checkpoint_bytes
+        self.saver = CheckpointSaver(self.engine, self.directory, save.keep, room, save.write, self.mesh)
         trainer = build_trainer(config, self.plan, self.mesh, self.engine, self.watch.doing)
         trainer.fit(self.after_step, self.profiler.before)
         if config.eval.after:
@@ -110,13 +113,18 @@ class _Run:
             self.evaluate(f"step {step}")
             if config.checkpoint.best and self._is_best(f"step {step}"):
                 self.export(output.BEST_DIRECTORY)
-        # Whether some rank was asked to stop: all ranks have to agree, and this is where they meet.
-        wants_stop = self.mesh.max([float(self.stop.is_set)])[0] > 0
+        # Whether some rank was asked to stop, or still writes: all ranks have to agree, and this is where they meet.
+        wants_stop, busy = self.mesh.max([float(self.stop.is_set), float(self.saver.is_busy)])
         if wants_stop:
             self.stop.accept()
         every = config.checkpoint.every
-        if wants_stop or (every and (step % every == 0 or is_last)):
+        is_due = wants_stop or (every and (step % every == 0 or is_last))
+        if self.saver.is_pending and (is_due or not busy):
+            self.finish_saving()
+        if is_due:
             self.save(step, position)
+            if wants_stop or is_last or not self.saver.is_background:
+                self.finish_saving()
         if wants_stop:
             self._end(step)
 
@@ -136,9 +144,12 @@ class _Run:
             "settings": checkpoint.plain_settings(config),
             "data": self.plan.data.fingerprint(),
         }
-        room, start = self.plan.checkpoint_bytes, time.perf_counter()
-        path = checkpoint.save_checkpoint(self.engine, self.directory, trainer, config.checkpoint.keep, room, self.mesh)
-        self.logger.checkpoint(step, time.perf_counter() - start, path)
+        self.saver.start(trainer)
+
+    def finish_saving(self) -> None:
+        self.watch.doing("finishing a checkpoint")
+        written = self.saver.finish()
+        self.logger.checkpoint(written.step, written.path, written.waited, written.took)
 
     def evaluate(self, when: str) -> None:
         config, data = self.config, self.plan.data

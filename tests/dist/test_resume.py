@@ -141,9 +141,10 @@ def test_a_signal_stops_the_run_after_a_checkpoint(whole, tmp_path, to_all):
         assert not (output / "STOPPED").exists()
 
 
-def test_a_kill_during_a_save_leaves_the_earlier_checkpoint(whole, tmp_path):
+@pytest.mark.parametrize("write", ["wait", "background"])
+def test_a_kill_during_a_save_leaves_the_earlier_checkpoint(whole, tmp_path, write):
     output = tmp_path / "run"
-    job = Job(launch_command(*settings(output)))
+    job = Job(launch_command(*settings(output, f"checkpoint.write={write}")))
     partial = output / "checkpoints" / "step_000006.partial"
     job.wait_for(partial.exists)
     job.signal_all(signal.SIGKILL)
@@ -174,14 +175,31 @@ def test_a_rank_that_hangs_is_named(tmp_path):
     assert find_checkpoint(output).step == 3
 
 
-def test_a_full_disk_at_a_checkpoint_is_one_sentence(tmp_path):
+def test_written_in_the_background_it_is_the_state_of_its_step(whole, tmp_path):
+    """The training goes on while the checkpoint of step 6 is written, and a run from there ends alike."""
+    first, output = tmp_path / "first", tmp_path / "run"
+    done = launch(*settings(first, "checkpoint.write=background", "checkpoint.keep=9"))
+    assert done.returncode == 0, done.stderr
+    assert training_rows(first) == training_rows(whole)
+    rows = rows_of(first, "checkpoint")
+    assert [row["step"] for row in rows] == [3, 6, 9, 12, NUM_STEPS]
+    assert all(0 < row["seconds"] <= row["seconds_until_whole"] for row in rows)
+    (output / "checkpoints").mkdir(parents=True)
+    shutil.copytree(first / "checkpoints" / "step_000006", output / "checkpoints" / "step_000006")
+    done = launch(*settings(output))
+    assert done.returncode == 0, done.stderr
+    assert training_rows(output) == training_rows(whole)[6:]
+
+
+@pytest.mark.parametrize("write", ["wait", "background"])
+def test_a_full_disk_at_a_checkpoint_is_one_sentence(tmp_path, write):
     """A limit on the size of a file stands for a full disk."""
     output = tmp_path / "run"
     limited = ["bash", "-c", 'ulimit -f 100; exec "$@"', "bash", sys.executable, "launch/train.py"]
-    done = run([*limited, *settings(output)])
+    done = run([*limited, *settings(output, f"checkpoint.write={write}")])
     assert done.returncode == 2
     assert "step_000003 could not be written" in done.stderr and "Traceback" not in done.stderr
-    assert last_step(output) == 3 and find_checkpoint(output) is None
+    assert last_step(output) in ((3,) if write == "wait" else (4, 5, 6)) and find_checkpoint(output) is None
 
 
 def test_what_a_run_must_not_change_when_it_goes_on(whole, tmp_path, capfd, monkeypatch):
