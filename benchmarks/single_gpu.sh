@@ -9,14 +9,15 @@ MODEL=${MODEL:-models/SmolLM2-135M-Instruct}
 mkdir -p "$OUT"
 run() { "$PYTHON" launch/train.py "$@" checkpoint.overwrite=true log.progress=false || echo "failed: $*"; }
 
-for part in "${@:-tests attention generation steps answers}"; do for name in $part; do
-    echo "== $name"
-    case $name in
+part() {
+    case $1 in
         tests) "$PYTHON" -m pytest -q -m gpu tests ;;
         attention)
-            "$PYTHON" launch/benchmark.py attention --num-tokens 32768 131072 --retention 0.25 0.125 --csv "$OUT/attention.csv" ;;
+            "$PYTHON" launch/benchmark.py attention --num-tokens 32768 131072 --retention 0.25 0.125 \
+                --csv "$OUT/attention.csv" ;;
         generation)
-            "$PYTHON" launch/benchmark.py generation --num-tokens 8192 32768 131072 --retention 0.25 0.125 --csv "$OUT/generation.csv" ;;
+            "$PYTHON" launch/benchmark.py generation --num-tokens 8192 32768 131072 --retention 0.25 0.125 \
+                --csv "$OUT/generation.csv" ;;
         steps)
             "$PYTHON" launch/benchmark_steps.py --num-tokens 32768 131072 --retention 1 0.25 0.125 \
                 --csv "$OUT/steps.csv" -- +recipe=step_1b5 ;;
@@ -26,6 +27,11 @@ for part in "${@:-tests attention generation steps answers}"; do for name in $pa
                     checkpoint.every=50 output_dir="$OUT/answers_$kind"
             done
             "$PYTHON" benchmarks/table.py "$OUT"/answers_* ;;
-        *) echo "unknown part: $name (tests, attention, generation, steps, answers)" >&2; exit 2 ;;
+        *) echo "unknown part: $1 (tests, attention, generation, steps, answers)" >&2; exit 2 ;;
     esac
-done; done
+}
+
+for name in ${@:-tests attention generation steps answers}; do
+    echo "== $name"
+    part "$name" 2>&1 | tee "$OUT/$name.log"
+done

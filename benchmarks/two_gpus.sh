@@ -5,6 +5,7 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
 OUT=${OUT:-outputs/benchmarks}
 mkdir -p "$OUT"
+exec > >(tee "$OUT/two_gpus.log") 2>&1
 on() {  # on NUMBER_OF_GPUS SCRIPT ARGUMENT...
     local gpus=$1 script=$2; shift 2
     deepspeed --num_gpus "$gpus" "launch/$script.py" "$@" || echo "failed: $*"

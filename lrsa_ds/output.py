@@ -86,7 +86,7 @@ def open_output(config: TrainConfig, mesh: Mesh, going_on: bool) -> Path:
     Without `output_dir` it is `outputs/<run_name>/<time>`, and rank 0's clock decides.
     """
     default = Path("outputs") / config.run_name / time.strftime("%Y-%m-%d_%H-%M-%S")
-    directory = Path(mesh.from_main(str(Path(config.output_dir).expanduser() if config.output_dir else default)))
+    directory = Path(config.output_dir).expanduser() if config.output_dir else default
     if mesh.is_main:
         directory.mkdir(parents=True, exist_ok=True)
         for name in (STOPPED, "ranks") if going_on else RUN_FILES:
@@ -95,7 +95,8 @@ def open_output(config: TrainConfig, mesh: Mesh, going_on: bool) -> Path:
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
-    return directory
+    # The others hear of the directory when it is clear: they begin to write into it at once.
+    return Path(mesh.from_main(str(directory)))
 
 
 def export_model(engine: DeepSpeedEngine, tokenizer, config: TrainConfig, final: Path, mesh: Mesh) -> None:
