@@ -35,8 +35,8 @@ NUM_TARGETS = 1024
 FASTEST_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 
 
-def arguments() -> tuple[argparse.Namespace, list[str]]:
-    """The options of this program, and the overrides of the configuration."""
+def arguments() -> argparse.Namespace:
+    """The options of this program; `overrides` are those of the configuration."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-tokens", type=int, nargs="+", default=[131072])
     parser.add_argument("--retention", type=float, nargs="+", default=[0.125])
@@ -44,8 +44,7 @@ def arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--csv", type=Path, default=Path("outputs/steps.csv"))
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's
     parser.add_argument("overrides", nargs="*")
-    options = parser.parse_args()
-    return options, options.overrides
+    return parser.parse_args()
 
 
 def random_sequence(num_tokens: int, vocabulary: int) -> PackedSequence:
@@ -139,6 +138,6 @@ def line(row: dict, baseline: dict[int, float]) -> str:
 
 
 if __name__ == "__main__":
-    chosen, overrides = arguments()
-    sys.argv = [sys.argv[0], *overrides]
+    chosen = arguments()
+    sys.argv = [sys.argv[0], *chosen.overrides]
     leave(run_command(lambda config: benchmark(config, chosen)))

@@ -7,9 +7,8 @@ from functools import lru_cache
 import torch
 
 from lrsa_ds.attention.blocks import BLOCK, padded_buffer_size
-from lrsa_ds.attention.fused import with_kept
 from lrsa_ds.attention.interval import Intervals
-from lrsa_ds.attention.select import buffer_positions, fast_select_partitions
+from lrsa_ds.attention.select import buffer_positions, fast_select_partitions, with_kept
 from lrsa_ds.config import LRSAConfig
 from lrsa_ds.partition import PartitionTable, partition_table
 

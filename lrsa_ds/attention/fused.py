@@ -1,4 +1,4 @@
-"""The selection in two Triton kernels, and the kept buffer written beside the tokens once.
+"""The selection in two Triton kernels.
 
 The readable form is `select.py`. Both score in fp32 from the same keys and values, and break ties alike; where sums
 are rounded in another order, two scores that differ by less than that may change places. Shapes as there.
@@ -101,30 +101,3 @@ def fused_select_partitions(
         num_warps=4,
     )
     return kept
-
-
-class _WithKept(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, positions_BGR):
-        num_slots, num_tokens = positions_BGR.shape[2], x.shape[2]
-        ctx.save_for_backward(positions_BGR)
-        out = x.new_empty(*x.shape[:2], num_slots + num_tokens, x.shape[3])
-        torch.gather(x, 2, _index(positions_BGR, x), out=out[:, :, :num_slots])
-        out[:, :, num_slots:] = x
-        return out
-
-    @staticmethod
-    def backward(ctx, gradient):
-        (positions,) = ctx.saved_tensors
-        num_slots = positions.shape[2]
-        tokens = gradient[:, :, num_slots:].clone()
-        return tokens.scatter_add_(2, _index(positions, gradient), gradient[:, :, :num_slots]), None
-
-
-def _index(positions_BGR: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    return positions_BGR[..., None].expand(-1, -1, -1, x.shape[3])
-
-
-def with_kept(x: torch.Tensor, positions_BGR: torch.Tensor) -> torch.Tensor:
-    """Keys or values [B, G, N, D] behind those at the given positions: [B, G, R + N, D], with gradients to `x`."""
-    return _WithKept.apply(x, positions_BGR)

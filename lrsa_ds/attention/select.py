@@ -75,9 +75,7 @@ def _partitions(x, starts_P: torch.Tensor, lag: int, first: int | None) -> tuple
 class _BufferPlan:
     """What of the kept buffer does not depend on the data: tensors on one device."""
 
-    positions: (
-        torch.Tensor
-    )  # [R], the tokens of the sinks in their slots; other tokens in the slots to fill and in gaps
+    positions: torch.Tensor  # [R], the tokens of the sinks in their slots; any tokens in the others
     starts: torch.Tensor  # [P], first token of each partition that is history
     slots: torch.Tensor  # [P * K], where the kept positions go
 
@@ -121,4 +119,31 @@ def buffer_positions(
 
 def gather_kept(x: torch.Tensor, positions_BGR: torch.Tensor) -> torch.Tensor:
     """Keys or values [B, G, N, D] at the given positions: the kept buffer [B, G, R, D], with gradients to `x`."""
-    return x.gather(2, positions_BGR[..., None].expand(-1, -1, -1, x.shape[-1]))
+    return x.gather(2, _index(positions_BGR, x))
+
+
+def _index(positions_BGR: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return positions_BGR[..., None].expand(-1, -1, -1, x.shape[3])
+
+
+def with_kept(x: torch.Tensor, positions_BGR: torch.Tensor) -> torch.Tensor:
+    """Keys or values [B, G, N, D] behind those at the given positions: [B, G, R + N, D], with gradients to `x`."""
+    return _WithKept.apply(x, positions_BGR)
+
+
+class _WithKept(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, positions_BGR):
+        num_slots, num_tokens = positions_BGR.shape[2], x.shape[2]
+        ctx.save_for_backward(positions_BGR)
+        out = x.new_empty(*x.shape[:2], num_slots + num_tokens, x.shape[3])
+        torch.gather(x, 2, _index(positions_BGR, x), out=out[:, :, :num_slots])
+        out[:, :, num_slots:] = x
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (positions,) = ctx.saved_tensors
+        num_slots = positions.shape[2]
+        tokens = gradient[:, :, num_slots:].clone()
+        return tokens.scatter_add_(2, _index(positions, gradient), gradient[:, :, :num_slots]), None
