@@ -4,20 +4,84 @@ A mask is never evaluated per element here: whether a block is seen in full, in 
 least and the largest ends of the intervals of its queries.
 """
 
+from dataclasses import dataclass
+
 import torch
 
-from lrsa_ds.attention.interval import Intervals
+from lrsa_ds.attention.interval import Intervals, span
 from lrsa_ds.partition import PartitionTable
 
 BLOCK = 128
 # Number of sizes that the kept buffer of a sequence can take between nothing and everything kept.
 BUFFER_SIZES = 16
+# Queries that read one copy of their history, and how many copies a sequence has at most (see `copy_history`).
+QUERIES_A_COPY = 32768
+MOST_COPIES = 8
+
+
+@dataclass(frozen=True)
+class Copies:
+    """What a kernel reads as history: the slots `[lo, hi)` of the kept buffer of each part, one after the other.
+
+    `size` is the number of slots read, with those at the end that no query sees.
+    """
+
+    parts: tuple[tuple[int, int], ...]
+    size: int
+
+    @property
+    def num_copied(self) -> int:
+        return sum(hi - lo for lo, hi in self.parts)
+
+    def offsets(self) -> list[int]:
+        """Where each part begins in what is read."""
+        return [sum(hi - lo for lo, hi in self.parts[:i]) for i in range(len(self.parts))]
+
+    def of(self, kept: torch.Tensor) -> torch.Tensor:
+        """The history to read, [..., size, D], from the kept buffer [..., R, D]; differentiable."""
+        pieces = [kept[..., lo:hi, :] for lo, hi in self.parts]
+        missing = self.size - self.num_copied
+        # Zeros, since a kernel multiplies what no query sees by a weight of 0.
+        return torch.cat([*pieces, kept.new_zeros(*kept.shape[:-2], missing, kept.shape[-1])], dim=-2)
+
+    def slots(self) -> torch.Tensor:
+        """The slot of the kept buffer behind each slot that is read: int64 [size]; some slot where no query looks."""
+        pieces = [torch.arange(lo, hi) for lo, hi in self.parts]
+        return torch.cat([*pieces, torch.zeros(self.size - self.num_copied, dtype=torch.int64)])
 
 
 def padded_buffer_size(table: PartitionTable) -> int:
-    """Slots of the kept buffer rounded up to one of `BUFFER_SIZES` sizes, so that few shapes are ever compiled."""
-    step = BLOCK * -(-table.num_tokens // (BLOCK * BUFFER_SIZES))
-    return -(-table.buffer_size // step) * step
+    """Slots of the kept buffer, rounded up to whole blocks."""
+    return -(-table.buffer_size // BLOCK) * BLOCK
+
+
+def copy_history(history: Intervals, num_tokens: int) -> tuple[Intervals, Copies]:
+    """A copy of the history for each run of `QUERIES_A_COPY` queries, as far as they see it.
+
+    A kept key is seen by nearly all later queries, tens of thousands: the backward pass would walk them in one program,
+    with more queries, output gradients and query gradients under way than the GPU's L2 cache holds, and much longer
+    than the programs of the window. With copies each program walks the queries of one run.
+
+    Args:
+        history: what each query sees of the kept buffer.
+
+    Returns:
+        What it sees of the copies, and what they are. Their size takes few values, so that few shapes are compiled.
+    """
+    run = max(QUERIES_A_COPY, -(-num_tokens // (MOST_COPIES * BLOCK)) * BLOCK)
+    lo, hi, parts, size = history.lo.clone(), history.hi.clone(), [], 0
+    for rows in torch.arange(num_tokens).split(run):
+        full = hi[rows] > lo[rows]
+        if not full.any():
+            continue
+        first, last = span(lo[rows], hi[rows])
+        first, last = first // BLOCK * BLOCK, -(-last // BLOCK) * BLOCK
+        for ends in (lo, hi):
+            ends[rows] = torch.where(full, ends[rows] - first + size, 0)
+        parts.append((first, last))
+        size += last - first
+    step = BLOCK * -(-num_tokens // (BLOCK * BUFFER_SIZES))
+    return Intervals(lo, hi), Copies(tuple(parts), -(-size // step) * step)
 
 
 def interval_rows(intervals: Intervals) -> torch.Tensor:
@@ -56,12 +120,16 @@ def block_cover(rows: torch.Tensor, num_keys: int) -> tuple[torch.Tensor, torch.
     return some & ~whole, whole
 
 
-def as_lists(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A block matrix [rows, columns] as the count of each row and its columns, the set ones first and ascending.
+def as_lists(blocks: torch.Tensor, descending: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """A block matrix [rows, columns] as the count of each row and its columns, the set ones first, in their order.
 
     Returns:
         int32 [1, 1, rows] and [1, 1, rows, columns].
     """
     counts = blocks.sum(dim=-1, dtype=torch.int32)
-    columns = blocks.to(torch.int8).sort(dim=-1, descending=True, stable=True).indices.to(torch.int32)
-    return counts[None, None].contiguous(), columns[None, None].contiguous()
+    if descending:
+        blocks = blocks.flip(-1)
+    columns = blocks.to(torch.int8).sort(dim=-1, descending=True, stable=True).indices
+    if descending:
+        columns = blocks.shape[-1] - 1 - columns
+    return counts[None, None].contiguous(), columns.to(torch.int32)[None, None].contiguous()

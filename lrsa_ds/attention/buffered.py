@@ -1,4 +1,4 @@
-"""LRSA attention of a whole sequence as one interval attention over [kept buffer | tokens]."""
+"""LRSA attention of a whole sequence as one interval attention over [copies of the kept buffer | tokens]."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,9 +6,11 @@ from functools import lru_cache
 
 import torch
 
-from lrsa_ds.attention.blocks import BLOCK, padded_buffer_size
+from lrsa_ds.attention.blocks import BLOCK, Copies, copy_history, padded_buffer_size
+from lrsa_ds.attention.fused import HAS_TRITON
+from lrsa_ds.attention.fused_buffer import fused_buffers
 from lrsa_ds.attention.interval import Intervals
-from lrsa_ds.attention.select import buffer_positions, fast_select_partitions, with_kept
+from lrsa_ds.attention.select import buffer_positions, gather_kept
 from lrsa_ds.config import LRSAConfig
 from lrsa_ds.partition import PartitionTable, partition_table
 
@@ -30,26 +32,28 @@ def buffered_attention(
 
 @dataclass(frozen=True, eq=False)
 class BufferedLayout:
-    """A partition table with what its queries see of [kept buffer, padded to `buffer_size` slots | tokens]."""
+    """A partition table, the copies of its kept buffer, and what the queries see of [copies | tokens]."""
 
     table: PartitionTable
-    buffer_size: int
+    copies: Copies
     intervals: Intervals
 
 
 def select_and_gather(k: torch.Tensor, v: torch.Tensor, layout: BufferedLayout) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values [B, G, N, D] behind the kept buffer: two [B, G, buffer_size + N, D], with gradients."""
-    if not layout.buffer_size:
+    """Keys and values [B, G, N, D] behind the kept ones: two [B, G, copies + N, D], with gradients."""
+    if not layout.copies.size:
         return k, v
-    positions = buffer_positions(k, v, layout.table, layout.buffer_size, fast_select_partitions)
-    return with_kept(k, positions), with_kept(v, positions)
+    if k.is_cuda and HAS_TRITON and k.shape == v.shape:
+        return fused_buffers(k, v, layout.table, layout.copies)
+    positions = buffer_positions(k, v, layout.table, padded_buffer_size(layout.table))
+    return tuple(torch.cat([layout.copies.of(gather_kept(x, positions)), x], dim=2) for x in (k, v))
 
 
 @lru_cache(maxsize=64)
 def buffered_layout(document_lengths: tuple[int, ...], config: LRSAConfig, device: torch.device) -> BufferedLayout:
     table = partition_table(document_lengths, config, align=BLOCK)
-    buffer_size = padded_buffer_size(table)
-    hist_lo, hist_hi, win_lo = (x.to(device) for x in table.intervals())
-    own = torch.arange(table.num_tokens, dtype=torch.int32, device=device)
-    window = Intervals(win_lo + buffer_size, own + 1 + buffer_size)
-    return BufferedLayout(table, buffer_size, Intervals(hist_lo, hist_hi, window))
+    hist_lo, hist_hi, win_lo = table.intervals()
+    history, copies = copy_history(Intervals(hist_lo, hist_hi), table.num_tokens)
+    own = torch.arange(table.num_tokens, dtype=torch.int32)
+    window = Intervals((win_lo + copies.size).to(device), (own + 1 + copies.size).to(device))
+    return BufferedLayout(table, copies, Intervals(history.lo.to(device), history.hi.to(device), window))

@@ -66,15 +66,17 @@ def _block_tables(intervals: Intervals, num_keys: int):
     rows = interval_rows(intervals)
     partly, wholly = block_cover(rows, num_keys)
 
-    def table(partly: torch.Tensor, wholly: torch.Tensor) -> BlockSparseTensorsTorch:
-        return BlockSparseTensorsTorch(*_short(partly), *_short(wholly), block_size=(BLOCK, BLOCK))
+    def table(partly: torch.Tensor, wholly: torch.Tensor, descending: bool) -> BlockSparseTensorsTorch:
+        lists = (*_short(partly, descending), *_short(wholly, descending))
+        return BlockSparseTensorsTorch(*lists, block_size=(BLOCK, BLOCK))
 
-    return rows, table(partly, wholly), table(partly.mT, wholly.mT)
+    # Backward, blocks of keys that end with the same queries walk from the last to the first, and so meet in the cache.
+    return rows, table(partly, wholly, False), table(partly.mT, wholly.mT, True)
 
 
-def _short(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _short(blocks: torch.Tensor, descending: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """As `as_lists`, without the columns that no row fills."""
-    counts, columns = as_lists(blocks)
+    counts, columns = as_lists(blocks, descending)
     return counts, columns[..., : max(1, int(counts.max()))].contiguous()
 
 

@@ -46,9 +46,13 @@ if HAS_TRITON:
 
     @triton.jit
     def _keep_kernel(
-        deviations, row_size, starts, kept, num_partitions, lag: tl.constexpr, num_kept, LAG: tl.constexpr
-    ):
-        """Positions of the `num_kept` highest scores of a partition, ascending; ties go to the lower position."""
+        deviations, row_size, starts, slots, kept, kept_stride, slot_of, num_tokens, num_partitions,
+        lag: tl.constexpr, num_kept, LAG: tl.constexpr, INVERSE: tl.constexpr,
+    ):  # fmt: skip
+        """Positions of the `num_kept` highest scores of a partition, ascending, from slot `slots[partition]` on.
+
+        Ties go to the lower position. With INVERSE the slot of each kept token is written too.
+        """
         row, tokens = tl.program_id(0).to(tl.int64), tl.arange(0, LAG)
         is_token = tokens < lag
         score = tl.zeros([LAG], tl.float32)
@@ -68,8 +72,11 @@ if HAS_TRITON:
         num_equal = num_kept - tl.sum(above.to(tl.int32), axis=0)
         keep = above | (equal & (tl.cumsum(equal.to(tl.int32), axis=0) <= num_equal))
         place = tl.cumsum(keep.to(tl.int32), axis=0) - 1
-        start = tl.load(starts + row % num_partitions)
-        tl.store(kept + row * num_kept + place, start + tokens, mask=keep)
+        head, partition = row // num_partitions, row % num_partitions
+        token, slot = tl.load(starts + partition) + tokens, tl.load(slots + partition) + place
+        tl.store(kept + head * kept_stride + slot, token, mask=keep)
+        if INVERSE:
+            tl.store(slot_of + head * num_tokens + token, slot.to(tl.int32), mask=keep)
 
 
 @torch.no_grad()
@@ -77,27 +84,54 @@ def fused_select_partitions(
     k: torch.Tensor, v: torch.Tensor, starts_P: torch.Tensor, lag: int, num_kept: int
 ) -> torch.Tensor:
     """The same function as `select_partitions`, on a GPU: int64 [B, G, P, K]."""
-    batch, heads = k.shape[:2]
-    num_rows = batch * heads * len(starts_P)
+    num_partitions = len(starts_P)
+    kept = torch.empty(*k.shape[:2], num_partitions, num_kept, dtype=torch.int64, device=k.device)
+    slots = num_kept * torch.arange(num_partitions, device=k.device)
+    fused_select_into(kept.flatten(2), k, v, starts_P, slots, lag, num_kept)
+    return kept
+
+
+@torch.no_grad()
+def fused_select_into(
+    positions: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    starts_P: torch.Tensor,
+    slots_P: torch.Tensor,
+    lag: int,
+    num_kept: int,
+    slot_of: torch.Tensor | None = None,
+) -> None:
+    """Writes the positions kept of each partition into `positions` [B, G, R], from slot `slots_P[p]` on.
+
+    Args:
+        slot_of: int32 [B, G, N], if given: the slot of each kept token is written there.
+    """
+    batch, heads, num_tokens = k.shape[:3]
+    num_partitions = len(starts_P)
+    num_rows = batch * heads * num_partitions
     deviations = torch.empty(2, num_rows, lag, dtype=torch.float32, device=k.device)
     for x, out in zip((k, v), deviations, strict=True):
         x = x if x.stride(-1) == 1 else x.contiguous()
-        dim = triton.next_power_of_2(x.shape[3])
-        tile = max(16, min(triton.next_power_of_2(lag), 8192 // dim))
-        sizes = (heads, len(starts_P), lag, x.shape[3])
-        _deviation_kernel[batch * heads, len(starts_P)](
-            x, *x.stride()[:3], starts_P, out, *sizes, TOKENS=tile, DIM=dim, num_warps=4
+        width = triton.next_power_of_2(x.shape[3])
+        tile = max(16, min(triton.next_power_of_2(lag), 8192 // width))
+        sizes = (heads, num_partitions, lag, x.shape[3])
+        _deviation_kernel[batch * heads, num_partitions](
+            x, *x.stride()[:3], starts_P, out, *sizes, TOKENS=tile, DIM=width, num_warps=4
         )
-    kept = torch.empty(batch, heads, len(starts_P), num_kept, dtype=torch.int64, device=k.device)
     _keep_kernel[(num_rows,)](
         deviations,
         num_rows * lag,
         starts_P,
-        kept,
-        len(starts_P),
+        slots_P,
+        positions,
+        positions.shape[2],
+        positions if slot_of is None else slot_of,
+        num_tokens,
+        num_partitions,
         lag,
         num_kept,
         LAG=triton.next_power_of_2(lag),
+        INVERSE=slot_of is not None,
         num_warps=4,
     )
-    return kept

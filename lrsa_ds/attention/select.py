@@ -3,7 +3,6 @@
 Shapes: B batch, G KV heads, N tokens, D head dim, P partitions, L lag size, K kept per partition, R kept buffer slots.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -72,7 +71,7 @@ def _partitions(x, starts_P: torch.Tensor, lag: int, first: int | None) -> tuple
 
 
 @dataclass(frozen=True)
-class _BufferPlan:
+class BufferPlan:
     """What of the kept buffer does not depend on the data: tensors on one device."""
 
     positions: torch.Tensor  # [R], the tokens of the sinks in their slots; any tokens in the others
@@ -81,7 +80,8 @@ class _BufferPlan:
 
 
 @lru_cache(maxsize=64)
-def _buffer_plan(table: PartitionTable, size: int, device: torch.device) -> _BufferPlan:
+def buffer_plan(table: PartitionTable, size: int, device: torch.device) -> BufferPlan:
+    """The plan of a kept buffer of `size` slots, `table.buffer_size` or more."""
     # Gaps name token after token: the backward pass adds their zeros, and would be slow to add all of them to one.
     positions = torch.arange(size) % table.num_tokens
     starts, slots = [], []
@@ -90,28 +90,21 @@ def _buffer_plan(table: PartitionTable, size: int, device: torch.device) -> _Buf
         positions[document.buffer_lo : first] = document.start + torch.arange(table.sink_size)
         starts.append(document.start + table.sink_size + table.lag_size * torch.arange(document.num_partitions))
         slots.append(first + torch.arange(document.num_partitions * table.num_kept))
-    return _BufferPlan(positions.to(device), torch.cat(starts).to(device), torch.cat(slots).to(device))
+    return BufferPlan(positions.to(device), torch.cat(starts).to(device), torch.cat(slots).to(device))
 
 
 @torch.no_grad()
-def buffer_positions(
-    k: torch.Tensor,
-    v: torch.Tensor,
-    table: PartitionTable,
-    size: int | None = None,
-    select: Callable[..., torch.Tensor] = select_partitions,
-) -> torch.Tensor:
+def buffer_positions(k: torch.Tensor, v: torch.Tensor, table: PartitionTable, size: int | None = None) -> torch.Tensor:
     """Token position that fills each slot of the kept buffer: int64 [B, G, R]. Gaps name some token.
 
     Args:
         size: R, if it is to be larger than `table.buffer_size`.
-        select: `select_partitions` or a faster form of it.
     """
     if not table.kept_documents:
         return torch.empty(*k.shape[:2], 0, dtype=torch.int64, device=k.device)
-    plan = _buffer_plan(table, size or table.buffer_size, k.device)
+    plan = buffer_plan(table, size or table.buffer_size, k.device)
     first = table.kept_documents[0].start + table.sink_size if len(table.kept_documents) == 1 else None
-    kept = select(k, v, plan.starts, table.lag_size, table.num_kept, first)
+    kept = select_partitions(k, v, plan.starts, table.lag_size, table.num_kept, first)
     positions = plan.positions.repeat(*k.shape[:2], 1)
     positions[:, :, plan.slots] = kept.flatten(2)
     return positions
@@ -119,31 +112,4 @@ def buffer_positions(
 
 def gather_kept(x: torch.Tensor, positions_BGR: torch.Tensor) -> torch.Tensor:
     """Keys or values [B, G, N, D] at the given positions: the kept buffer [B, G, R, D], with gradients to `x`."""
-    return x.gather(2, _index(positions_BGR, x))
-
-
-def _index(positions_BGR: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    return positions_BGR[..., None].expand(-1, -1, -1, x.shape[3])
-
-
-def with_kept(x: torch.Tensor, positions_BGR: torch.Tensor) -> torch.Tensor:
-    """Keys or values [B, G, N, D] behind those at the given positions: [B, G, R + N, D], with gradients to `x`."""
-    return _WithKept.apply(x, positions_BGR)
-
-
-class _WithKept(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, positions_BGR):
-        num_slots, num_tokens = positions_BGR.shape[2], x.shape[2]
-        ctx.save_for_backward(positions_BGR)
-        out = x.new_empty(*x.shape[:2], num_slots + num_tokens, x.shape[3])
-        torch.gather(x, 2, _index(positions_BGR, x), out=out[:, :, :num_slots])
-        out[:, :, num_slots:] = x
-        return out
-
-    @staticmethod
-    def backward(ctx, gradient):
-        (positions,) = ctx.saved_tensors
-        num_slots = positions.shape[2]
-        tokens = gradient[:, :, num_slots:].clone()
-        return tokens.scatter_add_(2, _index(positions, gradient), gradient[:, :, :num_slots]), None
+    return x.gather(2, positions_BGR[..., None].expand(-1, -1, -1, x.shape[3]))

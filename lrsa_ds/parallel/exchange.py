@@ -88,10 +88,22 @@ class Exchange:
     recv_shapes: list[tuple[int, ...]]
 
     def finish(self) -> list[torch.Tensor]:
-        flat = _Finish.apply(self.received, self.pending)
-        return [
-            part.view(shape) for part, shape in zip(flat.split(self.pending.recv_counts), self.recv_shapes, strict=True)
-        ]
+        parts = self._flat().split(self.pending.recv_counts)
+        return [part.view(shape) for part, shape in zip(parts, self.recv_shapes, strict=True)]
+
+    def finish_stacked(self) -> torch.Tensor:
+        """The same as one tensor [P, ...], without a copy, where all ranks send equal shapes."""
+        return self._flat().view(len(self.recv_shapes), *self.recv_shapes[0])
+
+    def _flat(self) -> torch.Tensor:
+        return _Finish.apply(self.received, self.pending)
+
+
+def start_even(group: SequenceGroup, cargo: str, x: torch.Tensor) -> Exchange:
+    """Sends x[r] of x [P, ...] to rank r and receives as much from it; copies nothing where `x` is contiguous."""
+    counts = [x[0].numel()] * group.size
+    pending = Pending(group, cargo, counts, counts)
+    return Exchange(_Start.apply(x.reshape(-1), pending), pending, [tuple(x.shape[1:])] * group.size)
 
 
 def start(group: SequenceGroup, cargo: str, parts: list[torch.Tensor], recv_shapes: list[tuple[int, ...]]) -> Exchange:

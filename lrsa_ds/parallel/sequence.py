@@ -11,6 +11,7 @@ sequence, D head dim, P ranks.
 """
 
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 
@@ -18,7 +19,7 @@ from lrsa_ds.attention.backends import KERNELS, choose_backend
 from lrsa_ds.attention.interval import merge
 from lrsa_ds.attention.select import fast_select_partitions, gather_kept, select_partitions
 from lrsa_ds.config import LRSAConfig, require
-from lrsa_ds.parallel.exchange import Exchange, SequenceGroup, start
+from lrsa_ds.parallel.exchange import Exchange, SequenceGroup, start, start_even
 from lrsa_ds.parallel.shard import ShardLayout, shard_layout
 
 
@@ -64,7 +65,7 @@ def sequence_parallel_attention(
     kept = heads.send_kept(*kept_of_shard(k, v, layout, config, by_blocks), layout)
     window = attend(q, k, v, layout.window, scale)
     history = attend(heads.receive_queries(queries), *heads.receive_kept(kept, layout), layout.history, scale)
-    return merge(window, heads.return_outputs(*history), q.dtype)
+    return heads.merge(window, heads.return_outputs(*history), q.dtype)
 
 
 def exchange_halo(
@@ -103,6 +104,8 @@ class HeadGroups:
     """The exchange between sequence shards (all heads) and head groups (all tokens): H / P query heads on each rank.
 
     Another exchange has the same six methods: send and receive the queries and the kept KV, and return the outputs.
+    What travels is ordered token by token, the heads of a token beside each other: so a rank's parts lie one after the
+    other, as models and flash-attn-4 have them too, and most copies are spared.
     """
 
     def __init__(self, num_heads: int, num_kv_heads: int, group: SequenceGroup):
@@ -115,39 +118,55 @@ class HeadGroups:
             [h // share for h in range(rank * self.num_heads, (rank + 1) * self.num_heads)]
             for rank in range(group.size)
         ]
-        self.kv_heads = [sorted(set(heads)) for heads in reads]
-        mine = self.kv_heads[group.index]
-        self.place_of_kv = [mine.index(head) for head in reads[group.index]]
+        self.kv_heads = [slice(heads[0], heads[-1] + 1) for heads in reads]
+        mine = reads[group.index]
+        self.num_kv_heads = mine[-1] + 1 - mine[0]
+        self.place_of_kv = tuple(head - mine[0] for head in mine)
 
     def send_queries(self, q: torch.Tensor) -> Exchange:
-        parts = list(q[0].split(self.num_heads))
-        return start(self.group, "queries", parts, [tuple(parts[0].shape)] * self.group.size)
+        tokens = q[0].transpose(0, 1).unflatten(1, (self.group.size, self.num_heads))
+        return start_even(self.group, "queries", tokens.transpose(0, 1).contiguous())
 
     def receive_queries(self, exchange: Exchange) -> torch.Tensor:
         """[1, H / P, N, D]."""
-        return torch.cat(exchange.finish(), dim=1)[None]
+        return exchange.finish_stacked().flatten(0, 1).transpose(0, 1)[None]
 
     def send_kept(self, k: torch.Tensor, v: torch.Tensor, layout: ShardLayout) -> Exchange:
         both = torch.stack([k[0], v[0]])
         parts = [both[:, heads] for heads in self.kv_heads]
-        mine = len(self.kv_heads[self.group.index])
-        return start(self.group, "kept", parts, [(2, mine, n, k.shape[3]) for n in layout.num_sent])
+        return start(self.group, "kept", parts, [(2, self.num_kv_heads, n, k.shape[3]) for n in layout.num_sent])
 
     def receive_kept(self, exchange: Exchange, layout: ShardLayout) -> tuple[torch.Tensor, torch.Tensor]:
-        """The kept buffer of the whole sequence for the heads of this rank: keys and values [1, G', R, D]."""
+        """The copies of the whole sequence's kept buffer for the heads of this rank: keys and values [1, G', R, D]."""
         # index_select, since the backward pass of indexing sorts, to add in a fixed order what never meets here.
-        k, v = torch.cat(exchange.finish(), dim=2).index_select(2, layout.buffer_slots)[:, None]
-        per_kv = self.num_heads // k.shape[1]
-        if self.place_of_kv == [h // per_kv for h in range(self.num_heads)]:
+        kept = torch.cat(exchange.finish(), dim=2).index_select(2, layout.buffer_slots)
+        k, v = layout.copies.of(kept)[:, None]
+        per_kv = self.num_heads // self.num_kv_heads
+        if self.place_of_kv == tuple(h // per_kv for h in range(self.num_heads)):
             return k, v
         # The head group cuts through the query heads of a KV head: each query head gets a KV head of its own.
-        return k[:, self.place_of_kv], v[:, self.place_of_kv]
+        places = _on_device(self.place_of_kv, k.device)
+        return k.index_select(1, places), v.index_select(1, places)
 
     def return_outputs(self, out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """From [1, H / P, N, D] and [1, H / P, N] on head groups to [1, H, n, D] and [1, H, n] on shards."""
-        results = []
-        for what, x in (("outputs", out), ("lse", lse)):
-            parts = list(x[0].chunk(self.group.size, dim=1))
-            results.append(start(self.group, what, parts, [tuple(parts[0].shape)] * self.group.size))
-        out, lse = (torch.cat(exchange.finish(), dim=0)[None] for exchange in results)
+        """From [1, H / P, N, D] and [1, H / P, N] on head groups to [n, P, H / P, D] and [n, P, H / P] on shards."""
+        sent = [
+            start_even(self.group, what, x[0].transpose(0, 1).unflatten(0, (self.group.size, -1)).contiguous())
+            for what, x in (("outputs", out), ("lse", lse))
+        ]
+        out, lse = (exchange.finish_stacked().transpose(0, 1) for exchange in sent)
         return out, lse
+
+    def merge(
+        self, window: tuple[torch.Tensor, torch.Tensor], history: tuple[torch.Tensor, torch.Tensor], dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Attention over both parts, [1, H, n, D]: the window's [1, H, n, D], the history's as `return_outputs` has."""
+        by_rank = (self.group.size, self.num_heads)
+        window = tuple(x[0].transpose(0, 1).unflatten(1, by_rank) for x in window)
+        return merge(window, history, dtype).flatten(1, 2).transpose(0, 1)[None]
+
+
+@lru_cache(maxsize=64)
+def _on_device(indices: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Indexing with a list would copy it to the GPU each time, and wait until the GPU has nothing left to do."""
+    return torch.tensor(indices, device=device)

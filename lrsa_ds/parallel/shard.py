@@ -10,7 +10,7 @@ from functools import lru_cache
 
 import torch
 
-from lrsa_ds.attention.blocks import BLOCK, padded_buffer_size
+from lrsa_ds.attention.blocks import BLOCK, Copies, copy_history, padded_buffer_size
 from lrsa_ds.attention.interval import Intervals
 from lrsa_ds.config import LRSAConfig, require
 from lrsa_ds.partition import PartitionTable, partition_table
@@ -24,14 +24,14 @@ class ShardLayout:
     halo_size: int  # of this rank: the first ranks may have less before them than S + 2L
     sent_halo_size: int  # of the next rank, which this rank sends
     window: Intervals  # of each query of the shard, over [halo | shard]
-    history: Intervals  # of each query of the whole sequence, over the kept buffer
+    history: Intervals  # of each query of the whole sequence, over the copies of the kept buffer
     sink_positions: torch.Tensor  # local
     starts: torch.Tensor  # local, first token of each partition that this rank selects
     order: torch.Tensor  # from [sinks | kept KV] of this rank to the order of the kept buffer
     num_sent: tuple[int, ...]  # slots that each rank contributes
-    buffer_slots: (
-        torch.Tensor
-    )  # for each slot of the (padded) kept buffer, its place in the ranks' contributions; gaps name some
+    # For each slot of the (padded) kept buffer, its place in the ranks' contributions; gaps name some.
+    buffer_slots: torch.Tensor
+    copies: Copies
 
 
 def check_shards(num_tokens: int, size: int, config: LRSAConfig, key: str) -> None:
@@ -65,17 +65,21 @@ def shard_layout(
     sinks = [torch.arange(p.token, p.token + p.size) for p in mine if p.is_sink]
     starts = [p.token for p in mine if not p.is_sink]
     buffer_size = padded_buffer_size(table) if by_blocks else table.buffer_size
+    history, copies = Intervals(hist_lo, hist_hi), Copies(((0, buffer_size),), buffer_size)
+    if by_blocks:
+        history, copies = copy_history(history, table.num_tokens)
     return ShardLayout(
         shard_size=shard,
         halo_size=halo,
         sent_halo_size=min(lo + shard, halo_max) if index + 1 < size else 0,
         window=Intervals((win_lo[lo : lo + shard] - first_local).to(device), (own + 1 - first_local).to(device)),
-        history=Intervals(hist_lo.to(device), hist_hi.to(device)),
+        history=Intervals(history.lo.to(device), history.hi.to(device)),
         sink_positions=(torch.cat([*sinks, torch.empty(0, dtype=torch.int64)]) - first_local).to(device),
         starts=(torch.tensor(starts, dtype=torch.int64) - first_local).to(device),
         order=_order_of(mine).to(device),
         num_sent=tuple(sum(p.size for p in pieces if p.owner == rank) for rank in range(size)),
         buffer_slots=_buffer_slots(pieces, buffer_size).to(device),
+        copies=copies,
     )
 
 

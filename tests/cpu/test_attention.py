@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lrsa_ds import LRSAConfig, lrsa_attention, select_kept
+from lrsa_ds.attention import blocks
 from lrsa_ds.attention.blocks import BLOCK
 from lrsa_ds.attention.buffered import buffered_attention, buffered_layout
 from lrsa_ds.attention.chunked import chunked_attention
@@ -105,9 +106,18 @@ def test_flex_is_the_same_function(layout):
     assert_close(actual, expected, 1e-5, "output")
 
 
+@pytest.fixture(params=[1, 128, 256, 10**9])
+def queries_a_copy(request, monkeypatch):
+    """Queries that read one copy of their history: from as few as can be to all of a sequence."""
+    monkeypatch.setattr(blocks, "QUERIES_A_COPY", request.param)
+    buffered_layout.cache_clear()
+    yield request.param
+    buffered_layout.cache_clear()
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_history_and_window_are_two_intervals(layout):
-    """With the readable kernel: the kept buffer, its gaps and its padding change nothing, backward neither."""
+def test_history_and_window_are_two_intervals(layout, queries_a_copy):
+    """With the readable kernel: the kept buffer, its copies, gaps and padding change nothing, backward neither."""
     lengths = layout["lengths"]
     config = LRSAConfig(**{key: value for key, value in layout.items() if key != "lengths"})
     inputs = random_qkv(sum(lengths), 4, 2)
@@ -117,11 +127,11 @@ def test_history_and_window_are_two_intervals(layout):
 
 @pytest.mark.parametrize("lengths", [(3000,), (1000, 17, 1500, 483), (100, 120, 130, 2000, 5), (513,)])
 @pytest.mark.parametrize("lag_size,retention,sink_size", [(128, 0.5, 16), (100, 0.33, 7), (256, 0.125, 0)])
-def test_block_mask_covers_exactly(lengths, lag_size, retention, sink_size):
+def test_block_mask_covers_exactly(lengths, lag_size, retention, sink_size, queries_a_copy):
     """Every block with a visible pair is listed, and no block listed as full holds an invisible pair."""
     config = LRSAConfig(sink_size=sink_size, lag_size=lag_size, retention=retention)
     layout = buffered_layout(lengths, config, torch.device("cpu"))
-    buffer_size, num_tokens = layout.buffer_size, sum(lengths)
+    buffer_size, num_tokens = layout.copies.size, sum(lengths)
     mask = _block_mask(layout.intervals, num_tokens, buffer_size + num_tokens)
     q, kv = torch.arange(num_tokens)[:, None], torch.arange(buffer_size + num_tokens)[None]
     visible = mask.mask_mod(0, 0, q, kv)
@@ -147,9 +157,24 @@ def test_block_mask_covers_exactly(lengths, lag_size, retention, sink_size):
 def test_one_long_document_meets_mostly_full_blocks():
     """The alignment of the kept buffer is worth its gaps: the history is nearly free of partly covered blocks."""
     layout = buffered_layout((16384,), LRSAConfig(sink_size=16, lag_size=1024, retention=0.125), torch.device("cpu"))
-    mask = _block_mask(layout.intervals, 16384, layout.buffer_size + 16384)
+    mask = _block_mask(layout.intervals, 16384, layout.copies.size + 16384)
     # The block with the sink and both borders of the window; more only where two chunks meet, in one block of eight.
     assert (mask.kv_num_blocks <= 3).float().mean() >= 7 / 8
+
+
+def test_no_query_reads_a_copy_that_is_not_its_own(queries_a_copy):
+    lengths, config = (1000, 3000, 96), LRSAConfig(sink_size=16, lag_size=128, retention=0.25)
+    layout = buffered_layout(lengths, config, torch.device("cpu"))
+    wanted, _, _ = layout.table.intervals()
+    slots, offsets = layout.copies.slots(), layout.copies.offsets()
+    assert len(slots) == layout.copies.size and len(offsets) == {1: 8, 128: 8, 256: 8}.get(queries_a_copy, 1)
+    seen = [(lo, hi) for lo, hi in zip(layout.intervals.lo.tolist(), layout.intervals.hi.tolist(), strict=True)]
+    for query in range(0, sum(lengths), 37):
+        lo, hi = seen[query]
+        if lo < hi:
+            part = sum(offset <= lo for offset in offsets) - 1
+            assert hi <= (*offsets, layout.copies.num_copied)[part + 1]
+            assert slots[lo] == wanted[query] and (slots[lo:hi].diff() == 1).all()
 
 
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])

@@ -10,7 +10,10 @@ import random
 import torch
 
 from lrsa_ds import LRSAConfig
+from lrsa_ds.attention import blocks
 from lrsa_ds.attention.chunked import chunked_attention
+from lrsa_ds.attention.interval import interval_attention
+from lrsa_ds.parallel import sequence
 from lrsa_ds.parallel.attention import attention_function
 from lrsa_ds.parallel.mesh import start_mesh, stop_mesh
 from lrsa_ds.partition import partition_table
@@ -33,7 +36,12 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--sp-size", type=int, required=True)
     parser.add_argument("--cases", type=int, default=25)
+    parser.add_argument("--by-blocks", action="store_true", help="lay keys out as for a GPU's kernels")
     options = parser.parse_args()
+    if options.by_blocks:
+        # The readable kernel in the place of FlexAttention, which has no backward pass on the CPU.
+        sequence.choose_backend, sequence.KERNELS = lambda *_: "flex", {"flex": interval_attention}
+        blocks.QUERIES_A_COPY = 1
     mesh = start_mesh(options.sp_size)
     attend = attention_function(mesh.sequence)
     torch.manual_seed(options.sp_size)  # the same sequence on every rank

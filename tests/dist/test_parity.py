@@ -97,6 +97,14 @@ def test_sequence_parallel_attention_on_random_layouts(size):
     assert max(error for _, error in cases) < 1e-6, max(cases, key=lambda case: case[1])
 
 
+@pytest.mark.parametrize("size", [2, 4])
+def test_sequence_parallel_attention_as_gpu_kernels_see_it(size):
+    """The same with the kept buffer in whole blocks, and several copies of it."""
+    cases = output_of("attention_worker.py", size, "--sp-size", size, "--by-blocks")
+    assert len(cases) == 25
+    assert max(error for _, error in cases) < 1e-5, max(cases, key=lambda case: case[1])
+
+
 def test_what_travels():
     """Bytes of a step against those worked out by hand, and the kept KV against r of what dense Ulysses sends."""
     size, heads, kv_heads, dim, tokens, micro_batches = 2, 4, 2, 8, 160, 4

@@ -6,11 +6,15 @@ import pytest
 import torch
 
 from lrsa_ds import LRSAConfig, lrsa_attention
+from lrsa_ds.attention import blocks
+from lrsa_ds.attention.blocks import padded_buffer_size
+from lrsa_ds.attention.buffered import buffered_layout
 from lrsa_ds.attention.chunked import chunked_attention
 from lrsa_ds.attention.fa4 import why_not_fa4
 from lrsa_ds.attention.fused import fused_select_partitions
+from lrsa_ds.attention.fused_buffer import fused_buffers
 from lrsa_ds.attention.score import lag_scores
-from lrsa_ds.attention.select import select_partitions
+from lrsa_ds.attention.select import buffer_plan, gather_kept, select_partitions
 from lrsa_ds.partition import partition_table
 from tests.helpers import relative_error
 
@@ -109,6 +113,61 @@ def test_fused_selection_breaks_ties_towards_the_lower_position():
     k = torch.randn(1, 2, 1, 64, device="cuda").expand(1, 2, 400, 64)  # every token is the same
     kept = fused_select_partitions(k, k, torch.tensor([10, 110], device="cuda"), 100, 7)
     assert kept[0, 0].tolist() == [list(range(10, 17)), list(range(110, 117))]
+
+
+@pytest.fixture
+def several_copies(monkeypatch):
+    """Histories are copied for every few queries, as they are for every 32,768 of a long sequence."""
+    monkeypatch.setattr(blocks, "QUERIES_A_COPY", 256)
+    buffered_layout.cache_clear()
+    yield
+    buffered_layout.cache_clear()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("lengths", [(3000,), (777, 1500, 40, 1033)])
+def test_several_copies_of_the_history(backend, lengths, several_copies, poison_empty):
+    errors = compare(backend, lengths, sink_size=16, lag_size=128, retention=0.25)
+    assert max(errors) < 2e-2, errors
+
+
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
+@pytest.mark.parametrize("lengths,dim", [((2000,), 64), ((700, 17, 1283), 80)])
+def test_fused_buffers_are_the_same_function(dtype, tolerance, lengths, dim, several_copies, poison_empty):
+    config = LRSAConfig(sink_size=5, lag_size=100, retention=0.33)
+    layout = buffered_layout(lengths, config, torch.device("cuda"))
+    assert len(layout.copies.parts) > 1
+    k, v = (torch.randn(2, sum(lengths), 3, dim, device="cuda", dtype=dtype).transpose(1, 2) for _ in range(2))
+    buffers = fused_buffers(*(x.requires_grad_() for x in (k, v)), layout.table, layout.copies)
+    # The readable form in fp64, with the tokens that the kernels selected.
+    positions, seen = positions_of(k, v, layout), seen_slots(layout, sum(lengths))
+    exact = [x.detach().double().requires_grad_() for x in (k, v)]
+    for x, wide, buffer in zip((k, v), exact, buffers, strict=True):
+        expected = torch.cat([layout.copies.of(gather_kept(wide, positions)), wide], dim=2)
+        assert torch.equal(buffer[:, :, seen], expected[:, :, seen].to(dtype))
+        assert buffer.isfinite().all()
+        upstream = torch.randn_like(buffer) * seen[:, None]
+        (gradient,) = torch.autograd.grad(buffer, x, upstream, retain_graph=True)
+        (wanted,) = torch.autograd.grad(expected, wide, upstream.double())
+        assert relative_error(gradient, wanted) < tolerance
+
+
+def positions_of(k, v, layout):
+    """Token behind each slot of the kept buffer, as the kernels select: int64 [B, G, R]."""
+    plan = buffer_plan(layout.table, padded_buffer_size(layout.table), k.device)
+    positions = plan.positions.repeat(*k.shape[:2], 1)
+    kept = fused_select_partitions(k, v, plan.starts, layout.table.lag_size, layout.table.num_kept)
+    positions[:, :, plan.slots] = kept.flatten(2)
+    return positions
+
+
+def seen_slots(layout, num_tokens):
+    """Which slots of [copies | tokens] any query sees."""
+    seen = torch.zeros(layout.copies.size + num_tokens, dtype=torch.bool, device=layout.intervals.lo.device)
+    for lo, hi in set(zip(layout.intervals.lo.tolist(), layout.intervals.hi.tolist(), strict=True)):
+        seen[lo:hi] = True
+    seen[layout.copies.size :] = True
+    return seen
 
 
 @pytest.mark.parametrize("value", [0.0, 1e30, -1e-30, float("inf")])

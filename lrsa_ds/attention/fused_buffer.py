@@ -1,0 +1,137 @@
+"""Copies of the kept buffer beside the tokens, in one Triton kernel each way.
+
+The readable form is `select_and_gather` on the CPU. The gradient of a token is that of the token itself and of all its
+copies, added in fp32 and rounded once; no atomics, so that the same input gives the same gradient.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from lrsa_ds.attention.blocks import Copies, padded_buffer_size
+from lrsa_ds.attention.fused import HAS_TRITON, fused_select_into
+from lrsa_ds.attention.select import buffer_plan
+from lrsa_ds.partition import PartitionTable
+
+ROWS = 64  # of a program
+
+if HAS_TRITON:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def _copy_kernel(
+        k, v, out_k, out_v, positions, slots, k_b, k_g, k_n, v_b, v_g, v_n,
+        num_heads, num_copied, num_slots, num_tokens, dim: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
+    ):  # fmt: skip
+        """[copies of kept keys | keys], and the same of the values: [B * G, num_copied + num_tokens, D] each."""
+        rows, channels = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, DIM)
+        head = tl.program_id(1).to(tl.int64)
+        num_rows = num_copied + num_tokens
+        is_copy = rows < num_copied
+        slot = tl.load(slots + rows, mask=is_copy, other=0)
+        token = tl.load(positions + head * num_slots + slot, mask=is_copy, other=0)
+        token = tl.where(is_copy, token, rows - num_copied)
+        inside = (rows < num_rows)[:, None] & (channels < dim)[None, :]
+        at = (head * num_rows + rows)[:, None] * dim + channels[None, :]
+        batch, group = head // num_heads, head % num_heads
+        key = tl.load(k + batch * k_b + group * k_g + token[:, None] * k_n + channels[None, :], mask=inside)
+        value = tl.load(v + batch * v_b + group * v_g + token[:, None] * v_n + channels[None, :], mask=inside)
+        tl.store(out_k + at, key, mask=inside)
+        tl.store(out_v + at, value, mask=inside)
+
+    @triton.jit
+    def _copy_backward_kernel(
+        grad_k, grad_v, out_k, out_v, slot_of, parts, k_b, k_g, k_n, v_b, v_g, v_n,
+        num_heads, num_copied, num_tokens,
+        num_parts: tl.constexpr, dim: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
+    ):  # fmt: skip
+        """Gradients of keys and values [B * G, N, D]; `parts` holds first slot, last slot and offset of each part."""
+        rows, channels = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, DIM)
+        head = tl.program_id(1).to(tl.int64)
+        is_token, is_channel = rows < num_tokens, (channels < dim)[None, :]
+        grad_k += (head // num_heads) * k_b + (head % num_heads) * k_g + channels[None, :]
+        grad_v += (head // num_heads) * v_b + (head % num_heads) * v_g + channels[None, :]
+        row, inside = (num_copied + rows).to(tl.int64)[:, None], is_token[:, None] & is_channel
+        sum_k = tl.load(grad_k + row * k_n, mask=inside, other=0.0).to(tl.float32)
+        sum_v = tl.load(grad_v + row * v_n, mask=inside, other=0.0).to(tl.float32)
+        slot = tl.load(slot_of + head * num_tokens + rows, mask=is_token, other=-1)
+        for part in tl.static_range(num_parts):
+            lo, hi, offset = tl.load(parts + 3 * part), tl.load(parts + 3 * part + 1), tl.load(parts + 3 * part + 2)
+            row = (offset + slot - lo).to(tl.int64)[:, None]
+            inside = ((slot >= lo) & (slot < hi))[:, None] & is_channel
+            sum_k += tl.load(grad_k + row * k_n, mask=inside, other=0.0).to(tl.float32)
+            sum_v += tl.load(grad_v + row * v_n, mask=inside, other=0.0).to(tl.float32)
+        at, inside = (head * num_tokens + rows)[:, None] * dim + channels[None, :], is_token[:, None] & is_channel
+        tl.store(out_k + at, sum_k.to(out_k.dtype.element_ty), mask=inside)
+        tl.store(out_v + at, sum_v.to(out_v.dtype.element_ty), mask=inside)
+
+
+def fused_buffers(
+    k: torch.Tensor, v: torch.Tensor, table: PartitionTable, copies: Copies
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values [B, G, N, D] behind the copies of the kept ones: two [B, G, copies + N, D], with gradients."""
+    return _Buffers.apply(k, v, table, copies)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What does not depend on the data: int tensors on one device."""
+
+    positions: torch.Tensor  # int64 [R]: the tokens of the sinks in their slots of the kept buffer
+    slot_of: torch.Tensor  # int32 [N]: the slots of the sinks' tokens, -1 elsewhere
+    starts: torch.Tensor  # int64 [P]: first token of each partition that is history
+    first_slots: torch.Tensor  # int64 [P]: where its kept KV begins
+    slots: torch.Tensor  # int64 [copies]: the slot behind each that is read
+    parts: torch.Tensor  # int32 [parts, 3]: first slot, last slot, offset
+
+
+@lru_cache(maxsize=64)
+def _plan(table: PartitionTable, copies: Copies, device: torch.device) -> _Plan:
+    buffer = buffer_plan(table, padded_buffer_size(table), torch.device("cpu"))
+    slot_of = torch.full((table.num_tokens,), -1, dtype=torch.int32)
+    for document in table.kept_documents:
+        sinks = torch.arange(table.sink_size, dtype=torch.int32)
+        slot_of[document.start : document.start + table.sink_size] = document.buffer_lo + sinks
+    parts = [[lo, hi, offset] for (lo, hi), offset in zip(copies.parts, copies.offsets(), strict=True)]
+    first_slots = buffer.slots[:: table.num_kept].contiguous()
+    tensors = (buffer.positions, slot_of, buffer.starts, first_slots, copies.slots(), torch.tensor(parts).int())
+    return _Plan(*(x.to(device) for x in tensors))
+
+
+class _Buffers(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, k, v, table, copies):
+        plan = _plan(table, copies, k.device)
+        k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
+        batch, heads, num_tokens, dim = k.shape
+        positions = plan.positions.repeat(batch, heads, 1)
+        slot_of = plan.slot_of.repeat(batch, heads, 1)
+        fused_select_into(positions, k, v, plan.starts, plan.first_slots, table.lag_size, table.num_kept, slot_of)
+        num_rows = copies.size + num_tokens
+        out_k, out_v = (x.new_empty(batch, heads, num_rows, dim) for x in (k, v))
+        strides = (*k.stride()[:3], *v.stride()[:3])
+        sizes = (heads, copies.size, positions.shape[2], num_tokens, dim)
+        grid = (triton.cdiv(num_rows, ROWS), batch * heads)
+        width = triton.next_power_of_2(dim)
+        _copy_kernel[grid](k, v, out_k, out_v, positions, plan.slots, *strides, *sizes, ROWS=ROWS, DIM=width)
+        ctx.save_for_backward(slot_of)
+        ctx.plan, ctx.num_copied = plan, copies.size
+        return out_k, out_v
+
+    @staticmethod
+    def backward(ctx, grad_k, grad_v):
+        (slot_of,) = ctx.saved_tensors
+        batch, heads, num_tokens = slot_of.shape
+        grad_k, grad_v = (x if x.stride(-1) == 1 else x.contiguous() for x in (grad_k, grad_v))
+        dim = grad_k.shape[3]
+        out_k, out_v = (x.new_empty(batch, heads, num_tokens, dim) for x in (grad_k, grad_v))
+        strides = (*grad_k.stride()[:3], *grad_v.stride()[:3])
+        sizes = (heads, ctx.num_copied, num_tokens, len(ctx.plan.parts), dim)
+        grid = (triton.cdiv(num_tokens, ROWS), batch * heads)
+        _copy_backward_kernel[grid](
+            grad_k, grad_v, out_k, out_v, slot_of, ctx.plan.parts, *strides, *sizes,
+            ROWS=ROWS, DIM=triton.next_power_of_2(dim),
+        )  # fmt: skip
+        return out_k, out_v, None, None
