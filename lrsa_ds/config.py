@@ -223,10 +223,12 @@ class ParallelConfig:
     """How the ranks are arranged; `timeout` is in seconds, 0 for none."""
 
     sp_size: int = 1
+    exchange: str = "kept"
     timeout: float = 1800.0
 
     def __post_init__(self):
         require_whole("parallel.sp_size", self.sp_size, 1)
+        require_one_of("parallel.exchange", self.exchange, ("kept", "heads"))
         require(self.timeout >= 0, f"parallel.timeout={self.timeout} is not valid: give seconds, or 0 for none.")
 
 

@@ -50,9 +50,10 @@ def evaluate(
         totals = torch.zeros(len(examples), 3, dtype=torch.float64)
         for batch in batches[mesh.dp_rank :: mesh.dp_size]:
             on_batch()
-            part = shard(batch, mesh.sp_size, mesh.sp_rank)
-            targets = _example_of_target(batch)[_targets_before(batch, mesh) :][: part.num_target_tokens]
-            _add_scores(totals, targets, forward(engine, part, attention, num_slots, mesh))
+            parts = mesh.held(len(batch.labels))
+            mine = shard(batch, parts, is_first=mesh.sp_rank == 0)
+            targets = _example_of_target(batch, parts)
+            _add_scores(totals, targets, forward(engine, mine, attention, num_slots, mesh))
         totals = torch.tensor(mesh.sum(totals.flatten().tolist())).view_as(totals)
         rows += _rows(when, retention, [example.task for example in examples], totals)
     engine.train(was_training)
@@ -68,15 +69,10 @@ def _batches(examples: list[Example], config: TrainConfig, pad_id: int, multiple
     return [collate(sequences[i : i + size], multiple_of) for i in range(0, len(sequences), size)]
 
 
-def _example_of_target(row: PackedSequence) -> torch.Tensor:
-    """The number of the example that each target of a whole row belongs to."""
+def _example_of_target(row: PackedSequence, parts: tuple[slice, ...]) -> torch.Tensor:
+    """The number of the example that each target in these parts of a whole row belongs to."""
     example_of_token = torch.tensor(row.example_indices).repeat_interleave(torch.tensor(row.document_lengths))
-    return example_of_token[row.labels != IGNORE]
-
-
-def _targets_before(row: PackedSequence, mesh: Mesh) -> int:
-    """Targets of a row in the shards before this rank's."""
-    return sum(shard(row, mesh.sp_size, index).num_target_tokens for index in range(mesh.sp_rank))
+    return torch.cat([example_of_token[part][row.labels[part] != IGNORE] for part in parts])
 
 
 def _add_scores(totals_E3: torch.Tensor, examples_T: torch.Tensor, statistics_T2: torch.Tensor) -> None:

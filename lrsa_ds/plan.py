@@ -81,11 +81,13 @@ def _check_parallel(config: TrainConfig, structure: torch.nn.Module) -> None:
         return
     architecture = structure.config.get_text_config()
     check_world(size)
-    check_heads(architecture.num_attention_heads, size)
+    exchange, retentions = config.parallel.exchange, {*attention.retentions, *config.eval.retentions}
+    if exchange == "heads" or 1.0 in retentions:
+        check_heads(architecture.num_attention_heads, size)
     row = config.seq_len * config.optim.micro_batch
-    for retention in {*attention.retentions, *config.eval.retentions}:
+    for retention in retentions:
         settings = attention.with_retention(retention)
         if settings.is_dense:
             check_dense_heads(architecture.num_key_value_heads, size)
         else:
-            check_shards(row, size, settings, "seq_len * optim.micro_batch")
+            check_shards(row, size, settings, "seq_len * optim.micro_batch", exchange)

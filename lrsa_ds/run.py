@@ -40,7 +40,7 @@ def train(config: TrainConfig, procedure: ModuleType, notes: list[str]) -> None:
     stop = StopRequest()
     # Our own watch, which names the rank that hangs, is to speak before torch's, which does not.
     patience = timedelta(seconds=3 * config.parallel.timeout) if config.parallel.timeout else timedelta(days=30)
-    mesh = start_mesh(config.parallel.sp_size, patience)
+    mesh = start_mesh(config.parallel.sp_size, patience, config.parallel.exchange)
     plan = replace(plan, resume=mesh.from_main(plan.resume))
     torch.manual_seed(config.seed)
     directory = output.open_output(config, mesh, going_on=plan.resume is not None)

@@ -8,7 +8,7 @@ from types import ModuleType
 import deepspeed
 import torch
 
-from lrsa_ds.config import OptimConfig, ParallelConfig, TrainConfig, require
+from lrsa_ds.config import OptimConfig, TrainConfig, require
 from lrsa_ds.parallel.mesh import Mesh, start_mesh, stop_mesh
 from lrsa_ds.plan import Plan, prepare
 from lrsa_ds.run import build_engine, build_trainer
@@ -38,7 +38,7 @@ def selftest(config: TrainConfig, procedure: ModuleType) -> bool:
     require(size > 1, "the self-test compares sequence parallelism with none: set parallel.sp_size to 2 or more.")
     config = replace(config, output_dir=None)
     plan = prepare(config, procedure)
-    mesh = start_mesh(size)
+    mesh = start_mesh(size, exchange=config.parallel.exchange)
     # As many sequences in a step: there are `size` times fewer replicas with sequence parallelism than without.
     shared = _measure(_two_steps(config, size, config.optim.grad_accum * size), plan, mesh)
     alone = _measure(_two_steps(config, 1, config.optim.grad_accum), plan, replace(mesh, sequence=None))
@@ -53,7 +53,7 @@ def selftest(config: TrainConfig, procedure: ModuleType) -> bool:
 
 def _two_steps(config: TrainConfig, sp_size: int, grad_accum: int) -> TrainConfig:
     optim: OptimConfig = replace(config.optim, num_steps=NUM_STEPS, warmup_steps=0, grad_accum=grad_accum)
-    return replace(config, optim=optim, parallel=ParallelConfig(sp_size=sp_size))
+    return replace(config, optim=optim, parallel=replace(config.parallel, sp_size=sp_size))
 
 
 def _measure(config: TrainConfig, plan: Plan, mesh: Mesh) -> Measured:

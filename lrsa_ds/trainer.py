@@ -96,7 +96,7 @@ class Trainer:
         if mesh.sequence is not None:
             mesh.sequence.traffic.take(1)  # what was sent since the last step, in an evaluation, belongs to none
         rows = [collate(sequences[i : i + size], mesh.row_multiple) for i in range(0, len(sequences), size)]
-        batches = [shard(row, mesh.sp_size, mesh.sp_rank) for row in rows]
+        batches = [self._shard(row) for row in rows]
         counts = [float(b.num_target_tokens) for b in batches]
         num_tokens, num_targets = mesh.sum([sum(float(b.num_tokens) for b in batches), sum(counts)])
         slots = mesh.max(counts)
@@ -112,7 +112,7 @@ class Trainer:
                 # A pass is a collective: the others repeat theirs, while those with a bad loss go over padding.
                 if mesh.dp_rank in bad:
                     padding = padding_sequence(sum(batch.document_lengths), pad_id=0)
-                    batch = shard(padding, mesh.sp_size, mesh.sp_rank)
+                    batch = self._shard(padding)
                 loss = forward(self.engine, batch, attention, max(1, int(num_slots)), mesh) / num_targets
             local_loss = local_loss + loss.detach()
             self.engine.backward(loss * self.scale)
@@ -129,6 +129,9 @@ class Trainer:
             **({"num_skipped_rows": num_skipped} if num_skipped else {}),
             **self._traffic(),
         }
+
+    def _shard(self, row: PackedSequence) -> PackedSequence:
+        return shard(row, self.mesh.held(len(row.labels)), is_first=self.mesh.sp_rank == 0)
 
     def _replicas_with_bad_loss(self, loss: torch.Tensor) -> list[int]:
         """Which replicas have a loss that is not finite; the same on every rank."""

@@ -77,7 +77,9 @@ def _block_tables(intervals: Intervals, num_keys: int):
 def _short(blocks: torch.Tensor, descending: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """As `as_lists`, without the columns that no row fills."""
     counts, columns = as_lists(blocks, descending)
-    return counts, columns[..., : max(1, int(counts.max()))].contiguous()
+    columns = columns[..., : max(1, int(counts.max()))]
+    # A copy in any case, since flash-attn-4 wants a last stride of 1 even where there is a single column.
+    return counts, columns.clone(memory_format=torch.contiguous_format)
 
 
 @lru_cache(maxsize=1)

@@ -122,22 +122,21 @@ def collate(sequences: list[PackedSequence], multiple_of: int = 1) -> PackedSequ
     )
 
 
-def shard(row: PackedSequence, size: int, index: int) -> PackedSequence:
-    """The consecutive tokens that rank `index` of `size` holds of a row whose length `size` divides.
+def shard(row: PackedSequence, parts: tuple[slice, ...], is_first: bool) -> PackedSequence:
+    """The tokens `parts` of a row, one after the other: what one of the ranks holds that share it.
 
     The lists of documents stay those of the whole row. `num_target_tokens` counts the shard's, and `num_tokens` the
     whole row's on the first rank and 0 on the others: summed over the ranks, both count everything once.
     """
-    if size == 1:
-        return row
-    part = slice(index * len(row.labels) // size, (index + 1) * len(row.labels) // size)
-    labels = row.labels[part]
+    input_ids, labels, position_ids = (
+        torch.cat([x[part] for part in parts]) for x in (row.input_ids, row.labels, row.position_ids)
+    )
     return replace(
         row,
-        input_ids=row.input_ids[part],
+        input_ids=input_ids,
         labels=labels,
-        position_ids=row.position_ids[part],
-        num_tokens=row.num_tokens if index == 0 else 0,
+        position_ids=position_ids,
+        num_tokens=row.num_tokens if is_first else 0,
         num_target_tokens=int((labels != IGNORE).sum()),
     )
 

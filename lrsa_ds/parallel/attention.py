@@ -7,6 +7,7 @@ import torch
 from lrsa_ds.attention import AttentionFunction, lrsa_attention
 from lrsa_ds.config import LRSAConfig
 from lrsa_ds.parallel.exchange import SequenceGroup
+from lrsa_ds.parallel.kept import kept_attention
 from lrsa_ds.parallel.sequence import sequence_parallel_attention
 from lrsa_ds.parallel.ulysses import ulysses_attention
 
@@ -14,7 +15,7 @@ from lrsa_ds.parallel.ulysses import ulysses_attention
 def attention_function(group: SequenceGroup | None) -> AttentionFunction:
     """A function with the signature of `lrsa_attention`, for a whole sequence or for this rank's shard of it.
 
-    Under sequence parallelism dense attention (retention 1) is DeepSpeed's Ulysses, LRSA our own exchange.
+    Under sequence parallelism dense attention (retention 1) is DeepSpeed's Ulysses, LRSA one of our own exchanges.
     """
     return lrsa_attention if group is None else partial(_shared, group)
 
@@ -28,7 +29,8 @@ def _shared(
     document_lengths: tuple[int, ...],
     scale: float | None = None,
 ) -> torch.Tensor:
-    attend = ulysses_attention if config.is_dense else sequence_parallel_attention
+    sparse = kept_attention if group.exchange == "kept" else sequence_parallel_attention
+    attend = ulysses_attention if config.is_dense else sparse
     output = attend(q, k, v, config, document_lengths, group, scale)
     group.traffic.count_ulysses(q, k, output, group.size, is_real=config.is_dense)
     return output

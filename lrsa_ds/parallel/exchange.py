@@ -14,11 +14,12 @@ from lrsa_ds.parallel.traffic import Traffic
 
 @dataclass(frozen=True, eq=False)
 class SequenceGroup:
-    """The ranks that share one sequence, in the order of their shards; `index` is this rank's place among them."""
+    """The ranks that share one sequence; `index` is this rank's place among them."""
 
     process_group: dist.ProcessGroup
     size: int
     index: int
+    exchange: str = "kept"  # what they send each other, "kept" or "heads" (see `stretches.py`)
     traffic: Traffic = field(default_factory=Traffic)
 
 
@@ -104,6 +105,25 @@ def start_even(group: SequenceGroup, cargo: str, x: torch.Tensor) -> Exchange:
     counts = [x[0].numel()] * group.size
     pending = Pending(group, cargo, counts, counts)
     return Exchange(_Start.apply(x.reshape(-1), pending), pending, [tuple(x.shape[1:])] * group.size)
+
+
+def start_to_all(group: SequenceGroup, cargo: str, x: torch.Tensor, recv_shapes: list[tuple[int, ...]]) -> Exchange:
+    """Sends `x` to every rank; its gradient is the sum of theirs, added in fp32."""
+    recv_counts = [torch.Size(shape).numel() for shape in recv_shapes]
+    pending = Pending(group, cargo, [x.numel()] * group.size, recv_counts)
+    return Exchange(_Start.apply(_Repeat.apply(x.reshape(-1), group.size), pending), pending, recv_shapes)
+
+
+class _Repeat(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, count):
+        ctx.count = count
+        return x.repeat(count)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        # Sums of bf16 are added up in fp32 and rounded once.
+        return gradient.view(ctx.count, -1).sum(0), None
 
 
 def start(group: SequenceGroup, cargo: str, parts: list[torch.Tensor], recv_shapes: list[tuple[int, ...]]) -> Exchange:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from lrsa_ds.attention.blocks import BLOCK
 from lrsa_ds.config import require
 from lrsa_ds.parallel.exchange import SequenceGroup
+from lrsa_ds.parallel.stretches import held, num_stretches
 
 
 @dataclass(frozen=True)
@@ -33,14 +34,22 @@ class Mesh:
 
     @property
     def sp_rank(self) -> int:
-        """Which shard of a sequence this rank holds."""
+        """This rank's place among those that share its sequences."""
         return self.rank % self.sp_size
 
     @property
     def row_multiple(self) -> int:
         """What the number of tokens of a row has to be a multiple of: ranks share it evenly, GPUs in whole blocks."""
-        in_blocks = self.sequence is not None and self.device.type == "cuda"
-        return self.sp_size * (BLOCK if in_blocks else 1)
+        if self.sequence is None:
+            return 1
+        stretches = self.sp_size * num_stretches(self.sequence.exchange)
+        return stretches * (BLOCK if self.device.type == "cuda" else 1)
+
+    def held(self, num_tokens: int) -> tuple[slice, ...]:
+        """The tokens of a row that this rank holds; `row_multiple` divides their number."""
+        if self.sequence is None:
+            return (slice(0, num_tokens),)
+        return held(num_tokens, self.sp_size, self.sp_rank, self.sequence.exchange)
 
     @property
     def dp_size(self) -> int:
@@ -98,11 +107,11 @@ def check_world(sp_size: int) -> None:
     )
 
 
-def start_mesh(sp_size: int = 1, timeout: timedelta | None = None) -> Mesh:
+def start_mesh(sp_size: int = 1, timeout: timedelta | None = None, exchange: str = "kept") -> Mesh:
     """Starts the process group: NCCL on CUDA, gloo on the CPU. Without a launcher the run has one process.
 
-    Each `sp_size` consecutive ranks share their sequences. A collective may take as long as `timeout`, or else as
-    torch.distributed sets it.
+    Each `sp_size` consecutive ranks share their sequences, in the way that `exchange` names (see `stretches.py`). A
+    collective may take as long as `timeout`, or else as torch.distributed sets it.
     """
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
@@ -118,15 +127,15 @@ def start_mesh(sp_size: int = 1, timeout: timedelta | None = None) -> Mesh:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     patience = {} if timeout is None else {"timeout": timeout}
     deepspeed.init_distributed(dist_backend="nccl" if use_cuda else "gloo", verbose=False, **patience)
-    return Mesh(dist.get_rank(), dist.get_world_size(), local_rank(), device, _sequence_group(sp_size))
+    return Mesh(dist.get_rank(), dist.get_world_size(), local_rank(), device, _sequence_group(sp_size, exchange))
 
 
-def _sequence_group(size: int) -> SequenceGroup | None:
+def _sequence_group(size: int, exchange: str) -> SequenceGroup | None:
     if size == 1:
         return None
     # Every rank takes part in making every group.
     groups = [dist.new_group(range(first, first + size)) for first in range(0, dist.get_world_size(), size)]
-    return SequenceGroup(groups[dist.get_rank() // size], size, dist.get_rank() % size)
+    return SequenceGroup(groups[dist.get_rank() // size], size, dist.get_rank() % size, exchange)
 
 
 def stop_mesh() -> None:

@@ -10,7 +10,6 @@ The result is that of one rank. Shapes: B batch (1), H query heads, G KV heads, 
 sequence, D head dim, P ranks.
 """
 
-from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -28,7 +27,8 @@ def check_heads(num_heads: int, size: int) -> None:
     valid = ", ".join(str(p) for p in range(1, num_heads + 1) if num_heads % p == 0)
     require(
         num_heads % size == 0,
-        f"parallel.sp_size={size} does not divide the {num_heads} query heads of the model; valid here: {valid}.",
+        f"parallel.sp_size={size} does not divide the {num_heads} query heads of the model, which "
+        f"parallel.exchange=heads and retention 1 (dense attention) deal out; valid here: {valid}.",
     )
 
 
@@ -50,9 +50,6 @@ def sequence_parallel_attention(
     Returns:
         [1, H, n, D].
     """
-    if config.backend == "auto" and q.is_cuda:
-        # flash-attn-4's gradients through the log-sum-exp have not been compared on a GPU yet: only on request.
-        config = replace(config, backend="flex")
     backend = choose_backend(config, q.device, q.dtype, q.shape[3])
     attend, by_blocks = KERNELS[backend], backend != "chunked"
     layout = shard_layout(tuple(document_lengths), config, group.size, group.index, by_blocks, q.device)

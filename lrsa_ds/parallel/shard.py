@@ -5,6 +5,7 @@ its windows need, all of every partition whose lag reference ends in its shard, 
 partition or sink belongs to the rank: it selects and sends its part of the kept buffer.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -13,6 +14,7 @@ import torch
 from lrsa_ds.attention.blocks import BLOCK, Copies, copy_history, padded_buffer_size
 from lrsa_ds.attention.interval import Intervals
 from lrsa_ds.config import LRSAConfig, require
+from lrsa_ds.parallel.stretches import num_stretches
 from lrsa_ds.partition import PartitionTable, partition_table
 
 
@@ -34,15 +36,17 @@ class ShardLayout:
     copies: Copies
 
 
-def check_shards(num_tokens: int, size: int, config: LRSAConfig, key: str) -> None:
-    """Raises LRSAError unless `num_tokens` cut into `size` shards leave each long enough for a halo."""
+def check_shards(num_tokens: int, size: int, config: LRSAConfig, key: str, exchange: str) -> None:
+    """Raises LRSAError unless `num_tokens` tokens shared by `size` ranks leave each stretch long enough for a halo."""
     halo = config.sink_size + 2 * config.lag_size
-    shard = -(-num_tokens // size)
-    most = max(1, num_tokens // halo)
+    each = num_stretches(exchange)
+    length = -(-num_tokens // (size * each))
+    most = max(1, num_tokens // (halo * each))
     require(
-        size == 1 or shard >= halo,
-        f"parallel.sp_size={size} cuts {key} = {num_tokens:,} tokens into shards of {shard:,}, and LRSA needs at least "
-        f"sink_size + 2 * lag_size = {halo:,}: give at most {most}, or longer sequences.",
+        size == 1 or length >= halo,
+        f"parallel.sp_size={size} with parallel.exchange={exchange} cuts {key} = {num_tokens:,} tokens into stretches "
+        f"of {length:,}, and LRSA needs at least sink_size + 2 * lag_size = {halo:,}: give at most {most}, or longer "
+        "sequences.",
     )
 
 
@@ -60,7 +64,7 @@ def shard_layout(
     hist_lo, hist_hi, win_lo = table.intervals()
     own = torch.arange(lo, lo + shard, dtype=torch.int32)
     first_local = lo - halo
-    pieces = _pieces(table, size)
+    pieces = pieces_of(table, lambda token: token // shard)
     mine = [p for p in pieces if p.owner == index]
     sinks = [torch.arange(p.token, p.token + p.size) for p in mine if p.is_sink]
     starts = [p.token for p in mine if not p.is_sink]
@@ -76,15 +80,15 @@ def shard_layout(
         history=Intervals(history.lo.to(device), history.hi.to(device)),
         sink_positions=(torch.cat([*sinks, torch.empty(0, dtype=torch.int64)]) - first_local).to(device),
         starts=(torch.tensor(starts, dtype=torch.int64) - first_local).to(device),
-        order=_order_of(mine).to(device),
+        order=order_of(mine).to(device),
         num_sent=tuple(sum(p.size for p in pieces if p.owner == rank) for rank in range(size)),
-        buffer_slots=_buffer_slots(pieces, buffer_size).to(device),
+        buffer_slots=slots_of(pieces, size, buffer_size).to(device),
         copies=copies,
     )
 
 
 @dataclass(frozen=True)
-class _Piece:
+class Piece:
     """A sink or the kept KV of a partition: the tokens it comes from, its slots, and the rank it belongs to."""
 
     is_sink: bool
@@ -94,22 +98,22 @@ class _Piece:
     owner: int
 
 
-def _pieces(table: PartitionTable, size: int) -> list[_Piece]:
-    """All pieces of the kept buffer, in its order; owners ascend, since tokens do."""
-    shard, sink, lag = table.num_tokens // size, table.sink_size, table.lag_size
+def pieces_of(table: PartitionTable, owner_of: Callable[[int], int]) -> list[Piece]:
+    """All pieces of the kept buffer, in its order; the owner is the rank that holds a piece's last token of all."""
+    sink, lag = table.sink_size, table.lag_size
     pieces = []
     for document in table.kept_documents:
         if sink:
             last = document.start + sink - 1
-            pieces.append(_Piece(True, document.start, document.buffer_lo, sink, last // shard))
+            pieces.append(Piece(True, document.start, document.buffer_lo, sink, owner_of(last)))
         for p in range(document.num_partitions):
             token = document.start + sink + p * lag
             slot = document.buffer_lo + sink + p * table.num_kept
-            pieces.append(_Piece(False, token, slot, table.num_kept, (token + 2 * lag - 1) // shard))
+            pieces.append(Piece(False, token, slot, table.num_kept, owner_of(token + 2 * lag - 1)))
     return pieces
 
 
-def _order_of(pieces: list[_Piece]) -> torch.Tensor:
+def order_of(pieces: list[Piece]) -> torch.Tensor:
     """Where each slot that a rank sends lies in [its sinks | its kept KV]."""
     num_sink = sum(p.size for p in pieces if p.is_sink)
     places, sink_place, kept_place = [], 0, num_sink
@@ -123,11 +127,17 @@ def _order_of(pieces: list[_Piece]) -> torch.Tensor:
     return torch.cat([*places, torch.empty(0, dtype=torch.int64)])
 
 
-def _buffer_slots(pieces: list[_Piece], buffer_size: int) -> torch.Tensor:
-    """The contributions of all ranks, one after the other, are the kept buffer without its gaps."""
-    # Gaps name place after place: the backward pass adds their zeros, and would be slow to add all of them to one.
-    slots, place = torch.arange(buffer_size) % max(1, sum(piece.size for piece in pieces)), 0
+def slots_of(pieces: list[Piece], size: int, buffer_size: int) -> torch.Tensor:
+    """For each slot of the kept buffer, its place in the contributions of `size` ranks, one after the other.
+
+    Each rank contributes its pieces in the order of the buffer. Gaps name place after place: the backward pass adds
+    their zeros, and would be slow to add all of them to one.
+    """
+    counts = [sum(p.size for p in pieces if p.owner == rank) for rank in range(size)]
+    places = [sum(counts[:rank]) for rank in range(size)]
+    slots = torch.arange(buffer_size) % max(1, sum(counts))
     for piece in pieces:
+        place = places[piece.owner]
         slots[piece.slot : piece.slot + piece.size] = torch.arange(place, place + piece.size)
-        place += piece.size
+        places[piece.owner] += piece.size
     return slots

@@ -8,6 +8,7 @@ from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 from lrsa_ds.attention import lrsa_attention
 from lrsa_ds.config import LRSAConfig, require
 from lrsa_ds.parallel.exchange import SequenceGroup
+from lrsa_ds.parallel.stretches import num_stretches, token_order
 
 
 def check_dense_heads(num_kv_heads: int, size: int) -> None:
@@ -39,6 +40,9 @@ def ulysses_attention(
     Returns:
         [1, H, n, D].
     """
+    order = None  # of the tokens, where the ranks hold others than consecutive ones
+    if num_stretches(group.exchange) > 1:
+        order = token_order(group.size * q.shape[2], group.size, group.exchange, q.device)
     exchange = _ulysses(q.shape[1], k.shape[1], q.shape[3], group)
     # DeepSpeed gathers the positions for kernels that find the documents by them; ours are told the lengths.
     positions = torch.zeros(1, q.shape[2], dtype=torch.int64, device=q.device)
@@ -52,6 +56,7 @@ def ulysses_attention(
         lrsa_config=config,
         document_lengths=document_lengths,
         scaling=scale,
+        order=order,
     )
     return output.view(1, q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
 
@@ -71,8 +76,20 @@ def _ulysses(num_heads: int, num_kv_heads: int, head_dim: int, group: SequenceGr
 
 
 def _dense_core(
-    module, query, key, value, attention_mask, lrsa_config=None, document_lengths=None, scaling=None, **kwargs
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    lrsa_config=None,
+    document_lengths=None,
+    scaling=None,
+    order=None,
+    **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """What Ulysses calls on the head group with all tokens: [1, H / P, N, D] to [1, N, H / P, D]."""
-    output = lrsa_attention(query, key, value, lrsa_config, document_lengths, scaling)
-    return output.transpose(1, 2).contiguous(), None
+    """What Ulysses calls on the head group with all tokens, rank after rank: [1, H / P, N, D] to [1, N, H / P, D]."""
+    if order is not None:
+        in_ranks, of_token = order
+        query, key, value = (x.index_select(2, of_token) for x in (query, key, value))
+    output = lrsa_attention(query, key, value, lrsa_config, document_lengths, scaling).transpose(1, 2)
+    return output.contiguous() if order is None else output.index_select(1, in_ranks), None

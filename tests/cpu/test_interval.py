@@ -126,9 +126,12 @@ def test_another_layout_takes_one_of_few_buffer_sizes():
 
 def test_what_cannot_be_shared():
     config = LRSAConfig(sink_size=16, lag_size=64, retention=0.25)
-    check_shards(1024, 7, config, "seq_len")
-    with pytest.raises(LRSAError, match=r"parallel.sp_size=8 cuts seq_len = 1,024 .* = 144: give at most 7"):
-        check_shards(1024, 8, config, "seq_len")
+    check_shards(1024, 7, config, "seq_len", "heads")
+    check_shards(1024, 3, config, "seq_len", "kept")
+    with pytest.raises(LRSAError, match=r"parallel.sp_size=8 .*heads cuts seq_len = 1,024 .* = 144: give at most 7"):
+        check_shards(1024, 8, config, "seq_len", "heads")
+    with pytest.raises(LRSAError, match=r"parallel.sp_size=4 .*kept cuts .* into stretches of 128, .* at most 3"):
+        check_shards(1024, 4, config, "seq_len", "kept")
     with pytest.raises(LRSAError, match=r"parallel.sp_size=4 does not divide the 6 query heads .* 1, 2, 3, 6"):
         check_heads(6, 4)
     check_dense_heads(2, 4)

@@ -21,7 +21,7 @@ from lrsa_ds.data.packing import IGNORE, Example, collate, pack
 from lrsa_ds.data.stream import StepData
 from lrsa_ds.loss import TargetLoss
 from lrsa_ds.model import enable_checkpointing, layer_classes
-from lrsa_ds.parallel import sequence
+from lrsa_ds.parallel import exchange, kept, sequence
 from lrsa_ds.parallel.mesh import rank, start_mesh, stop_mesh
 from lrsa_ds.parallel.zero import make_engine
 from lrsa_ds.selftest import keep_gradients
@@ -88,13 +88,17 @@ def reference(options, optim):
 
 @contextmanager
 def without_halo():
-    """Every rank sees zeros where its neighbour's keys and values should be."""
-    whole = sequence.exchange_halo
-    sequence.exchange_halo = lambda *arguments: tuple(x * 0 for x in whole(*arguments))
+    """Every rank sees zeros where the keys and values of others' tokens before its own should be."""
+
+    def receive_zeros(group, cargo, parts, shapes):
+        return whole(group, cargo, [part * 0 for part in parts] if cargo == "halo" else parts, shapes)
+
+    whole = exchange.start
+    sequence.start = kept.start = receive_zeros
     try:
         yield
     finally:
-        sequence.exchange_halo = whole
+        sequence.start = kept.start = whole
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -103,6 +107,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--stage", type=int, default=3)
     parser.add_argument("--micro-batch", type=int, default=1)
     parser.add_argument("--sp-size", type=int, default=1)
+    parser.add_argument("--exchange", default="kept")
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--kv-heads", type=int, default=2)
     parser.add_argument("--retention", type=float, default=0.25)
@@ -115,13 +120,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def check(options: argparse.Namespace) -> dict:
-    mesh = start_mesh(options.sp_size)
+    mesh = start_mesh(options.sp_size, exchange=options.exchange)
     grad_accum = NUM_SEQUENCES // (mesh.dp_size * options.micro_batch)
     config = TrainConfig(
         seq_len=SEQ_LEN,
         model=ModelConfig(random={"model_type": options.family}, tokenizer="bytes"),
         attention=AttentionConfig(sink_size=4, lag_size=16, retention=options.retention),
-        parallel=ParallelConfig(sp_size=options.sp_size),
+        parallel=ParallelConfig(sp_size=options.sp_size, exchange=options.exchange),
         zero=ZeroConfig(stage=options.stage),
         optim=OptimConfig(
             num_steps=2,

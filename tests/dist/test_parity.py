@@ -10,6 +10,15 @@ from tests.helpers import ROOT, run_ranks
 pytestmark = pytest.mark.dist
 LENGTHS = [160, 70, 50, 31, 110, 45, 155]  # of the worker's documents
 
+SHARED = [
+    (2, ["--sp-size", 2]),
+    (2, ["--sp-size", 2, "--kv-heads", 1, "--checkpointing"]),
+    (2, ["--sp-size", 2, "--stage", 2, "--micro-batch", 2]),
+    (2, ["--sp-size", 2, "--stage", 1, "--kv-heads", 4]),
+    (4, ["--sp-size", 2, "--tied", "--checkpointing"]),
+    (4, ["--sp-size", 4, "--kv-heads", 2, "--micro-batch", 2, "--checkpointing"]),
+    (3, ["--sp-size", 3, "--heads", 6, "--kv-heads", 2, "--micro-batch", 4, "--family", "qwen3"]),
+]
 PARITY = [
     (1, ["--micro-batch", 2]),
     (2, ["--micro-batch", 1, "--tied", "--checkpointing"]),
@@ -18,20 +27,16 @@ PARITY = [
     (2, ["--stage", 2, "--tied"]),
     (2, ["--stage", 1, "--micro-batch", 2]),
     # Sequence parallelism; four sequences, so the fewer replicas, the more micro-batches in a step.
-    (2, ["--sp-size", 2]),
-    (2, ["--sp-size", 2, "--kv-heads", 1, "--checkpointing"]),
-    (2, ["--sp-size", 2, "--stage", 2, "--micro-batch", 2]),
-    (2, ["--sp-size", 2, "--stage", 1, "--kv-heads", 4]),
-    (4, ["--sp-size", 2, "--tied", "--checkpointing"]),
-    (4, ["--sp-size", 4, "--kv-heads", 2, "--micro-batch", 2, "--checkpointing"]),
-    (3, ["--sp-size", 3, "--heads", 6, "--kv-heads", 2, "--micro-batch", 4, "--family", "qwen3"]),
+    *((size, [*options, "--exchange", exchange]) for size, options in SHARED for exchange in ("kept", "heads")),
+    # Only where heads are dealt out do the ranks have to divide them.
+    (2, ["--sp-size", 2, "--heads", 3, "--kv-heads", 1, "--checkpointing"]),
     # Dense attention under sequence parallelism is DeepSpeed's Ulysses.
     (2, ["--sp-size", 2, "--retention", 1.0]),
     (2, ["--sp-size", 2, "--retention", 1.0, "--kv-heads", 1]),
     (4, ["--sp-size", 4, "--retention", 1.0, "--micro-batch", 2, "--checkpointing"]),
 ]
 WRONG_SCALE = [(2, ["--break-scale"]), (2, ["--sp-size", 2, "--break-scale"])]
-NO_HALO = (2, ["--sp-size", 2, "--break-halo"])
+NO_HALO = [(2, ["--sp-size", 2, "--break-halo", "--exchange", exchange]) for exchange in ("kept", "heads")]
 BAD_LOSS = [
     (2, ["--bad-loss", "--checkpointing"]),
     (4, ["--bad-loss", "--checkpointing", "--sp-size", 2]),
@@ -48,7 +53,7 @@ def output_of(worker, world_size, *arguments):
 @lru_cache(maxsize=None)
 def results_of(world_size):
     """All cases of so many ranks by their options, from one start of the processes."""
-    cases = [options for size, options in (*PARITY, *WRONG_SCALE, NO_HALO, *BAD_LOSS) if size == world_size]
+    cases = [options for size, options in (*PARITY, *WRONG_SCALE, *NO_HALO, *BAD_LOSS) if size == world_size]
     results = output_of("parity_worker.py", world_size, json.dumps(cases))
     return {str(options): result for options, result in zip(cases, results, strict=True)}
 
@@ -84,43 +89,49 @@ def test_a_row_with_a_loss_that_is_not_finite_is_left_out(world_size, options):
     assert result["worst_gradient"][0] < 1e-5
 
 
-def test_a_missing_halo_is_seen():
-    result = measured(*NO_HALO)
+@pytest.mark.parametrize("world_size,options", NO_HALO)
+def test_a_missing_halo_is_seen(world_size, options):
+    result = measured(world_size, options)
     assert result["loss_error"] > 1e-5 and result["worst_gradient"][0] > 1e-2
 
 
+@pytest.mark.parametrize("exchange", ["kept", "heads"])
 @pytest.mark.parametrize("size", [2, 3, 4])
-def test_sequence_parallel_attention_on_random_layouts(size):
+def test_sequence_parallel_attention_on_random_layouts(size, exchange):
     """Odd lengths, documents cut anywhere, KV heads fewer than ranks: the output and every gradient."""
-    cases = output_of("attention_worker.py", size, "--sp-size", size)
+    cases = output_of("attention_worker.py", size, "--sp-size", size, "--exchange", exchange)
     assert len(cases) == 25
     assert max(error for _, error in cases) < 1e-6, max(cases, key=lambda case: case[1])
 
 
+@pytest.mark.parametrize("exchange", ["kept", "heads"])
 @pytest.mark.parametrize("size", [2, 4])
-def test_sequence_parallel_attention_as_gpu_kernels_see_it(size):
+def test_sequence_parallel_attention_as_gpu_kernels_see_it(size, exchange):
     """The same with the kept buffer in whole blocks, and several copies of it."""
-    cases = output_of("attention_worker.py", size, "--sp-size", size, "--by-blocks")
+    cases = output_of("attention_worker.py", size, "--sp-size", size, "--exchange", exchange, "--by-blocks")
     assert len(cases) == 25
     assert max(error for _, error in cases) < 1e-5, max(cases, key=lambda case: case[1])
 
 
-def test_what_travels():
+@pytest.mark.parametrize("exchange", ["kept", "heads"])
+def test_what_travels(exchange):
     """Bytes of a step against those worked out by hand, and the kept KV against r of what dense Ulysses sends."""
     size, heads, kv_heads, dim, tokens, micro_batches = 2, 4, 2, 8, 160, 4
-    traffic = measured(2, ["--sp-size", 2])["traffic"]
+    traffic = measured(2, ["--sp-size", 2, "--exchange", exchange])["traffic"]
     per_head = 4 * dim * micro_batches  # bytes of one token, in fp32
     others = (size - 1) / size
     for direction in ("forward", "backward"):
         sent = {name.removeprefix(f"sent_bytes_{direction}_"): value for name, value in traffic.items()}
-        assert sent["queries"] == sent["outputs"] == heads * tokens / size * others * per_head
-        assert sent["lse"] == sent["outputs"] / dim
-        # Of every sequence the last S + 2L = 36 tokens of the first rank's keys and values, halved by the mean of ranks.
-        assert sent["halo"] == 2 * kv_heads * 36 * per_head / size
+        all_queries = heads * tokens / size * others * per_head
+        assert sent["queries"] == sent["outputs"] == sent["lse"] * dim == (all_queries if exchange == "heads" else 0)
+        # Of every sequence the last S + 2L = 36 tokens of the first rank's keys and values, halved by the mean of ranks;
+        # with two stretches on each rank also those of the second rank's second one.
+        assert sent["halo"] == 2 * kv_heads * 36 * per_head / size * (2 if exchange == "kept" else 1)
         ulysses_kv = traffic[f"ulysses_bytes_{direction}_kv"]
         assert ulysses_kv == 2 * kv_heads * tokens / size * others * per_head
-        assert 0 < sent["kept"] <= 0.25 * 1.1 * ulysses_kv
-        assert traffic[f"ulysses_bytes_{direction}"] == ulysses_kv + 2 * sent["queries"]
+        # To every rank go all heads, or those of the rank.
+        assert 0 < sent["kept"] <= 0.25 * 1.1 * ulysses_kv * (size if exchange == "kept" else 1)
+        assert traffic[f"ulysses_bytes_{direction}"] == ulysses_kv + 2 * all_queries
         assert sent["kv"] == 0
 
 

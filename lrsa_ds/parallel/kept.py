@@ -1,0 +1,146 @@
+"""LRSA attention of one sequence over several ranks, queries at home: nothing travels but halos and the kept KV.
+
+1. Lag halo: the keys and values of the S + 2L tokens before each stretch that the rank holds.
+2. Chunk-prefill of the stretches: score, select, gather; the rank's part of the kept KV, for all KV heads.
+3. All-to-all of the kept KV: every rank receives all of it.
+4. Attention of the rank's own queries, all heads, over [copies of the kept buffer | halos and stretches].
+
+Ranks hold two stretches each (`stretches.py`), an early and a late one, which see as much history together as those of
+any other rank. The result is that of one rank. Shapes: H query heads, G KV heads, n tokens of the rank, N of the
+sequence, M keys beside the history, D head dim, P ranks.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache, partial
+
+import torch
+
+from lrsa_ds.attention.backends import KERNELS, choose_backend
+from lrsa_ds.attention.blocks import BLOCK, Copies, copy_history, padded_buffer_size
+from lrsa_ds.attention.interval import Intervals
+from lrsa_ds.config import LRSAConfig
+from lrsa_ds.parallel.exchange import SequenceGroup, start, start_to_all
+from lrsa_ds.parallel.sequence import kept_of_shard
+from lrsa_ds.parallel.shard import order_of, pieces_of, slots_of
+from lrsa_ds.parallel.stretches import held, owners
+from lrsa_ds.partition import partition_table
+
+
+def kept_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    config: LRSAConfig,
+    document_lengths: tuple[int, ...],
+    group: SequenceGroup,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """`lrsa_attention` of the whole sequence, for the queries of this rank.
+
+    Args:
+        q: [1, H, n, D], of this rank's stretches, one after the other; k, v: [1, G, n, D].
+        document_lengths: of the whole sequence, summing to N = P * n.
+
+    Returns:
+        [1, H, n, D].
+    """
+    backend = choose_backend(config, q.device, q.dtype, q.shape[3])
+    by_blocks = backend != "chunked"
+    layout = kept_layout(tuple(document_lengths), config, group.size, group.index, by_blocks, q.device)
+    k, v = with_halos(k, v, layout, group)
+    if any(layout.num_sent):  # else every document is short: the window is all there is
+        both = torch.stack([x[0] for x in kept_of_shard(k, v, layout, config, by_blocks)])
+        shapes = [(2, k.shape[1], count, k.shape[3]) for count in layout.num_sent]
+        kept = torch.cat(start_to_all(group, "kept", both, shapes).finish(), dim=2)
+        history = layout.copies.of(kept.index_select(2, layout.buffer_slots))
+        k, v = (torch.cat([x[None], local], dim=2) for x, local in zip(history, (k, v), strict=True))
+    return KERNELS[backend](q, k, v, layout.intervals, scale)[0]
+
+
+def with_halos(
+    k: torch.Tensor, v: torch.Tensor, layout: "KeptLayout", group: SequenceGroup
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[halo | stretch] of each stretch, one after the other: two [1, G, M, D], with gradients to the halos' owners."""
+    stretches = torch.stack([k[0], v[0]]).split(k.shape[2] // len(layout.halo_from), dim=2)
+    parts = [stretches[0][:, :, :0]] * group.size
+    for number, receiver in enumerate(layout.halo_to):
+        if receiver is not None:
+            parts[receiver] = stretches[number][:, :, -layout.halo_size :]
+    shape = (2, k.shape[1], layout.halo_size, k.shape[3])
+    shapes = [shape if rank in layout.halo_from else (0,) for rank in range(group.size)]
+    received = start(group, "halo", parts, shapes).finish()
+    pieces = []
+    for sender, stretch in zip(layout.halo_from, stretches, strict=True):
+        pieces += [stretch] if sender is None else [received[sender], stretch]
+    k, v = torch.cat(pieces, dim=2)[:, None]
+    return k, v
+
+
+@dataclass(frozen=True, eq=False)
+class KeptLayout:
+    """The part of one rank. Positions count the M tokens of its halos and stretches where they are called local."""
+
+    halo_size: int
+    halo_from: tuple[int | None, ...]  # for each stretch, the rank that holds the one before it
+    halo_to: tuple[int | None, ...]  # for each stretch, the rank that holds the next one
+    sink_positions: torch.Tensor  # local
+    starts: torch.Tensor  # local, first token of each partition that this rank selects
+    order: torch.Tensor  # from [sinks | kept KV] of this rank to the order of the kept buffer
+    num_sent: tuple[int, ...]  # slots that each rank contributes
+    buffer_slots: torch.Tensor  # for each slot of the kept buffer, its place in the ranks' contributions
+    copies: Copies
+    intervals: Intervals  # of each query of this rank, over [copies | halos and stretches]
+
+
+@lru_cache(maxsize=64)
+def kept_layout(
+    document_lengths: tuple[int, ...], config: LRSAConfig, size: int, index: int, by_blocks: bool, device: torch.device
+) -> KeptLayout:
+    """The layout of rank `index` of `size`, with keys in whole blocks where a kernel likes it so."""
+    table = partition_table(document_lengths, config, align=BLOCK if by_blocks else 1)
+    mine, holders = held(table.num_tokens, size, index, "kept"), owners(size, "kept")
+    length = mine[0].stop - mine[0].start
+    halo = config.sink_size + 2 * config.lag_size
+    halo = min(length, -(-halo // BLOCK) * BLOCK) if by_blocks else halo
+    numbers = [part.start // length for part in mine]
+    local = partial(_local_position, stretches=mine, halo=halo)
+    pieces = pieces_of(table, lambda token: holders[token // length])
+    own_pieces = [p for p in pieces if p.owner == index]
+    sinks = [local(p.token, p.token + p.size - 1) + torch.arange(p.size) for p in own_pieces if p.is_sink]
+    starts = [local(p.token, p.token + 2 * config.lag_size - 1) for p in own_pieces if not p.is_sink]
+    buffer_size = padded_buffer_size(table) if by_blocks else table.buffer_size
+    hist_lo, hist_hi, win_lo = (torch.cat([x[part] for part in mine]) for x in table.intervals())
+    history, copies = Intervals(hist_lo, hist_hi), Copies(((0, buffer_size),), buffer_size)
+    if by_blocks:
+        history, copies = copy_history(history, length * len(mine))
+    tokens = torch.arange(table.num_tokens, dtype=torch.int32)
+    shifts = [local(part.start, part.start) - part.start + copies.size for part in mine]
+    own = torch.cat([tokens[part] + shift for part, shift in zip(mine, shifts, strict=True)])
+    shift = torch.tensor(shifts, dtype=torch.int32).repeat_interleave(length)
+    window = Intervals((win_lo + shift).to(device), (own + 1).to(device))
+    return KeptLayout(
+        halo_size=halo,
+        halo_from=tuple(holders[i - 1] if i else None for i in numbers),
+        halo_to=tuple(holders[i + 1] if i + 1 < len(holders) else None for i in numbers),
+        sink_positions=torch.cat([*sinks, torch.empty(0, dtype=torch.int64)]).to(device),
+        starts=torch.tensor(starts, dtype=torch.int64).to(device),
+        order=order_of(own_pieces).to(device),
+        num_sent=tuple(sum(p.size for p in pieces if p.owner == rank) for rank in range(size)),
+        buffer_slots=slots_of(pieces, size, buffer_size).to(device),
+        copies=copies,
+        intervals=Intervals(history.lo.to(device), history.hi.to(device), window),
+    )
+
+
+def _local_position(first: int, last: int, stretches: tuple[slice, ...], halo: int) -> int:
+    """Where token `first` stands in [halo | stretch] of the stretch that holds token `last`, at or after it.
+
+    A token may stand in one stretch, and in the halo of the other.
+    """
+    before = 0
+    for part in stretches:
+        before += halo if part.start else 0
+        if part.start <= last < part.stop:
+            return before + first - part.start
+        before += part.stop - part.start
+    raise ValueError(f"token {last} is in none of {stretches}")
