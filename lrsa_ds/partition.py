@@ -10,7 +10,8 @@ and a query at token t of a chunk sees exactly two intervals: `[hist_lo, hist_hi
 of the tokens. Selection, mask, sequence parallelism and cache all read this one table.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -59,9 +60,25 @@ class PartitionTable:
 
     def intervals(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """`hist_lo`, `hist_hi` and `win_lo` of every query: three int32 tensors [N] on the CPU."""
-        rows = torch.tensor([(c.hist_lo, c.hist_hi, c.win_lo) for c in self.chunks], dtype=torch.int32)
-        lengths = torch.tensor([c.q_hi - c.q_lo for c in self.chunks])
-        return tuple(rows.repeat_interleave(lengths, dim=0).unbind(dim=1))
+        return intervals_of(self.chunks, torch.device("cpu"))
+
+
+def intervals_of(chunks: Sequence[Chunk], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`hist_lo`, `hist_hi` and `win_lo` of every query of consecutive chunks: three int32 tensors [N].
+
+    Layouts are computed chunk by chunk and spread over the queries only here, on the device: operations on long tensors
+    of the CPU would wait for each other where several ranks share its cores.
+    """
+    rows = torch.tensor([(c.hist_lo, c.hist_hi, c.win_lo) for c in chunks], dtype=torch.int32).to(device)
+    lengths = torch.tensor([c.q_hi - c.q_lo for c in chunks]).to(device)
+    total = sum(c.q_hi - c.q_lo for c in chunks)
+    return tuple(rows.repeat_interleave(lengths, dim=0, output_size=total).unbind(dim=1))
+
+
+def cut(chunks: Iterable[Chunk], lo: int, hi: int) -> list[Chunk]:
+    """What of the chunks lies in the queries `[lo, hi)`."""
+    inside = (c for c in chunks if c.q_lo < hi and c.q_hi > lo)
+    return [replace(c, q_lo=max(c.q_lo, lo), q_hi=min(c.q_hi, hi)) for c in inside]
 
 
 def num_compressed_partitions(num_tokens: int, config: LRSAConfig) -> int:

@@ -4,12 +4,13 @@ A mask is never evaluated per element here: whether a block is seen in full, in 
 least and the largest ends of the intervals of its queries.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
-from lrsa_ds.attention.interval import Intervals, span
-from lrsa_ds.partition import PartitionTable
+from lrsa_ds.attention.interval import Intervals
+from lrsa_ds.partition import Chunk, PartitionTable, cut
 
 BLOCK = 128
 # Number of sizes that the kept buffer of a sequence can take between nothing and everything kept.
@@ -44,10 +45,10 @@ class Copies:
         # Zeros, since a kernel multiplies what no query sees by a weight of 0.
         return torch.cat([*pieces, kept.new_zeros(*kept.shape[:-2], missing, kept.shape[-1])], dim=-2)
 
-    def slots(self) -> torch.Tensor:
+    def slots(self, device: torch.device) -> torch.Tensor:
         """The slot of the kept buffer behind each slot that is read: int64 [size]; some slot where no query looks."""
-        pieces = [torch.arange(lo, hi) for lo, hi in self.parts]
-        return torch.cat([*pieces, torch.zeros(self.size - self.num_copied, dtype=torch.int64)])
+        pieces = [torch.arange(lo, hi, device=device) for lo, hi in self.parts]
+        return torch.cat([*pieces, torch.zeros(self.size - self.num_copied, dtype=torch.int64, device=device)])
 
 
 def padded_buffer_size(table: PartitionTable) -> int:
@@ -55,7 +56,7 @@ def padded_buffer_size(table: PartitionTable) -> int:
     return -(-table.buffer_size // BLOCK) * BLOCK
 
 
-def copy_history(history: Intervals, num_tokens: int) -> tuple[Intervals, Copies]:
+def copy_history(chunks: Sequence[Chunk], num_queries: int) -> tuple[list[Chunk], Copies]:
     """A copy of the history for each run of `QUERIES_A_COPY` queries, as far as they see it.
 
     A kept key is seen by nearly all later queries, tens of thousands: the backward pass would walk them in one program,
@@ -63,25 +64,26 @@ def copy_history(history: Intervals, num_tokens: int) -> tuple[Intervals, Copies
     than the programs of the window. With copies each program walks the queries of one run.
 
     Args:
-        history: what each query sees of the kept buffer.
+        chunks: of consecutive queries, from 0 on; their `hist_lo` and `hist_hi` are slots of the kept buffer.
 
     Returns:
-        What it sees of the copies, and what they are. Their size takes few values, so that few shapes are compiled.
+        The chunks cut at the ends of the runs, their history in the copies; and what the copies are. Their size takes
+        few values, so that few shapes are compiled.
     """
-    run = max(QUERIES_A_COPY, -(-num_tokens // (MOST_COPIES * BLOCK)) * BLOCK)
-    lo, hi, parts, size = history.lo.clone(), history.hi.clone(), [], 0
-    for rows in torch.arange(num_tokens).split(run):
-        full = hi[rows] > lo[rows]
-        if not full.any():
-            continue
-        first, last = span(lo[rows], hi[rows])
-        first, last = first // BLOCK * BLOCK, -(-last // BLOCK) * BLOCK
-        for ends in (lo, hi):
-            ends[rows] = torch.where(full, ends[rows] - first + size, 0)
-        parts.append((first, last))
+    run = max(QUERIES_A_COPY, -(-num_queries // (MOST_COPIES * BLOCK)) * BLOCK)
+    copied, parts, size = [], [], 0
+    for start in range(0, num_queries, run):
+        mine = cut(chunks, start, start + run)
+        seen = [c for c in mine if c.hist_hi > c.hist_lo]
+        first = min((c.hist_lo for c in seen), default=0) // BLOCK * BLOCK
+        last = -(-max((c.hist_hi for c in seen), default=0) // BLOCK) * BLOCK
+        for chunk in mine:
+            shift = size - first if chunk.hist_hi > chunk.hist_lo else -chunk.hist_lo
+            copied.append(replace(chunk, hist_lo=chunk.hist_lo + shift, hist_hi=chunk.hist_hi + shift))
+        parts += [(first, last)] if seen else []
         size += last - first
-    step = BLOCK * -(-num_tokens // (BLOCK * BUFFER_SIZES))
-    return Intervals(lo, hi), Copies(tuple(parts), -(-size // step) * step)
+    step = BLOCK * -(-num_queries // (BLOCK * BUFFER_SIZES))
+    return copied, Copies(tuple(parts), -(-size // step) * step)
 
 
 def interval_rows(intervals: Intervals) -> torch.Tensor:

@@ -12,7 +12,7 @@ from lrsa_ds.attention.fused_buffer import fused_buffers
 from lrsa_ds.attention.interval import Intervals
 from lrsa_ds.attention.select import buffer_positions, gather_kept
 from lrsa_ds.config import LRSAConfig
-from lrsa_ds.partition import PartitionTable, partition_table
+from lrsa_ds.partition import PartitionTable, intervals_of, partition_table
 
 
 def buffered_attention(
@@ -52,8 +52,8 @@ def select_and_gather(k: torch.Tensor, v: torch.Tensor, layout: BufferedLayout) 
 @lru_cache(maxsize=64)
 def buffered_layout(document_lengths: tuple[int, ...], config: LRSAConfig, device: torch.device) -> BufferedLayout:
     table = partition_table(document_lengths, config, align=BLOCK)
-    hist_lo, hist_hi, win_lo = table.intervals()
-    history, copies = copy_history(Intervals(hist_lo, hist_hi), table.num_tokens)
-    own = torch.arange(table.num_tokens, dtype=torch.int32)
-    window = Intervals((win_lo + copies.size).to(device), (own + 1 + copies.size).to(device))
-    return BufferedLayout(table, copies, Intervals(history.lo.to(device), history.hi.to(device), window))
+    chunks, copies = copy_history(table.chunks, table.num_tokens)
+    hist_lo, hist_hi, win_lo = intervals_of(chunks, device)
+    own = torch.arange(table.num_tokens, dtype=torch.int32, device=device)
+    window = Intervals(win_lo + copies.size, own + 1 + copies.size)
+    return BufferedLayout(table, copies, Intervals(hist_lo, hist_hi, window))

@@ -89,15 +89,15 @@ class _Plan:
 
 @lru_cache(maxsize=64)
 def _plan(table: PartitionTable, copies: Copies, device: torch.device) -> _Plan:
-    buffer = buffer_plan(table, padded_buffer_size(table), torch.device("cpu"))
-    slot_of = torch.full((table.num_tokens,), -1, dtype=torch.int32)
+    buffer = buffer_plan(table, padded_buffer_size(table), device)
+    slot_of = torch.full((table.num_tokens,), -1, dtype=torch.int32, device=device)
+    sinks = torch.arange(table.sink_size, dtype=torch.int32, device=device)
     for document in table.kept_documents:
-        sinks = torch.arange(table.sink_size, dtype=torch.int32)
         slot_of[document.start : document.start + table.sink_size] = document.buffer_lo + sinks
     parts = [[lo, hi, offset] for (lo, hi), offset in zip(copies.parts, copies.offsets(), strict=True)]
+    parts = torch.tensor(parts, dtype=torch.int32).to(device)
     first_slots = buffer.slots[:: table.num_kept].contiguous()
-    tensors = (buffer.positions, slot_of, buffer.starts, first_slots, copies.slots(), torch.tensor(parts).int())
-    return _Plan(*(x.to(device) for x in tensors))
+    return _Plan(buffer.positions, slot_of, buffer.starts, first_slots, copies.slots(device), parts)
 
 
 class _Buffers(torch.autograd.Function):

@@ -40,7 +40,7 @@ def interval_attention(
     outputs, lses = [], []
     for rows in torch.arange(q.shape[2], device=q.device).split(QUERIES_AT_ONCE):
         ends = [(part.lo[rows], part.hi[rows]) for part in parts]
-        first, last = span(torch.cat([lo for lo, _ in ends]), torch.cat([hi for _, hi in ends]))
+        first, last = _span(torch.cat([lo for lo, _ in ends]), torch.cat([hi for _, hi in ends]))
         keys, values = (x[:, :, first:last].repeat_interleave(group, dim=1) for x in (k, v))
         key_index = torch.arange(first, last, device=q.device)
         visible = sum((key_index >= lo[:, None]) & (key_index < hi[:, None]) for lo, hi in ends).bool()
@@ -53,7 +53,7 @@ def interval_attention(
     return torch.cat(outputs, dim=2), torch.cat(lses, dim=2)
 
 
-def span(lo: torch.Tensor, hi: torch.Tensor) -> tuple[int, int]:
+def _span(lo: torch.Tensor, hi: torch.Tensor) -> tuple[int, int]:
     """The least interval that holds all non-empty ones, of one key at least."""
     full = hi > lo
     if not full.any():

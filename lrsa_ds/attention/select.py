@@ -4,7 +4,7 @@ Shapes: B batch, G KV heads, N tokens, D head dim, P partitions, L lag size, K k
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 
@@ -83,14 +83,15 @@ class BufferPlan:
 def buffer_plan(table: PartitionTable, size: int, device: torch.device) -> BufferPlan:
     """The plan of a kept buffer of `size` slots, `table.buffer_size` or more."""
     # Gaps name token after token: the backward pass adds their zeros, and would be slow to add all of them to one.
-    positions = torch.arange(size) % table.num_tokens
+    arange = partial(torch.arange, device=device)
+    positions = arange(size) % table.num_tokens
     starts, slots = [], []
     for document in table.kept_documents:
         first = document.buffer_lo + table.sink_size
-        positions[document.buffer_lo : first] = document.start + torch.arange(table.sink_size)
-        starts.append(document.start + table.sink_size + table.lag_size * torch.arange(document.num_partitions))
-        slots.append(first + torch.arange(document.num_partitions * table.num_kept))
-    return BufferPlan(positions.to(device), torch.cat(starts).to(device), torch.cat(slots).to(device))
+        positions[document.buffer_lo : first] = document.start + arange(table.sink_size)
+        starts.append(document.start + table.sink_size + table.lag_size * arange(document.num_partitions))
+        slots.append(first + arange(document.num_partitions * table.num_kept))
+    return BufferPlan(positions, torch.cat(starts), torch.cat(slots))
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ any other rank. The result is that of one rank. Shapes: H query heads, G KV head
 sequence, M keys beside the history, D head dim, P ranks.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
 import torch
@@ -23,7 +23,7 @@ from lrsa_ds.parallel.exchange import SequenceGroup, start, start_to_all
 from lrsa_ds.parallel.sequence import kept_of_shard
 from lrsa_ds.parallel.shard import order_of, pieces_of, slots_of
 from lrsa_ds.parallel.stretches import held, owners
-from lrsa_ds.partition import partition_table
+from lrsa_ds.partition import cut, intervals_of, partition_table
 
 
 def kept_attention(
@@ -109,15 +109,20 @@ def kept_layout(
     sinks = [local(p.token, p.token + p.size - 1) + torch.arange(p.size) for p in own_pieces if p.is_sink]
     starts = [local(p.token, p.token + 2 * config.lag_size - 1) for p in own_pieces if not p.is_sink]
     buffer_size = padded_buffer_size(table) if by_blocks else table.buffer_size
-    hist_lo, hist_hi, win_lo = (torch.cat([x[part] for part in mine]) for x in table.intervals())
-    history, copies = Intervals(hist_lo, hist_hi), Copies(((0, buffer_size),), buffer_size)
+    # Chunks of the rank's own queries, which count from 0 on; their windows begin at local positions.
+    chunks, first_keys = [], [local(part.start, part.start) for part in mine]
+    for number, (part, first_key) in enumerate(zip(mine, first_keys, strict=True)):
+        to_query, to_key = number * length - part.start, first_key - part.start
+        chunks += [
+            replace(c, q_lo=c.q_lo + to_query, q_hi=c.q_hi + to_query, win_lo=c.win_lo + to_key)
+            for c in cut(table.chunks, part.start, part.stop)
+        ]
+    copies = Copies(((0, buffer_size),), buffer_size)
     if by_blocks:
-        history, copies = copy_history(history, length * len(mine))
-    tokens = torch.arange(table.num_tokens, dtype=torch.int32)
-    shifts = [local(part.start, part.start) - part.start + copies.size for part in mine]
-    own = torch.cat([tokens[part] + shift for part, shift in zip(mine, shifts, strict=True)])
-    shift = torch.tensor(shifts, dtype=torch.int32).repeat_interleave(length)
-    window = Intervals((win_lo + shift).to(device), (own + 1).to(device))
+        chunks, copies = copy_history(chunks, length * len(mine))
+    hist_lo, hist_hi, win_lo = intervals_of(chunks, device)
+    own = torch.cat([torch.arange(key, key + length, dtype=torch.int32, device=device) for key in first_keys])
+    window = Intervals(win_lo + copies.size, own + 1 + copies.size)
     return KeptLayout(
         halo_size=halo,
         halo_from=tuple(holders[i - 1] if i else None for i in numbers),
@@ -128,7 +133,7 @@ def kept_layout(
         num_sent=tuple(sum(p.size for p in pieces if p.owner == rank) for rank in range(size)),
         buffer_slots=slots_of(pieces, size, buffer_size).to(device),
         copies=copies,
-        intervals=Intervals(history.lo.to(device), history.hi.to(device), window),
+        intervals=Intervals(hist_lo, hist_hi, window),
     )
 
 

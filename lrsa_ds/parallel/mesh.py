@@ -125,9 +125,20 @@ def start_mesh(sp_size: int = 1, timeout: timedelta | None = None, exchange: str
     else:
         # DeepSpeed would compile a shared-memory collective, for most of a minute, and leave its segments behind.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _share_cores()
     patience = {} if timeout is None else {"timeout": timeout}
     deepspeed.init_distributed(dist_backend="nccl" if use_cuda else "gloo", verbose=False, **patience)
     return Mesh(dist.get_rank(), dist.get_world_size(), local_rank(), device, _sequence_group(sp_size, exchange))
+
+
+def _share_cores() -> None:
+    """Each rank of a machine takes its share of the cores, unless the environment says how many threads there are.
+
+    With as many threads as cores in every rank, each operation on the CPU would wait for threads of the other ranks.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        ranks_here = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        torch.set_num_threads(max(1, torch.get_num_threads() // ranks_here))
 
 
 def _sequence_group(size: int, exchange: str) -> SequenceGroup | None:

@@ -9,13 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
 
 from lrsa_ds.attention.blocks import BLOCK, Copies, copy_history, padded_buffer_size
 from lrsa_ds.attention.interval import Intervals
 from lrsa_ds.config import LRSAConfig, require
 from lrsa_ds.parallel.stretches import num_stretches
-from lrsa_ds.partition import PartitionTable, partition_table
+from lrsa_ds.partition import PartitionTable, cut, intervals_of, partition_table
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,23 +62,24 @@ def shard_layout(
         halo_max = min(shard, -(-halo_max // BLOCK) * BLOCK)
     lo = index * shard
     halo = min(lo, halo_max)
-    hist_lo, hist_hi, win_lo = table.intervals()
-    own = torch.arange(lo, lo + shard, dtype=torch.int32)
     first_local = lo - halo
     pieces = pieces_of(table, lambda token: token // shard)
     mine = [p for p in pieces if p.owner == index]
     sinks = [torch.arange(p.token, p.token + p.size) for p in mine if p.is_sink]
     starts = [p.token for p in mine if not p.is_sink]
     buffer_size = padded_buffer_size(table) if by_blocks else table.buffer_size
-    history, copies = Intervals(hist_lo, hist_hi), Copies(((0, buffer_size),), buffer_size)
+    chunks, copies = table.chunks, Copies(((0, buffer_size),), buffer_size)
     if by_blocks:
-        history, copies = copy_history(history, table.num_tokens)
+        chunks, copies = copy_history(chunks, table.num_tokens)
+    hist_lo, hist_hi, _ = intervals_of(chunks, device)
+    _, _, win_lo = intervals_of(cut(table.chunks, lo, lo + shard), device)
+    own = torch.arange(halo, halo + shard, dtype=torch.int32, device=device)
     return ShardLayout(
         shard_size=shard,
         halo_size=halo,
         sent_halo_size=min(lo + shard, halo_max) if index + 1 < size else 0,
-        window=Intervals((win_lo[lo : lo + shard] - first_local).to(device), (own + 1 - first_local).to(device)),
-        history=Intervals(history.lo.to(device), history.hi.to(device)),
+        window=Intervals(win_lo - first_local, own + 1),
+        history=Intervals(hist_lo, hist_hi),
         sink_positions=(torch.cat([*sinks, torch.empty(0, dtype=torch.int64)]) - first_local).to(device),
         starts=(torch.tensor(starts, dtype=torch.int64) - first_local).to(device),
         order=order_of(mine).to(device),
@@ -135,9 +137,9 @@ def slots_of(pieces: list[Piece], size: int, buffer_size: int) -> torch.Tensor:
     """
     counts = [sum(p.size for p in pieces if p.owner == rank) for rank in range(size)]
     places = [sum(counts[:rank]) for rank in range(size)]
-    slots = torch.arange(buffer_size) % max(1, sum(counts))
+    slots = np.arange(buffer_size) % max(1, sum(counts))
     for piece in pieces:
         place = places[piece.owner]
-        slots[piece.slot : piece.slot + piece.size] = torch.arange(place, place + piece.size)
+        slots[piece.slot : piece.slot + piece.size] = np.arange(place, place + piece.size)
         places[piece.owner] += piece.size
-    return slots
+    return torch.from_numpy(slots)

@@ -166,7 +166,7 @@ def test_no_query_reads_a_copy_that_is_not_its_own(queries_a_copy):
     lengths, config = (1000, 3000, 96), LRSAConfig(sink_size=16, lag_size=128, retention=0.25)
     layout = buffered_layout(lengths, config, torch.device("cpu"))
     wanted, _, _ = layout.table.intervals()
-    slots, offsets = layout.copies.slots(), layout.copies.offsets()
+    slots, offsets = layout.copies.slots(torch.device("cpu")), layout.copies.offsets()
     assert len(slots) == layout.copies.size and len(offsets) == {1: 8, 128: 8, 256: 8}.get(queries_a_copy, 1)
     seen = [(lo, hi) for lo, hi in zip(layout.intervals.lo.tolist(), layout.intervals.hi.tolist(), strict=True)]
     for query in range(0, sum(lengths), 37):
