@@ -1,5 +1,6 @@
 """Which kernel computes interval attention, by device and settings."""
 
+import os
 import warnings
 from functools import lru_cache
 
@@ -38,4 +39,5 @@ def choose_backend(config: LRSAConfig, device: torch.device, dtype: torch.dtype,
 
 @lru_cache(maxsize=8)
 def _say_once(sentence: str) -> None:
-    warnings.warn(sentence, stacklevel=2)
+    if os.environ.get("RANK", "0") == "0":  # the others of a run have the same to say
+        warnings.warn(sentence, stacklevel=2)

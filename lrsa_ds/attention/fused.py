@@ -8,6 +8,8 @@ import importlib.util
 
 import torch
 
+# Elements that a program holds at once: on an H100, 32,768 took 0.77 of the time of 8,192.
+TILE = 32768
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 if HAS_TRITON:
@@ -16,14 +18,22 @@ if HAS_TRITON:
 
     @triton.jit
     def _deviation_kernel(
-        x, stride_b, stride_g, stride_n, starts, out, num_heads, num_partitions,
+        k, v, k_b, k_g, k_n, v_b, v_g, v_n, starts, out, num_heads, num_partitions,
         lag: tl.constexpr, dim: tl.constexpr, TOKENS: tl.constexpr, DIM: tl.constexpr,
     ):  # fmt: skip
-        """Deviation of each token of a partition over its channels, normalised by the lag reference: [B * G, P, L]."""
-        head, partition = tl.program_id(0).to(tl.int64), tl.program_id(1)
+        """Deviation of each token of a partition over its channels, normalised by the lag reference: [2, B * G, P, L].
+
+        Keys first, then values.
+        """
+        head, partition, which = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
         tokens, channels = tl.arange(0, TOKENS), tl.arange(0, DIM)
         is_channel = channels < dim
-        base = x + (head // num_heads) * stride_b + (head % num_heads) * stride_g + channels[None, :]
+        base = k + (head // num_heads) * k_b + (head % num_heads) * k_g
+        stride_n = k_n
+        if which == 1:
+            base = v + (head // num_heads) * v_b + (head % num_heads) * v_g
+            stride_n = v_n
+        base += channels[None, :]
         start = tl.load(starts + partition)
         low, high = tl.full([DIM], float("inf"), tl.float32), tl.full([DIM], float("-inf"), tl.float32)
         for first in range(0, lag, TOKENS):
@@ -41,7 +51,7 @@ if HAS_TRITON:
             deviation = tl.sqrt(tl.sum(centred * centred, axis=1) / (dim - 1))
             # What overflows stands out most of all.
             deviation = tl.where(deviation < 3.4028234663852886e38, deviation, 3.4028234663852886e38)
-            row = (head * num_partitions + partition) * lag
+            row = ((which * tl.num_programs(0) + head) * num_partitions + partition) * lag
             tl.store(out + row + first + tokens, deviation, mask=first + tokens < lag)
 
     @triton.jit
@@ -83,7 +93,7 @@ if HAS_TRITON:
 def fused_select_partitions(
     k: torch.Tensor, v: torch.Tensor, starts_P: torch.Tensor, lag: int, num_kept: int
 ) -> torch.Tensor:
-    """The same function as `select_partitions`, on a GPU: int64 [B, G, P, K]."""
+    """The same function as `select_partitions`, on a GPU, for keys and values of one D: int64 [B, G, P, K]."""
     num_partitions = len(starts_P)
     kept = torch.empty(*k.shape[:2], num_partitions, num_kept, dtype=torch.int64, device=k.device)
     slots = num_kept * torch.arange(num_partitions, device=k.device)
@@ -111,14 +121,14 @@ def fused_select_into(
     num_partitions = len(starts_P)
     num_rows = batch * heads * num_partitions
     deviations = torch.empty(2, num_rows, lag, dtype=torch.float32, device=k.device)
-    for x, out in zip((k, v), deviations, strict=True):
-        x = x if x.stride(-1) == 1 else x.contiguous()
-        width = triton.next_power_of_2(x.shape[3])
-        tile = max(16, min(triton.next_power_of_2(lag), 8192 // width))
-        sizes = (heads, num_partitions, lag, x.shape[3])
-        _deviation_kernel[batch * heads, num_partitions](
-            x, *x.stride()[:3], starts_P, out, *sizes, TOKENS=tile, DIM=width, num_warps=4
-        )
+    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
+    dim = k.shape[3]
+    width = triton.next_power_of_2(dim)
+    tile = max(16, min(triton.next_power_of_2(lag), TILE // width))
+    strides, sizes = (*k.stride()[:3], *v.stride()[:3]), (heads, num_partitions, lag, dim)
+    _deviation_kernel[batch * heads, num_partitions, 2](
+        k, v, *strides, starts_P, deviations, *sizes, TOKENS=tile, DIM=width, num_warps=4
+    )
     _keep_kernel[(num_rows,)](
         deviations,
         num_rows * lag,

@@ -54,7 +54,7 @@ def fast_select_partitions(
     k: torch.Tensor, v: torch.Tensor, starts_P: torch.Tensor, lag: int, num_kept: int, first: int | None = None
 ) -> torch.Tensor:
     """`select_partitions`, in fused kernels where the tensors are on a GPU."""
-    if k.is_cuda and HAS_TRITON and len(starts_P):
+    if k.is_cuda and HAS_TRITON and k.shape == v.shape and len(starts_P):
         return fused_select_partitions(k, v, starts_P, lag, num_kept)
     return select_partitions(k, v, starts_P, lag, num_kept, first)
 
