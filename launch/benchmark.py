@@ -3,10 +3,11 @@
     python launch/benchmark.py attention --num-tokens 32768 131072 --retention 0.25 0.125      # needs a GPU
     python launch/benchmark.py generation --num-tokens 32768 131072 --retention 0.25 0.125
 
-`attention`: forward, and forward with backward, against torch's dense kernels and flash-attn-4 where it is installed;
-selection and gather are part of LRSA's times. `generation`: prefilling, decoding and the memory of the cache, against
-the dense cache of transformers. Decoding with several caches takes turns, token by token; `gpu_ms` is the time that the
-GPU works for a token, which is less than what passes where the host cannot keep it busy.
+`attention`: forward, and forward with backward, against torch's dense kernels, and flash-attn-4 and
+native-sparse-attention-pytorch (NSA) where they are installed. Selection and gather are part of LRSA's times, the
+choice of blocks is not part of NSA's. `generation`: prefilling, decoding and the memory of the cache, against the dense
+cache of transformers. Decoding with several caches takes turns, token by token; `gpu_ms` is the time that the GPU works
+for a token, which is less than what passes where the host cannot keep it busy.
 Every row has the median, 20th and 80th percentile of the repetitions. Absolute times say little without the dense rows
 beside them: compare within one run.
 """
@@ -25,15 +26,14 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
-from torch.nn.functional import scaled_dot_product_attention  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache  # noqa: E402
 
+from launch.attention_methods import dense_methods, has_nsa, nsa  # noqa: E402
 from lrsa_ds import LagKVCache, LRSAConfig, apply_lrsa, lrsa_attention, prefill  # noqa: E402
 from lrsa_ds.attention.buffered import buffered_layout, select_and_gather  # noqa: E402
 from lrsa_ds.attention.fa4 import why_not_fa4  # noqa: E402
+from lrsa_ds.partition import partition_table  # noqa: E402
 
-DENSE = {"dense cuDNN": SDPBackend.CUDNN_ATTENTION, "dense flash": SDPBackend.FLASH_ATTENTION}
 # Shapes of models whose weights do not matter: (hidden, intermediate, layers, query heads, KV heads).
 SHAPES = {"tiny": (64, 128, 2, 4, 2), "1.5b": (1536, 8960, 28, 12, 2), "8b": (4096, 14336, 32, 32, 8)}
 DECODED_TOKENS = 64
@@ -47,6 +47,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sink-size", type=int, default=16)
     parser.add_argument("--lag-size", type=int, default=1024)
     parser.add_argument("--heads", type=int, nargs=3, default=[32, 8, 128], metavar=("QUERY", "KV", "DIM"))
+    parser.add_argument("--methods", nargs="+", default=[], help="of attention: the names to time; default: all")
     parser.add_argument("--chunks-at-once", type=int, default=8, help="of prefilling")
     parser.add_argument("--model", choices=SHAPES, default="1.5b", help="of generation; random weights")
     parser.add_argument("--repetitions", type=int, default=10)
@@ -103,22 +104,21 @@ def measure(function: Callable[[], object], repetitions: int, device: torch.devi
     return percentiles(times) | {"peak_gb": peak, "first_call_s": first / 1e3}
 
 
-def dense(backend: SDPBackend) -> Callable:
-    def attend(q, k, v):
-        with sdpa_kernel(backend):
-            return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-
-    return attend
-
-
-def dense_fa4(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    from flash_attn.cute import flash_attn_func
-
-    return flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), causal=True)[0].transpose(1, 2)
-
-
 def settings_of(options: argparse.Namespace, retention: float) -> LRSAConfig:
     return LRSAConfig(sink_size=options.sink_size, lag_size=options.lag_size, retention=retention)
+
+
+def attention_methods(options: argparse.Namespace, num_tokens: int, device: torch.device) -> list[tuple]:
+    """Name, settings of LRSA if it is LRSA, and function of all that is timed."""
+    dim, has_fa4 = options.heads[2], why_not_fa4(device, torch.bfloat16, options.heads[2]) is None
+    methods = [(name, None, attend) for name, attend in dense_methods(device, torch.bfloat16, dim).items()]
+    for config in (settings_of(options, retention) for retention in options.retention):
+        for backend in ("flex", "fa4") if has_fa4 else ("flex",):
+            chosen = replace(config, backend=backend)
+            methods.append((f"LRSA {backend}", chosen, lambda q, k, v, c=chosen: lrsa_attention(q, k, v, c)))
+        if has_nsa():
+            methods.append(("NSA", config, nsa(partition_table((num_tokens,), config))))
+    return [method for method in methods if not options.methods or method[0] in options.methods]
 
 
 def attention_rows(options: argparse.Namespace, num_tokens: int, device: torch.device, add: Callable) -> None:
@@ -129,14 +129,7 @@ def attention_rows(options: argparse.Namespace, num_tokens: int, device: torch.d
         for heads in (num_heads, num_kv_heads, num_kv_heads, num_heads)
     )
     inputs = [x.requires_grad_() for x in (q, k, v)]
-    has_fa4 = why_not_fa4(device, q.dtype, dim) is None
-    methods = [(name, None, dense(backend)) for name, backend in DENSE.items()]
-    methods += [("dense fa4", None, dense_fa4)] if has_fa4 else []
-    for config in (settings_of(options, retention) for retention in options.retention):
-        for backend in ("flex", "fa4") if has_fa4 else ("flex",):
-            chosen = replace(config, backend=backend)
-            methods.append((f"LRSA {backend}", chosen, lambda q, k, v, c=chosen: lrsa_attention(q, k, v, c)))
-    for name, config, attend in methods:
+    for name, config, attend in attention_methods(options, num_tokens, device):
         with torch.no_grad():
             forward = measure(lambda attend=attend: attend(*inputs), options.repetitions, device)
         add(name, config, "forward", forward)

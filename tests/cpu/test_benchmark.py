@@ -1,0 +1,62 @@
+"""What the benchmarks count and draw, and the one that runs without a GPU."""
+
+import csv
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from launch.attention_methods import NSA_BLOCK, _blocks, blocks_a_query, visible_pairs
+from lrsa_ds import LRSAConfig
+from lrsa_ds.partition import partition_table
+from tests.helpers import ROOT
+
+CONFIG = LRSAConfig(sink_size=16, lag_size=1024, retention=0.125)
+
+
+def test_pairs_are_those_of_the_chunks():
+    table = partition_table((3000, 5, 9000), CONFIG)
+    counted = sum(c.hist_hi - c.hist_lo + query + 1 - c.win_lo for c in table.chunks for query in range(c.q_lo, c.q_hi))
+    assert visible_pairs(table) == counted
+
+
+@pytest.mark.parametrize("num_tokens", [4096, 16384])
+def test_blocks_of_native_sparse_attention_make_as_many_pairs(num_tokens):
+    table = partition_table((num_tokens,), CONFIG)
+    blocks, mask = _blocks(table, 2, torch.device("cpu"))
+    assert blocks.shape == mask.shape == (1, 2, num_tokens, blocks_a_query(table))
+    before = torch.arange(num_tokens)[:, None] // NSA_BLOCK
+    assert (blocks[mask] < before.expand(blocks.shape)[mask]).all()
+    assert mask[0, 0].sum() * NSA_BLOCK == pytest.approx(visible_pairs(table), rel=0.05)
+
+
+def test_picture_of_times(tmp_path):
+    names = ["device", "heads", "sink_size", "lag_size", "num_tokens", "method", "num_kept", "what", "ms_p50"]
+    with (tmp_path / "attention.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(names)
+        for method, kept, factor in (("dense cuDNN", "", 8), ("LRSA flex", 128, 2)):
+            for num_tokens in (8192, 32768):
+                row = ["a GPU", "[32, 8, 128]", 16, 1024, num_tokens, method, kept, "forward+backward", factor]
+                writer.writerow(row)
+    picture = tmp_path / "attention.png"
+    command = [sys.executable, "benchmarks/plot.py", str(tmp_path / "attention.csv"), str(picture)]
+    subprocess.run(command, cwd=ROOT, check=True)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_generation_is_timed(tmp_path):
+    command = [sys.executable, "launch/benchmark.py", "generation", "--model", "tiny", "--lag-size", "64"]
+    command += ["--num-tokens", "1024", "--retention", "0.125", "--csv", str(tmp_path / "rows.csv")]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    with (tmp_path / "rows.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["method"], row["what"]) for row in rows] == [
+        ("dense", "prefill"),
+        ("LRSA", "prefill"),
+        ("dense", "decode one token"),
+        ("LRSA", "decode one token"),
+    ]
+    dense, compressed = (float(row["cache_gb"]) for row in rows[2:])
+    assert compressed < dense / 3
