@@ -14,9 +14,9 @@ from lrsa_ds.data.tokenizer import load_tokenizer
 from lrsa_ds.metrics import check_wandb
 from lrsa_ds.model import check_supported, empty_model
 from lrsa_ds.output import check_output
+from lrsa_ds.parallel.heads import check_heads
 from lrsa_ds.parallel.mesh import check_world
-from lrsa_ds.parallel.sequence import check_heads
-from lrsa_ds.parallel.shard import check_shards
+from lrsa_ds.parallel.stretches import check_stretches
 from lrsa_ds.parallel.ulysses import check_dense_heads
 
 
@@ -90,4 +90,4 @@ def _check_parallel(config: TrainConfig, structure: torch.nn.Module) -> None:
         if settings.is_dense:
             check_dense_heads(architecture.num_key_value_heads, size)
         else:
-            check_shards(row, size, settings, "seq_len * optim.micro_batch", exchange)
+            check_stretches(row, size, settings, "seq_len * optim.micro_batch", exchange)

@@ -7,8 +7,8 @@ import torch
 from lrsa_ds.attention import AttentionFunction, lrsa_attention
 from lrsa_ds.config import LRSAConfig
 from lrsa_ds.parallel.exchange import SequenceGroup
+from lrsa_ds.parallel.heads import heads_attention
 from lrsa_ds.parallel.kept import kept_attention
-from lrsa_ds.parallel.sequence import sequence_parallel_attention
 from lrsa_ds.parallel.ulysses import ulysses_attention
 
 
@@ -29,7 +29,7 @@ def _shared(
     document_lengths: tuple[int, ...],
     scale: float | None = None,
 ) -> torch.Tensor:
-    sparse = kept_attention if group.exchange == "kept" else sequence_parallel_attention
+    sparse = kept_attention if group.exchange == "kept" else heads_attention
     attend = ulysses_attention if config.is_dense else sparse
     output = attend(q, k, v, config, document_lengths, group, scale)
     group.traffic.count_ulysses(q, k, output, group.size, is_real=config.is_dense)

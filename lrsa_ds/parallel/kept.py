@@ -20,8 +20,7 @@ from lrsa_ds.attention.blocks import BLOCK, Copies, copy_history, padded_buffer_
 from lrsa_ds.attention.interval import Intervals
 from lrsa_ds.config import LRSAConfig
 from lrsa_ds.parallel.exchange import SequenceGroup, start, start_to_all
-from lrsa_ds.parallel.sequence import kept_of_shard
-from lrsa_ds.parallel.shard import order_of, pieces_of, slots_of
+from lrsa_ds.parallel.pieces import OwnPieces, own_pieces, pieces_of, select_pieces, slots_of
 from lrsa_ds.parallel.stretches import held, owners
 from lrsa_ds.partition import cut, intervals_of, partition_table
 
@@ -49,7 +48,7 @@ def kept_attention(
     layout = kept_layout(tuple(document_lengths), config, group.size, group.index, by_blocks, q.device)
     k, v = with_halos(k, v, layout, group)
     if any(layout.num_sent):  # else every document is short: the window is all there is
-        both = torch.stack([x[0] for x in kept_of_shard(k, v, layout, config, by_blocks)])
+        both = torch.stack([x[0] for x in select_pieces(k, v, layout.own, config, by_blocks)])
         shapes = [(2, k.shape[1], count, k.shape[3]) for count in layout.num_sent]
         kept = torch.cat(start_to_all(group, "kept", both, shapes).finish(), dim=2)
         history = layout.copies.of(kept.index_select(2, layout.buffer_slots))
@@ -83,9 +82,7 @@ class KeptLayout:
     halo_size: int
     halo_from: tuple[int | None, ...]  # for each stretch, the rank that holds the one before it
     halo_to: tuple[int | None, ...]  # for each stretch, the rank that holds the next one
-    sink_positions: torch.Tensor  # local
-    starts: torch.Tensor  # local, first token of each partition that this rank selects
-    order: torch.Tensor  # from [sinks | kept KV] of this rank to the order of the kept buffer
+    own: OwnPieces
     num_sent: tuple[int, ...]  # slots that each rank contributes
     buffer_slots: torch.Tensor  # for each slot of the kept buffer, its place in the ranks' contributions
     copies: Copies
@@ -105,9 +102,6 @@ def kept_layout(
     numbers = [part.start // length for part in mine]
     local = partial(_local_position, stretches=mine, halo=halo)
     pieces = pieces_of(table, lambda token: holders[token // length])
-    own_pieces = [p for p in pieces if p.owner == index]
-    sinks = [local(p.token, p.token + p.size - 1) + torch.arange(p.size) for p in own_pieces if p.is_sink]
-    starts = [local(p.token, p.token + 2 * config.lag_size - 1) for p in own_pieces if not p.is_sink]
     buffer_size = padded_buffer_size(table) if by_blocks else table.buffer_size
     # Chunks of the rank's own queries, which count from 0 on; their windows begin at local positions.
     chunks, first_keys = [], [local(part.start, part.start) for part in mine]
@@ -127,9 +121,7 @@ def kept_layout(
         halo_size=halo,
         halo_from=tuple(holders[i - 1] if i else None for i in numbers),
         halo_to=tuple(holders[i + 1] if i + 1 < len(holders) else None for i in numbers),
-        sink_positions=torch.cat([*sinks, torch.empty(0, dtype=torch.int64)]).to(device),
-        starts=torch.tensor(starts, dtype=torch.int64).to(device),
-        order=order_of(own_pieces).to(device),
+        own=own_pieces(pieces, index, local, config, device),
         num_sent=tuple(sum(p.size for p in pieces if p.owner == rank) for rank in range(size)),
         buffer_slots=slots_of(pieces, size, buffer_size).to(device),
         copies=copies,

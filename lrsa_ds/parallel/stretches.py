@@ -8,6 +8,8 @@ from functools import lru_cache
 
 import torch
 
+from lrsa_ds.config import LRSAConfig, require
+
 
 def num_stretches(exchange: str) -> int:
     """Stretches that one rank holds."""
@@ -33,3 +35,17 @@ def token_order(num_tokens: int, size: int, exchange: str, device: torch.device)
     tokens = torch.arange(num_tokens)
     order = torch.cat([tokens[part] for rank in range(size) for part in held(num_tokens, size, rank, exchange)])
     return order.to(device), order.argsort().to(device)
+
+
+def check_stretches(num_tokens: int, size: int, config: LRSAConfig, key: str, exchange: str) -> None:
+    """Raises LRSAError unless `num_tokens` tokens shared by `size` ranks leave each stretch long enough for a halo."""
+    halo = config.sink_size + 2 * config.lag_size
+    each = num_stretches(exchange)
+    length = -(-num_tokens // (size * each))
+    most = max(1, num_tokens // (halo * each))
+    require(
+        size == 1 or length >= halo,
+        f"parallel.sp_size={size} with parallel.exchange={exchange} cuts {key} = {num_tokens:,} tokens into stretches "
+        f"of {length:,}, and LRSA needs at least sink_size + 2 * lag_size = {halo:,}: give at most {most}, or longer "
+        "sequences.",
+    )

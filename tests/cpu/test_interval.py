@@ -8,8 +8,9 @@ from lrsa_ds.attention.blocks import BLOCK
 from lrsa_ds.attention.flex import flex_interval_attention
 from lrsa_ds.attention.interval import Intervals, interval_attention, merge
 from lrsa_ds.errors import LRSAError
-from lrsa_ds.parallel.sequence import check_heads
-from lrsa_ds.parallel.shard import check_shards, shard_layout
+from lrsa_ds.parallel.heads import check_heads
+from lrsa_ds.parallel.shard import shard_layout
+from lrsa_ds.parallel.stretches import check_stretches
 from lrsa_ds.parallel.ulysses import check_dense_heads
 from lrsa_ds.partition import partition_table
 from tests.helpers import assert_close
@@ -102,11 +103,12 @@ def test_every_slot_of_the_kept_buffer_comes_from_one_rank(lengths, by_blocks):
     layouts = [shard_layout(lengths, config, size, rank, by_blocks, torch.device("cpu")) for rank in range(size)]
     shared = layouts[0]
     for rank, layout in enumerate(layouts):
+        own = layout.own
         assert torch.equal(layout.buffer_slots, shared.buffer_slots) and layout.num_sent == shared.num_sent
-        assert len(layout.order) == shared.num_sent[rank] == len(layout.sink_positions) + 4 * len(layout.starts)
+        assert len(own.order) == shared.num_sent[rank] == len(own.sink_positions) + 4 * len(own.starts)
         # All that a rank selects from, and all that its windows see, is in its halo and shard.
-        assert (layout.starts >= 0).all() and (layout.starts + 16 <= layout.halo_size + layout.shard_size).all()
-        assert (layout.sink_positions >= 0).all() and (layout.window.lo >= 0).all()
+        assert (own.starts >= 0).all() and (own.starts + 16 <= layout.halo_size + layout.shard_size).all()
+        assert (own.sink_positions >= 0).all() and (layout.window.lo >= 0).all()
     table = partition_table(lengths, config, align=BLOCK if by_blocks else 1)
     sizes = [(d.buffer_lo, d.buffer_lo + 3 + 4 * d.num_partitions) for d in table.kept_documents]
     used = torch.cat([shared.buffer_slots[lo:hi] for lo, hi in sizes])
@@ -126,12 +128,12 @@ def test_another_layout_takes_one_of_few_buffer_sizes():
 
 def test_what_cannot_be_shared():
     config = LRSAConfig(sink_size=16, lag_size=64, retention=0.25)
-    check_shards(1024, 7, config, "seq_len", "heads")
-    check_shards(1024, 3, config, "seq_len", "kept")
+    check_stretches(1024, 7, config, "seq_len", "heads")
+    check_stretches(1024, 3, config, "seq_len", "kept")
     with pytest.raises(LRSAError, match=r"parallel.sp_size=8 .*heads cuts seq_len = 1,024 .* = 144: give at most 7"):
-        check_shards(1024, 8, config, "seq_len", "heads")
+        check_stretches(1024, 8, config, "seq_len", "heads")
     with pytest.raises(LRSAError, match=r"parallel.sp_size=4 .*kept cuts .* into stretches of 128, .* at most 3"):
-        check_shards(1024, 4, config, "seq_len", "kept")
+        check_stretches(1024, 4, config, "seq_len", "kept")
     with pytest.raises(LRSAError, match=r"parallel.sp_size=4 does not divide the 6 query heads .* 1, 2, 3, 6"):
         check_heads(6, 4)
     check_dense_heads(2, 4)

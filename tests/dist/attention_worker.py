@@ -13,7 +13,7 @@ from lrsa_ds import LRSAConfig
 from lrsa_ds.attention import blocks
 from lrsa_ds.attention.chunked import chunked_attention
 from lrsa_ds.attention.interval import interval_attention
-from lrsa_ds.parallel import kept, sequence
+from lrsa_ds.parallel import heads, kept
 from lrsa_ds.parallel.attention import attention_function
 from lrsa_ds.parallel.mesh import start_mesh, stop_mesh
 from lrsa_ds.parallel.stretches import num_stretches
@@ -42,7 +42,7 @@ def main():
     options = parser.parse_args()
     if options.by_blocks:
         # The readable kernel in the place of FlexAttention, which has no backward pass on the CPU.
-        for module in (sequence, kept):
+        for module in (heads, kept):
             module.choose_backend, module.KERNELS = lambda *_: "flex", {"flex": interval_attention}
         blocks.QUERIES_A_COPY = 1
     mesh = start_mesh(options.sp_size, exchange=options.exchange)
@@ -50,9 +50,9 @@ def main():
     torch.manual_seed(options.sp_size)  # the same sequence on every rank
     draw, results = random.Random(options.sp_size), []
     for _ in range(options.cases):
-        config, lengths, heads, kv_heads = random_case(draw, options.sp_size, options.exchange)
+        config, lengths, num_heads, num_kv_heads = random_case(draw, options.sp_size, options.exchange)
         num_tokens, dim = sum(lengths), 8
-        q, k, v, upstream = (torch.randn(1, h, num_tokens, dim).double() for h in (heads, kv_heads, kv_heads, heads))
+        q, k, v, upstream = (torch.randn(1, h, num_tokens, dim).double() for h in (num_heads, num_kv_heads, num_kv_heads, num_heads))
         shard = torch.cat([torch.arange(num_tokens)[part] for part in mesh.held(num_tokens)])
         parts = [x[:, :, shard].clone().requires_grad_() for x in (q, k, v)]
         output = attend(*parts, config, tuple(lengths), 0.3)
@@ -63,7 +63,7 @@ def main():
         pairs = zip((output, *gradients), (expected, *wanted), strict=True)
         # Of the whole sequence: one rank's few gradients may all be small.
         errors = [(a - e[:, :, shard]).norm().item() / e.norm().item() for a, e in pairs]
-        case = f"{lengths} S={config.sink_size} L={config.lag_size} K={config.num_kept} heads {heads}/{kv_heads}"
+        case = f"{lengths} S={config.sink_size} L={config.lag_size} K={config.num_kept} heads {num_heads}/{num_kv_heads}"
         results.append((case, max(mesh.max(errors))))
     if mesh.is_main:
         print(json.dumps(results))

@@ -21,7 +21,7 @@ from lrsa_ds.data.packing import IGNORE, Example, collate, pack
 from lrsa_ds.data.stream import StepData
 from lrsa_ds.loss import TargetLoss
 from lrsa_ds.model import enable_checkpointing, layer_classes
-from lrsa_ds.parallel import exchange, kept, sequence
+from lrsa_ds.parallel import exchange, heads, kept
 from lrsa_ds.parallel.mesh import rank, start_mesh, stop_mesh
 from lrsa_ds.parallel.zero import make_engine
 from lrsa_ds.selftest import keep_gradients
@@ -94,11 +94,11 @@ def without_halo():
         return whole(group, cargo, [part * 0 for part in parts] if cargo == "halo" else parts, shapes)
 
     whole = exchange.start
-    sequence.start = kept.start = receive_zeros
+    heads.start = kept.start = receive_zeros
     try:
         yield
     finally:
-        sequence.start = kept.start = whole
+        heads.start = kept.start = whole
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

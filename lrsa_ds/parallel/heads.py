@@ -16,9 +16,9 @@ import torch
 
 from lrsa_ds.attention.backends import KERNELS, choose_backend
 from lrsa_ds.attention.interval import merge
-from lrsa_ds.attention.select import fast_select_partitions, gather_kept, select_partitions
 from lrsa_ds.config import LRSAConfig, require
 from lrsa_ds.parallel.exchange import Exchange, SequenceGroup, start, start_even
+from lrsa_ds.parallel.pieces import select_pieces
 from lrsa_ds.parallel.shard import ShardLayout, shard_layout
 
 
@@ -32,7 +32,7 @@ def check_heads(num_heads: int, size: int) -> None:
     )
 
 
-def sequence_parallel_attention(
+def heads_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -59,7 +59,7 @@ def sequence_parallel_attention(
     if not any(layout.num_sent):  # every document is short: the window is all there is
         return attend(q, k, v, layout.window, scale)[0]
     queries = heads.send_queries(q)
-    kept = heads.send_kept(*kept_of_shard(k, v, layout, config, by_blocks), layout)
+    kept = heads.send_kept(*select_pieces(k, v, layout.own, config, by_blocks), layout)
     window = attend(q, k, v, layout.window, scale)
     history = attend(heads.receive_queries(queries), *heads.receive_kept(kept, layout), layout.history, scale)
     return heads.merge(window, heads.return_outputs(*history), q.dtype)
@@ -86,21 +86,9 @@ def exchange_halo(
     return received[group.index - 1][0][None], received[group.index - 1][1][None]
 
 
-def kept_of_shard(
-    k: torch.Tensor, v: torch.Tensor, layout: ShardLayout, config: LRSAConfig, fast: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """This rank's part of the kept buffer, in its order: keys and values [1, G, slots, D] from [halo | shard]."""
-    select = fast_select_partitions if fast else select_partitions
-    kept = select(k, v, layout.starts, config.lag_size, config.num_kept).flatten(2)
-    sinks = layout.sink_positions.expand(*k.shape[:2], -1)
-    positions = torch.cat([sinks, kept], dim=2)[:, :, layout.order]
-    return gather_kept(k, positions), gather_kept(v, positions)
-
-
 class HeadGroups:
     """The exchange between sequence shards (all heads) and head groups (all tokens): H / P query heads on each rank.
 
-    Another exchange has the same six methods: send and receive the queries and the kept KV, and return the outputs.
     What travels is ordered token by token, the heads of a token beside each other: so a rank's parts lie one after the
     other, as models and flash-attn-4 have them too, and most copies are spared.
     """

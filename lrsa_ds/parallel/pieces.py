@@ -1,0 +1,105 @@
+"""The kept buffer in pieces: which rank selects and sends which, and where they go.
+
+A piece is a sink, or the kept KV of a partition. It belongs to the rank that holds the last token of all that its
+selection looks at: the end of the sink, or of the partition's lag reference. What stands before is in that rank's halo.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from lrsa_ds.attention.select import fast_select_partitions, gather_kept, select_partitions
+from lrsa_ds.config import LRSAConfig
+from lrsa_ds.partition import PartitionTable
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A sink or the kept KV of a partition: the tokens it comes from, its slots, and the rank it belongs to."""
+
+    is_sink: bool
+    token: int  # the first
+    slot: int
+    size: int
+    owner: int
+
+
+def pieces_of(table: PartitionTable, owner_of: Callable[[int], int]) -> list[Piece]:
+    """All pieces of the kept buffer, in its order; the owner is the rank that holds a piece's last token of all."""
+    sink, lag = table.sink_size, table.lag_size
+    pieces = []
+    for document in table.kept_documents:
+        if sink:
+            last = document.start + sink - 1
+            pieces.append(Piece(True, document.start, document.buffer_lo, sink, owner_of(last)))
+        for p in range(document.num_partitions):
+            token = document.start + sink + p * lag
+            slot = document.buffer_lo + sink + p * table.num_kept
+            pieces.append(Piece(False, token, slot, table.num_kept, owner_of(token + 2 * lag - 1)))
+    return pieces
+
+
+def order_of(pieces: list[Piece]) -> torch.Tensor:
+    """Where each slot that a rank sends lies in [its sinks | its kept KV]."""
+    num_sink = sum(p.size for p in pieces if p.is_sink)
+    places, sink_place, kept_place = [], 0, num_sink
+    for piece in pieces:
+        if piece.is_sink:
+            places.append(torch.arange(sink_place, sink_place + piece.size))
+            sink_place += piece.size
+        else:
+            places.append(torch.arange(kept_place, kept_place + piece.size))
+            kept_place += piece.size
+    return torch.cat([*places, torch.empty(0, dtype=torch.int64)])
+
+
+def slots_of(pieces: list[Piece], size: int, buffer_size: int) -> torch.Tensor:
+    """For each slot of the kept buffer, its place in the contributions of `size` ranks, one after the other.
+
+    Each rank contributes its pieces in the order of the buffer. Gaps name place after place: the backward pass adds
+    their zeros, and would be slow to add all of them to one.
+    """
+    counts = [sum(p.size for p in pieces if p.owner == rank) for rank in range(size)]
+    places = [sum(counts[:rank]) for rank in range(size)]
+    slots = np.arange(buffer_size) % max(1, sum(counts))
+    for piece in pieces:
+        place = places[piece.owner]
+        slots[piece.slot : piece.slot + piece.size] = np.arange(place, place + piece.size)
+        places[piece.owner] += piece.size
+    return torch.from_numpy(slots)
+
+
+@dataclass(frozen=True, eq=False)
+class OwnPieces:
+    """What a rank selects. Positions are local: they count the keys that the rank has at hand, halos included."""
+
+    sink_positions: torch.Tensor
+    starts: torch.Tensor  # first token of each partition
+    order: torch.Tensor  # from [sinks | kept KV] of this rank to the order of the kept buffer
+
+
+def own_pieces(
+    pieces: list[Piece], index: int, local: Callable[[int, int], int], config: LRSAConfig, device: torch.device
+) -> OwnPieces:
+    """The pieces of rank `index`; local(first, last) is the position of a piece's first token, `last` its last one."""
+    mine = [p for p in pieces if p.owner == index]
+    sinks = [local(p.token, p.token + p.size - 1) + torch.arange(p.size) for p in mine if p.is_sink]
+    starts = [local(p.token, p.token + 2 * config.lag_size - 1) for p in mine if not p.is_sink]
+    return OwnPieces(
+        sink_positions=torch.cat([*sinks, torch.empty(0, dtype=torch.int64)]).to(device),
+        starts=torch.tensor(starts, dtype=torch.int64).to(device),
+        order=order_of(mine).to(device),
+    )
+
+
+def select_pieces(
+    k: torch.Tensor, v: torch.Tensor, own: OwnPieces, config: LRSAConfig, fast: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """This rank's part of the kept buffer, in its order: keys and values [1, G, slots, D] from those at hand."""
+    select = fast_select_partitions if fast else select_partitions
+    kept = select(k, v, own.starts, config.lag_size, config.num_kept).flatten(2)
+    sinks = own.sink_positions.expand(*k.shape[:2], -1)
+    positions = torch.cat([sinks, kept], dim=2)[:, :, own.order]
+    return gather_kept(k, positions), gather_kept(v, positions)
