@@ -12,6 +12,10 @@ on() {  # on NUMBER_OF_GPUS SCRIPT ARGUMENT...
 }
 
 "$PYTHON" -m pytest -q -m gpu tests/multi_gpu
+for exchange in kept heads; do
+    on 2 benchmark_steps --num-tokens 131072 --retention 0.125 --csv "$OUT/exchanges.csv" -- \
+        +recipe=step_1b5 parallel.sp_size=2 parallel.exchange=$exchange
+done
 on 2 selftest +recipe=smoke parallel.sp_size=2 seq_len=4096 data.context_length=3000
 for gpus in 1 2; do
     on $gpus benchmark_steps --num-tokens 131072 --retention 1 0.125 --csv "$OUT/steps.csv" -- \

@@ -40,10 +40,13 @@ def interval_attention(
     outputs, lses = [], []
     for rows in torch.arange(q.shape[2], device=q.device).split(QUERIES_AT_ONCE):
         ends = [(part.lo[rows], part.hi[rows]) for part in parts]
-        first, last = _span(torch.cat([lo for lo, _ in ends]), torch.cat([hi for _, hi in ends]))
-        keys, values = (x[:, :, first:last].repeat_interleave(group, dim=1) for x in (k, v))
-        key_index = torch.arange(first, last, device=q.device)
-        visible = sum((key_index >= lo[:, None]) & (key_index < hi[:, None]) for lo, hi in ends).bool()
+        # The keys that any of the queries sees in each part; both parts may take the same key, and one of them sees it.
+        spans = [_span(lo, hi) for lo, hi in ends]
+        keys, values = (
+            torch.cat([x[:, :, first:last] for first, last in spans], dim=2).repeat_interleave(group, dim=1)
+            for x in (k, v)
+        )
+        visible = torch.cat([_sees(*pair, *span) for pair, span in zip(ends, spans, strict=True)], dim=1)
         empty = ~visible.any(dim=1)
         scores = (q[:, :, rows].float() @ keys.float().mT) * scale
         # Rows that see nothing keep finite scores, so that no NaN arises, and are cleared afterwards.
@@ -51,6 +54,12 @@ def interval_attention(
         outputs.append((scores.softmax(-1) @ values.float()).masked_fill(empty[:, None], 0).to(q.dtype))
         lses.append(scores.logsumexp(-1).masked_fill(empty, -torch.inf))
     return torch.cat(outputs, dim=2), torch.cat(lses, dim=2)
+
+
+def _sees(lo: torch.Tensor, hi: torch.Tensor, first: int, last: int) -> torch.Tensor:
+    """Which of the keys `first` to `last` each query sees: bool [N, last - first]."""
+    key_index = torch.arange(first, last, device=lo.device)
+    return (key_index >= lo[:, None]) & (key_index < hi[:, None])
 
 
 def _span(lo: torch.Tensor, hi: torch.Tensor) -> tuple[int, int]:

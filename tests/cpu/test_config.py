@@ -126,6 +126,7 @@ def test_a_resolved_configuration_reads_back(tmp_path):
         (["zero.stage=4"], "zero.stage=4 .*1, 2, 3"),
         (["zero.stage=2", "zero.offload_param=cpu"], "zero.offload_param=cpu needs zero.stage=3"),
         (["parallel.sp_size=0"], "parallel.sp_size=0"),
+        (["parallel.exchange=ring"], "parallel.exchange=.*ring.*kept, heads"),
         (["log.wandb=maybe"], "log.wandb='maybe' .*auto, online, offline, disabled"),
         (["data.path=rows.jsonl"], "add data=files"),
         (["data=files"], "data.path"),

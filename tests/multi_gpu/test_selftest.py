@@ -8,12 +8,13 @@ from tests.helpers import free_port
 pytestmark = pytest.mark.gpu(devices=2)
 
 
-@pytest.mark.parametrize("attention", ["lrsa", "dense"])
+@pytest.mark.parametrize("attention,exchange", [("lrsa", "kept"), ("lrsa", "heads"), ("dense", "kept")])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_selftest_on_two_gpus(attention, dtype):
+def test_selftest_on_two_gpus(attention, exchange, dtype):
     retention = [] if attention == "dense" else ["attention.retention=0.125"]
     port = ["--master_port", str(free_port())]
     settings = ["+recipe=smoke", f"attention={attention}", "attention.lag_size=64", *retention, "parallel.sp_size=2"]
+    settings.append(f"parallel.exchange={exchange}")
     done = run(["deepspeed", "--num_gpus", "2", *port, "launch/selftest.py", *settings, f"model.dtype={dtype}"], 500)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "passed: " in done.stdout
