@@ -11,7 +11,7 @@ run() { "$PYTHON" launch/train.py "$@" checkpoint.overwrite=true log.progress=fa
 
 part() {
     case $1 in
-        tests) "$PYTHON" -m pytest -q -m gpu tests ;;
+        tests) "$PYTHON" -m pytest -q -m gpu tests ;;  # the slow ones too
         attention)
             "$PYTHON" launch/benchmark.py attention --num-tokens 32768 131072 --retention 0.25 0.125 \
                 --csv "$OUT/attention.csv" ;;

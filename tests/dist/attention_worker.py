@@ -52,7 +52,9 @@ def main():
     for _ in range(options.cases):
         config, lengths, num_heads, num_kv_heads = random_case(draw, options.sp_size, options.exchange)
         num_tokens, dim = sum(lengths), 8
-        q, k, v, upstream = (torch.randn(1, h, num_tokens, dim).double() for h in (num_heads, num_kv_heads, num_kv_heads, num_heads))
+        q, k, v, upstream = (
+            torch.randn(1, h, num_tokens, dim).double() for h in (num_heads, num_kv_heads, num_kv_heads, num_heads)
+        )
         shard = torch.cat([torch.arange(num_tokens)[part] for part in mesh.held(num_tokens)])
         parts = [x[:, :, shard].clone().requires_grad_() for x in (q, k, v)]
         output = attend(*parts, config, tuple(lengths), 0.3)
@@ -63,7 +65,9 @@ def main():
         pairs = zip((output, *gradients), (expected, *wanted), strict=True)
         # Of the whole sequence: one rank's few gradients may all be small.
         errors = [(a - e[:, :, shard]).norm().item() / e.norm().item() for a, e in pairs]
-        case = f"{lengths} S={config.sink_size} L={config.lag_size} K={config.num_kept} heads {num_heads}/{num_kv_heads}"
+        case = (
+            f"{lengths} S={config.sink_size} L={config.lag_size} K={config.num_kept} heads {num_heads}/{num_kv_heads}"
+        )
         results.append((case, max(mesh.max(errors))))
     if mesh.is_main:
         print(json.dumps(results))

@@ -25,7 +25,13 @@ class Job:
     def __init__(self, command: list[str]):
         self.command = command
         self.process = subprocess.Popen(
-            command, cwd=ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+            command,
+            cwd=ROOT,
+            env=ENV,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
         )
 
     def finish(self, timeout: float = 240) -> subprocess.CompletedProcess:

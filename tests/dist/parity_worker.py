@@ -1,7 +1,7 @@
 """One rank of parity checks: two optimizer steps of the real trainer against plain torch on one process.
 
-Its argument is a JSON list of cases, each a list of options. Prints, on rank 0, a JSON list with, for each case, how far
-the loss, the gradient norm and the worst gradient are from those of plain torch.
+Its argument is a JSON list of cases, each a list of options. Prints, on rank 0, a JSON list with, for each case, how
+far the loss, the gradient norm and the worst gradient are from those of plain torch.
 """
 
 import argparse

@@ -18,7 +18,9 @@ from tests.helpers import ROOT, wandb_history, wandb_records
 
 pytestmark = pytest.mark.dist
 
-ALONE = "import runpy, sys; sys.argv = ['launch/train.py', *sys.argv[1:]]; runpy.run_path(sys.argv[0], run_name='__main__')"
+ALONE = (
+    "import runpy, sys; sys.argv = ['launch/train.py', *sys.argv[1:]]; runpy.run_path(sys.argv[0], run_name='__main__')"
+)
 SHORT = ["optim.num_steps=2", "optim.warmup_steps=1", "eval.before=false", "eval.after=false", "log.wandb=disabled"]
 
 
@@ -36,7 +38,8 @@ def test_smoke_leaves_a_whole_run(smoke):
     assert (output / "COMPLETED").exists()
     steps = rows_of(output, "train")
     assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
-    names = "loss grad_norm lr num_tokens num_target_tokens tokens_per_second step_seconds peak_memory_gb".split()
+    names = ["loss", "grad_norm", "lr", "num_tokens", "num_target_tokens"]
+    names += ["tokens_per_second", "step_seconds", "peak_memory_gb"]
     assert all(row[name] > 0 for row in steps for name in names)
     assert steps[-1]["loss"] < steps[0]["loss"]
     evaluations = rows_of(output, "eval")
@@ -240,9 +243,7 @@ def test_evaluation_is_shared_by_ranks_and_goes_on_where_it_stopped(smoke, tmp_p
     assert alone.returncode == 0, alone.stderr
     assert (shared / "results.jsonl").read_text() == (tmp_path / "alone" / "results.jsonl").read_text()
 
-    said = refused(
-        capfd, monkeypatch, *more, f"output_dir={shared}", "seed=1", "cache.lag_size=32", command="evaluate"
-    )
+    said = refused(capfd, monkeypatch, *more, f"output_dir={shared}", "seed=1", "cache.lag_size=32", command="evaluate")
     assert "another configuration, which differs in seed, cache:" in said and "overwrite=true" in said
 
 

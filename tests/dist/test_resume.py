@@ -19,7 +19,13 @@ from tests.helpers import wandb_records
 pytestmark = pytest.mark.dist
 
 NUM_STEPS = 14
-SETTINGS = ["+recipe=smoke", f"optim.num_steps={NUM_STEPS}", "eval.before=false", "eval.after=false", "eval.num_examples=1"]
+SETTINGS = [
+    "+recipe=smoke",
+    f"optim.num_steps={NUM_STEPS}",
+    "eval.before=false",
+    "eval.after=false",
+    "eval.num_examples=1",
+]
 
 
 def settings(output, *more, every=3, wandb="disabled"):
@@ -55,15 +61,17 @@ def test_checkpoints_are_made_as_configured(whole, tmp_path):
     assert (whole / "COMPLETED").exists() and not (whole / "STOPPED").exists()
 
 
-def test_killed_at_random_steps_it_ends_as_if_undisturbed(whole, tmp_path):
+@pytest.mark.parametrize("num_kills", [2, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
+def test_killed_at_random_steps_it_ends_as_if_undisturbed(whole, tmp_path, num_kills):
     """Any rank, any step; the rows, the weights and the W&B run are those of one run."""
     output, draw = tmp_path / "run", random.Random(time.time_ns())
-    for _ in range(2):
+    wrote = output / "metrics.jsonl"
+    for _ in range(num_kills):
         job = Job(launch_command(*settings(output, wandb="offline")))
-        wrote, target = output / "metrics.jsonl", draw.randrange(last_step(output) // 3 * 3, NUM_STEPS - 1)
+        target = draw.randrange(last_step(output) // 3 * 3, NUM_STEPS - 1)
         started = time.time()
         # The rows of the run before stay in the file until this one has started.
-        job.wait_for(lambda: wrote.exists() and wrote.stat().st_mtime > started)
+        job.wait_for(lambda since=started: wrote.exists() and wrote.stat().st_mtime > since)
         job.wait_for(lambda at=target: last_step(output) >= at)
         victim = draw.choice(job.ranks())
         victim.kill()

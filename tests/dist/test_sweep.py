@@ -90,7 +90,9 @@ def test_mistakes(command, said):
 
 def test_table_and_picture_of_many_jobs(tmp_path):
     rows = [
-        dict(swept={"a.x": str(x), "b": y}, status="done", score=10.0 * x, tokens=50.0, loss=1.234, step_seconds=0.1 * x)
+        dict(
+            swept={"a.x": str(x), "b": y}, status="done", score=10.0 * x, tokens=50.0, loss=1.234, step_seconds=0.1 * x
+        )
         for x in (1, 2, 10)
         for y in ("p", "q")
     ]
