@@ -13,8 +13,11 @@ part() {
     case $1 in
         tests) "$PYTHON" -m pytest -q -m gpu tests ;;  # the slow ones too
         attention)
-            "$PYTHON" launch/benchmark.py attention --num-tokens 32768 131072 --retention 0.25 0.125 \
-                --csv "$OUT/attention.csv" ;;
+            "$PYTHON" launch/benchmark.py attention --num-tokens 8192 32768 131072 --retention 0.25 0.125 \
+                --csv "$OUT/attention.csv"
+            "$PYTHON" launch/benchmark.py attention --num-tokens 524288 --retention 0.125 --repetitions 2 \
+                --methods "dense cuDNN" "dense fa4" "LRSA flex" "LRSA fa4" --csv "$OUT/attention.csv"
+            "$PYTHON" benchmarks/plot.py "$OUT/attention.csv" "$OUT/attention.png" ;;
         generation)
             "$PYTHON" launch/benchmark.py generation --num-tokens 8192 32768 131072 --retention 0.25 0.125 \
                 --csv "$OUT/generation.csv" ;;

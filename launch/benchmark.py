@@ -7,7 +7,8 @@
 native-sparse-attention-pytorch (NSA) where they are installed. Selection and gather are part of LRSA's times, the
 choice of blocks is not part of NSA's. `generation`: prefilling, decoding and the memory of the cache, against the dense
 cache of transformers. Decoding with several caches takes turns, token by token; `gpu_ms` is the time that the GPU works
-for a token, which is less than what passes where the host cannot keep it busy.
+for a token, which is less than what passes where the host cannot keep it busy; "replay" is the same token from a CUDA
+graph, without the host.
 Every row has the median, 20th and 80th percentile of the repetitions. Absolute times say little without the dense rows
 beside them: compare within one run.
 """
@@ -173,6 +174,14 @@ def gpu_ms(function: Callable[[], object], device: torch.device) -> float | str:
     return sum(event.self_device_time_total for event in profiler.key_averages()) / 1e3
 
 
+def captured(function: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """The kernels of a call as a CUDA graph, which one launch of the host replays."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph
+
+
 def cache_gb(cache: Cache) -> float:
     """Memory that the keys and values take."""
     tensors = [x for layer in cache.layers for x in (layer.keys, layer.values)]
@@ -223,6 +232,15 @@ def generation_rows(options: argparse.Namespace, num_tokens: int, device: torch.
         values = percentiles(mine[DECODED_TOKENS // 4 :]) | {"cache_gb": cache_gb(cache)}
         values["gpu_ms"] = gpu_ms(lambda cache=cache: step(cache), device)
         add("dense" if config is None else "LRSA", config, "decode one token", values)
+    if device.type != "cuda":
+        return
+    graphs = []
+    for config, cache in zip(configs, caches, strict=True):
+        use(config)
+        graphs.append(captured(lambda cache=cache: step(cache)))
+    times = [[timed(graph.replay, device) for graph in graphs] for _ in range(DECODED_TOKENS)]
+    for config, mine in zip(configs, zip(*times, strict=True), strict=True):
+        add("dense" if config is None else "LRSA", config, "replay one token", percentiles(list(mine)))
 
 
 COLUMNS = ["ms_p20", "ms_p50", "ms_p80", "gpu_ms", "peak_gb", "cache_gb", "first_call_s"]
