@@ -251,7 +251,9 @@ def draw_sweep(rows: list[dict], path: Path, title: str) -> None:
             if column == 0:
                 line.set_ylabel(label, fontsize=8.5)
         panels[0, column].set_ylim(-4, 104)
-        panels[1, column].set_ylim(bottom=0)
+        # From 0 on, and with room above; matplotlib's own margin is a share of the span of the times, maybe tiny.
+        slowest = max((row["step_seconds"] for row in rows if row.get("step_seconds", 0) > 0), default=1.0)
+        panels[1, column].set_ylim(0, 1.1 * slowest)
         panels[1, column].set_xticks(range(len(values)), values)
         panels[1, column].set_xlabel(key, fontsize=8.5)
         if any(lines):
