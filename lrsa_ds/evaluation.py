@@ -11,9 +11,9 @@ from dataclasses import replace
 import torch
 
 from lrsa_ds.config import TrainConfig
-from lrsa_ds.data.packing import IGNORE, Example, PackedSequence, collate, pack, padding_sequence, shard
+from lrsa_ds.data.packing import IGNORE, Example, PackedSequence, collate, pack, padding_sequence
 from lrsa_ds.parallel.mesh import Mesh
-from lrsa_ds.trainer import Engine, forward
+from lrsa_ds.trainer import Engine, forward, held_of
 
 
 @torch.no_grad()
@@ -50,10 +50,8 @@ def evaluate(
         totals = torch.zeros(len(examples), 3, dtype=torch.float64)
         for batch in batches[mesh.dp_rank :: mesh.dp_size]:
             on_batch()
-            parts = mesh.held(len(batch.labels))
-            mine = shard(batch, parts, is_first=mesh.sp_rank == 0)
-            targets = _example_of_target(batch, parts)
-            _add_scores(totals, targets, forward(engine, mine, attention, num_slots, mesh))
+            targets = _example_of_target(batch, mesh.held(len(batch.labels)))
+            _add_scores(totals, targets, forward(engine, held_of(batch, mesh), attention, num_slots, mesh))
         totals = torch.tensor(mesh.sum(totals.flatten().tolist())).view_as(totals)
         rows += _rows(when, retention, [example.task for example in examples], totals)
     engine.train(was_training)

@@ -30,6 +30,11 @@ def cosine_schedule(optim: OptimConfig) -> Callable[[int], float]:
     return factor
 
 
+def held_of(row: PackedSequence, mesh: Mesh) -> PackedSequence:
+    """What this rank holds of a row."""
+    return shard(row, mesh.held(len(row.labels)), is_first=mesh.sp_rank == 0)
+
+
 def forward(engine: Engine, batch: PackedSequence, attention: LRSAConfig, num_slots: int, mesh: Mesh) -> torch.Tensor:
     """One pass of the model with its loss over this rank's shard of a row; see `TargetLoss.forward`."""
     return engine(
@@ -96,7 +101,7 @@ class Trainer:
         if mesh.sequence is not None:
             mesh.sequence.traffic.take(1)  # what was sent since the last step, in an evaluation, belongs to none
         rows = [collate(sequences[i : i + size], mesh.row_multiple) for i in range(0, len(sequences), size)]
-        batches = [self._shard(row) for row in rows]
+        batches = [held_of(row, mesh) for row in rows]
         counts = [float(b.num_target_tokens) for b in batches]
         num_tokens, num_targets = mesh.sum([sum(float(b.num_tokens) for b in batches), sum(counts)])
         slots = mesh.max(counts)
@@ -112,7 +117,7 @@ class Trainer:
                 # A pass is a collective: the others repeat theirs, while those with a bad loss go over padding.
                 if mesh.dp_rank in bad:
                     padding = padding_sequence(sum(batch.document_lengths), pad_id=0)
-                    batch = self._shard(padding)
+                    batch = held_of(padding, mesh)
                 loss = forward(self.engine, batch, attention, max(1, int(num_slots)), mesh) / num_targets
             local_loss = local_loss + loss.detach()
             self.engine.backward(loss * self.scale)
@@ -129,9 +134,6 @@ class Trainer:
             **({"num_skipped_rows": num_skipped} if num_skipped else {}),
             **self._traffic(),
         }
-
-    def _shard(self, row: PackedSequence) -> PackedSequence:
-        return shard(row, self.mesh.held(len(row.labels)), is_first=self.mesh.sp_rank == 0)
 
     def _replicas_with_bad_loss(self, loss: torch.Tensor) -> list[int]:
         """Which replicas have a loss that is not finite; the same on every rank."""

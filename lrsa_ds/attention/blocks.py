@@ -51,12 +51,17 @@ class Copies:
         return torch.cat([*pieces, torch.zeros(self.size - self.num_copied, dtype=torch.int64, device=device)])
 
 
+def in_blocks(count: int) -> int:
+    """`count` rounded up to whole blocks."""
+    return -(-count // BLOCK) * BLOCK
+
+
 def padded_buffer_size(table: PartitionTable) -> int:
     """Slots of the kept buffer, rounded up to whole blocks."""
-    return -(-table.buffer_size // BLOCK) * BLOCK
+    return in_blocks(table.buffer_size)
 
 
-def copy_history(chunks: Sequence[Chunk], num_queries: int) -> tuple[list[Chunk], Copies]:
+def copy_history(chunks: Sequence[Chunk]) -> tuple[list[Chunk], Copies]:
     """A copy of the history for each run of `QUERIES_A_COPY` queries, as far as they see it.
 
     A kept key is seen by nearly all later queries, tens of thousands: the backward pass would walk them in one program,
@@ -70,19 +75,20 @@ def copy_history(chunks: Sequence[Chunk], num_queries: int) -> tuple[list[Chunk]
         The chunks cut at the ends of the runs, their history in the copies; and what the copies are. Their size takes
         few values, so that few shapes are compiled.
     """
-    run = max(QUERIES_A_COPY, -(-num_queries // (MOST_COPIES * BLOCK)) * BLOCK)
+    num_queries = chunks[-1].q_hi
+    run = max(QUERIES_A_COPY, in_blocks(-(-num_queries // MOST_COPIES)))
     copied, parts, size = [], [], 0
     for start in range(0, num_queries, run):
         mine = cut(chunks, start, start + run)
         seen = [c for c in mine if c.hist_hi > c.hist_lo]
         first = min((c.hist_lo for c in seen), default=0) // BLOCK * BLOCK
-        last = -(-max((c.hist_hi for c in seen), default=0) // BLOCK) * BLOCK
+        last = in_blocks(max((c.hist_hi for c in seen), default=0))
         for chunk in mine:
             shift = size - first if chunk.hist_hi > chunk.hist_lo else -chunk.hist_lo
             copied.append(replace(chunk, hist_lo=chunk.hist_lo + shift, hist_hi=chunk.hist_hi + shift))
         parts += [(first, last)] if seen else []
         size += last - first
-    step = BLOCK * -(-num_queries // (BLOCK * BUFFER_SIZES))
+    step = in_blocks(-(-num_queries // BUFFER_SIZES))
     return copied, Copies(tuple(parts), -(-size // step) * step)
 
 

@@ -52,7 +52,7 @@ def select_and_gather(k: torch.Tensor, v: torch.Tensor, layout: BufferedLayout) 
 @lru_cache(maxsize=64)
 def buffered_layout(document_lengths: tuple[int, ...], config: LRSAConfig, device: torch.device) -> BufferedLayout:
     table = partition_table(document_lengths, config, align=BLOCK)
-    chunks, copies = copy_history(table.chunks, table.num_tokens)
+    chunks, copies = copy_history(table.chunks)
     hist_lo, hist_hi, win_lo = intervals_of(chunks, device)
     own = torch.arange(table.num_tokens, dtype=torch.int32, device=device)
     window = Intervals(win_lo + copies.size, own + 1 + copies.size)

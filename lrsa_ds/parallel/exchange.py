@@ -100,32 +100,6 @@ class Exchange:
         return _Finish.apply(self.received, self.pending)
 
 
-def start_even(group: SequenceGroup, cargo: str, x: torch.Tensor) -> Exchange:
-    """Sends x[r] of x [P, ...] to rank r and receives as much from it; copies nothing where `x` is contiguous."""
-    counts = [x[0].numel()] * group.size
-    pending = Pending(group, cargo, counts, counts)
-    return Exchange(_Start.apply(x.reshape(-1), pending), pending, [tuple(x.shape[1:])] * group.size)
-
-
-def start_to_all(group: SequenceGroup, cargo: str, x: torch.Tensor, recv_shapes: list[tuple[int, ...]]) -> Exchange:
-    """Sends `x` to every rank; its gradient is the sum of theirs, added in fp32."""
-    recv_counts = [torch.Size(shape).numel() for shape in recv_shapes]
-    pending = Pending(group, cargo, [x.numel()] * group.size, recv_counts)
-    return Exchange(_Start.apply(_Repeat.apply(x.reshape(-1), group.size), pending), pending, recv_shapes)
-
-
-class _Repeat(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, count):
-        ctx.count = count
-        return x.repeat(count)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        # Sums of bf16 are added up in fp32 and rounded once.
-        return gradient.view(ctx.count, -1).sum(0), None
-
-
 def start(group: SequenceGroup, cargo: str, parts: list[torch.Tensor], recv_shapes: list[tuple[int, ...]]) -> Exchange:
     """Sends `parts[r]` to rank r of the group and receives a tensor of shape `recv_shapes[r]` from it.
 
@@ -133,7 +107,23 @@ def start(group: SequenceGroup, cargo: str, parts: list[torch.Tensor], recv_shap
         cargo: under which name the bytes are counted; one of `traffic.CARGO`.
         parts: tensors of one dtype, of any shapes; their sizes are what the receivers expect.
     """
-    recv_counts = [torch.Size(shape).numel() for shape in recv_shapes]
-    pending = Pending(group, cargo, [part.numel() for part in parts], recv_counts)
     flat = torch.cat([part.reshape(-1) for part in parts])
+    return _start(group, cargo, flat, [part.numel() for part in parts], recv_shapes)
+
+
+def start_even(group: SequenceGroup, cargo: str, x: torch.Tensor) -> Exchange:
+    """Sends x[r] of x [P, ...] to rank r and receives as much from it; copies nothing where `x` is contiguous."""
+    return _start(group, cargo, x.reshape(-1), [x[0].numel()] * group.size, [tuple(x.shape[1:])] * group.size)
+
+
+def start_to_all(group: SequenceGroup, cargo: str, x: torch.Tensor, recv_shapes: list[tuple[int, ...]]) -> Exchange:
+    """Sends `x` to every rank; its gradient is the sum of theirs, added in fp32 and rounded once."""
+    flat = x.reshape(1, -1).expand(group.size, -1).reshape(-1)
+    return _start(group, cargo, flat, [x.numel()] * group.size, recv_shapes)
+
+
+def _start(
+    group: SequenceGroup, cargo: str, flat: torch.Tensor, send_counts: list[int], recv_shapes: list[tuple[int, ...]]
+) -> Exchange:
+    pending = Pending(group, cargo, send_counts, [torch.Size(shape).numel() for shape in recv_shapes])
     return Exchange(_Start.apply(flat, pending), pending, recv_shapes)

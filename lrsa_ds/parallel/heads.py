@@ -1,4 +1,4 @@
-"""LRSA attention of one sequence over several ranks: each prefills its shard, and only the kept KV travels.
+"""LRSA attention of one sequence over several ranks: each prefills its shard, then queries and kept KV go to the heads.
 
 1. Lag halo: the last S + 2L keys and values of the left neighbour.
 2. Chunk-prefill of the shard: score, select, gather; the rank's part of the kept KV, for all KV heads.
@@ -56,10 +56,10 @@ def heads_attention(
     heads = HeadGroups(q.shape[1], k.shape[1], group)
     halo_k, halo_v = exchange_halo(k, v, layout, group)
     k, v = torch.cat([halo_k, k], dim=2), torch.cat([halo_v, v], dim=2)
-    if not any(layout.num_sent):  # every document is short: the window is all there is
+    if not any(layout.buffer.num_sent):  # every document is short: the window is all there is
         return attend(q, k, v, layout.window, scale)[0]
     queries = heads.send_queries(q)
-    kept = heads.send_kept(*select_pieces(k, v, layout.own, config, by_blocks), layout)
+    kept = heads.send_kept(*select_pieces(k, v, layout.buffer.own, config, by_blocks), layout)
     window = attend(q, k, v, layout.window, scale)
     history = attend(heads.receive_queries(queries), *heads.receive_kept(kept, layout), layout.history, scale)
     return heads.merge(window, heads.return_outputs(*history), q.dtype)
@@ -119,13 +119,11 @@ class HeadGroups:
     def send_kept(self, k: torch.Tensor, v: torch.Tensor, layout: ShardLayout) -> Exchange:
         both = torch.stack([k[0], v[0]])
         parts = [both[:, heads] for heads in self.kv_heads]
-        return start(self.group, "kept", parts, [(2, self.num_kv_heads, n, k.shape[3]) for n in layout.num_sent])
+        return start(self.group, "kept", parts, [(2, self.num_kv_heads, n, k.shape[3]) for n in layout.buffer.num_sent])
 
     def receive_kept(self, exchange: Exchange, layout: ShardLayout) -> tuple[torch.Tensor, torch.Tensor]:
         """The copies of the whole sequence's kept buffer for the heads of this rank: keys and values [1, G', R, D]."""
-        # index_select, since the backward pass of indexing sorts, to add in a fixed order what never meets here.
-        kept = torch.cat(exchange.finish(), dim=2).index_select(2, layout.buffer_slots)
-        k, v = layout.copies.of(kept)[:, None]
+        k, v = layout.buffer.history(exchange.finish())[:, None]
         per_kv = self.num_heads // self.num_kv_heads
         if self.place_of_kv == tuple(h // per_kv for h in range(self.num_heads)):
             return k, v

@@ -16,11 +16,11 @@ from functools import lru_cache, partial
 import torch
 
 from lrsa_ds.attention.backends import KERNELS, choose_backend
-from lrsa_ds.attention.blocks import BLOCK, Copies, copy_history, padded_buffer_size
+from lrsa_ds.attention.blocks import BLOCK
 from lrsa_ds.attention.interval import Intervals
 from lrsa_ds.config import LRSAConfig
 from lrsa_ds.parallel.exchange import SequenceGroup, start, start_to_all
-from lrsa_ds.parallel.pieces import OwnPieces, own_pieces, pieces_of, select_pieces, slots_of
+from lrsa_ds.parallel.pieces import SharedBuffer, halo_size, select_pieces, share_buffer
 from lrsa_ds.parallel.stretches import held, owners
 from lrsa_ds.partition import cut, intervals_of, partition_table
 
@@ -47,11 +47,11 @@ def kept_attention(
     by_blocks = backend != "chunked"
     layout = kept_layout(tuple(document_lengths), config, group.size, group.index, by_blocks, q.device)
     k, v = with_halos(k, v, layout, group)
-    if any(layout.num_sent):  # else every document is short: the window is all there is
-        both = torch.stack([x[0] for x in select_pieces(k, v, layout.own, config, by_blocks)])
-        shapes = [(2, k.shape[1], count, k.shape[3]) for count in layout.num_sent]
-        kept = torch.cat(start_to_all(group, "kept", both, shapes).finish(), dim=2)
-        history = layout.copies.of(kept.index_select(2, layout.buffer_slots))
+    buffer = layout.buffer
+    if any(buffer.num_sent):  # else every document is short: the window is all there is
+        both = torch.stack([x[0] for x in select_pieces(k, v, buffer.own, config, by_blocks)])
+        shapes = [(2, k.shape[1], count, k.shape[3]) for count in buffer.num_sent]
+        history = buffer.history(start_to_all(group, "kept", both, shapes).finish())
         k, v = (torch.cat([x[None], local], dim=2) for x, local in zip(history, (k, v), strict=True))
     return KERNELS[backend](q, k, v, layout.intervals, scale)[0]
 
@@ -82,10 +82,7 @@ class KeptLayout:
     halo_size: int
     halo_from: tuple[int | None, ...]  # for each stretch, the rank that holds the one before it
     halo_to: tuple[int | None, ...]  # for each stretch, the rank that holds the next one
-    own: OwnPieces
-    num_sent: tuple[int, ...]  # slots that each rank contributes
-    buffer_slots: torch.Tensor  # for each slot of the kept buffer, its place in the ranks' contributions
-    copies: Copies
+    buffer: SharedBuffer
     intervals: Intervals  # of each query of this rank, over [copies | halos and stretches]
 
 
@@ -97,12 +94,9 @@ def kept_layout(
     table = partition_table(document_lengths, config, align=BLOCK if by_blocks else 1)
     mine, holders = held(table.num_tokens, size, index, "kept"), owners(size, "kept")
     length = mine[0].stop - mine[0].start
-    halo = config.sink_size + 2 * config.lag_size
-    halo = min(length, -(-halo // BLOCK) * BLOCK) if by_blocks else halo
+    halo = halo_size(config, length, by_blocks)
     numbers = [part.start // length for part in mine]
     local = partial(_local_position, stretches=mine, halo=halo)
-    pieces = pieces_of(table, lambda token: holders[token // length])
-    buffer_size = padded_buffer_size(table) if by_blocks else table.buffer_size
     # Chunks of the rank's own queries, which count from 0 on; their windows begin at local positions.
     chunks, first_keys = [], [local(part.start, part.start) for part in mine]
     for number, (part, first_key) in enumerate(zip(mine, first_keys, strict=True)):
@@ -111,20 +105,17 @@ def kept_layout(
             replace(c, q_lo=c.q_lo + to_query, q_hi=c.q_hi + to_query, win_lo=c.win_lo + to_key)
             for c in cut(table.chunks, part.start, part.stop)
         ]
-    copies = Copies(((0, buffer_size),), buffer_size)
-    if by_blocks:
-        chunks, copies = copy_history(chunks, length * len(mine))
+    chunks, buffer = share_buffer(
+        table, chunks, lambda token: holders[token // length], local, size, index, by_blocks, config, device
+    )
     hist_lo, hist_hi, win_lo = intervals_of(chunks, device)
     own = torch.cat([torch.arange(key, key + length, dtype=torch.int32, device=device) for key in first_keys])
-    window = Intervals(win_lo + copies.size, own + 1 + copies.size)
+    window = Intervals(win_lo + buffer.copies.size, own + 1 + buffer.copies.size)
     return KeptLayout(
         halo_size=halo,
         halo_from=tuple(holders[i - 1] if i else None for i in numbers),
         halo_to=tuple(holders[i + 1] if i + 1 < len(holders) else None for i in numbers),
-        own=own_pieces(pieces, index, local, config, device),
-        num_sent=tuple(sum(p.size for p in pieces if p.owner == rank) for rank in range(size)),
-        buffer_slots=slots_of(pieces, size, buffer_size).to(device),
-        copies=copies,
+        buffer=buffer,
         intervals=Intervals(hist_lo, hist_hi, window),
     )
 

@@ -4,15 +4,16 @@ A piece is a sink, or the kept KV of a partition. It belongs to the rank that ho
 selection looks at: the end of the sink, or of the partition's lag reference. What stands before is in that rank's halo.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from lrsa_ds.attention.blocks import Copies, copy_history, in_blocks, padded_buffer_size
 from lrsa_ds.attention.select import fast_select_partitions, gather_kept, select_partitions
 from lrsa_ds.config import LRSAConfig
-from lrsa_ds.partition import PartitionTable
+from lrsa_ds.partition import Chunk, PartitionTable
 
 
 @dataclass(frozen=True)
@@ -55,14 +56,13 @@ def order_of(pieces: list[Piece]) -> torch.Tensor:
     return torch.cat([*places, torch.empty(0, dtype=torch.int64)])
 
 
-def slots_of(pieces: list[Piece], size: int, buffer_size: int) -> torch.Tensor:
-    """For each slot of the kept buffer, its place in the contributions of `size` ranks, one after the other.
+def slots_of(pieces: list[Piece], counts: Sequence[int], buffer_size: int) -> torch.Tensor:
+    """For each slot of the kept buffer, its place in the ranks' contributions of `counts` slots, one after the other.
 
     Each rank contributes its pieces in the order of the buffer. Gaps name place after place: the backward pass adds
     their zeros, and would be slow to add all of them to one.
     """
-    counts = [sum(p.size for p in pieces if p.owner == rank) for rank in range(size)]
-    places = [sum(counts[:rank]) for rank in range(size)]
+    places = [sum(counts[:rank]) for rank in range(len(counts))]
     slots = np.arange(buffer_size) % max(1, sum(counts))
     for piece in pieces:
         place = places[piece.owner]
@@ -103,3 +103,60 @@ def select_pieces(
     sinks = own.sink_positions.expand(*k.shape[:2], -1)
     positions = torch.cat([sinks, kept], dim=2)[:, :, own.order]
     return gather_kept(k, positions), gather_kept(v, positions)
+
+
+@dataclass(frozen=True, eq=False)
+class SharedBuffer:
+    """The kept buffer between the ranks of a sequence: who contributes what, and what is read of all together."""
+
+    own: OwnPieces
+    num_sent: tuple[int, ...]  # slots that each rank contributes
+    slots: torch.Tensor  # for each slot of the kept buffer, its place in the ranks' contributions; gaps name some
+    copies: Copies
+
+    def history(self, contributions: list[torch.Tensor]) -> torch.Tensor:
+        """The history to read [..., copies, D], from what each rank contributes [..., num_sent, D]; differentiable."""
+        # index_select, since the backward pass of indexing sorts, to add in a fixed order what never meets here.
+        return self.copies.of(torch.cat(contributions, dim=-2).index_select(-2, self.slots))
+
+
+def share_buffer(
+    table: PartitionTable,
+    chunks: Sequence[Chunk],
+    owner_of: Callable[[int], int],
+    local: Callable[[int, int], int],
+    size: int,
+    index: int,
+    by_blocks: bool,
+    config: LRSAConfig,
+    device: torch.device,
+) -> tuple[Sequence[Chunk], SharedBuffer]:
+    """The kept buffer of a sequence as one of its ranks sees it.
+
+    Args:
+        chunks: of the queries that will read the history, from query 0 on.
+        owner_of: the rank that holds a token.
+        local: as `own_pieces` takes it.
+        size, index: ranks that share the sequence, and which of them this is.
+        by_blocks: whether the history is to be copied for a block-sparse kernel.
+
+    Returns:
+        The chunks, with their history in what is read; and the buffer.
+    """
+    pieces = pieces_of(table, owner_of)
+    counts = tuple(sum(p.size for p in pieces if p.owner == rank) for rank in range(size))
+    buffer_size = padded_buffer_size(table) if by_blocks else table.buffer_size
+    copies = Copies(((0, buffer_size),), buffer_size)
+    if by_blocks:
+        chunks, copies = copy_history(chunks)
+    own = own_pieces(pieces, index, local, config, device)
+    return chunks, SharedBuffer(own, counts, slots_of(pieces, counts, buffer_size).to(device), copies)
+
+
+def halo_size(config: LRSAConfig, most: int, by_blocks: bool) -> int:
+    """Tokens of a halo: S + 2L, or whole blocks of them, since kernels are slower where keys are no whole blocks.
+
+    Never more than `most`, the tokens that the neighbour holds.
+    """
+    halo = config.sink_size + 2 * config.lag_size
+    return min(most, in_blocks(halo)) if by_blocks else halo

@@ -10,10 +10,10 @@ from functools import lru_cache
 
 import torch
 
-from lrsa_ds.attention.blocks import BLOCK, Copies, copy_history, padded_buffer_size
+from lrsa_ds.attention.blocks import BLOCK
 from lrsa_ds.attention.interval import Intervals
 from lrsa_ds.config import LRSAConfig
-from lrsa_ds.parallel.pieces import OwnPieces, own_pieces, pieces_of, slots_of
+from lrsa_ds.parallel.pieces import SharedBuffer, halo_size, share_buffer
 from lrsa_ds.partition import cut, intervals_of, partition_table
 
 
@@ -26,11 +26,7 @@ class ShardLayout:
     sent_halo_size: int  # of the next rank, which this rank sends
     window: Intervals  # of each query of the shard, over [halo | shard]
     history: Intervals  # of each query of the whole sequence, over the copies of the kept buffer
-    own: OwnPieces
-    num_sent: tuple[int, ...]  # slots that each rank contributes
-    # For each slot of the (padded) kept buffer, its place in the ranks' contributions; gaps name some.
-    buffer_slots: torch.Tensor
-    copies: Copies
+    buffer: SharedBuffer
 
 
 @lru_cache(maxsize=64)
@@ -39,17 +35,22 @@ def shard_layout(
 ) -> ShardLayout:
     """The layout of rank `index` of `size`, with the kept buffer aligned and padded where a kernel likes it so."""
     table = partition_table(document_lengths, config, align=BLOCK if by_blocks else 1)
-    shard, halo_max = table.num_tokens // size, config.sink_size + 2 * config.lag_size
-    if by_blocks:  # kernels are slower where the number of keys is no multiple of a block
-        halo_max = min(shard, -(-halo_max // BLOCK) * BLOCK)
+    shard = table.num_tokens // size
+    halo_max = halo_size(config, shard, by_blocks)
     lo = index * shard
     halo = min(lo, halo_max)
     first_local = lo - halo
-    pieces = pieces_of(table, lambda token: token // shard)
-    buffer_size = padded_buffer_size(table) if by_blocks else table.buffer_size
-    chunks, copies = table.chunks, Copies(((0, buffer_size),), buffer_size)
-    if by_blocks:
-        chunks, copies = copy_history(chunks, table.num_tokens)
+    chunks, buffer = share_buffer(
+        table,
+        table.chunks,
+        lambda token: token // shard,
+        lambda first, last: first - first_local,
+        size,
+        index,
+        by_blocks,
+        config,
+        device,
+    )
     hist_lo, hist_hi, _ = intervals_of(chunks, device)
     _, _, win_lo = intervals_of(cut(table.chunks, lo, lo + shard), device)
     own = torch.arange(halo, halo + shard, dtype=torch.int32, device=device)
@@ -59,8 +60,5 @@ def shard_layout(
         sent_halo_size=min(lo + shard, halo_max) if index + 1 < size else 0,
         window=Intervals(win_lo - first_local, own + 1),
         history=Intervals(hist_lo, hist_hi),
-        own=own_pieces(pieces, index, lambda first, last: first - first_local, config, device),
-        num_sent=tuple(sum(p.size for p in pieces if p.owner == rank) for rank in range(size)),
-        buffer_slots=slots_of(pieces, size, buffer_size).to(device),
-        copies=copies,
+        buffer=buffer,
     )

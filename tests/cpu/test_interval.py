@@ -101,17 +101,17 @@ def test_merged_parts_are_attention_over_both():
 def test_every_slot_of_the_kept_buffer_comes_from_one_rank(lengths, by_blocks):
     config, size = LRSAConfig(sink_size=3, lag_size=8, retention=0.5), 4
     layouts = [shard_layout(lengths, config, size, rank, by_blocks, torch.device("cpu")) for rank in range(size)]
-    shared = layouts[0]
+    shared = layouts[0].buffer
     for rank, layout in enumerate(layouts):
-        own = layout.own
-        assert torch.equal(layout.buffer_slots, shared.buffer_slots) and layout.num_sent == shared.num_sent
+        own, buffer = layout.buffer.own, layout.buffer
+        assert torch.equal(buffer.slots, shared.slots) and buffer.num_sent == shared.num_sent
         assert len(own.order) == shared.num_sent[rank] == len(own.sink_positions) + 4 * len(own.starts)
         # All that a rank selects from, and all that its windows see, is in its halo and shard.
         assert (own.starts >= 0).all() and (own.starts + 16 <= layout.halo_size + layout.shard_size).all()
         assert (own.sink_positions >= 0).all() and (layout.window.lo >= 0).all()
     table = partition_table(lengths, config, align=BLOCK if by_blocks else 1)
     sizes = [(d.buffer_lo, d.buffer_lo + 3 + 4 * d.num_partitions) for d in table.kept_documents]
-    used = torch.cat([shared.buffer_slots[lo:hi] for lo, hi in sizes])
+    used = torch.cat([shared.slots[lo:hi] for lo, hi in sizes])
     assert used.tolist() == list(range(sum(shared.num_sent)))
 
 
@@ -122,7 +122,7 @@ def test_another_layout_takes_one_of_few_buffer_sizes():
     for _ in range(60):
         cuts = torch.randint(1, 8192, (3,), generator=draw).unique().tolist()
         lengths = tuple(b - a for a, b in zip([0, *cuts], [*cuts, 8192], strict=True))
-        sizes.add(shard_layout(lengths, config, 2, 0, True, torch.device("cpu")).copies.size)
+        sizes.add(shard_layout(lengths, config, 2, 0, True, torch.device("cpu")).buffer.copies.size)
     assert len(sizes) <= 4
 
 
