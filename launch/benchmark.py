@@ -32,7 +32,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache  
 from launch.attention_methods import dense_methods, has_nsa, nsa  # noqa: E402
 from lrsa_ds import LagKVCache, LRSAConfig, apply_lrsa, lrsa_attention, prefill  # noqa: E402
 from lrsa_ds.attention.buffered import buffered_layout, select_and_gather  # noqa: E402
-from lrsa_ds.attention.fa4 import why_not_fa4  # noqa: E402
+from lrsa_ds.config import require_one_of  # noqa: E402
+from lrsa_ds.errors import LRSAError  # noqa: E402
 from lrsa_ds.partition import partition_table  # noqa: E402
 
 # Shapes of models whose weights do not matter: (hidden, intermediate, layers, query heads, KV heads).
@@ -111,14 +112,17 @@ def settings_of(options: argparse.Namespace, retention: float) -> LRSAConfig:
 
 def attention_methods(options: argparse.Namespace, num_tokens: int, device: torch.device) -> list[tuple]:
     """Name, settings of LRSA if it is LRSA, and function of all that is timed."""
-    dim, has_fa4 = options.heads[2], why_not_fa4(device, torch.bfloat16, options.heads[2]) is None
-    methods = [(name, None, attend) for name, attend in dense_methods(device, torch.bfloat16, dim).items()]
+    dense = dense_methods(device, torch.bfloat16, options.heads[2])
+    methods = [(name, None, attend) for name, attend in dense.items()]
     for config in (settings_of(options, retention) for retention in options.retention):
-        for backend in ("flex", "fa4") if has_fa4 else ("flex",):
+        for backend in ("flex", "fa4") if "dense fa4" in dense else ("flex",):
             chosen = replace(config, backend=backend)
             methods.append((f"LRSA {backend}", chosen, lambda q, k, v, c=chosen: lrsa_attention(q, k, v, c)))
         if has_nsa():
             methods.append(("NSA", config, nsa(partition_table((num_tokens,), config))))
+    names = list(dict.fromkeys(name for name, _, _ in methods))
+    for name in options.methods:
+        require_one_of("--methods", name, tuple(names))
     return [method for method in methods if not options.methods or method[0] in options.methods]
 
 
@@ -300,4 +304,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except LRSAError as error:
+        sys.exit(f"error: {error}")

@@ -3,12 +3,15 @@
 import csv
 import subprocess
 import sys
+from argparse import Namespace
 
 import pytest
 import torch
 
 from launch.attention_methods import NSA_BLOCK, _blocks, blocks_a_query, visible_pairs
+from launch.benchmark import attention_methods
 from lrsa_ds import LRSAConfig
+from lrsa_ds.errors import LRSAError
 from lrsa_ds.partition import partition_table
 from tests.helpers import ROOT
 
@@ -29,6 +32,14 @@ def test_blocks_of_native_sparse_attention_make_as_many_pairs(num_tokens):
     before = torch.arange(num_tokens)[:, None] // NSA_BLOCK
     assert (blocks[mask] < before.expand(blocks.shape)[mask]).all()
     assert mask[0, 0].sum() * NSA_BLOCK == pytest.approx(visible_pairs(table), rel=0.05)
+
+
+def test_methods_are_chosen_by_name():
+    options = Namespace(heads=[4, 2, 64], retention=[0.125], sink_size=16, lag_size=64, methods=["LRSA flex"])
+    assert [name for name, _, _ in attention_methods(options, 1024, torch.device("cpu"))] == ["LRSA flex"]
+    options.methods.append("LRSA fa9")
+    with pytest.raises(LRSAError, match=r"--methods='LRSA fa9' is not valid: choose one of dense cuDNN, .*LRSA flex"):
+        attention_methods(options, 1024, torch.device("cpu"))
 
 
 def test_picture_of_times(tmp_path):
