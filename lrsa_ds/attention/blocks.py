@@ -6,6 +6,7 @@ least and the largest ends of the intervals of its queries.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 
@@ -61,7 +62,20 @@ def padded_buffer_size(table: PartitionTable) -> int:
     return in_blocks(table.buffer_size)
 
 
-def copy_history(chunks: Sequence[Chunk]) -> tuple[list[Chunk], Copies]:
+def queries_ahead(table: PartitionTable) -> int:
+    """Queries before the first block, if blocks are to begin where the chunks of the longest document do.
+
+    A block of queries that spans two chunks sees the windows of both, and a window that begins within a block of keys
+    sees that one in part: both cost time. 0 where chunks are no whole blocks. None of these queries has a history,
+    which begins after more than two blocks.
+    """
+    if table.lag_size % BLOCK or not table.kept_documents:
+        return 0
+    longest = max(table.kept_documents, key=lambda document: document.num_partitions)
+    return (longest.start + table.sink_size) % BLOCK
+
+
+def copy_history(chunks: Sequence[Chunk], ahead: int = 0) -> tuple[list[Chunk], Copies]:
     """A copy of the history for each run of `QUERIES_A_COPY` queries, as far as they see it.
 
     A kept key is seen by nearly all later queries, tens of thousands: the backward pass would walk them in one program,
@@ -70,6 +84,8 @@ def copy_history(chunks: Sequence[Chunk]) -> tuple[list[Chunk], Copies]:
 
     Args:
         chunks: of consecutive queries, from 0 on; their `hist_lo` and `hist_hi` are slots of the kept buffer.
+        ahead: queries before the first block, which have no history. The copies leave room for as many keys before
+            the next block, which begins with the same token then if the tokens follow the copies.
 
     Returns:
         The chunks cut at the ends of the runs, their history in the copies; and what the copies are. Their size takes
@@ -78,8 +94,9 @@ def copy_history(chunks: Sequence[Chunk]) -> tuple[list[Chunk], Copies]:
     num_queries = chunks[-1].q_hi
     run = max(QUERIES_A_COPY, in_blocks(-(-num_queries // MOST_COPIES)))
     copied, parts, size = [], [], 0
-    for start in range(0, num_queries, run):
-        mine = cut(chunks, start, start + run)
+    ends = [*range(ahead + run, num_queries, run), num_queries]
+    for start, end in pairwise([0, *ends]):
+        mine = cut(chunks, start, end)
         seen = [c for c in mine if c.hist_hi > c.hist_lo]
         first = min((c.hist_lo for c in seen), default=0) // BLOCK * BLOCK
         last = in_blocks(max((c.hist_hi for c in seen), default=0))
@@ -89,16 +106,19 @@ def copy_history(chunks: Sequence[Chunk]) -> tuple[list[Chunk], Copies]:
         parts += [(first, last)] if seen else []
         size += last - first
     step = in_blocks(-(-num_queries // BUFFER_SIZES))
-    return copied, Copies(tuple(parts), -(-size // step) * step)
+    return copied, Copies(tuple(parts), -(-(size + ahead) // step) * step - ahead)
 
 
-def interval_rows(intervals: Intervals) -> torch.Tensor:
+def interval_rows(intervals: Intervals, first: int = 0) -> torch.Tensor:
     """The ends of both intervals of each query, a_lo, a_hi, b_lo, b_hi: int32 [4, N'], N' a whole number of blocks.
 
     The last query is repeated, which changes neither the union nor the intersection of its block.
+
+    Args:
+        first: the first query that is wanted.
     """
     also = intervals.also or Intervals(*torch.zeros_like(torch.stack([intervals.lo, intervals.hi])))
-    rows = torch.stack([intervals.lo, intervals.hi, also.lo, also.hi]).int()
+    rows = torch.stack([intervals.lo, intervals.hi, also.lo, also.hi])[:, first:].int()
     return torch.cat([rows, rows[:, -1:].expand(-1, -rows.shape[1] % BLOCK)], dim=1).contiguous()
 
 

@@ -1,15 +1,15 @@
 """LRSA attention of a whole sequence as one interval attention over [copies of the kept buffer | tokens]."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 
-from lrsa_ds.attention.blocks import BLOCK, Copies, copy_history, padded_buffer_size
+from lrsa_ds.attention.backends import KERNELS
+from lrsa_ds.attention.blocks import BLOCK, Copies, copy_history, padded_buffer_size, queries_ahead
 from lrsa_ds.attention.fused import HAS_TRITON
 from lrsa_ds.attention.fused_buffer import fused_buffers
-from lrsa_ds.attention.interval import Intervals
+from lrsa_ds.attention.interval import Ahead, Intervals
 from lrsa_ds.attention.select import buffer_positions, gather_kept
 from lrsa_ds.config import LRSAConfig
 from lrsa_ds.partition import PartitionTable, intervals_of, partition_table
@@ -22,12 +22,12 @@ def buffered_attention(
     config: LRSAConfig,
     document_lengths: tuple[int, ...],
     scale: float | None,
-    attend: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+    backend: str,
 ) -> torch.Tensor:
-    """The same function as `chunked_attention`, on a kernel with the signature of `interval_attention`."""
-    layout = buffered_layout(document_lengths, config, q.device)
+    """The same function as `chunked_attention`, on one of `KERNELS`."""
+    layout = buffered_layout(document_lengths, config, q.device, backend)
     k, v = select_and_gather(k, v, layout)
-    return attend(q, k, v, layout.intervals, scale)[0]
+    return KERNELS[backend](q, k, v, layout.intervals, scale)[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,10 +50,14 @@ def select_and_gather(k: torch.Tensor, v: torch.Tensor, layout: BufferedLayout) 
 
 
 @lru_cache(maxsize=64)
-def buffered_layout(document_lengths: tuple[int, ...], config: LRSAConfig, device: torch.device) -> BufferedLayout:
+def buffered_layout(
+    document_lengths: tuple[int, ...], config: LRSAConfig, device: torch.device, backend: str
+) -> BufferedLayout:
     table = partition_table(document_lengths, config, align=BLOCK)
-    chunks, copies = copy_history(table.chunks)
+    # FlexAttention would have to begin at the first query, and be slower for keys that are no whole blocks.
+    ahead = queries_ahead(table) if backend == "fa4" else 0
+    chunks, copies = copy_history(table.chunks, ahead)
     hist_lo, hist_hi, win_lo = intervals_of(chunks, device)
     own = torch.arange(table.num_tokens, dtype=torch.int32, device=device)
     window = Intervals(win_lo + copies.size, own + 1 + copies.size)
-    return BufferedLayout(table, copies, Intervals(hist_lo, hist_hi, window))
+    return BufferedLayout(table, copies, Intervals(hist_lo, hist_hi, window, Ahead(ahead, copies.size)))

@@ -5,12 +5,17 @@ intervals, which it reads from tensors: one compilation serves every layout. fla
 """
 
 import importlib.util
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 
 from lrsa_ds.attention.blocks import BLOCK, as_lists, block_cover, interval_rows
-from lrsa_ds.attention.interval import Intervals
+from lrsa_ds.attention.interval import Intervals, sees
+
+if TYPE_CHECKING:
+    from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
 
 HEAD_DIMS = (64, 128)
 
@@ -43,35 +48,129 @@ def fa4_interval_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, intervals: Intervals, scale: float | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same function as `interval_attention`. Shapes as there; see `why_not_fa4` for what it takes."""
-    from flash_attn.cute import flash_attn_func
+    return _Attention.apply(q, k, v, intervals, scale)
 
-    rows, forward, backward = _block_tables(intervals, k.shape[2])
-    out, lse = flash_attn_func(
-        *(x.transpose(1, 2) for x in (q, k, v)),
-        softmax_scale=scale,
-        mask_mod=_mask(),
-        aux_tensors=list(rows.unbind()),
-        block_sparse_tensors=forward,
-        block_sparse_tensors_bwd=backward,
-        return_lse=True,
-    )
-    return out.transpose(1, 2), lse
+
+class _Attention(torch.autograd.Function):
+    """flash-attn-4's own function, for queries that begin in the midst of a tensor.
+
+    It calls what flash-attn-4 calls, whose release is pinned: through the public function the queries ahead and those
+    in blocks would have to be put together by copies, of the output and of both gradients.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, intervals, scale):
+        from flash_attn.cute.interface import _flash_attn_fwd
+
+        layout = _block_layout(intervals, k.shape[2])
+        scale = q.shape[3] ** -0.5 if scale is None else scale
+        out = q.new_empty(q.shape[0], q.shape[2], *q.shape[1::2]).transpose(1, 2)
+        lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+        _, in_blocks = layout.split
+        _flash_attn_fwd(
+            *(x.transpose(1, 2) for x in (q[:, :, in_blocks], k, v)),
+            softmax_scale=scale,
+            mask_mod=_mask(),
+            aux_tensors=layout.rows,
+            block_sparse_tensors=layout.by_query,
+            return_lse=True,
+            out=out[:, :, in_blocks].transpose(1, 2),
+            lse=lse[:, :, in_blocks],
+        )
+        if layout.visible_ahead is not None:
+            _attend_ahead(q, k, v, layout, scale, out, lse)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.layout, ctx.scale = layout, scale
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, grad_out, grad_lse):
+        from flash_attn.cute.interface import _flash_attn_bwd
+
+        q, k, v, out, lse = ctx.saved_tensors
+        layout = ctx.layout
+        _, in_blocks = layout.split
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        grad_q = torch.empty_like(out)
+        _, grad_k, grad_v = _flash_attn_bwd(
+            *(x.transpose(1, 2) for x in (q[:, :, in_blocks], k, v, out[:, :, in_blocks], grad_out[:, :, in_blocks])),
+            lse[:, :, in_blocks],
+            ctx.scale,
+            mask_mod=_mask(),
+            aux_tensors=layout.rows,
+            block_sparse_tensors=layout.by_key,
+            dq=grad_q[:, :, in_blocks].transpose(1, 2),
+            dlse=None if grad_lse is None else grad_lse[:, :, in_blocks],
+        )
+        gradients = grad_q, grad_k.transpose(1, 2), grad_v.transpose(1, 2)
+        if layout.visible_ahead is not None:
+            _add_gradients_ahead(q, k, v, layout, ctx.scale, grad_out, grad_lse, gradients)
+        return *gradients, None, None
+
+
+@torch.no_grad()
+def _attend_ahead(q, k, v, layout: "_BlockLayout", scale: float, out: torch.Tensor, lse: torch.Tensor) -> None:
+    """Writes output and log-sum-exp of the queries ahead."""
+    ahead, _ = layout.split
+    attended = _attend_densely(q[:, :, ahead], *(x[:, :, layout.keys_ahead] for x in (k, v)), layout, scale)
+    out[:, :, ahead], lse[:, :, ahead] = attended
+
+
+def _add_gradients_ahead(q, k, v, layout: "_BlockLayout", scale: float, grad_out, grad_lse, gradients) -> None:
+    """Writes the gradients of the queries ahead and adds those of the keys and values that they see."""
+    (ahead, _), keys = layout.split, layout.keys_ahead
+    parts = [x.detach().requires_grad_() for x in (q[:, :, ahead], k[:, :, keys], v[:, :, keys])]
+    with torch.enable_grad():
+        out, lse = _attend_densely(*parts, layout, scale)
+    upstream = [grad_out[:, :, ahead], torch.zeros_like(lse) if grad_lse is None else grad_lse[:, :, ahead]]
+    grad_q, grad_k, grad_v = torch.autograd.grad((out, lse), parts, upstream)
+    gradients[0][:, :, ahead] = grad_q
+    gradients[1][:, :, keys] += grad_k
+    gradients[2][:, :, keys] += grad_v
+
+
+def _attend_densely(q, k, v, layout: "_BlockLayout", scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of a few queries to a few keys, of which `layout.visible_ahead` says who sees whom."""
+    k, v = (x.float().repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    scores = (q.float() @ k.mT * scale).masked_fill(~layout.visible_ahead, -torch.inf)
+    return (scores.softmax(-1) @ v).to(q.dtype), scores.logsumexp(-1)
+
+
+@dataclass(frozen=True)
+class _BlockLayout:
+    """What flash-attn-4 is told of the intervals, which are queries ahead and queries in blocks."""
+
+    split: tuple[slice, slice]  # the queries ahead, and those in blocks
+    rows: list[torch.Tensor]  # the ends of the intervals of the queries in blocks
+    by_query: "BlockSparseTensorsTorch"  # for the forward pass
+    by_key: "BlockSparseTensorsTorch"  # for the backward pass
+    keys_ahead: slice
+    visible_ahead: torch.Tensor | None  # bool [queries ahead, keys ahead]
 
 
 @lru_cache(maxsize=64)
-def _block_tables(intervals: Intervals, num_keys: int):
-    """The ends of the intervals, and the tables of blocks by query (forward) and by key (backward)."""
+def _block_layout(intervals: Intervals, num_keys: int) -> _BlockLayout:
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
 
-    rows = interval_rows(intervals)
+    count, first_key, window = intervals.ahead.count, intervals.ahead.first_key, intervals.also
+    rows = interval_rows(intervals, count)
     partly, wholly = block_cover(rows, num_keys)
 
     def table(partly: torch.Tensor, wholly: torch.Tensor, descending: bool) -> BlockSparseTensorsTorch:
         lists = (*_short(partly, descending), *_short(wholly, descending))
         return BlockSparseTensorsTorch(*lists, block_size=(BLOCK, BLOCK))
 
+    keys = slice(first_key, first_key + count)
     # Backward, blocks of keys that end with the same queries walk from the last to the first, and so meet in the cache.
-    return rows, table(partly, wholly, False), table(partly.mT, wholly.mT, True)
+    return _BlockLayout(
+        split=(slice(0, count), slice(count, None)),
+        rows=list(rows.unbind()),
+        by_query=table(partly, wholly, False),
+        by_key=table(partly.mT, wholly.mT, True),
+        keys_ahead=keys,
+        visible_ahead=sees(window.lo[:count], window.hi[:count], keys.start, keys.stop) if count else None,
+    )
 
 
 def _short(blocks: torch.Tensor, descending: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,16 +13,26 @@ import torch
 QUERIES_AT_ONCE = 512
 
 
+@dataclass(frozen=True)
+class Ahead:
+    """The first `count` queries of a sequence, which see nothing but the keys `first_key <= j < first_key + count`."""
+
+    count: int
+    first_key: int
+
+
 @dataclass(frozen=True, eq=False)
 class Intervals:
     """Query i sees keys `lo[i] <= j < hi[i]`, and those of `also`, if given, which are others.
 
-    int32 tensors [N]. Compared by identity, so that caches may hold it.
+    int32 tensors [N]. Compared by identity, so that caches may hold it. A kernel that computes in blocks may attend
+    the queries `ahead` on their own and let its blocks begin behind them, where more of them are seen in full.
     """
 
     lo: torch.Tensor
     hi: torch.Tensor
     also: Optional["Intervals"] = None
+    ahead: Ahead = Ahead(0, 0)
 
 
 def interval_attention(
@@ -46,7 +56,7 @@ def interval_attention(
             torch.cat([x[:, :, first:last] for first, last in spans], dim=2).repeat_interleave(group, dim=1)
             for x in (k, v)
         )
-        visible = torch.cat([_sees(*pair, *span) for pair, span in zip(ends, spans, strict=True)], dim=1)
+        visible = torch.cat([sees(*pair, *span) for pair, span in zip(ends, spans, strict=True)], dim=1)
         empty = ~visible.any(dim=1)
         scores = (q[:, :, rows].float() @ keys.float().mT) * scale
         # Rows that see nothing keep finite scores, so that no NaN arises, and are cleared afterwards.
@@ -56,7 +66,7 @@ def interval_attention(
     return torch.cat(outputs, dim=2), torch.cat(lses, dim=2)
 
 
-def _sees(lo: torch.Tensor, hi: torch.Tensor, first: int, last: int) -> torch.Tensor:
+def sees(lo: torch.Tensor, hi: torch.Tensor, first: int, last: int) -> torch.Tensor:
     """Which of the keys `first` to `last` each query sees: bool [N, last - first]."""
     key_index = torch.arange(first, last, device=lo.device)
     return (key_index >= lo[:, None]) & (key_index < hi[:, None])

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from lrsa_ds.attention.backends import KERNELS, choose_backend
+from lrsa_ds.attention.backends import choose_backend
 from lrsa_ds.attention.buffered import buffered_attention
 from lrsa_ds.attention.chunked import chunked_attention
 from lrsa_ds.config import LRSAConfig, require
@@ -55,4 +55,4 @@ def lrsa_attention(
     )
     if backend == "chunked":
         return chunked_attention(q, k, v, partition_table(lengths, config), scale)
-    return buffered_attention(q, k, v, config, lengths, scale, KERNELS[backend])
+    return buffered_attention(q, k, v, config, lengths, scale, backend)

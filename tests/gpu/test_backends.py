@@ -135,7 +135,7 @@ def test_several_copies_of_the_history(backend, lengths, several_copies, poison_
 @pytest.mark.parametrize("lengths,dim", [((2000,), 64), ((700, 17, 1283), 80)])
 def test_fused_buffers_are_the_same_function(dtype, tolerance, lengths, dim, several_copies, poison_empty):
     config = LRSAConfig(sink_size=5, lag_size=100, retention=0.33)
-    layout = buffered_layout(lengths, config, torch.device("cuda"))
+    layout = buffered_layout(lengths, config, torch.device("cuda"), "flex")
     assert len(layout.copies.parts) > 1
     k, v = (torch.randn(2, sum(lengths), 3, dim, device="cuda", dtype=dtype).transpose(1, 2) for _ in range(2))
     buffers = fused_buffers(*(x.requires_grad_() for x in (k, v)), layout.table, layout.copies)
