@@ -108,7 +108,8 @@ def benchmark(config: TrainConfig, options: argparse.Namespace) -> bool:
     engine.train()
     where = setting(mesh.device) | {"gpus": mesh.world_size, "sp_size": mesh.sp_size, "run": config.run_name}
     where |= {"exchange": config.parallel.exchange if mesh.sp_size > 1 else "", "backend": config.attention.backend}
-    where |= {"zero": config.zero.stage, "lag_size": config.attention.lag_size}
+    where |= {"zero": config.zero.stage, "liger_kernel": config.model.liger_kernel}
+    where |= {"lag_size": config.attention.lag_size}
     if mesh.is_main:
         print(", ".join(f"{key} {value}" for key, value in where.items()), flush=True)
     baseline: dict[int, float] = {}

@@ -115,6 +115,7 @@ class ModelConfig:
     tokenizer: str | None = None
     trust_remote_code: bool = False
     dtype: str = "auto"
+    liger_kernel: bool = False
     freeze: list[str] = field(default_factory=list)
     lora: LoraConfig = field(default_factory=LoraConfig)
 

@@ -11,6 +11,7 @@ from lrsa_ds.attention.backends import choose_backend
 from lrsa_ds.checkpoint import ResumePoint, check_resume
 from lrsa_ds.config import TrainConfig, require
 from lrsa_ds.data.tokenizer import load_tokenizer
+from lrsa_ds.liger import check_liger
 from lrsa_ds.metrics import check_wandb
 from lrsa_ds.model import check_supported, empty_model
 from lrsa_ds.output import check_output
@@ -49,6 +50,7 @@ def prepare(config: TrainConfig, procedure: ModuleType) -> Plan:
     dtype = dtype[config.model.dtype]
     structure = empty_model(config.model)
     check_supported(structure)
+    check_liger(config.model, structure.config.model_type)
     _check_backend(config, structure, dtype)
     _check_parallel(config, structure)
     num_parameters = sum(p.numel() for p in structure.parameters())

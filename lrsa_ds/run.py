@@ -15,6 +15,7 @@ from lrsa_ds.data.stream import TrainStream, make_loader
 from lrsa_ds.errors import Stopped
 from lrsa_ds.evaluation import evaluate
 from lrsa_ds.journal import keep_rows_until
+from lrsa_ds.liger import apply_liger
 from lrsa_ds.loss import TargetLoss
 from lrsa_ds.metrics import RunLogger
 from lrsa_ds.model import apply_lrsa, enable_checkpointing, layer_classes, load_model
@@ -187,6 +188,8 @@ def build_engine(config: TrainConfig, plan: Plan, mesh: Mesh) -> Engine:
         checkpoint.convert_checkpoint(point, config.zero.stage, mesh)
     sharded = deepspeed_config(config, plan.dtype) if config.zero.stage == 3 else None
     model = apply_lrsa(load_model(config.model, plan.dtype, sharded), config.attention.at_step(0))
+    if config.model.liger_kernel:
+        apply_liger(model)
     if config.model.lora.rank:
         add_adapters(model, config.model.lora)
     freeze(model, config.model.freeze)

@@ -15,7 +15,7 @@ LAYERS = (
     ("attention",),
     ("cache", "parallel"),
     ("model",),
-    ("adapters", "checkpoint", "data", "journal", "loss", "metrics", "report"),
+    ("adapters", "checkpoint", "data", "journal", "liger", "loss", "metrics", "report"),
     ("output", "profiling", "saving"),
     ("sweep",),
     ("inference",),
@@ -37,6 +37,7 @@ ONLY_IN = {
     "transformers": (
         "lrsa_ds/model.py",
         "lrsa_ds/adapters.py",
+        "lrsa_ds/liger.py",
         "lrsa_ds/output.py",
         "lrsa_ds/cache.py",
         "lrsa_ds/inference.py",

@@ -186,6 +186,7 @@ def test_bad_data(capfd, monkeypatch, tmp_path):
         (["parallel.sp_size=2"], "parallel.sp_size=2 does not divide the 1 processes"),
         (["seq_len=64", "data.context_length=null"], "give at least"),
         (["attention.backend=flex"], "needs a CUDA device"),
+        (["model.liger_kernel=true"], "model.liger_kernel=true needs a CUDA device"),
         (["attention.backend=fa4"], "attention.backend=fa4 is not possible: it needs a CUDA device"),
         (["model=hub", "model.name=/no/such/model"], "model.name"),
         (["model=hub", "model.name=some-org/no-such-model"], "the hub cannot be reached: set model.name to a local"),
