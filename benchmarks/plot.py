@@ -15,7 +15,6 @@ sys.path.insert(0, str(ROOT))
 from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
-from launch.attention_methods import visible_pairs  # noqa: E402
 from lrsa_ds import LRSAConfig  # noqa: E402
 from lrsa_ds.partition import partition_table  # noqa: E402
 
@@ -42,7 +41,7 @@ def floor(curves: Curves, num_kept: int, row: dict[str, str]) -> dict[int, float
     dense = [times for (method, kept), times in curves.items() if not kept]
     lengths = sorted(set().union(*dense))
     fastest = {n: min(times[n] for times in dense if n in times) for n in lengths}
-    return {n: fastest[n] * visible_pairs(partition_table((n,), config)) / (n * (n + 1) / 2) for n in lengths}
+    return {n: fastest[n] * partition_table((n,), config).num_pairs / (n * (n + 1) / 2) for n in lengths}
 
 
 def draw(curves: Curves, row: dict[str, str], path: Path) -> None:

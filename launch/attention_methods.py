@@ -53,16 +53,10 @@ def nsa(table: PartitionTable) -> AttentionFunction:
     return attend
 
 
-def visible_pairs(table: PartitionTable) -> int:
-    """Pairs of a query and a key that it sees."""
-    hist_lo, hist_hi, win_lo = (x.long() for x in table.intervals())
-    return int((hist_hi - hist_lo + torch.arange(table.num_tokens) + 1 - win_lo).sum())
-
-
 def blocks_a_query(table: PartitionTable) -> int:
     """Selected blocks of each query that make as many pairs as LRSA has, besides its own block."""
     before = torch.arange(table.num_tokens) // NSA_BLOCK  # blocks that there are before a query's own
-    wanted = visible_pairs(table) / NSA_BLOCK
+    wanted = table.num_pairs / NSA_BLOCK
     low, high = 1, table.num_tokens // NSA_BLOCK
     while low < high:
         middle = (low + high) // 2

@@ -58,6 +58,12 @@ class PartitionTable:
     def num_tokens(self) -> int:
         return sum(self.document_lengths)
 
+    @property
+    def num_pairs(self) -> int:
+        """Pairs of a query and a key that it sees."""
+        lengths = [(c.q_hi - c.q_lo, c) for c in self.chunks]
+        return sum(n * (c.hist_hi - c.hist_lo + c.q_lo - c.win_lo) + n * (n + 1) // 2 for n, c in lengths)
+
     def intervals(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """`hist_lo`, `hist_hi` and `win_lo` of every query: three int32 tensors [N] on the CPU."""
         return intervals_of(self.chunks, torch.device("cpu"))

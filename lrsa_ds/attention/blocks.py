@@ -16,9 +16,12 @@ from lrsa_ds.partition import Chunk, PartitionTable, cut
 BLOCK = 128
 # Number of sizes that the kept buffer of a sequence can take between nothing and everything kept.
 BUFFER_SIZES = 16
-# Queries that read one copy of their history, and how many copies a sequence has at most (see `copy_history`).
-QUERIES_A_COPY = 32768
+# How many copies a sequence has of its history at most, and what else `queries_a_copy` goes by: programs that an H100
+# runs at once, and queries whose gradients, in fp32 and with 128 channels, leave room in its L2 cache of 50 MB.
 MOST_COPIES = 8
+PROGRAMS = 132
+QUERIES_UNDER_WAY = 65536
+LEAST_QUERIES_A_COPY = 8192
 
 
 @dataclass(frozen=True)
@@ -75,8 +78,21 @@ def queries_ahead(table: PartitionTable) -> int:
     return (longest.start + table.sink_size) % BLOCK
 
 
-def copy_history(chunks: Sequence[Chunk], ahead: int = 0) -> tuple[list[Chunk], Copies]:
-    """A copy of the history for each run of `QUERIES_A_COPY` queries, as far as they see it.
+def queries_a_copy(table: PartitionTable) -> int:
+    """Queries that read one copy of their history, a power of two.
+
+    The longest program of the backward pass walks all queries of a copy. Meanwhile the other programs get through the
+    queries of as many copies as there would be programs of that length in one copy's work.
+    """
+    share_of_programs = table.num_pairs / table.num_tokens / BLOCK / PROGRAMS
+    count = LEAST_QUERIES_A_COPY
+    while 2 * count <= QUERIES_UNDER_WAY * share_of_programs:
+        count *= 2
+    return count
+
+
+def copy_history(chunks: Sequence[Chunk], table: PartitionTable, ahead: int = 0) -> tuple[list[Chunk], Copies]:
+    """A copy of the history for each run of `queries_a_copy` queries, as far as they see it.
 
     A kept key is seen by nearly all later queries, tens of thousands: the backward pass would walk them in one program,
     with more queries, output gradients and query gradients under way than the GPU's L2 cache holds, and much longer
@@ -84,6 +100,7 @@ def copy_history(chunks: Sequence[Chunk], ahead: int = 0) -> tuple[list[Chunk], 
 
     Args:
         chunks: of consecutive queries, from 0 on; their `hist_lo` and `hist_hi` are slots of the kept buffer.
+        table: of the whole sequence, to which the chunks belong.
         ahead: queries before the first block, which have no history. The copies leave room for as many keys before
             the next block, which begins with the same token then if the tokens follow the copies.
 
@@ -92,7 +109,7 @@ def copy_history(chunks: Sequence[Chunk], ahead: int = 0) -> tuple[list[Chunk], 
         few values, so that few shapes are compiled.
     """
     num_queries = chunks[-1].q_hi
-    run = max(QUERIES_A_COPY, in_blocks(-(-num_queries // MOST_COPIES)))
+    run = max(queries_a_copy(table), in_blocks(-(-num_queries // MOST_COPIES)))
     copied, parts, size = [], [], 0
     ends = [*range(ahead + run, num_queries, run), num_queries]
     for start, end in pairwise([0, *ends]):

@@ -56,7 +56,7 @@ def buffered_layout(
     table = partition_table(document_lengths, config, align=BLOCK)
     # FlexAttention would have to begin at the first query, and be slower for keys that are no whole blocks.
     ahead = queries_ahead(table) if backend == "fa4" else 0
-    chunks, copies = copy_history(table.chunks, ahead)
+    chunks, copies = copy_history(table.chunks, table, ahead)
     hist_lo, hist_hi, win_lo = intervals_of(chunks, device)
     own = torch.arange(table.num_tokens, dtype=torch.int32, device=device)
     window = Intervals(win_lo + copies.size, own + 1 + copies.size)

@@ -148,7 +148,7 @@ def share_buffer(
     buffer_size = padded_buffer_size(table) if by_blocks else table.buffer_size
     copies = Copies(((0, buffer_size),), buffer_size)
     if by_blocks:
-        chunks, copies = copy_history(chunks)
+        chunks, copies = copy_history(chunks, table)
     own = own_pieces(pieces, index, local, config, device)
     return chunks, SharedBuffer(own, counts, slots_of(pieces, counts, buffer_size).to(device), copies)
 

@@ -109,7 +109,7 @@ def test_flex_is_the_same_function(layout):
 @pytest.fixture(params=[1, 128, 256, 10**9])
 def queries_a_copy(request, monkeypatch):
     """Queries that read one copy of their history: from as few as can be to all of a sequence."""
-    monkeypatch.setattr(blocks, "QUERIES_A_COPY", request.param)
+    monkeypatch.setattr(blocks, "queries_a_copy", lambda table: request.param)
     buffered_layout.cache_clear()
     yield request.param
     buffered_layout.cache_clear()

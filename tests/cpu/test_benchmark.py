@@ -8,7 +8,7 @@ from argparse import Namespace
 import pytest
 import torch
 
-from launch.attention_methods import NSA_BLOCK, _blocks, blocks_a_query, visible_pairs
+from launch.attention_methods import NSA_BLOCK, _blocks, blocks_a_query
 from launch.benchmark import attention_methods
 from lrsa_ds import LRSAConfig
 from lrsa_ds.errors import LRSAError
@@ -21,7 +21,7 @@ CONFIG = LRSAConfig(sink_size=16, lag_size=1024, retention=0.125)
 def test_pairs_are_those_of_the_chunks():
     table = partition_table((3000, 5, 9000), CONFIG)
     counted = sum(c.hist_hi - c.hist_lo + query + 1 - c.win_lo for c in table.chunks for query in range(c.q_lo, c.q_hi))
-    assert visible_pairs(table) == counted
+    assert table.num_pairs == counted
 
 
 @pytest.mark.parametrize("num_tokens", [4096, 16384])
@@ -31,7 +31,7 @@ def test_blocks_of_native_sparse_attention_make_as_many_pairs(num_tokens):
     assert blocks.shape == mask.shape == (1, 2, num_tokens, blocks_a_query(table))
     before = torch.arange(num_tokens)[:, None] // NSA_BLOCK
     assert (blocks[mask] < before.expand(blocks.shape)[mask]).all()
-    assert mask[0, 0].sum() * NSA_BLOCK == pytest.approx(visible_pairs(table), rel=0.05)
+    assert mask[0, 0].sum() * NSA_BLOCK == pytest.approx(table.num_pairs, rel=0.05)
 
 
 def test_methods_are_chosen_by_name():

@@ -44,7 +44,7 @@ def main():
         # The readable kernel in the place of FlexAttention, which has no backward pass on the CPU.
         for module in (heads, kept):
             module.choose_backend, module.KERNELS = lambda *_: "flex", {"flex": interval_attention}
-        blocks.QUERIES_A_COPY = 1
+        blocks.queries_a_copy = lambda table: 1
     mesh = start_mesh(options.sp_size, exchange=options.exchange)
     attend = attention_function(mesh.sequence)
     torch.manual_seed(options.sp_size)  # the same sequence on every rank

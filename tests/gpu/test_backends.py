@@ -118,7 +118,7 @@ def test_fused_selection_breaks_ties_towards_the_lower_position():
 @pytest.fixture
 def several_copies(monkeypatch):
     """Histories are copied for every few queries, as they are for every 32,768 of a long sequence."""
-    monkeypatch.setattr(blocks, "QUERIES_A_COPY", 256)
+    monkeypatch.setattr(blocks, "queries_a_copy", lambda table: 256)
     buffered_layout.cache_clear()
     yield
     buffered_layout.cache_clear()
