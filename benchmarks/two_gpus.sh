@@ -21,7 +21,8 @@ for gpus in 1 2; do
     on $gpus benchmark_steps --num-tokens 131072 --retention 1 0.125 --csv "$OUT/steps.csv" -- \
         +recipe=step_1b5 parallel.sp_size=$gpus
 done
-# The longest sequence: each ends at the first length that does not fit. 436,224 is 1.9 times 229,376 and more.
-on 1 benchmark_steps --num-tokens 163840 196608 229376 --steps 1 --csv "$OUT/longest.csv" -- +recipe=step_1b5
-on 2 benchmark_steps --num-tokens 393216 436224 --steps 1 --csv "$OUT/longest.csv" -- \
+# The longest sequence: each ends at the first length that does not fit. 491,520 is 1.9 times 253,952 and more.
+export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
+on 1 benchmark_steps --num-tokens 229376 253952 --steps 1 --csv "$OUT/longest.csv" -- +recipe=step_1b5
+on 2 benchmark_steps --num-tokens 442368 491520 --steps 1 --csv "$OUT/longest.csv" -- \
     +recipe=step_1b5 parallel.sp_size=2
