@@ -4,7 +4,7 @@ Blocks that queries see in full run unmasked; in the others the mask compares th
 intervals, which it reads from tensors: one compilation serves every layout. flash-attn-4 is called with [B, N, H, D].
 """
 
-import importlib.util
+import importlib.metadata
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
 
 HEAD_DIMS = (64, 128)
+RELEASE = "4.0.0b36"  # whose functions are called below the public one; the same in pyproject.toml
 
 
 def why_not_fa4(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -31,17 +32,17 @@ def why_not_fa4(device: torch.device, dtype: torch.dtype, head_dim: int) -> str 
         return f"it computes in bf16 or fp16, not in {str(dtype).removeprefix('torch.')}"
     if head_dim not in HEAD_DIMS:
         return f"head dims {' and '.join(map(str, HEAD_DIMS))} are supported, not {head_dim}"
-    if not _is_installed():
-        return "flash-attn-4 is not installed (pip install 'lrsa-ds[fa4]')"
+    if (installed := _installed_release()) != RELEASE:
+        return f"flash-attn-4 {RELEASE} is needed (pip install 'lrsa-ds[fa4]'), and {installed or 'none'} is installed"
     return None
 
 
 @lru_cache(maxsize=1)
-def _is_installed() -> bool:
-    # Earlier releases of flash-attn have the same top level, and no `cute` below it.
-    return importlib.util.find_spec("flash_attn") is not None and (
-        importlib.util.find_spec("flash_attn.cute") is not None
-    )
+def _installed_release() -> str | None:
+    try:
+        return importlib.metadata.version("flash-attn-4")
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def fa4_interval_attention(

@@ -8,12 +8,13 @@ from lrsa_ds.attention import blocks
 from lrsa_ds.attention.blocks import BLOCK, block_cover, interval_rows
 from lrsa_ds.attention.buffered import buffered_attention, buffered_layout, select_and_gather
 from lrsa_ds.attention.chunked import chunked_attention
+from lrsa_ds.attention.fa4 import RELEASE
 from lrsa_ds.attention.flex import _block_mask
 from lrsa_ds.attention.interval import Ahead, interval_attention
 from lrsa_ds.errors import LRSAError
 from lrsa_ds.partition import _build as layout_of
 from lrsa_ds.partition import partition_table
-from tests.helpers import assert_close
+from tests.helpers import ROOT, assert_close
 
 
 def random_qkv(num_tokens, heads=4, kv_heads=2, dim=16, batch=1, dtype=torch.float32):
@@ -317,3 +318,8 @@ def test_bad_shapes():
         lrsa_attention(*random_qkv(20), LRSAConfig(), document_lengths=[10, 9])
     with pytest.raises(LRSAError, match="needs a CUDA device"):
         lrsa_attention(*random_qkv(20), LRSAConfig(backend="flex"))
+
+
+def test_the_release_of_flash_attn_4_is_the_one_that_is_installed():
+    """Functions below its public ones are called, and may change from one release to the next."""
+    assert f'"flash-attn-4=={RELEASE}"' in (ROOT / "pyproject.toml").read_text()
