@@ -114,8 +114,8 @@ class _Attention(torch.autograd.Function):
 def _attend_ahead(q, k, v, layout: "_BlockLayout", scale: float, out: torch.Tensor, lse: torch.Tensor) -> None:
     """Writes output and log-sum-exp of the queries ahead."""
     ahead, _ = layout.split
-    attended = _attend_densely(q[:, :, ahead], *(x[:, :, layout.keys_ahead] for x in (k, v)), layout, scale)
-    out[:, :, ahead], lse[:, :, ahead] = attended
+    keys, values = (x[:, :, layout.keys_ahead] for x in (k, v))
+    out[:, :, ahead], lse[:, :, ahead] = _attend_densely(q[:, :, ahead], keys, values, layout.visible_ahead, scale)
 
 
 def _add_gradients_ahead(q, k, v, layout: "_BlockLayout", scale: float, grad_out, grad_lse, gradients) -> None:
@@ -123,7 +123,7 @@ def _add_gradients_ahead(q, k, v, layout: "_BlockLayout", scale: float, grad_out
     (ahead, _), keys = layout.split, layout.keys_ahead
     parts = [x.detach().requires_grad_() for x in (q[:, :, ahead], k[:, :, keys], v[:, :, keys])]
     with torch.enable_grad():
-        out, lse = _attend_densely(*parts, layout, scale)
+        out, lse = _attend_densely(*parts, layout.visible_ahead, scale)
     upstream = [grad_out[:, :, ahead], torch.zeros_like(lse) if grad_lse is None else grad_lse[:, :, ahead]]
     grad_q, grad_k, grad_v = torch.autograd.grad((out, lse), parts, upstream)
     gradients[0][:, :, ahead] = grad_q
@@ -131,10 +131,10 @@ def _add_gradients_ahead(q, k, v, layout: "_BlockLayout", scale: float, grad_out
     gradients[2][:, :, keys] += grad_v
 
 
-def _attend_densely(q, k, v, layout: "_BlockLayout", scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of a few queries to a few keys, of which `layout.visible_ahead` says who sees whom."""
+def _attend_densely(q, k, v, visible: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of a few queries to a few keys; `visible` [queries, keys] says who sees whom."""
     k, v = (x.float().repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    scores = (q.float() @ k.mT * scale).masked_fill(~layout.visible_ahead, -torch.inf)
+    scores = (q.float() @ k.mT * scale).masked_fill(~visible, -torch.inf)
     return (scores.softmax(-1) @ v).to(q.dtype), scores.logsumexp(-1)
 
 
