@@ -4,10 +4,6 @@ import math
 from fractions import Fraction
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-
 from lrsa_ds.errors import LRSAError
 
 TASKS_PER_BLOCK = 3  # so that a line of the table stays within 100 columns
@@ -95,6 +91,10 @@ def draw_evaluation(rows: list[dict], path: Path, title: str) -> None:
     Raises:
         LRSAError: `path` cannot be written.
     """
+    # Only here: every rank of every run would wait more than half a second for what rank 0 draws in the end.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     tasks = _in_order(rows, "task")
     num_columns = min(len(tasks), PANELS_PER_LINE)
     num_lines = -(-len(tasks) // num_columns)
@@ -135,7 +135,9 @@ def _style(is_start: bool, metric: str) -> dict:
     return style | {"marker": ".", "linewidth": 1.1, "alpha": 0.45}
 
 
-def _legend(times: list[str]) -> list[Line2D]:
+def _legend(times: list[str]) -> list:
+    from matplotlib.lines import Line2D
+
     names = {"exact_match": "exact answers", "token_accuracy": "answer tokens"}
     return [
         Line2D([], [], **_style(_is_start(w, times), m), label=f"{name}, {_phrase(w)}")
