@@ -95,21 +95,25 @@ def test_a_missing_halo_is_seen(world_size, options):
     assert result["loss_error"] > 1e-5 and result["worst_gradient"][0] > 1e-2
 
 
+@cache
+def attention_errors(size):
+    return output_of("attention_worker.py", size, size)
+
+
 @pytest.mark.parametrize("exchange", ["kept", "heads"])
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_sequence_parallel_attention_on_random_layouts(size, exchange):
     """Odd lengths, documents cut anywhere, KV heads fewer than ranks: the output and every gradient."""
-    cases = output_of("attention_worker.py", size, "--sp-size", size, "--exchange", exchange, "--cases", 20)
+    cases = attention_errors(size)["plain"][exchange]
     assert len(cases) == 20
     assert max(error for _, error in cases) < 1e-6, max(cases, key=lambda case: case[1])
 
 
 @pytest.mark.parametrize("exchange", ["kept", "heads"])
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, 3, 4])
 def test_sequence_parallel_attention_as_gpu_kernels_see_it(size, exchange):
     """The same with the kept buffer in whole blocks, and several copies of it."""
-    arguments = ["--sp-size", size, "--exchange", exchange, "--cases", 8, "--by-blocks"]
-    cases = output_of("attention_worker.py", size, *arguments)
+    cases = attention_errors(size)["by blocks"][exchange]
     assert len(cases) == 8
     assert max(error for _, error in cases) < 1e-5, max(cases, key=lambda case: case[1])
 
