@@ -9,6 +9,7 @@ import os
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from lrsa_ds.parallel.mesh import Mesh
@@ -46,6 +47,9 @@ class Watch:
         if self._timeout > 0:
             self._thread.join()
             self._file(self._rank).unlink(missing_ok=True)
+            # The last rank to leave takes the folder along; for the others it is not empty yet, or gone already.
+            with suppress(OSError):
+                self._directory.rmdir()
 
     def _file(self, rank: int) -> Path:
         return self._directory / str(rank)

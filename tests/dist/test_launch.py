@@ -36,6 +36,7 @@ def smoke(tmp_path_factory):
 def test_smoke_leaves_a_whole_run(smoke):
     output, done = smoke
     assert (output / "COMPLETED").exists()
+    assert not (output / "ranks").exists()  # where the watch keeps its files
     steps = rows_of(output, "train")
     assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
     names = ["loss", "grad_norm", "lr", "num_tokens", "num_target_tokens"]
