@@ -10,7 +10,7 @@ import torch
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from lrsa_ds.attention.select import gather_kept, select_partitions
+from lrsa_ds.attention.select import fast_select_partitions, gather_kept
 from lrsa_ds.config import LRSAConfig, require
 from lrsa_ds.errors import LRSAError
 from lrsa_ds.partition import num_compressed_partitions
@@ -53,7 +53,9 @@ class LagKVLayer(DynamicLayer):
         config = self.config
         first = config.sink_size + before * config.num_kept
         starts = first + config.lag_size * torch.arange(after - before, device=self.keys.device)
-        kept = select_partitions(self.keys, self.values, starts, config.lag_size, config.num_kept, first).flatten(2)
+        kept = fast_select_partitions(self.keys, self.values, starts, config.lag_size, config.num_kept, first).flatten(
+            2
+        )
         since = first + (after - before) * config.lag_size
         self.keys, self.values = (
             torch.cat([x[:, :, :first], gather_kept(x, kept), x[:, :, since:]], dim=2) for x in (self.keys, self.values)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from lrsa_ds.attention.chunked import attend_causally, attend_chunks
-from lrsa_ds.attention.select import gather_kept, select_partitions
+from lrsa_ds.attention.select import fast_select_partitions, gather_kept
 from lrsa_ds.config import LRSAConfig
 from lrsa_ds.partition import num_compressed_partitions, partition_table, room_in_chunk
 
@@ -34,7 +34,7 @@ def cached_attention(
     partitions = torch.arange(num_compressed, document.num_partitions, device=k.device)
     starts = config.sink_size + config.lag_size * partitions - missing
     first = config.sink_size + num_compressed * config.lag_size - missing
-    kept = select_partitions(k, v, starts, config.lag_size, config.num_kept, first).flatten(2)
+    kept = fast_select_partitions(k, v, starts, config.lag_size, config.num_kept, first).flatten(2)
     before = config.sink_size + num_compressed * config.num_kept
     kept_k, kept_v = (torch.cat([x[:, :, :before], gather_kept(x, kept)], dim=2) for x in (k, v))
     chunks = [replace(c, q_lo=max(c.q_lo, num_seen)) for c in table.chunks if c.q_hi > num_seen]

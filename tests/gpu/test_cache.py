@@ -1,0 +1,22 @@
+"""The invariant of `tests/cpu/test_cache.py` with the selection in Triton kernels, as caches on GPUs have it."""
+
+import pytest
+import torch
+
+from lrsa_ds import LagKVCache, LRSAConfig, apply_lrsa
+from tests.cpu.test_model import tiny
+from tests.helpers import assert_close
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("steps", [(2000,), (1, 700, 1, 1, 640, 657), (300, 128, 128, 1444)])
+def test_the_cache_is_the_training_pass(steps):
+    config = LRSAConfig(sink_size=5, lag_size=64, retention=0.3, backend="chunked")
+    model = apply_lrsa(tiny("llama"), config).cuda()
+    ids = torch.randint(1, 101, (1, sum(steps)), device="cuda")
+    cache = LagKVCache(config)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        parts = [model(part, past_key_values=cache).logits for part in ids.split(steps, dim=1)]
+    assert_close(torch.cat(parts, dim=1), expected, 1e-4, "logits")
