@@ -1,6 +1,7 @@
 """What every command does: compose the configuration, type it, act, and say errors in one sentence."""
 
 import atexit
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -49,6 +50,9 @@ def run_command(action: Callable[[Any], bool], name: str = "train", schema: type
         again, in the words of sysexits.h) if a signal has stopped the run and the same command would go on; 4 if
         another rank has ended.
     """
+    if not gc.isenabled():  # see no_gc.py
+        gc.enable()
+        gc.freeze()  # what was imported stays: no collection has to look at it
     # The deepspeed launcher appends --local_rank=N, which Hydra would refuse; the environment says the same.
     sys.argv = [argument for argument in sys.argv if not argument.startswith("--local_rank")]
     if {"-m", "--multirun"} & set(sys.argv):

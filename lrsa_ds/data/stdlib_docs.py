@@ -4,11 +4,13 @@ The sources are read with `ast`, nothing is imported: importing every module wou
 """
 
 import ast
+import gc
 import hashlib
 import inspect
 import sys
 import sysconfig
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -56,13 +58,26 @@ class Document:
 def load_documents() -> tuple[Document, ...]:
     """All documents, ordered by file and line; every name once."""
     documents: dict[str, Document] = {}
-    for module, path in _source_files():
-        for document in _documents_of(module, ast.parse(path.read_bytes())):
-            # A function defined once per platform: the first definition stands for all.
-            documents.setdefault(document.name, document)
+    with _no_garbage_collection():
+        for module, path in _source_files():
+            for document in _documents_of(module, ast.parse(path.read_bytes())):
+                # A function defined once per platform: the first definition stands for all.
+                documents.setdefault(document.name, document)
     for document in _topics():
         documents.setdefault(document.name, document)
     return tuple(documents.values())
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """So many syntax trees set off collections of all that the program holds, for most of the time that they take."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def documents_fingerprint() -> str:
@@ -75,12 +90,14 @@ def documents_fingerprint() -> str:
 def _source_files() -> Iterator[tuple[str, Path]]:
     """Public modules and their files, in the order of their names."""
     root = Path(sysconfig.get_path("stdlib"))
-    for path in sorted(root.rglob("*.py")):
+    # Not all that lies below: other people's packages do too.
+    public = [name for name in sys.stdlib_module_names if not name.startswith("_")]
+    files = [path for name in public for path in (root / f"{name}.py", *(root / name).rglob("*.py")) if path.is_file()]
+    for path in sorted(files):
         parts = path.relative_to(root).with_suffix("").parts
         if parts[-1] == "__init__":
             parts = parts[:-1]
-        public = parts and parts[0] in sys.stdlib_module_names and not any(p.startswith("_") for p in parts)
-        if public and not _SKIPPED.intersection(parts):
+        if not any(part.startswith("_") or part in _SKIPPED for part in parts):
             yield ".".join(parts), path
 
 
