@@ -53,12 +53,11 @@ class LagKVLayer(DynamicLayer):
         config = self.config
         first = config.sink_size + before * config.num_kept
         starts = first + config.lag_size * torch.arange(after - before, device=self.keys.device)
-        kept = fast_select_partitions(self.keys, self.values, starts, config.lag_size, config.num_kept, first).flatten(
-            2
-        )
+        kept = fast_select_partitions(self.keys, self.values, starts, config.lag_size, config.num_kept, first)
         since = first + (after - before) * config.lag_size
         self.keys, self.values = (
-            torch.cat([x[:, :, :first], gather_kept(x, kept), x[:, :, since:]], dim=2) for x in (self.keys, self.values)
+            torch.cat([x[:, :, :first], gather_kept(x, kept.flatten(2)), x[:, :, since:]], dim=2)
+            for x in (self.keys, self.values)
         )
 
     def get_seq_length(self) -> int:
