@@ -4,13 +4,11 @@ The sources are read with `ast`, nothing is imported: importing every module wou
 """
 
 import ast
-import gc
 import hashlib
 import inspect
 import sys
 import sysconfig
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -58,26 +56,13 @@ class Document:
 def load_documents() -> tuple[Document, ...]:
     """All documents, ordered by file and line; every name once."""
     documents: dict[str, Document] = {}
-    with _no_garbage_collection():
-        for module, path in _source_files():
-            for document in _documents_of(module, ast.parse(path.read_bytes())):
-                # A function defined once per platform: the first definition stands for all.
-                documents.setdefault(document.name, document)
+    for module, path in _source_files():
+        for document in _documents_of(module, ast.parse(path.read_bytes())):
+            # A function defined once per platform: the first definition stands for all.
+            documents.setdefault(document.name, document)
     for document in _topics():
         documents.setdefault(document.name, document)
     return tuple(documents.values())
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """So many syntax trees set off collections of all that the program holds, for most of the time that they take."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def documents_fingerprint() -> str:
