@@ -63,6 +63,8 @@ class _Attention(torch.autograd.Function):
     def forward(ctx, q, k, v, intervals, scale):
         from flash_attn.cute.interface import _flash_attn_fwd
 
+        from lrsa_ds.attention.fa4_mask import sees as mask
+
         layout = _block_layout(intervals, k.shape[2])
         scale = q.shape[3] ** -0.5 if scale is None else scale
         out = q.new_empty(q.shape[0], q.shape[2], *q.shape[1::2]).transpose(1, 2)
@@ -71,7 +73,7 @@ class _Attention(torch.autograd.Function):
         _flash_attn_fwd(
             *(x.transpose(1, 2) for x in (q[:, :, in_blocks], k, v)),
             softmax_scale=scale,
-            mask_mod=_mask(),
+            mask_mod=mask,
             aux_tensors=layout.rows,
             block_sparse_tensors=layout.by_query,
             return_lse=True,
@@ -89,21 +91,26 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, grad_out, grad_lse):
         from flash_attn.cute.interface import _flash_attn_bwd
 
+        from lrsa_ds.attention.fa4_mask import one_backward_loop
+        from lrsa_ds.attention.fa4_mask import sees as mask
+
         q, k, v, out, lse = ctx.saved_tensors
         layout = ctx.layout
         _, in_blocks = layout.split
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         grad_q = torch.empty_like(out)
-        _, grad_k, grad_v = _flash_attn_bwd(
-            *(x.transpose(1, 2) for x in (q[:, :, in_blocks], k, v, out[:, :, in_blocks], grad_out[:, :, in_blocks])),
-            lse[:, :, in_blocks],
-            ctx.scale,
-            mask_mod=_mask(),
-            aux_tensors=layout.rows,
-            block_sparse_tensors=layout.by_key,
-            dq=grad_q[:, :, in_blocks].transpose(1, 2),
-            dlse=None if grad_lse is None else grad_lse[:, :, in_blocks],
-        )
+        q_, out_, grad_ = (x[:, :, in_blocks] for x in (q, out, grad_out))
+        with one_backward_loop():
+            _, grad_k, grad_v = _flash_attn_bwd(
+                *(x.transpose(1, 2) for x in (q_, k, v, out_, grad_)),
+                lse[:, :, in_blocks],
+                ctx.scale,
+                mask_mod=mask,
+                aux_tensors=layout.rows,
+                block_sparse_tensors=layout.by_key,
+                dq=grad_q[:, :, in_blocks].transpose(1, 2),
+                dlse=None if grad_lse is None else grad_lse[:, :, in_blocks],
+            )
         gradients = grad_q, grad_k.transpose(1, 2), grad_v.transpose(1, 2)
         if layout.visible_ahead is not None:
             _add_gradients_ahead(q, k, v, layout, ctx.scale, grad_out, grad_lse, gradients)
@@ -180,23 +187,3 @@ def _short(blocks: torch.Tensor, descending: bool) -> tuple[torch.Tensor, torch.
     columns = columns[..., : max(1, int(counts.max()))]
     # A copy in any case, since flash-attn-4 wants a last stride of 1 even where there is a single column.
     return counts, columns.clone(memory_format=torch.contiguous_format)
-
-
-@lru_cache(maxsize=1)
-def _mask():
-    """The mask of partly seen blocks, in the language of CuTe."""
-    import cutlass
-    from cutlass import cute
-    from flash_attn.cute.utils import scalar_to_ssa
-
-    @cute.jit
-    def sees(batch, head, q_index, kv_index, seqlen_info, rows):
-        a_lo = scalar_to_ssa(rows[0][q_index[0]], cutlass.Int32)
-        a_hi = scalar_to_ssa(rows[1][q_index[0]], cutlass.Int32)
-        b_lo = scalar_to_ssa(rows[2][q_index[0]], cutlass.Int32)
-        b_hi = scalar_to_ssa(rows[3][q_index[0]], cutlass.Int32)
-        in_a = (kv_index >= a_lo) & (kv_index < a_hi)
-        in_b = (kv_index >= b_lo) & (kv_index < b_hi)
-        return in_a | in_b
-
-    return sees
