@@ -63,23 +63,24 @@ class _Attention(torch.autograd.Function):
     def forward(ctx, q, k, v, intervals, scale):
         from flash_attn.cute.interface import _flash_attn_fwd
 
-        from lrsa_ds.attention.fa4_mask import sees as mask
+        from lrsa_ds.attention.fa4_mask import interval_kernels, interval_mask
 
         layout = _block_layout(intervals, k.shape[2])
         scale = q.shape[3] ** -0.5 if scale is None else scale
         out = q.new_empty(q.shape[0], q.shape[2], *q.shape[1::2]).transpose(1, 2)
         lse = q.new_empty(q.shape[:3], dtype=torch.float32)
         _, in_blocks = layout.split
-        _flash_attn_fwd(
-            *(x.transpose(1, 2) for x in (q[:, :, in_blocks], k, v)),
-            softmax_scale=scale,
-            mask_mod=mask,
-            aux_tensors=layout.rows,
-            block_sparse_tensors=layout.by_query,
-            return_lse=True,
-            out=out[:, :, in_blocks].transpose(1, 2),
-            lse=lse[:, :, in_blocks],
-        )
+        with interval_kernels():
+            _flash_attn_fwd(
+                *(x.transpose(1, 2) for x in (q[:, :, in_blocks], k, v)),
+                softmax_scale=scale,
+                mask_mod=interval_mask,
+                aux_tensors=layout.rows,
+                block_sparse_tensors=layout.by_query,
+                return_lse=True,
+                out=out[:, :, in_blocks].transpose(1, 2),
+                lse=lse[:, :, in_blocks],
+            )
         if layout.visible_ahead is not None:
             _attend_ahead(q, k, v, layout, scale, out, lse)
         ctx.save_for_backward(q, k, v, out, lse)
@@ -91,8 +92,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, grad_out, grad_lse):
         from flash_attn.cute.interface import _flash_attn_bwd
 
-        from lrsa_ds.attention.fa4_mask import one_backward_loop
-        from lrsa_ds.attention.fa4_mask import sees as mask
+        from lrsa_ds.attention.fa4_mask import interval_kernels, interval_mask
 
         q, k, v, out, lse = ctx.saved_tensors
         layout = ctx.layout
@@ -100,12 +100,12 @@ class _Attention(torch.autograd.Function):
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         grad_q = torch.empty_like(out)
         q_, out_, grad_ = (x[:, :, in_blocks] for x in (q, out, grad_out))
-        with one_backward_loop():
+        with interval_kernels():
             _, grad_k, grad_v = _flash_attn_bwd(
                 *(x.transpose(1, 2) for x in (q_, k, v, out_, grad_)),
                 lse[:, :, in_blocks],
                 ctx.scale,
-                mask_mod=mask,
+                mask_mod=interval_mask,
                 aux_tensors=layout.rows,
                 block_sparse_tensors=layout.by_key,
                 dq=grad_q[:, :, in_blocks].transpose(1, 2),

@@ -3,45 +3,83 @@
 Imported where a kernel is about to be called, since it needs the extra `fa4`.
 """
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 import cutlass
 from cutlass import cute
-from flash_attn.cute import flash_bwd_sm90
-from flash_attn.cute.utils import scalar_to_ssa
+from flash_attn.cute import flash_bwd_sm90, flash_fwd_sm90
+from flash_attn.cute.mask import (
+    AttentionMask,
+    mask_r2p_lambda,
+    r2p_bitmask_above,
+    r2p_bitmask_below,
+    sm90_col_to_r2p_idx,
+)
 from quack.layout_utils import reshape_acc_to_mn
 
 
-@cute.jit
-def sees(batch, head, q_index, kv_index, seqlen_info, rows):
-    """The mask of partly seen blocks for the forward pass; `rows` are the ends of the intervals of all queries."""
-    a_lo = scalar_to_ssa(rows[0][q_index[0]], cutlass.Int32)
-    a_hi = scalar_to_ssa(rows[1][q_index[0]], cutlass.Int32)
-    b_lo = scalar_to_ssa(rows[2][q_index[0]], cutlass.Int32)
-    b_hi = scalar_to_ssa(rows[3][q_index[0]], cutlass.Int32)
-    return _in_either(kv_index, a_lo, a_hi, b_lo, b_hi)
+def interval_mask(*_):
+    """What flash-attn-4 is given for a mask, so that it knows of one; `interval_kernels` puts another in its place."""
+    raise NotImplementedError("attention over intervals was called outside of interval_kernels")
 
 
-def _in_either(key, a_lo, a_hi, b_lo, b_hi):
-    return ((key >= a_lo) & (key < a_hi)) | ((key >= b_lo) & (key < b_hi))
+# By this flash-attn-4 finds a kernel that it has compiled, in a cache on disk too.
+interval_mask.__cute_hash__ = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
 
 @contextmanager
-def one_backward_loop() -> Iterator[None]:
-    """While it holds, kernels compiled for the backward pass walk partly and wholly seen blocks in one loop.
+def interval_kernels() -> Iterator[None]:
+    """While it holds, flash-attn-4 compiles kernels whose mask is the intervals, `aux_tensors` their ends.
 
-    flash-attn-4 has a loop for each kind. The assembler hands out its uniform registers to the first of the two; the
-    second, where nearly all blocks are, computes the addresses of its multiplications anew in every turn: 524
-    instructions instead of 430. And a mask is cheaper here, where a query's intervals are read once, not per key.
+    Its own way would be to call a function for each pair of a query and a key, which reads the ends anew; here they
+    are read once for a query. Backward, it has a loop for partly and one for wholly seen blocks. The assembler hands
+    out its uniform registers to the first of the two; the second, where nearly all blocks are, computes the addresses
+    of its multiplications anew in every turn: 524 instructions instead of the 430 of a single loop.
     """
-    theirs = flash_bwd_sm90.consume_block_sparse_mma_bwd_sm90
+    theirs = flash_fwd_sm90.AttentionMask, flash_bwd_sm90.consume_block_sparse_mma_bwd_sm90
+    flash_fwd_sm90.AttentionMask = _IntervalMask
     flash_bwd_sm90.consume_block_sparse_mma_bwd_sm90 = _walk_queries
     try:
         yield
     finally:
-        flash_bwd_sm90.consume_block_sparse_mma_bwd_sm90 = theirs
+        flash_fwd_sm90.AttentionMask, flash_bwd_sm90.consume_block_sparse_mma_bwd_sm90 = theirs
+
+
+class _IntervalMask(AttentionMask):
+    """Stands in for flash-attn-4's mask in the forward pass; argument names are those of the method it replaces.
+
+    Only partly seen blocks have a `mask_mod`. The others need no mask, not even at the end of the keys: see
+    `block_cover`.
+    """
+
+    def apply_mask(self, acc_S, m_block, n_block, thr_mma, mask_mod=None, aux_data=None, **_):
+        if mask_mod is not None:
+            shape, heads_in_a_row = (self.tile_m, self.tile_n), self.qhead_per_kvhead_packgqa
+            _hide_in_rows(acc_S, m_block, n_block, thr_mma, shape, heads_in_a_row, aux_data.tensors)
+
+
+@cute.jit
+def _hide_in_rows(scores, m_block, n_block, thr_mma, shape: cutlass.Constexpr, heads_in_a_row: cutlass.Constexpr, rows):
+    """Takes the keys that a query does not see out of the scores of a tile, by a bit for each key of a thread.
+
+    Rows are queries; `heads_in_a_row` successive ones are heads of the same query.
+    """
+    at = reshape_acc_to_mn(thr_mma.partition_C(cute.make_identity_tensor(shape)))
+    table = reshape_acc_to_mn(scores)
+    first_key = n_block * shape[1] + at[0, 0][1]
+    for i in cutlass.range_constexpr(cute.size(at.shape[0])):
+        query = (m_block * shape[0] + at[i, 0][0]) // heads_in_a_row
+        a_lo, a_hi, b_lo, b_hi = (sm90_col_to_r2p_idx(row[query] - first_key) for row in rows)
+        mask_r2p_lambda(table[i, None], partial(_bits, a_lo, a_hi, b_lo, b_hi), rank1=True)
+
+
+def _bits(a_lo, a_hi, b_lo, b_hi, part):
+    in_a = r2p_bitmask_above(a_lo, part) & r2p_bitmask_below(a_hi, part)
+    return in_a | (r2p_bitmask_above(b_lo, part) & r2p_bitmask_below(b_hi, part))
 
 
 def _walk_queries(
@@ -51,7 +89,7 @@ def _walk_queries(
     """Stands in for flash-attn-4's function of the backward pass, whose argument names these are."""
     counts = [count[batch, head, kv_block] for count in (tables.mask_block_cnt, tables.full_block_cnt)]
     lists = [blocks[batch, head, kv_block, None] for blocks in (tables.mask_block_idx, tables.full_block_idx)]
-    hide = partial(_hide_unseen, kv_block=kv_block, mask=mask, thr_mma=thr_mma_SdP, rows=aux_data.tensors)
+    hide = partial(_hide_in_columns, kv_block=kv_block, mask=mask, thr_mma=thr_mma_SdP, rows=aux_data.tensors)
     return _loop(*counts, *lists, q_state, do_state, one_block, hide, q_subtile_factor, m_block_max)
 
 
@@ -87,8 +125,8 @@ def _loop(
 
 
 @cute.jit
-def _hide_unseen(scores, m_block, masked, kv_block, mask, thr_mma, rows):
-    """Takes the keys that a query does not see out of the scores of a tile, if it is `masked`."""
+def _hide_in_columns(scores, m_block, masked, kv_block, mask, thr_mma, rows):
+    """The same for a tile of the backward pass, whose columns are queries where `mask.swap_AB`, if it is `masked`."""
     shape = (mask.tile_n, mask.tile_m) if cutlass.const_expr(mask.swap_AB) else (mask.tile_m, mask.tile_n)
     at = reshape_acc_to_mn(thr_mma.partition_C(cute.make_identity_tensor(shape)), transpose=mask.swap_AB)
     of_query, of_key = (1, 0) if cutlass.const_expr(mask.swap_AB) else (0, 1)
@@ -98,5 +136,6 @@ def _hide_unseen(scores, m_block, masked, kv_block, mask, thr_mma, rows):
             query = m_block * mask.tile_m + at[i, 0][of_query]
             ends = [row[query] for row in rows]
             for j in cutlass.range_constexpr(cute.size(at.shape[1])):
-                seen = _in_either(kv_block * mask.tile_n + at[0, j][of_key], *ends)
+                key = kv_block * mask.tile_n + at[0, j][of_key]
+                seen = ((key >= ends[0]) & (key < ends[1])) | ((key >= ends[2]) & (key < ends[3]))
                 table[i, j] = table[i, j] if seen else -cutlass.Float32.inf

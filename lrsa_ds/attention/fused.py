@@ -19,20 +19,22 @@ if HAS_TRITON:
     @triton.jit
     def _deviation_kernel(
         k, v, k_b, k_g, k_n, v_b, v_g, v_n, starts, out, num_heads, num_partitions,
-        lag: tl.constexpr, dim: tl.constexpr, TOKENS: tl.constexpr, DIM: tl.constexpr,
+        copied_k, copied_v, copied_rows, first_row,
+        lag: tl.constexpr, dim: tl.constexpr, TOKENS: tl.constexpr, DIM: tl.constexpr, COPY: tl.constexpr,
     ):  # fmt: skip
         """Deviation of each token of a partition over its channels, normalised by the lag reference: [2, B * G, P, L].
 
-        Keys first, then values.
+        Keys first, then values. With COPY the tokens of the partitions are copied to [B * G, copied_rows, D] behind
+        `first_row` rows, since they are read anyway.
         """
         head, partition, which = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
         tokens, channels = tl.arange(0, TOKENS), tl.arange(0, DIM)
         is_channel = channels < dim
         base = k + (head // num_heads) * k_b + (head % num_heads) * k_g
-        stride_n = k_n
+        stride_n, copied = k_n, copied_k
         if which == 1:
             base = v + (head // num_heads) * v_b + (head % num_heads) * v_g
-            stride_n = v_n
+            stride_n, copied = v_n, copied_v
         base += channels[None, :]
         start = tl.load(starts + partition)
         low, high = tl.full([DIM], float("inf"), tl.float32), tl.full([DIM], float("-inf"), tl.float32)
@@ -46,6 +48,9 @@ if HAS_TRITON:
         for first in range(0, lag, TOKENS):
             inside = (first + tokens < lag)[:, None] & is_channel[None, :]
             values = tl.load(base + (start + first + tokens)[:, None] * stride_n, mask=inside, other=0.0)
+            if COPY:
+                row = head * copied_rows + first_row + start + first + tokens
+                tl.store(copied + row[:, None] * dim + channels[None, :], values, mask=inside)
             scaled = tl.where(inside, (values.to(tl.float32) - low[None, :]) / spread[None, :], 0.0)
             centred = tl.where(inside, scaled - (tl.sum(scaled, axis=1) / dim)[:, None], 0.0)
             deviation = tl.sqrt(tl.sum(centred * centred, axis=1) / (dim - 1))
@@ -111,11 +116,14 @@ def fused_select_into(
     lag: int,
     num_kept: int,
     slot_of: torch.Tensor | None = None,
+    copies: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
     """Writes the positions kept of each partition into `positions` [B, G, R], from slot `slots_P[p]` on.
 
     Args:
         slot_of: int32 [B, G, N], if given: the slot of each kept token is written there.
+        copies: of keys and values, [B, G, C + N, D] each and contiguous, if given: the tokens of the partitions are
+            copied to their places behind the first C rows.
     """
     batch, heads, num_tokens = k.shape[:3]
     num_partitions = len(starts_P)
@@ -125,10 +133,13 @@ def fused_select_into(
     dim = k.shape[3]
     width = triton.next_power_of_2(dim)
     tile = max(16, min(triton.next_power_of_2(lag), TILE // width))
-    strides, sizes = (*k.stride()[:3], *v.stride()[:3]), (heads, num_partitions, lag, dim)
+    strides = (*k.stride()[:3], *v.stride()[:3])
+    copied_k, copied_v = copies or (k, v)
+    copied_rows = copied_k.shape[2]
     _deviation_kernel[batch * heads, num_partitions, 2](
-        k, v, *strides, starts_P, deviations, *sizes, TOKENS=tile, DIM=width, num_warps=4
-    )
+        k, v, *strides, starts_P, deviations, heads, num_partitions, copied_k, copied_v, copied_rows,
+        copied_rows - num_tokens, lag, dim, TOKENS=tile, DIM=width, COPY=copies is not None, num_warps=4,
+    )  # fmt: skip
     _keep_kernel[(num_rows,)](
         deviations,
         num_rows * lag,

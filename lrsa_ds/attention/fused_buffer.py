@@ -1,4 +1,4 @@
-"""Copies of the kept buffer beside the tokens, in one Triton kernel each way.
+"""Copies of the kept buffer beside the tokens, in a Triton kernel each way and that of the selection.
 
 The readable form is `select_and_gather` on the CPU. The gradient of a token is that of the token itself and of all its
 copies, added in fp32 and rounded once; no atomics, so that the same input gives the same gradient.
@@ -22,19 +22,24 @@ if HAS_TRITON:
 
     @triton.jit
     def _copy_kernel(
-        k, v, out_k, out_v, positions, slots, k_b, k_g, k_n, v_b, v_g, v_n,
-        num_heads, num_copied, num_slots, num_tokens, dim: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
+        k, v, out_k, out_v, positions, slots, others, k_b, k_g, k_n, v_b, v_g, v_n,
+        num_heads, num_copied, num_others, num_slots, num_tokens,
+        dim: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
     ):  # fmt: skip
-        """[copies of kept keys | keys], and the same of the values: [B * G, num_copied + num_tokens, D] each."""
+        """[copies of kept keys | keys], and the same of the values: [B * G, num_copied + num_tokens, D] each.
+
+        Of the tokens only the `others`, which the selection has not copied.
+        """
         rows, channels = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, DIM)
         head = tl.program_id(1).to(tl.int64)
-        num_rows = num_copied + num_tokens
-        is_copy = rows < num_copied
+        is_copy, is_row = rows < num_copied, rows < num_copied + num_others
         slot = tl.load(slots + rows, mask=is_copy, other=0)
-        token = tl.load(positions + head * num_slots + slot, mask=is_copy, other=0)
-        token = tl.where(is_copy, token, rows - num_copied)
-        inside = (rows < num_rows)[:, None] & (channels < dim)[None, :]
-        at = (head * num_rows + rows)[:, None] * dim + channels[None, :]
+        kept = tl.load(positions + head * num_slots + slot, mask=is_copy, other=0)
+        other = tl.load(others + rows - num_copied, mask=is_row & (rows >= num_copied), other=0)
+        token = tl.where(is_copy, kept, other)
+        row = head * (num_copied + num_tokens) + tl.where(is_copy, rows, num_copied + other)
+        inside = is_row[:, None] & (channels < dim)[None, :]
+        at = row[:, None] * dim + channels[None, :]
         batch, group = head // num_heads, head % num_heads
         key = tl.load(k + batch * k_b + group * k_g + token[:, None] * k_n + channels[None, :], mask=inside)
         value = tl.load(v + batch * v_b + group * v_g + token[:, None] * v_n + channels[None, :], mask=inside)
@@ -84,6 +89,7 @@ class _Plan:
     starts: torch.Tensor  # int64 [P]: first token of each partition that is history
     first_slots: torch.Tensor  # int64 [P]: where its kept KV begins
     slots: torch.Tensor  # int64 [copies]: the slot behind each that is read
+    others: torch.Tensor  # int64 [O]: the tokens of no such partition
     parts: torch.Tensor  # int32 [parts, 3]: first slot, last slot, offset
 
 
@@ -97,7 +103,13 @@ def _plan(table: PartitionTable, copies: Copies, device: torch.device) -> _Plan:
     parts = [[lo, hi, offset] for (lo, hi), offset in zip(copies.parts, copies.offsets(), strict=True)]
     parts = torch.tensor(parts, dtype=torch.int32).to(device)
     first_slots = buffer.slots[:: table.num_kept].contiguous()
-    return _Plan(buffer.positions, slot_of, buffer.starts, first_slots, copies.slots(device), parts)
+    others, end = [], 0
+    for document in table.kept_documents:
+        first = document.start + table.sink_size
+        others.append(torch.arange(end, first, device=device))
+        end = first + document.num_partitions * table.lag_size
+    others = torch.cat([*others, torch.arange(end, table.num_tokens, device=device)])
+    return _Plan(buffer.positions, slot_of, buffer.starts, first_slots, copies.slots(device), others, parts)
 
 
 class _Buffers(torch.autograd.Function):
@@ -108,14 +120,17 @@ class _Buffers(torch.autograd.Function):
         batch, heads, num_tokens, dim = k.shape
         positions = plan.positions.repeat(batch, heads, 1)
         slot_of = plan.slot_of.repeat(batch, heads, 1)
-        fused_select_into(positions, k, v, plan.starts, plan.first_slots, table.lag_size, table.num_kept, slot_of)
-        num_rows = copies.size + num_tokens
-        out_k, out_v = (x.new_empty(batch, heads, num_rows, dim) for x in (k, v))
+        out_k, out_v = (x.new_empty(batch, heads, copies.size + num_tokens, dim) for x in (k, v))
+        fused_select_into(
+            positions, k, v, plan.starts, plan.first_slots, table.lag_size, table.num_kept, slot_of, (out_k, out_v)
+        )
         strides = (*k.stride()[:3], *v.stride()[:3])
-        sizes = (heads, copies.size, positions.shape[2], num_tokens, dim)
-        grid = (triton.cdiv(num_rows, ROWS), batch * heads)
-        width = triton.next_power_of_2(dim)
-        _copy_kernel[grid](k, v, out_k, out_v, positions, plan.slots, *strides, *sizes, ROWS=ROWS, DIM=width)
+        sizes = (heads, copies.size, len(plan.others), positions.shape[2], num_tokens, dim)
+        grid = (triton.cdiv(copies.size + len(plan.others), ROWS), batch * heads)
+        _copy_kernel[grid](
+            k, v, out_k, out_v, positions, plan.slots, plan.others, *strides, *sizes,
+            ROWS=ROWS, DIM=triton.next_power_of_2(dim),
+        )  # fmt: skip
         ctx.save_for_backward(slot_of)
         ctx.plan, ctx.num_copied = plan, copies.size
         return out_k, out_v
