@@ -111,6 +111,7 @@ def test_flex_is_the_same_function(layout):
 def queries_a_copy(request, monkeypatch):
     """Queries that read one copy of their history: from as few as can be to all of a sequence."""
     monkeypatch.setattr(blocks, "queries_a_copy", lambda table: request.param)
+    monkeypatch.setattr(blocks, "LEAST_TOKENS_AHEAD", 0)
     buffered_layout.cache_clear()
     yield request.param
     buffered_layout.cache_clear()
@@ -180,6 +181,12 @@ def test_blocks_may_begin_where_the_chunks_of_the_longest_document_do(lengths, a
     # The block with the sink and the last one of the window.
     longest = slice(0, None) if len(lengths) == 1 else slice(-(-(700 - ahead) // BLOCK), (3200 - ahead) // BLOCK)
     assert partly[longest].sum(dim=1).max() <= 2 and wholly[longest].any()
+
+
+@pytest.mark.parametrize("num_tokens,ahead", [(8192, 0), (16384, 16)])
+def test_short_sequences_have_no_queries_ahead(num_tokens, ahead):
+    config = LRSAConfig(sink_size=16, lag_size=1024, retention=0.125)
+    assert buffered_layout((num_tokens,), config, torch.device("cpu"), "fa4").intervals.ahead.count == ahead
 
 
 def test_no_query_reads_a_copy_that_is_not_its_own(queries_a_copy):

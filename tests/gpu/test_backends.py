@@ -22,6 +22,15 @@ pytestmark = pytest.mark.gpu
 BACKENDS = ["flex", "fa4"]
 
 
+@pytest.fixture(autouse=True)
+def queries_ahead(monkeypatch):
+    """As long sequences have them, on flash-attn-4."""
+    monkeypatch.setattr(blocks, "LEAST_TOKENS_AHEAD", 0)
+    buffered_layout.cache_clear()
+    yield
+    buffered_layout.cache_clear()
+
+
 def compare(backend, lengths, heads=4, kv_heads=2, dim=64, dtype=torch.bfloat16, **settings):
     """Relative errors of output and gradients of q, k, v; the oracle selects from the same tensors, in fp32."""
     reason = why_not_fa4(torch.device("cuda"), dtype, dim) if backend == "fa4" else None
