@@ -24,7 +24,7 @@ from quack.layout_utils import reshape_acc_to_mn
 
 def interval_mask(*_):
     """What flash-attn-4 is given for a mask, so that it knows of one; `interval_kernels` puts another in its place."""
-    raise NotImplementedError("attention over intervals was called outside of interval_kernels")
+    raise RuntimeError("attention over intervals was called outside of interval_kernels")
 
 
 # By this flash-attn-4 finds a kernel that it has compiled, in a cache on disk too.

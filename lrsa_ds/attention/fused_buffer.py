@@ -35,7 +35,7 @@ if HAS_TRITON:
         is_copy, is_row = rows < num_copied, rows < num_copied + num_others
         slot = tl.load(slots + rows, mask=is_copy, other=0)
         kept = tl.load(positions + head * num_slots + slot, mask=is_copy, other=0)
-        other = tl.load(others + rows - num_copied, mask=is_row & (rows >= num_copied), other=0)
+        other = tl.load(others + rows - num_copied, mask=is_row & ~is_copy, other=0)
         token = tl.where(is_copy, kept, other)
         row = head * (num_copied + num_tokens) + tl.where(is_copy, rows, num_copied + other)
         inside = is_row[:, None] & (channels < dim)[None, :]
@@ -98,17 +98,16 @@ def _plan(table: PartitionTable, copies: Copies, device: torch.device) -> _Plan:
     buffer = buffer_plan(table, padded_buffer_size(table), device)
     slot_of = torch.full((table.num_tokens,), -1, dtype=torch.int32, device=device)
     sinks = torch.arange(table.sink_size, dtype=torch.int32, device=device)
-    for document in table.kept_documents:
-        slot_of[document.start : document.start + table.sink_size] = document.buffer_lo + sinks
-    parts = [[lo, hi, offset] for (lo, hi), offset in zip(copies.parts, copies.offsets(), strict=True)]
-    parts = torch.tensor(parts, dtype=torch.int32).to(device)
-    first_slots = buffer.slots[:: table.num_kept].contiguous()
     others, end = [], 0
     for document in table.kept_documents:
         first = document.start + table.sink_size
+        slot_of[document.start : first] = document.buffer_lo + sinks
         others.append(torch.arange(end, first, device=device))
         end = first + document.num_partitions * table.lag_size
     others = torch.cat([*others, torch.arange(end, table.num_tokens, device=device)])
+    parts = [[lo, hi, offset] for (lo, hi), offset in zip(copies.parts, copies.offsets(), strict=True)]
+    parts = torch.tensor(parts, dtype=torch.int32).to(device)
+    first_slots = buffer.slots[:: table.num_kept].contiguous()
     return _Plan(buffer.positions, slot_of, buffer.starts, first_slots, copies.slots(device), others, parts)
 
 

@@ -24,7 +24,7 @@ BACKENDS = ["flex", "fa4"]
 
 @pytest.fixture(autouse=True)
 def queries_ahead(monkeypatch):
-    """As long sequences have them, on flash-attn-4."""
+    """As long sequences have them, on flash-attn-4; no layout of another setting is there before or after."""
     monkeypatch.setattr(blocks, "LEAST_TOKENS_AHEAD", 0)
     buffered_layout.cache_clear()
     yield
@@ -125,12 +125,9 @@ def test_fused_selection_breaks_ties_towards_the_lower_position():
 
 
 @pytest.fixture
-def several_copies(monkeypatch):
+def several_copies(monkeypatch, queries_ahead):
     """Histories are copied for every few queries, as they are for every 32,768 of a long sequence."""
     monkeypatch.setattr(blocks, "queries_a_copy", lambda table: 256)
-    buffered_layout.cache_clear()
-    yield
-    buffered_layout.cache_clear()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
