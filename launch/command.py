@@ -10,12 +10,12 @@ from typing import Any
 
 import hydra
 import torch.distributed as dist
-from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from launch.accelerator import register_resolver
+from launch.schema import register_schema
 from launch.sentences import hydra_sentence
 from lrsa_ds.config import TrainConfig, typed_config
 from lrsa_ds.errors import LRSAError, Stopped
@@ -61,7 +61,7 @@ def run_command(action: Callable[[Any], bool], name: str = "train", schema: type
         return 2
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, and leave as one sentence
     register_resolver()
-    ConfigStore.instance().store(name=f"{name}_schema", node=schema)
+    register_schema(name, schema)
     succeeded, failure = False, None
 
     def task(composed: DictConfig) -> None:

@@ -23,7 +23,6 @@ sys.path.insert(0, str(ROOT))
 import hydra  # noqa: E402
 import torch  # noqa: E402
 from hydra import compose, initialize_config_dir  # noqa: E402
-from hydra.core.config_store import ConfigStore  # noqa: E402
 from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from hydra.core.override_parser.overrides_parser import OverridesParser  # noqa: E402
 from hydra.core.override_parser.types import Override  # noqa: E402
@@ -33,6 +32,7 @@ from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
 from launch.accelerator import register_resolver  # noqa: E402
 from launch.command import CONF  # noqa: E402
+from launch.schema import register_schema  # noqa: E402
 from launch.sentences import hydra_sentence  # noqa: E402
 from lrsa_ds.config import TrainConfig, require, typed_config  # noqa: E402
 from lrsa_ds.errors import LRSAError  # noqa: E402
@@ -148,7 +148,7 @@ def main() -> int:
     sys.argv = [sys.argv[0], *typed]
     os.environ["HYDRA_FULL_ERROR"] = "1"
     register_resolver()
-    ConfigStore.instance().store(name="train_schema", node=TrainConfig)
+    register_schema("train", TrainConfig)
     try:
         has_values = any(flag in typed for flag in ("-m", "--multirun"))
         require(

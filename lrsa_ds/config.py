@@ -6,11 +6,11 @@ any process group starts.
 """
 
 import difflib
+import re
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
-from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
@@ -111,7 +111,7 @@ class ModelConfig:
     name: str | None = None
     revision: str | None = None
     gguf_file: str | None = None
-    random: dict[str, Any] | None = None
+    random: dict[str, Any] | None = field(default_factory=dict)  # an empty one is none
     tokenizer: str | None = None
     trust_remote_code: bool = False
     dtype: str = "auto"
@@ -120,6 +120,7 @@ class ModelConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self):
+        self.random = self.random or None
         require(
             self.lora.rank == 0 or not self.freeze,
             "model.freeze has no effect beside model.lora.rank, which trains the adapters alone: set one of the two.",
@@ -196,8 +197,13 @@ class DataConfig:
             "or 1 (in another one); more would prepare the same sequences twice.",
         )
         columns = ("messages", "prompt", "completion", "context", "question", "answer", "answers", "text", "task")
-        for column in self.columns:
-            require_one_of("data.columns", column, columns)
+        for ours, theirs in self.columns.items():
+            require_one_of("data.columns", ours, columns)
+            require(
+                isinstance(theirs, str),
+                f"data.columns={{{ours}: {theirs!r}}} is not valid: give the name of a column, such as "
+                f"{{{ours}: passage}}.",
+            )
         require(
             self.source == "files" or (self.path is None and self.validation_path is None),
             "data.path and data.validation_path are read only with data=files: add data=files.",
@@ -387,10 +393,6 @@ class TrainConfig:
         )
 
 
-# `conf/train.yaml` begins with this node, so that Hydra knows every key and its type.
-ConfigStore.instance().store(name="train_schema", node=TrainConfig)
-
-
 def typed_config(composed: DictConfig, schema: type = TrainConfig) -> Any:
     """What Hydra composed, as an instance of the dataclass `schema`.
 
@@ -422,7 +424,21 @@ def config_sentence(error: OmegaConfBaseException, schema: type = TrainConfig) -
     key = error.full_key or ""
     if isinstance(error, (ConfigKeyError, ConfigAttributeError)):
         return unknown_key_sentence(key, schema)
-    return f"{key}: {str(error.msg).splitlines()[0]}." if key else f"{str(error).splitlines()[0]}."
+    said = str(error.msg if key else error).splitlines()[0].rstrip(".")
+    return f"{key}: {said}{_form_of(key, schema)}." if key else f"{said}."
+
+
+def _form_of(key: str, schema: type) -> str:
+    """How a dictionary or a list is written on the command line, for an error; empty for other fields."""
+    node, path = schema, []
+    for name in re.split(r"[.\[]", key):
+        node = {f.name: f.type for f in fields(node)}.get(name) if is_dataclass(node) else None
+        path.append(name)
+        kinds = {get_origin(node), *map(get_origin, get_args(node))}
+        form = "{key: value}" if dict in kinds else "[value,value]" if list in kinds else None
+        if form is not None:
+            return f"; write '{'.'.join(path)}={form}'"
+    return ""
 
 
 def unknown_key_sentence(key: str, schema: type = TrainConfig) -> str:

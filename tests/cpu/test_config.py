@@ -1,15 +1,17 @@
 """Every recipe and group composes into a `TrainConfig`, and every mistake is one sentence."""
 
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
+from typing import get_args, get_origin
 
 import pytest
 from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from launch.accelerator import PICKS, register_resolver
+from launch.schema import register_schema
 from launch.sentences import hydra_sentence
 from lrsa_ds.config import TrainConfig, save_settings, typed_config
 from lrsa_ds.errors import LRSAError
@@ -18,6 +20,8 @@ from tests.helpers import ROOT
 
 CONF = ROOT / "conf"
 register_resolver()
+register_schema("train", TrainConfig)
+register_schema("evaluate", EvaluateConfig)
 
 
 def composed(*overrides) -> TrainConfig:
@@ -27,7 +31,6 @@ def composed(*overrides) -> TrainConfig:
 
 def test_the_evaluation_composes_to_the_defaults_of_the_code():
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        ConfigStore.instance().store(name="evaluate_schema", node=EvaluateConfig)
         config = typed_config(compose("evaluate", ["model.name=some/model"]), EvaluateConfig)
         assert config == EvaluateConfig(model=config.model, data=config.data)
         with pytest.raises(LRSAError, match=r"cache.retention is not a key .*retentions.* Did you mean retentions\?"):
@@ -70,6 +73,73 @@ def test_numbers_of_a_choice_are_the_defaults_of_the_code():
         assert getattr(code, group) == getattr(files, group), group
 
 
+def keys_of_kind(schema, kind, prefix=""):
+    """Every key below a dataclass whose type is a dict or a list, optional or not."""
+    for field in fields(schema):
+        key = prefix + field.name
+        if is_dataclass(field.type):
+            yield from keys_of_kind(field.type, kind, f"{key}.")
+        elif kind in {get_origin(field.type), *map(get_origin, get_args(field.type))}:
+            yield key
+
+
+SCHEMAS = {"train": TrainConfig, "evaluate": EvaluateConfig}
+DICTIONARIES = [(name, key) for name, schema in SCHEMAS.items() for key in keys_of_kind(schema, dict)]
+LISTS = [(name, key) for name, schema in SCHEMAS.items() for key in keys_of_kind(schema, list)]
+
+
+@pytest.mark.parametrize("name,key", DICTIONARIES)
+def test_every_dictionary_can_be_set_from_the_command_line(name, key):
+    """As a whole, one key of it, and one key of a dictionary in it; with and without Hydra's plus."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        for override, expected in (
+            (f"{key}={{one: 1, two-: 2}}", {"one": 1, "two-": 2}),
+            (f"{key}.one=1", {"one": 1}),
+            (f"+{key}.one=1", {"one": 1}),
+            (f"++{key}={{one: 1}}", {"one": 1}),
+        ):
+            found = OmegaConf.to_container(OmegaConf.select(compose(name, [override]), key))
+            assert {k: int(v) for k, v in found.items()} == expected, override
+
+
+@pytest.mark.parametrize("name,key", LISTS)
+def test_every_list_can_be_set_from_the_command_line(name, key):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        for override, expected in ((f"{key}=[1,2]", ["1", "2"]), (f"{key}=[]", [])):
+            found = OmegaConf.select(compose(name, [override]), key)
+            assert [f"{value:g}" if isinstance(value, float) else str(value) for value in found] == expected
+
+
+@pytest.mark.parametrize(
+    "overrides,key,expected",
+    [
+        (["data=files", "data.path=x", "data.columns={context: passage, answer: 'the answer'}"], "data.columns",
+         {"context": "passage", "answer": "the answer"}),
+        (["data=files", "data.path=x", "data.columns.context=passage"], "data.columns", {"context": "passage"}),
+        (["model=tiny_qwen2", "model.random.rope_parameters={rope_type: default, rope_theta: 1e4}"],
+         "model.random.rope_parameters", {"rope_type": "default", "rope_theta": 1e4}),
+        (["model=tiny_qwen2", "model.random.head_dim=8"], "model.random.head_dim", 8),
+        (["model=tiny_qwen2", "model.random={num_hidden_layers: 4}"], "model.random.vocab_size", 320),
+        (["model=hub", "model.name=null", "model.tokenizer=bytes", "model.random={model_type: llama}"],
+         "model.random", {"model_type": "llama"}),
+        (["model=hub", "model.name=null", "model.tokenizer=bytes", "model.random.model_type=llama"],
+         "model.random", {"model_type": "llama"}),
+        (["attention.retention=[0.5,1.0]"], "attention.retention", [0.5, 1.0]),
+        (["eval.retentions=[0.5]"], "eval.retentions", [0.5]),
+        (["eval.retentions.1=0.75"], "eval.retentions", [1.0, 0.75, 0.25, 0.125]),
+        (["data.tasks=[lookup,passkey]"], "data.tasks", ["lookup", "passkey"]),
+        (["model.freeze=['lm_head|embed']"], "model.freeze", ["lm_head|embed"]),
+        (["log.profile_steps=[3,5]", "log={tags: [a, b]}"], "log.tags", ["a", "b"]),
+        (["model.lora={rank: 2}"], "model.lora.rank", 2),
+    ],
+)  # fmt: skip
+def test_dictionaries_and_lists_reach_the_typed_configuration(overrides, key, expected):
+    value = asdict(composed(*overrides))
+    for name in key.split("."):
+        value = value[name]
+    assert value == expected
+
+
 def test_the_command_line_wins_over_a_recipe():
     config = composed("+recipe=qa_smollm2", "attention=dense", "optim.num_steps=7", "attention.lag_size=256")
     assert config.attention.kind == "dense" and config.optim.num_steps == 7 and config.attention.lag_size == 256
@@ -91,8 +161,6 @@ def test_what_the_accelerator_decides_is_said(monkeypatch):
 
 
 def test_a_resolved_configuration_reads_back(tmp_path):
-    from dataclasses import asdict
-
     config = composed("+recipe=smoke")
     save_settings(asdict(config), tmp_path / "config.yaml")
     assert typed_config(OmegaConf.load(tmp_path / "config.yaml")) == config
@@ -135,6 +203,17 @@ def test_a_resolved_configuration_reads_back(tmp_path):
         (["optim.warmup_steps=2000"], "optim.warmup_steps=2000 is more than optim.num_steps=1000"),
         (["model=hub"], "model.name"),
         (["optim.lr"], "optim.lr"),
+        (["data.colums={context: passage}"], "data.colums is not a key .* Did you mean columns?"),
+        (["data.columns={contxt: passage}"], "data.columns='contxt' .*messages, prompt"),
+        (["data.columns={context: {a: b}}"], "data.columns={context: .* name of a column"),
+        (["data.columns.context.x=1"], "data.columns.context: .*write 'data.columns={key: value}'"),
+        (["data.columns=[context]"], "data.columns: .*write 'data.columns={key: value}'"),
+        (["data.columns=null"], "data.columns: .*write 'data.columns={key: value}'"),
+        (["eval.retentions=0.5"], r"eval.retentions: .*write 'eval.retentions=\[value,value\]'"),
+        (["eval.retentions=[some]"], r"eval.retentions\[0\]: .*write 'eval.retentions=\["),
+        (["log.tags={a: b}"], r"log.tags: .*write 'log.tags=\["),
+        (["model.lora={rnk: 2}"], "model.lora.rnk is not a key .* Did you mean rank?"),
+        (["+log={tagz: [a]}"], "log.tagz is not a key .* Did you mean tags?"),
     ],
 )
 def test_mistakes(overrides, said):

@@ -31,7 +31,7 @@ PACKAGES = ("lrsa_ds", "recipes", "launch")
 
 # The only places that may import these: files, or whole folders.
 ONLY_IN = {
-    "hydra": ("launch/", "lrsa_ds/config.py"),
+    "hydra": ("launch/",),
     "omegaconf": ("launch/", "lrsa_ds/config.py"),
     "wandb": ("lrsa_ds/metrics.py",),
     "transformers": (

@@ -134,12 +134,13 @@ def test_the_same_seed_gives_the_same_result(tmp_path):
 
 def test_your_own_file(tmp_path):
     data = tmp_path / "rows.jsonl"
-    line = {"context": "The key is under the mat. " * 20, "question": "Where is the key?", "answer": "under the mat"}
-    data.write_text("".join(json.dumps(line | {"context": line["context"] + str(i)}) + "\n" for i in range(12)))
+    line = {"question": "Where is the key?", "answer": "under the mat"}
+    text = "The key is under the mat. " * 20
+    data.write_text("".join(json.dumps(line | {"my passage": f"{text}{i}"}) + "\n" for i in range(12)))
     output = tmp_path / "run"
     done = train_alone(
         "+recipe=smoke", "data=files", f"data.path={data}", f"output_dir={output}", "log.wandb=disabled",
-        "optim.num_steps=3",
+        "optim.num_steps=3", "data.columns={context: 'my passage'}",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert {row["task"] for row in rows_of(output, "eval")} == {"qa"}
