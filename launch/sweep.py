@@ -36,7 +36,7 @@ from launch.schema import register_schema  # noqa: E402
 from launch.sentences import hydra_sentence  # noqa: E402
 from lrsa_ds.config import TrainConfig, require, typed_config  # noqa: E402
 from lrsa_ds.errors import LRSAError  # noqa: E402
-from lrsa_ds.sweep import Job, Runner, draw_sweep, job_name, result, results, sweep_table  # noqa: E402
+from lrsa_ds.sweep import Job, Runner, draw_sweep, job_directory, job_name, result, results, sweep_table  # noqa: E402
 
 BASIC = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 # Set by the sweep for every job.
@@ -111,8 +111,9 @@ def job_of(composed: DictConfig, overrides: list[str], swept_keys: list[str], ro
     kept = [o for o in overrides if o.lstrip("+").split("=", 1)[0] not in (*OURS, "sweep")]
     name = job_name(swept)
     group = composed.log.group or root.name
-    ours = {"output_dir": root / name, "log.group": group, "log.name": name}
-    return Job(root / name, swept, kept + [f"{key}={quoted(value)}" for key, value in ours.items()])
+    directory = root / job_directory(swept)
+    ours = {"output_dir": directory, "log.group": group, "log.name": name}
+    return Job(directory, swept, kept + [f"{key}={quoted(value)}" for key, value in ours.items()])
 
 
 def quoted(value: object) -> str:

@@ -1,9 +1,7 @@
 """The output directory: who may write there, the exported model, and the mark of a finished run."""
 
-import json
 import shutil
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -14,6 +12,7 @@ from transformers import PreTrainedModel
 from lrsa_ds.adapters import merge_adapters, save_adapters
 from lrsa_ds.checkpoint import ResumePoint, find_checkpoint
 from lrsa_ds.config import TrainConfig, require
+from lrsa_ds.directory import follow_umask
 from lrsa_ds.errors import LRSAError
 from lrsa_ds.parallel.mesh import Mesh
 
@@ -120,7 +119,7 @@ def export_model(engine: DeepSpeedEngine, tokenizer, config: TrainConfig, final:
             weights = merge_adapters(lm, weights, lora) if lora.rank else weights
             _save_model(lm, weights, partial)
         tokenizer.save_pretrained(partial)
-        (partial / "lrsa.json").write_text(json.dumps(_lrsa_settings(config), indent=2) + "\n")
+        follow_umask(partial)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
     except (OSError, SafetensorError) as error:
@@ -141,12 +140,6 @@ def _full_weights(engine: DeepSpeedEngine) -> dict[str, torch.Tensor] | None:
     if engine.zero_optimization_partition_weights():
         return engine._zero3_consolidated_16bit_state_dict()
     return {name: tensor.detach().cpu() for name, tensor in engine.module.state_dict().items()}
-
-
-def _lrsa_settings(config: TrainConfig) -> dict:
-    """How the model was trained, so that inference can keep the same KV."""
-    attention = asdict(config.attention)
-    return {"attention": attention, "seq_len": config.seq_len}
 
 
 def mark(directory: Path, name: str) -> None:

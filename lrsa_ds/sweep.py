@@ -1,8 +1,10 @@
 """The jobs of a sweep: each a run of its own under the deepspeed launcher, and what came of all of them."""
 
+import hashlib
 import json
 import math
 import os
+import re
 import signal
 import socket
 import statistics
@@ -24,6 +26,7 @@ from lrsa_ds.config import LRSAError
 from lrsa_ds.output import COMPLETED
 
 JOB, LOG = "job.json", "log.txt"
+MAX_NAME = 100  # characters of a directory's name, without the digest; file systems take 255
 GRACE_SECONDS = 40  # for a job that is told to stop: longer than DeepSpeed's launcher waits for its ranks
 
 
@@ -47,9 +50,18 @@ class Job:
 
 
 def job_name(swept: dict[str, str]) -> str:
-    """Such as "retention=0.25,lr=1e-05": a directory's name, so without separators of paths."""
-    parts = [f"{key.split('.')[-1]}={value}" for key, value in swept.items()]
-    return ",".join(parts).replace("/", "-").replace(" ", "") or "job"
+    """Such as "retention=0.25,lr=1e-05": what a job is called in tables, pictures and W&B."""
+    return ",".join(f"{key.split('.')[-1]}={value}" for key, value in swept.items()) or "job"
+
+
+def job_directory(swept: dict[str, str]) -> str:
+    """Such as "retention-0.25_lr-1e-05": a name that shells and Hydra take as it is.
+
+    Where that would lose characters, a digest of the values keeps the names of different jobs apart.
+    """
+    plain = "_".join(f"{key.split('.')[-1]}-{value}" for key, value in swept.items()) or "job"
+    safe = re.sub(r"[^A-Za-z0-9_.+-]+", "-", plain).lstrip("-")[:MAX_NAME]
+    return safe if safe == plain else f"{safe}_{hashlib.sha256(plain.encode()).hexdigest()[:8]}"
 
 
 class Runner:

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # one. A new module gets a place here.
 LAYERS = (
     ("errors", "signals"),
-    ("config", "hub", "partition"),
+    ("config", "directory", "hub", "partition"),
     ("attention",),
     ("cache", "parallel"),
     ("model",),

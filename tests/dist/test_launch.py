@@ -63,6 +63,8 @@ def test_the_exported_model_is_a_hugging_face_model_that_knows_its_settings(smok
     output, _ = smoke
     model = AutoModelForCausalLM.from_pretrained(output / "model").eval()
     tokenizer = AutoTokenizer.from_pretrained(output / "model")
+    # Whoever may read what a run writes may read its weights too.
+    assert {path.stat().st_mode for path in (output / "model").iterdir()} == {(output / "config.yaml").stat().st_mode}
     assert model.config.lrsa == {"sink_size": 16, "lag_size": 64, "retention": 0.125, "backend": "auto"}
     ids = torch.tensor([tokenizer("What is the pass key? " * 10).input_ids])
     assert model(ids).logits.isfinite().all()
@@ -224,11 +226,12 @@ def test_an_export_that_does_not_fit_is_said_and_the_run_not_marked_as_complete(
 def test_evaluation_is_shared_by_ranks_and_goes_on_where_it_stopped(smoke, tmp_path, capfd, monkeypatch):
     model = f"model.name={smoke[0] / 'model'}"
     fixed = [model, "lengths=[512]", "cache.prefill=[dense,chunked,full]", "tasks=[needle,perplexity]"]
-    shared = tmp_path / "shared"
+    shared, elsewhere = tmp_path / "shared", set(ROOT.glob("outputs/*"))
     done = launch(*fixed, "num_samples=2", f"output_dir={shared}", "log.wandb=offline", script="evaluate")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "4 samples, 0 of them done before" in done.stdout and "lag 64" in done.stdout
     assert (shared / "results.txt").read_text() in done.stdout
+    assert set(ROOT.glob("outputs/*")) == elsewhere
     first = (shared / "results.jsonl").read_text().splitlines()
     assert len(first) == 2 * 5 + 2 * 3
     logged = wandb_history(wandb_records(shared))[-1]

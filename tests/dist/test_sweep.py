@@ -7,9 +7,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from matplotlib.image import imread
 
-from lrsa_ds.sweep import draw_sweep, job_name, sweep_table
+from lrsa_ds.sweep import draw_sweep, job_directory, job_name, sweep_table
 from tests.dist.launcher import Job, processes_of, run
 
 pytestmark = pytest.mark.dist
@@ -34,18 +35,18 @@ def test_a_sweep_goes_on_after_a_failed_job_and_after_a_stop(tmp_path):
 
     done = run(command)
     assert done.returncode == 1, done.stderr
-    assert all(f"{name}: done before" in done.stdout for name in finished)
+    assert done.stdout.count(": done before") == len(finished)
     assert done.stdout.count("attention.retention=7 is not valid: give the share") == 2
     assert {p.parent.name for p in tmp_path.glob("*/COMPLETED")} == {
-        "retention=0.125,lr=0.001",
-        "retention=0.125,lr=0.003",
+        "retention-0.125_lr-0.001",
+        "retention-0.125_lr-0.003",
     }
     assert all((tmp_path / name / "COMPLETED").stat().st_mtime == time for name, time in finished.items())
     table = (tmp_path / "sweep.txt").read_text()
     assert table in done.stdout + "\n" and len(table.splitlines()) == 5
     assert [line.split()[-1] for line in table.splitlines()] == ["status", "done", "done", "failed", "failed"]
     assert imread(tmp_path / "sweep.png").shape[0] > 300
-    config = (tmp_path / "retention=0.125,lr=0.001" / "config.yaml").read_text()
+    config = (tmp_path / "retention-0.125_lr-0.001" / "config.yaml").read_text()
     assert f"group: {tmp_path.name}" in config and "lr: 0.001" in config
 
     other = run([*command, "seed=5", "attention.retention=0.125", "optim.lr=1e-3,3e-3"])
@@ -103,4 +104,19 @@ def test_table_and_picture_of_many_jobs(tmp_path):
     assert lines[-1].split() == ["10", "r", "-", "-", "-", "-", "-", "failed"]
     draw_sweep(rows, tmp_path / "sweep.png", "title")
     assert imread(tmp_path / "sweep.png").shape[0] > 300
-    assert job_name({"model.name": "a/b c", "lr": "1"}) == "name=a-bc,lr=1"
+
+
+def test_names_of_jobs_are_told_apart_and_read_back_by_hydra():
+    swept = [
+        {"optim.lr": "1e-05", "attention.retention": "0.25"},
+        {"optim.lr": "1e+05", "attention.retention": "[0.125,1.0]"},
+        *({"model.name": name} for name in ("a/b c", "a-b-c", "a/b/c", "'a'", "../x", "-x", "é" * 300, "a" * 300)),
+        {},
+    ]
+    names = [job_directory(values) for values in swept]
+    assert names[0] == "lr-1e-05_retention-0.25" and names[-1] == "job"
+    assert len(set(names)) == len(names) and max(map(len, names)) < 128
+    for name in names:
+        (override,) = OverridesParser.create().parse_overrides([f"model.name=outputs/sweep/{name}/model"])
+        assert override.value() == f"outputs/sweep/{name}/model"
+    assert job_name(swept[0]) == "lr=1e-05,retention=0.25"
