@@ -79,6 +79,15 @@ class LRSAConfig:
         return int(self.retention * self.lag_size)
 
     @property
+    def dense_prefix_size(self) -> int:
+        """S + 2L: the first tokens of a document, which attend to all before them, with a cache that holds them all.
+
+        A document of no more tokens is trained on as under dense attention, and its cache is compressed only once all
+        of these tokens were seen.
+        """
+        return self.sink_size + 2 * self.lag_size
+
+    @property
     def is_dense(self) -> bool:
         """Whether everything is kept, so that the attention is dense causal attention."""
         return self.num_kept == self.lag_size
@@ -387,10 +396,38 @@ class TrainConfig:
             context_length is None or context_length <= self.seq_len,
             f"data.context_length={context_length} is longer than seq_len={self.seq_len}: give at most seq_len.",
         )
+        self._check_that_lrsa_does_something()
         require(
             self.optim.warmup_steps <= self.optim.num_steps,
             f"optim.warmup_steps={self.optim.warmup_steps} is more than optim.num_steps={self.optim.num_steps}.",
         )
+
+    def _check_that_lrsa_does_something(self) -> None:
+        """Refuses LRSA on documents that are never long enough to be compressed: it would be dense attention."""
+        compressed = [r for r in self.attention.retentions if not self.attention.with_retention(r).is_dense]
+        if not compressed:
+            return
+        key, length = "seq_len", self.seq_len
+        if self.data.source == "stdlib_qa" and self.data.context_length is not None:
+            key, length = "data.context_length", self.data.context_length
+        require_compression(key, length, self.attention.with_retention(compressed[0]), "attention", "attention=dense")
+
+
+def require_compression(key: str, length: int, config: LRSAConfig, group: str, instead: str) -> None:
+    """Raises LRSAError if no document of `length` tokens would be compressed; names `key` and what would help.
+
+    Args:
+        group: where sink_size and lag_size are set.
+        instead: the setting that does the same and says so.
+    """
+    least = config.dense_prefix_size + 1
+    most = (length - 1 - config.sink_size) // 2
+    lag = f", {group}.lag_size of at most {most}" if most >= 2 else ""
+    require(
+        length >= least,
+        f"{key}={length} is too short for anything to be compressed: the first sink_size + 2 * lag_size = {least - 1} "
+        f"tokens of a document stay as they are; give at least {least}{lag}, or {instead}.",
+    )
 
 
 def typed_config(composed: DictConfig, schema: type = TrainConfig) -> Any:

@@ -97,13 +97,26 @@ def num_compressed_partitions(num_tokens: int, config: LRSAConfig) -> int:
     return max(0, (num_tokens - config.sink_size) // config.lag_size - 1)
 
 
+def num_held(num_tokens: int, config: LRSAConfig) -> int:
+    """Keys and values that a cache holds, of each layer and KV head, once it has seen `num_tokens` of one document.
+
+    S + K (floor((n - S) / L) - 1) + L + (n - S) mod L for n >= S + 2L tokens, and all n before.
+    """
+    return num_tokens - num_compressed_partitions(num_tokens, config) * (config.lag_size - config.num_kept)
+
+
+def cache_factor(lengths: Iterable[int], config: LRSAConfig) -> float:
+    """How many times smaller the caches of documents of these lengths are: tokens seen over tokens held, summed."""
+    lengths = list(lengths)
+    return sum(lengths) / sum(num_held(length, config) for length in lengths)
+
+
 def room_in_chunk(num_tokens: int, config: LRSAConfig) -> int:
     """Tokens that may follow `num_tokens` before the next chunk begins, which would see less than they do."""
-    head = config.sink_size + 2 * config.lag_size
     if config.is_dense:
         return 2**63 - 1
-    if num_tokens < head:
-        return head - num_tokens
+    if num_tokens < config.dense_prefix_size:
+        return config.dense_prefix_size - num_tokens
     return config.lag_size - (num_tokens - config.sink_size) % config.lag_size
 
 
@@ -122,29 +135,31 @@ def partition_table(document_lengths: tuple[int, ...], config: LRSAConfig, align
         len(document_lengths) > 0 and min(document_lengths) > 0,
         f"document_lengths={document_lengths} is not valid: give at least one document, each of at least one token.",
     )
-    num_kept = None if config.is_dense else config.num_kept
-    return _build(tuple(document_lengths), config.sink_size, config.lag_size, num_kept, align)
+    dense_prefix = None if config.is_dense else config.dense_prefix_size
+    return _build(tuple(document_lengths), config.sink_size, config.lag_size, config.num_kept, dense_prefix, align)
 
 
 @lru_cache(maxsize=256)
-def _build(lengths: tuple[int, ...], sink: int, lag: int, num_kept: int | None, align: int) -> PartitionTable:
+def _build(
+    lengths: tuple[int, ...], sink: int, lag: int, num_kept: int, dense_prefix: int | None, align: int
+) -> PartitionTable:
     chunks, kept_documents = [], []
     token, slot = 0, 0
     for length in lengths:
         # The first S + 2L tokens see all that precedes them: sink, partition 0 and partition 1 are contiguous, so their
         # history is part of the window. A document without more, and every document of dense attention, ends there.
-        head = length if num_kept is None else min(length, sink + 2 * lag)
+        head = length if dense_prefix is None else min(length, dense_prefix)
         chunks.append(Chunk(token, token + head, 0, 0, token))
         num_partitions = -(-(length - head) // lag)  # chunk n >= 2 adds partition n - 2 to the history
         if num_partitions:
             slot += -(slot + sink) % align
             kept_documents.append(KeptDocument(token, num_partitions, slot))
         for p in range(num_partitions):
-            q_lo = token + sink + (p + 2) * lag
+            q_lo = token + head + p * lag
             chunks.append(
                 Chunk(q_lo, min(q_lo + lag, token + length), slot, slot + sink + (p + 1) * num_kept, q_lo - lag)
             )
         if num_partitions:
             slot += sink + num_partitions * num_kept
         token += length
-    return PartitionTable(lengths, sink, lag, num_kept or lag, tuple(chunks), tuple(kept_documents), slot)
+    return PartitionTable(lengths, sink, lag, num_kept, tuple(chunks), tuple(kept_documents), slot)

@@ -49,7 +49,7 @@ def lrsa_attention(
     lengths = (num_tokens,) if document_lengths is None else tuple(map(int, document_lengths))
     require(sum(lengths) == num_tokens, f"document_lengths sum to {sum(lengths)}, and there are {num_tokens} tokens.")
     # Without a history the loop is one plain causal call per document, and SDPA's dense kernels are the fastest.
-    has_history = not config.is_dense and max(lengths) > config.sink_size + 2 * config.lag_size
+    has_history = not config.is_dense and max(lengths) > config.dense_prefix_size
     backend = (
         choose_backend(config, q.device, q.dtype, q.shape[3]) if has_history or config.backend != "auto" else "chunked"
     )

@@ -158,5 +158,5 @@ def halo_size(config: LRSAConfig, most: int, by_blocks: bool) -> int:
 
     Never more than `most`, the tokens that the neighbour holds.
     """
-    halo = config.sink_size + 2 * config.lag_size
+    halo = config.dense_prefix_size
     return min(most, in_blocks(halo)) if by_blocks else halo

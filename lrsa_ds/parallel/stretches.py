@@ -39,7 +39,7 @@ def token_order(num_tokens: int, size: int, exchange: str, device: torch.device)
 
 def check_stretches(num_tokens: int, size: int, config: LRSAConfig, key: str, exchange: str) -> None:
     """Raises LRSAError unless `num_tokens` tokens shared by `size` ranks leave each stretch long enough for a halo."""
-    halo = config.sink_size + 2 * config.lag_size
+    halo = config.dense_prefix_size
     each = num_stretches(exchange)
     length = -(-num_tokens // (size * each))
     most = max(1, num_tokens // (halo * each))

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from transformers import DynamicCache
 from lrsa_ds import LagKVCache, LRSAConfig, apply_lrsa, load, prefill, select_kept
 from lrsa_ds.data.tokenizer import byte_tokenizer
 from lrsa_ds.errors import LRSAError
-from lrsa_ds.partition import room_in_chunk
+from lrsa_ds.partition import cache_factor, num_held, room_in_chunk
 from tests.cpu.test_model import FAMILIES, tiny
 from tests.helpers import assert_close
 
@@ -93,9 +94,21 @@ def test_length_and_memory_after_every_token():
     for done in range(ids.shape[1]):
         model(ids[:, done : done + 1], past_key_values=cache)
         assert cache.get_seq_length() == done + 1
-        assert cache.num_held == expected_length(done + 1, CONFIG)
+        assert cache.num_held == num_held(done + 1, CONFIG) == expected_length(done + 1, CONFIG)
         # Keys and values of 2 layers, 2 KV heads, 12 channels in fp32: no hidden copy of what was dropped.
         assert cache.num_bytes == 2 * 2 * 2 * 12 * 4 * cache.num_held
+
+
+def test_how_much_smaller_a_cache_is():
+    config = LRSAConfig(sink_size=16, lag_size=512, retention=0.125)
+    assert num_held(8192, config) == 1920
+    assert cache_factor([8192], config) == pytest.approx(4.27, abs=0.005)
+    assert cache_factor([8192], replace(config, retention=0.25)) == pytest.approx(2.91, abs=0.005)
+    assert cache_factor([4096], LRSAConfig(sink_size=16, lag_size=1024, retention=0.25)) == 1.6
+    assert cache_factor([1039, 500], config) == 1.0  # S + 2L - 1, and less
+    assert cache_factor([1040], config) == 1040 / (1040 - 448)
+    assert cache_factor([1040, 1000], config) == 2040 / (2040 - 448)
+    assert cache_factor([8192], replace(config, retention=1.0)) == 1.0
 
 
 def test_the_kept_are_those_that_selection_names():
@@ -105,7 +118,7 @@ def test_the_kept_are_those_that_selection_names():
     prefill(model, ids, cache)
     model.set_attn_implementation("sdpa")
     # Token for token in the same passes: products of other sizes may be rounded otherwise.
-    for part in ids.split((CONFIG.sink_size + 2 * CONFIG.lag_size, *[CONFIG.lag_size] * 8, 7), dim=1):
+    for part in ids.split((CONFIG.dense_prefix_size, *[CONFIG.lag_size] * 8, 7), dim=1):
         model(part, past_key_values=dense)
     # The keys and values of the first layer do not depend on the attention.
     keys, values = dense.layers[0].keys, dense.layers[0].values

@@ -200,6 +200,10 @@ def test_a_resolved_configuration_reads_back(tmp_path):
         (["data=files"], "data.path"),
         (["data.tasks=[signature,poem]"], "data.tasks='poem' .*signature, passkey, lookup"),
         (["data.context_length=9000"], "data.context_length=9000 is longer than seq_len=8192"),
+        (["seq_len=2064"], "seq_len=2064 .*= 2064 tokens .*at least 2065, attention.lag_size of at most 1023, or att"),
+        (["data.context_length=300"], "data.context_length=300 .*at least 2065, .*of at most 141, or attention=dense"),
+        (["seq_len=64", "attention.sink_size=64"], "seq_len=64 .*give at least 2113, or attention=dense"),
+        (["attention=lrsa_mixed", "attention.lag_size=4096"], "seq_len=8192 .*at least 8209, .*at most 4087"),
         (["optim.warmup_steps=2000"], "optim.warmup_steps=2000 is more than optim.num_steps=1000"),
         (["model=hub"], "model.name"),
         (["optim.lr"], "optim.lr"),
@@ -222,6 +226,20 @@ def test_mistakes(overrides, said):
     text = sentence(*overrides)
     assert re.search(said, text), text
     assert "\n" not in text
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["seq_len=2065"],
+        ["seq_len=2064", "attention=dense"],
+        ["seq_len=2064", "attention.retention=1.0"],
+        ["seq_len=300", "attention.lag_size=141"],
+        ["data.context_length=2065"],
+    ],
+)
+def test_documents_that_lrsa_compresses_are_long_enough(overrides):
+    composed(*overrides)
 
 
 def test_there_is_a_file_for_every_group_the_readme_names():

@@ -9,7 +9,7 @@ import datasets
 import pytest
 import torch
 
-from lrsa_ds.config import DataConfig, EvalConfig, ModelConfig, TrainConfig
+from lrsa_ds.config import AttentionConfig, DataConfig, EvalConfig, ModelConfig, TrainConfig
 from lrsa_ds.data.packing import IGNORE, pack
 from lrsa_ds.data.stream import TrainStream, make_loader
 from lrsa_ds.data.tokenizer import load_tokenizer
@@ -160,7 +160,10 @@ def test_an_unknown_row_and_an_unknown_procedure():
 
 def config(seq_len=1024, num_validation=2, seed=0, **data):
     evaluation = EvalConfig(num_examples=num_validation)
-    return TrainConfig(model=MODEL, seq_len=seq_len, seed=seed, data=DataConfig(**data), eval=evaluation)
+    attention = AttentionConfig(lag_size=16)
+    return TrainConfig(
+        model=MODEL, seq_len=seq_len, seed=seed, attention=attention, data=DataConfig(**data), eval=evaluation
+    )
 
 
 def sequences_of_epoch(data, epoch):

@@ -25,7 +25,7 @@ def random_case(draw: random.Random, size: int, exchange: str) -> tuple[LRSAConf
     """Settings, document lengths, query heads and KV heads; documents end anywhere, mostly not at a shard's border."""
     lag = draw.randrange(2, 12)
     config = LRSAConfig(sink_size=draw.randrange(0, 9), lag_size=lag, retention=draw.uniform(1.01 / lag, 1))
-    least = config.sink_size + 2 * lag
+    least = config.dense_prefix_size
     num_tokens = size * num_stretches(exchange) * draw.randrange(least, 4 * least)
     cuts = sorted(draw.sample(range(1, num_tokens), draw.randrange(0, 5)))
     lengths = [b - a for a, b in zip([0, *cuts], [*cuts, num_tokens], strict=True)]
