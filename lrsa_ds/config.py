@@ -384,7 +384,6 @@ class TrainConfig:
         require_whole("seq_len", self.seq_len, 64)
         require_whole("seed", self.seed, 0)
         require_whole("loss_chunk_size", self.loss_chunk_size, 1)
-        require_one_of("procedure", self.procedure, ("qa",))
         for retention in self.eval.retentions:
             self.attention.with_retention(retention)
         require(

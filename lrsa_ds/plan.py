@@ -1,8 +1,6 @@
 """All that can be known of a run, and all that can be wrong with it, before a process group starts."""
 
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Any
 
 import torch
 
@@ -10,7 +8,8 @@ from lrsa_ds.adapters import check_peft
 from lrsa_ds.attention.backends import choose_backend
 from lrsa_ds.checkpoint import ResumePoint, check_resume
 from lrsa_ds.config import TrainConfig, require
-from lrsa_ds.data.tokenizer import load_tokenizer
+from lrsa_ds.data.procedure import Procedure, RunData, prepare_data
+from lrsa_ds.data.tokenizer import Tokenizer, load_tokenizer
 from lrsa_ds.liger import check_liger
 from lrsa_ds.metrics import check_wandb
 from lrsa_ds.model import check_supported, empty_model
@@ -27,8 +26,8 @@ class Plan:
 
     dtype: torch.dtype
     num_parameters: int
-    tokenizer: Any
-    data: Any
+    tokenizer: Tokenizer
+    data: RunData
     resume: ResumePoint | None
 
     @property
@@ -37,7 +36,7 @@ class Plan:
         return self.num_parameters * (self.dtype.itemsize + 12)
 
 
-def prepare(config: TrainConfig, procedure: ModuleType) -> Plan:
+def prepare(config: TrainConfig, procedure: Procedure) -> Plan:
     """Checks everything that can be checked on one process, at the cost of reading the data's head.
 
     Raises:
@@ -61,7 +60,7 @@ def prepare(config: TrainConfig, procedure: ModuleType) -> Plan:
         len(tokenizer) <= vocabulary,
         f"model.tokenizer has {len(tokenizer)} tokens, and the model knows {vocabulary}: they do not belong together.",
     )
-    data = procedure.prepare(config, tokenizer)
+    data = prepare_data(procedure, config, tokenizer)
     if resume is not None:
         check_resume(resume, config, data.fingerprint())
     return Plan(dtype, num_parameters, tokenizer, data, resume)

@@ -4,13 +4,13 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
-from types import ModuleType
 
 import torch
 
 from lrsa_ds import checkpoint, output
 from lrsa_ds.adapters import add_adapters, freeze
 from lrsa_ds.config import TrainConfig, save_settings
+from lrsa_ds.data.procedure import Procedure
 from lrsa_ds.data.stream import TrainStream, make_loader
 from lrsa_ds.errors import Stopped
 from lrsa_ds.evaluation import evaluate
@@ -30,7 +30,7 @@ from lrsa_ds.signals import StopRequest
 from lrsa_ds.trainer import Engine, Trainer, cosine_schedule
 
 
-def train(config: TrainConfig, procedure: ModuleType, notes: list[str]) -> None:
+def train(config: TrainConfig, procedure: Procedure, notes: list[str]) -> None:
     """Runs the whole job on this rank. `notes` are sentences about the configuration that rank 0 shows first.
 
     Raises:

@@ -3,12 +3,12 @@
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from types import ModuleType
 
 import deepspeed
 import torch
 
 from lrsa_ds.config import OptimConfig, TrainConfig, require
+from lrsa_ds.data.procedure import Procedure
 from lrsa_ds.parallel.mesh import Mesh, start_mesh, stop_mesh
 from lrsa_ds.plan import Plan, prepare
 from lrsa_ds.run import build_engine, build_trainer
@@ -28,7 +28,7 @@ class Measured:
     gradients: dict[str, torch.Tensor]
 
 
-def selftest(config: TrainConfig, procedure: ModuleType) -> bool:
+def selftest(config: TrainConfig, procedure: Procedure) -> bool:
     """Prints the comparison on rank 0. Returns, on every rank, whether the differences are those of rounding.
 
     Raises:

@@ -10,7 +10,7 @@ from typing import Any
 from lrsa_ds.config import TrainConfig
 from lrsa_ds.data.packing import IGNORE, Example
 from lrsa_ds.data.segments import CUTTABLE, END, FIXED, TARGET, Segment, chat_segments, plain_segments
-from lrsa_ds.data.shapes import canonical
+from lrsa_ds.data.shapes import ToRow, canonical, row_reader
 from lrsa_ds.data.sources import Rows
 from lrsa_ds.data.stdlib_docs import documents_fingerprint
 from lrsa_ds.data.stdlib_qa import MARGIN, StdlibQA
@@ -18,13 +18,16 @@ from lrsa_ds.data.tokenizer import Tokenizer
 from lrsa_ds.errors import LRSAError
 
 
-def prepare(config: TrainConfig, tokenizer: Tokenizer) -> "QAData":
+def prepare(config: TrainConfig, tokenizer: Tokenizer, to_row: ToRow | None = None) -> "QAData":
     """The data of a run, read and checked as far as that is possible before training; needs no process group.
+
+    Args:
+        to_row: brings a row, as the file or the data set holds it, into one of the known shapes.
 
     Raises:
         LRSAError: nothing to read, a row that cannot be used, or a `seq_len` that is too short for it.
     """
-    data = QAData(config, tokenizer)
+    data = QAData(config, tokenizer, to_row)
     data.check()
     return data
 
@@ -48,7 +51,7 @@ class QAData:
         pad_id: the token of padding.
     """
 
-    def __init__(self, config: TrainConfig, tokenizer: Tokenizer):
+    def __init__(self, config: TrainConfig, tokenizer: Tokenizer, to_row: ToRow | None = None):
         data = config.data
         self.seq_len = config.seq_len
         self.pad_id: int = tokenizer.pad_token_id
@@ -62,7 +65,8 @@ class QAData:
             for split in ("train", "validation"):
                 self.generated[split] = StdlibQA(split, config.seed, data.tasks, length, tokenizer, self.encoder.length)
         else:
-            self.rows = Rows(data, config.seed, config.eval.num_examples)
+            read_row = row_reader(dict(data.columns), to_row)
+            self.rows = Rows(data, config.seed, config.eval.num_examples, read_row)
 
     def examples_of_rows(self, epoch: int, first: int = 0) -> Iterator[list[Example]]:
         """The examples of every training row, in the order of the epoch, from row `first` on: as on every rank."""

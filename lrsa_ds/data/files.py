@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from lrsa_ds.data.shapes import canonical
+from lrsa_ds.data.shapes import ReadRow
 from lrsa_ds.errors import LRSAError
 
 HASHED_BYTES = 1 << 20
@@ -70,11 +70,11 @@ def format_of(files: list[str]) -> str:
     return "parquet" if files[0].endswith(".parquet") else "json"
 
 
-def check_rows(files: list[str], columns: dict[str, str], limit: int | None = None) -> None:
+def check_rows(files: list[str], read_row: ReadRow, limit: int | None = None) -> None:
     """Reads the rows of all files one after the other, only the first `limit` of them if given.
 
     Raises:
-        LRSAError: a broken line or a row that `canonical` refuses, with its file and its 1-based line or row; or a
+        LRSAError: a broken line or a row that `read_row` refuses, with its file and its 1-based line or row; or a
             file without any row.
     """
     left = limit
@@ -83,7 +83,7 @@ def check_rows(files: list[str], columns: dict[str, str], limit: int | None = No
         for place, row in islice(rows_of(path), left):
             seen += 1
             try:
-                canonical(row, columns)
+                read_row(row)
             except LRSAError as error:
                 raise LRSAError(f"{place}: {error}") from None
         if seen == 0:

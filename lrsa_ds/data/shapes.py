@@ -4,12 +4,39 @@ A *row* is a dict as a file or a data set holds it. `canonical` turns it into a 
 `messages`, or `prompt` and `completion`, or `context`, `question` and `answer`, or `text`; and always `task`.
 """
 
+from collections.abc import Callable
+from functools import partial
+from traceback import extract_tb
 from typing import Any
 
 from lrsa_ds.errors import LRSAError
 
 ACCEPTED = "messages; prompt and completion; context, question and answer (or answers); or text"
 _TASK_OF_SHAPE = {"messages": "chat", "question": "qa", "prompt": "completion", "text": "text"}
+
+
+ReadRow = Callable[[Any], dict[str, Any]]
+"""From a row as it was read to what is made of it; raises LRSAError for a row that cannot be used."""
+
+ToRow = Callable[[dict[str, Any]], dict[str, Any]]
+"""From a row as it was read, where a column that the row lacks may be there as None, to one in any of the shapes."""
+
+
+def row_reader(columns: dict[str, str], to_row: ToRow | None = None) -> ReadRow:
+    """Reads rows as `canonical` does with `columns`, after `to_row` if there is one; picklable where `to_row` is."""
+    return partial(canonical, columns=columns) if to_row is None else partial(_converted, to_row, columns)
+
+
+def _converted(to_row: ToRow, columns: dict[str, str], row: Any) -> dict[str, Any]:
+    try:
+        row = to_row(row)
+    except LRSAError:
+        raise
+    except Exception as error:  # the code of others may raise anything
+        said = f"{type(error).__name__}: {error}".splitlines()[0]
+        place = extract_tb(error.__traceback__)[-1]
+        raise LRSAError(f"to_row failed ({said}; {place.filename}, line {place.lineno}).") from error
+    return canonical(row, columns)
 
 
 def canonical(row: Any, columns: dict[str, str] | None = None) -> dict[str, Any]:

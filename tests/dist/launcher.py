@@ -22,11 +22,11 @@ ENV = {
 class Job:
     """A command in a session of its own."""
 
-    def __init__(self, command: list[str]):
+    def __init__(self, command: list[str], cwd: Path = ROOT):
         self.command = command
         self.process = subprocess.Popen(
             command,
-            cwd=ROOT,
+            cwd=cwd,
             env=ENV,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -71,8 +71,8 @@ class Job:
             time.sleep(0.002)
 
 
-def run(command: list[str], timeout: float = 240) -> subprocess.CompletedProcess:
-    return Job(command).finish(timeout)
+def run(command: list[str], timeout: float = 240, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    return Job(command, cwd).finish(timeout)
 
 
 def launch_command(*arguments: str, script: str = "train", num_ranks: int = 2) -> list[str]:
