@@ -17,6 +17,9 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from lrsa_ds.errors import LRSAError
 
 BACKENDS = ("auto", "chunked", "flex", "fa4")
+# Our names of the columns of a row, see lrsa_ds/data/shapes.py.
+COLUMNS = ("messages", "conversations", "tools", "system", "prompt", "completion", "instruction", "input", "output")
+COLUMNS += ("context", "question", "answer", "answers", "answer_start", "text", "input_ids", "labels", "task")
 
 
 def require(condition: bool, message: str) -> None:
@@ -205,9 +208,8 @@ class DataConfig:
             f"data.num_workers={self.num_workers!r} is not valid: give 0 (prepare sequences in the training process) "
             "or 1 (in another one); more would prepare the same sequences twice.",
         )
-        columns = ("messages", "prompt", "completion", "context", "question", "answer", "answers", "text", "task")
         for ours, theirs in self.columns.items():
-            require_one_of("data.columns", ours, columns)
+            require_one_of("data.columns", ours, COLUMNS)
             require(
                 isinstance(theirs, str),
                 f"data.columns={{{ours}: {theirs!r}}} is not valid: give the name of a column, such as "

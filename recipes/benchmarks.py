@@ -71,8 +71,9 @@ def qa_entries(data: DataConfig, seed: int, num_samples: int) -> dict[str, list[
     """The rows that a training run with this `data` would hold out, scored as SQuAD scores."""
     entries = []
     for index, row in Rows(data, seed, num_samples).validation():
-        if "text" in row:
-            raise LRSAError(f"validation row {index + 1} of the data is plain text, which asks nothing.")
+        if "text" in row or "input_ids" in row:
+            kind = "plain text" if "text" in row else "tokenized"
+            raise LRSAError(f"validation row {index + 1} of the data is {kind}, which asks nothing.")
         entries.append(Entry(row, _right_answers(row), ("f1", "exact")))
     return {"qa": entries}
 

@@ -14,6 +14,7 @@ from lrsa_ds.data.shapes import ToRow, canonical, row_reader
 from lrsa_ds.data.sources import Rows
 from lrsa_ds.data.stdlib_docs import documents_fingerprint
 from lrsa_ds.data.stdlib_qa import MARGIN, StdlibQA
+from lrsa_ds.data.tokenized import tokenized_examples
 from lrsa_ds.data.tokenizer import Tokenizer
 from lrsa_ds.errors import LRSAError
 
@@ -152,6 +153,8 @@ class Encoder:
             row = canonical(row)
             if "text" in row:
                 return self._text_examples(row, index)
+            if "input_ids" in row:
+                return tokenized_examples(row, index, self.seq_len, len(self.tokenizer))
             return [self._example(self._segments(row), row["task"], index, self.seq_len)]
         except LRSAError as error:
             raise LRSAError(f"{place}: {error}") from error

@@ -57,19 +57,28 @@ def chat_segments(row: dict[str, Any], tokenizer: Tokenizer) -> list[Segment]:
         LRSAError: the template refuses the messages (a role it does not know, say), or changes their contents by more
             than stripping white space.
     """
+    _refuse_what_is_not_rendered(row)
     roles, contents = zip(*_turns(row), strict=True)
     texts = ["".join(segment.text for segment in content) for content in contents]
     pieces = _template_pieces(tokenizer, roles)
     rendered = _render(tokenizer, roles, texts)
     segments = [Segment(pieces[0], FIXED)]
     position = 0
-    for role, content, text, (before, after) in zip(roles, contents, texts, pairwise(pieces), strict=True):
+    for content, text, (before, after) in zip(contents, texts, pairwise(pieces), strict=True):
         position += len(before)
         start, stop = _span_after_stripping(rendered, position, text, after)
         segments += _sliced(content, start, stop)
-        segments.append(Segment(after, END if role == "assistant" else FIXED))
+        segments.append(Segment(after, END if content[-1].kind == TARGET else FIXED))
         position += stop - start
     return _merged(segments)
+
+
+def _refuse_what_is_not_rendered(row: dict[str, Any]) -> None:
+    fields = ("reasoning_content", "tool_calls")
+    found = [key for key in fields if any(key in message for message in row.get("messages", ()))]
+    found += [key for key in ("tools",) if key in row]
+    if found:
+        raise LRSAError(f"messages with {found[0]} are not supported: write it into content.")
 
 
 def _turns(row: dict[str, Any]) -> list[tuple[str, list[Segment]]]:
@@ -86,7 +95,7 @@ def _turns(row: dict[str, Any]) -> list[tuple[str, list[Segment]]]:
     longest = max(others, key=lambda i: len(messages[i]["content"]), default=None)
     turns = []
     for i, message in enumerate(messages):
-        kind = TARGET if message["role"] == "assistant" else CUTTABLE if i == longest else FIXED
+        kind = TARGET if message.get("train") else CUTTABLE if i == longest else FIXED
         turns.append((message["role"], [Segment(message["content"], kind, KEPT_OF_PROMPT)]))
     return turns
 

@@ -1,18 +1,39 @@
-"""The shapes of rows that people have, recognised and checked.
+"""The shapes of rows that people have, recognised, checked, and brought into one form each.
 
-A *row* is a dict as a file or a data set holds it. `canonical` turns it into a dict with the keys of one shape only:
-`messages`, or `prompt` and `completion`, or `context`, `question` and `answer`, or `text`; and always `task`.
+A *row* is a dict as a file or a data set holds it. `canonical` turns it into a dict with the keys of one shape only,
+and always `task` (text):
+
+- `messages`: a list of dicts, in the order of the conversation, and `tools` where the row has any. A message has
+    - `role`: "system", "user", "assistant", "tool", or another that the chat template may know;
+    - `content`: text, "" where there is none;
+    - `train` (only the assistant's messages): whether it is trained on; at least one of a row is;
+    - where given: `reasoning_content` (text), `tool_calls` (a list of {"type": "function", "id" where given,
+      "function": {"name": text, "arguments": dict}}), `tool_call_id` and `name` (text).
+  `tools` is a list of {"type": "function", "function": {"name", ...}}, as `apply_chat_template` takes it.
+- `prompt`, `completion`: texts.
+- `context`, `question`, `answer`: texts; where given, `answers`, all texts that count as right, and `answer_start`,
+  the character of the context at which the answer stands (checked: the answer does stand there).
+- `text`: a text.
+- `input_ids`, `labels`: lists of integers of one length; a label is the token itself, or -100: not trained on.
+
+The canonical form of a canonical row is the row itself.
 """
 
 from collections.abc import Callable
 from functools import partial
 from traceback import extract_tb
-from typing import Any
+from typing import Any, NamedTuple
 
+from lrsa_ds.data.messages import check_answers, checked_text, normalise_messages, normalise_tools
 from lrsa_ds.errors import LRSAError
 
-ACCEPTED = "messages; prompt and completion; context, question and answer (or answers); or text"
-_TASK_OF_SHAPE = {"messages": "chat", "question": "qa", "prompt": "completion", "text": "text"}
+IGNORED_LABEL = -100
+# The task of a row that names none, by a key of its canonical form.
+_TASK_WITH = {"input_ids": "tokens", "messages": "chat", "question": "qa", "prompt": "completion", "text": "text"}
+ACCEPTED = (
+    "messages (or conversations); prompt and completion; instruction, input and output; context, question and answer "
+    "(or answers); text; or input_ids and labels"
+)
 
 
 ReadRow = Callable[[Any], dict[str, Any]]
@@ -53,25 +74,34 @@ def canonical(row: Any, columns: dict[str, str] | None = None) -> dict[str, Any]
     if not isinstance(row, dict):
         raise LRSAError(f"a row has to be an object with named columns, not {type(row).__name__}.")
     named = _renamed(row, columns or {})
-    shape = next((key for key in _TASK_OF_SHAPE if key in named), None)
-    if shape == "messages":
-        kept = {"messages": _messages(named["messages"])}
-    elif shape == "question" and "context" in named:
-        kept = {
-            "context": _text(named, "context", may_be_empty=True),
-            "question": _text(named, "question"),
-            "answer": _answer(named),
-            **_answers(named),
-        }
-    elif shape == "prompt":
-        kept = {"prompt": _text(named, "prompt"), "completion": _text(named, "completion")}
-    elif shape == "text":
-        kept = {"text": _text(named, "text")}
-    else:
+    shape = _shape_of(named, columns or {})
+    if shape is None:
         found = ", ".join(map(str, row)) or "none"
         raise LRSAError(f"no known shape in its columns ({found}): use {ACCEPTED}, or map names with data.columns.")
     task = named.get("task")
-    return {**kept, "task": task if isinstance(task, str) and task else _TASK_OF_SHAPE[shape]}
+    found = shape.read(named)
+    if not isinstance(task, str) or not task:
+        task = next(name for key, name in _TASK_WITH.items() if key in found)
+    return {**found, "task": task}
+
+
+class _Shape(NamedTuple):
+    """What a row of this shape has, and how it is read.
+
+    Args:
+        columns: groups of names of columns; a row of this shape has one of each group.
+        read: the named columns of a row -> its canonical form, without the task.
+    """
+
+    columns: tuple[tuple[str, ...], ...]
+    read: Callable[[dict[str, Any]], dict[str, Any]]
+
+
+def _shape_of(named: dict[str, Any], columns: dict[str, str]) -> _Shape | None:
+    """The first shape that the row has; one with a column that the user has mapped goes before all others."""
+    found = [s for s in _SHAPES if all(any(name in named for name in group) for group in s.columns)]
+    mapped = [s for s in found if any(name in columns for group in s.columns for name in group)]
+    return next(iter([*mapped, *found]), None)
 
 
 def _renamed(row: dict, columns: dict[str, str]) -> dict[str, Any]:
@@ -94,50 +124,119 @@ def _text(row: dict, key: str, may_be_empty: bool = False) -> str:
         raise LRSAError(f"{key} has to be text, not {type(value).__name__}.")
     if not value.strip() and not may_be_empty:
         raise LRSAError(f"{key} is empty.")
-    return value
+    return checked_text(value, key)
 
 
-def _answer(row: dict) -> str:
-    """`answer` or `answers`: text, a list of texts or SQuAD's {"text": [...]}, of which the first is taken."""
-    key = "answer" if "answer" in row else "answers"
+def _first_of(row: dict, *keys: str) -> str:
+    """The first of the columns that the row has, or the first of all."""
+    return next((key for key in keys if key in row), keys[0])
+
+
+def _conversation(row: dict) -> dict[str, Any]:
+    key = _first_of(row, "messages", "conversations")
+    messages = normalise_messages(row[key], key=key)
+    if row.get("system") and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": _text(row, "system")}, *messages]
+    check_answers(messages)
+    tools = normalise_tools(row.get("tools") or [])
+    return {"messages": messages, **({"tools": tools} if tools else {})}
+
+
+def _prompt_and_completion(row: dict) -> dict[str, Any]:
+    """Two texts, or two lists of messages, of which those of the completion are trained on."""
+    key = _first_of(row, "completion", "response")
+    if isinstance(row["prompt"], (list, tuple)) and isinstance(row.get(key), (list, tuple)):
+        prompt = normalise_messages(row["prompt"], train=False, key="prompt")
+        return _conversation({**row, "messages": [*prompt, *normalise_messages(row[key], key=key)]})
+    return {"prompt": _text(row, "prompt"), "completion": _text(row, key)}
+
+
+def _instruction(row: dict) -> dict[str, Any]:
+    """Alpaca's form; with `system` or `history` (pairs of an instruction and its output) it is a conversation."""
+    keys = _first_of(row, "input", "context"), _first_of(row, "output", "response", "completion")
+    more = _text(row, keys[0], may_be_empty=True) if keys[0] in row else ""
+    prompt = _text(row, "instruction") + (f"\n\n{more}" if more.strip() else "")
+    completion = _text(row, keys[1])
+    history = row.get("history") or []
+    if not history and not row.get("system"):
+        return {"prompt": prompt, "completion": completion}
+    if not all(isinstance(turn, (list, tuple)) and len(turn) == 2 for turn in history):
+        raise LRSAError("history has to be a list of pairs, an instruction and its output.")
+    turns = [*history, (prompt, completion)]
+    roles = ("user", "assistant")
+    messages = [{"role": role, "content": text} for turn in turns for role, text in zip(roles, turn)]
+    return _conversation({"messages": messages, "system": row.get("system")})
+
+
+def _question(row: dict) -> dict[str, Any]:
+    context = row["context"]
+    if isinstance(context, (list, tuple)) and context and all(isinstance(part, str) for part in context):
+        row = {**row, "context": "\n\n".join(context)}
+    found = {"context": _text(row, "context", may_be_empty=True), "question": _text(row, "question")}
+    key = _first_of(row, "answer", "answers")
     if key not in row:
         raise LRSAError("answer is missing (a column answer or answers).")
-    value = row[key]
+    texts, starts = _answers(row[key])
+    if not texts:
+        raise LRSAError(f"{key} is empty.")
+    answer = found["answer"] = _text({key: texts[0]}, key)
+    if "answers" in row:
+        texts = [*texts, *_answers(row["answers"])[0]]
+    right = list(dict.fromkeys(text for text in texts if isinstance(text, str) and text.strip()))
+    if len(right) > 1:
+        found["answers"] = right
+    start = next(iter([*starts, *_listed(row.get("answer_start"))]), None)
+    # Some data count bytes or were edited since: a place where the answer does not stand tells nothing.
+    if type(start) is int and start >= 0 and found["context"].startswith(answer, start):
+        found["answer_start"] = start
+    return found
+
+
+def _answers(value: Any) -> tuple[list[Any], list[int]]:
+    """Texts and their places: of a text, a list of texts, SQuAD's {"text": [...], "answer_start": [...]}, or a list of
+    {"text", "answer_start"}."""
     if isinstance(value, dict):
-        value = value.get("text")
-    if isinstance(value, (list, tuple)):
-        if not value:
-            raise LRSAError(f"{key} is empty.")
-        value = value[0]
-    return _text({key: value}, key)
+        return _listed(value.get("text")), _listed(value.get("answer_start"))
+    values = _listed(value)
+    texts = [v.get("text") if isinstance(v, dict) else v for v in values]
+    starts = [v["answer_start"] for v in values if isinstance(v, dict) and "answer_start" in v]
+    return texts, starts
 
 
-def _answers(row: dict) -> dict[str, list[str]]:
-    """`answers`, where there is more than one that counts as right; the first of them is the one to learn."""
-    texts = row.get("answers", row.get("answer"))
-    if isinstance(texts, dict):
-        texts = texts.get("text")
-    if not isinstance(texts, (list, tuple)):
-        return {}
-    texts = list(dict.fromkeys(text for text in texts if isinstance(text, str) and text.strip()))
-    return {"answers": texts} if len(texts) > 1 else {}
+def _listed(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def _messages(messages: Any) -> list[dict[str, str]]:
-    if not isinstance(messages, (list, tuple)) or not messages:
-        raise LRSAError("messages has to be a list of objects with role and content, and not an empty one.")
-    checked = []
-    for number, message in enumerate(messages, start=1):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise LRSAError(f"message {number} has no role: every message needs role and content.")
-        if message.get("tool_calls"):
-            raise LRSAError(f"message {number} has tool_calls, which are not supported: write them into content.")
-        if not isinstance(message.get("content"), str):
-            raise LRSAError(f"the content of message {number} has to be text.")
-        checked.append({"role": message["role"], "content": message["content"]})
-    answers = [message["content"] for message in checked if message["role"] == "assistant"]
-    if not answers:
-        raise LRSAError("answer is missing: none of its messages has the role assistant.")
-    if not all(answer.strip() for answer in answers):
-        raise LRSAError("answer is empty: a message of the role assistant has no content.")
-    return checked
+def _tokens(row: dict) -> dict[str, Any]:
+    """Tokens with labels as transformers takes them: not shifted; without labels, every token is trained on."""
+    ids, labels = row["input_ids"], row.get("labels", row["input_ids"])
+    for key, values in (("input_ids", ids), ("labels", labels)):
+        if not isinstance(values, (list, tuple)) or not all(type(value) is int for value in values):
+            raise LRSAError(f"{key} has to be a list of whole numbers.")
+    if len(labels) != len(ids):
+        raise LRSAError(f"labels has {len(labels)} entries and input_ids {len(ids)}: give one for each.")
+    mask = row.get("attention_mask")
+    if mask is not None and not all(mask):
+        raise LRSAError("attention_mask has zeros: leave padding out of input_ids and labels.")
+    for place, (token, label) in enumerate(zip(ids, labels)):
+        if token < 0:
+            raise LRSAError(f"input_ids[{place}]={token} is no token.")
+        if label not in (token, IGNORED_LABEL):
+            raise LRSAError(
+                f"labels[{place}]={label} is neither input_ids[{place}]={token} nor {IGNORED_LABEL}: give labels that "
+                "are not shifted."
+            )
+    # Nothing stands before the first token, so that it cannot be predicted.
+    if all(label == IGNORED_LABEL for label in labels[1:]):
+        raise LRSAError("labels has no token to learn.")
+    return {"input_ids": list(ids), "labels": list(labels)}
+
+
+_SHAPES = (
+    _Shape((("input_ids",),), _tokens),
+    _Shape((("messages", "conversations"),), _conversation),
+    _Shape((("context",), ("question",)), _question),
+    _Shape((("instruction",), ("output", "response", "completion")), _instruction),
+    _Shape((("prompt",),), _prompt_and_completion),
+    _Shape((("text",),), lambda row: {"text": _text(row, "text")}),
+)

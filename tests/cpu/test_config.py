@@ -208,7 +208,7 @@ def test_a_resolved_configuration_reads_back(tmp_path):
         (["model=hub"], "model.name"),
         (["optim.lr"], "optim.lr"),
         (["data.colums={context: passage}"], "data.colums is not a key .* Did you mean columns?"),
-        (["data.columns={contxt: passage}"], "data.columns='contxt' .*messages, prompt"),
+        (["data.columns={contxt: passage}"], "data.columns='contxt' .*messages, .*prompt"),
         (["data.columns={context: {a: b}}"], "data.columns={context: .* name of a column"),
         (["data.columns.context.x=1"], "data.columns.context: .*write 'data.columns={key: value}'"),
         (["data.columns=[context]"], "data.columns: .*write 'data.columns={key: value}'"),
