@@ -5,7 +5,6 @@ import gc
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import hydra
@@ -15,6 +14,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from launch.accelerator import register_resolver
+from launch.checkout import CONF, check_fetched, register_checkout
 from launch.schema import register_schema
 from launch.sentences import hydra_sentence
 from lrsa_ds.config import TrainConfig, typed_config
@@ -22,7 +22,6 @@ from lrsa_ds.errors import LRSAError, Stopped
 from lrsa_ds.parallel.mesh import local_rank, rank
 
 STOPPED, LOST = 75, 4
-CONF = Path(__file__).resolve().parent.parent / "conf"
 
 
 def leave(code: int) -> None:
@@ -61,13 +60,16 @@ def run_command(action: Callable[[Any], bool], name: str = "train", schema: type
         return 2
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, and leave as one sentence
     register_resolver()
+    register_checkout()
     register_schema(name, schema)
     succeeded, failure = False, None
 
     def task(composed: DictConfig) -> None:
         nonlocal succeeded, failure
         try:
-            succeeded = action(typed_config(composed, schema))
+            config = typed_config(composed, schema)
+            check_fetched(config.model)
+            succeeded = action(config)
         except (LRSAError, Stopped) as error:  # on its way through Hydra it would print the overrides on every rank
             failure = error
 

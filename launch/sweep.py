@@ -31,7 +31,7 @@ from omegaconf import DictConfig  # noqa: E402
 from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
 from launch.accelerator import register_resolver  # noqa: E402
-from launch.command import CONF  # noqa: E402
+from launch.checkout import CONF, register_checkout  # noqa: E402
 from launch.schema import register_schema  # noqa: E402
 from launch.sentences import hydra_sentence  # noqa: E402
 from lrsa_ds.config import TrainConfig, require, typed_config  # noqa: E402
@@ -149,6 +149,7 @@ def main() -> int:
     sys.argv = [sys.argv[0], *typed]
     os.environ["HYDRA_FULL_ERROR"] = "1"
     register_resolver()
+    register_checkout()
     register_schema("train", TrainConfig)
     try:
         has_values = any(flag in typed for flag in ("-m", "--multirun"))

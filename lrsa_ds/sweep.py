@@ -130,7 +130,6 @@ class Runner:
                 sys.exit(130)
             process = subprocess.Popen(
                 self._command(job, slot),
-                cwd=self.root,
                 env=os.environ | {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -144,7 +143,7 @@ class Runner:
         gpus = self.slots[slot]
         where = [] if gpus is None else ["--include", f"localhost:{','.join(map(str, gpus))}"]
         launcher = ["deepspeed", *self.launcher_args, *where, "--master_port", str(_free_port())]
-        return [*launcher, "launch/train.py", *job.overrides]
+        return [*launcher, str(self.root / "launch" / "train.py"), *job.overrides]
 
     def stop(self) -> None:
         """Tells the running jobs to stop, and kills those that do not; each can go on later."""

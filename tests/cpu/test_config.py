@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from launch.accelerator import PICKS, register_resolver
+from launch.checkout import check_fetched, register_checkout
 from launch.schema import register_schema
 from launch.sentences import hydra_sentence
 from lrsa_ds.config import TrainConfig, save_settings, typed_config
@@ -20,6 +21,7 @@ from tests.helpers import ROOT
 
 CONF = ROOT / "conf"
 register_resolver()
+register_checkout()
 register_schema("train", TrainConfig)
 register_schema("evaluate", EvaluateConfig)
 
@@ -158,6 +160,18 @@ def test_what_the_accelerator_decides_is_said(monkeypatch):
     assert any("no GPU" in said and f"seq_len={on_cpu.seq_len}" in said for said in PICKS.values())
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     assert composed("+recipe=qa_smollm2").seq_len == 8192
+
+
+def test_the_default_model_is_that_of_the_checkout_wherever_one_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = composed().model
+    assert Path(model.name) == ROOT / "models" / "SmolLM2-135M-Instruct"
+    model.gguf_file = "not-fetched.gguf"
+    with pytest.raises(LRSAError, match=rf"not-fetched.gguf is not there; `make setup` in {ROOT} fetches it"):
+        check_fetched(model)
+    for name in ("some/model", "models/mine", None):
+        model.name = name
+        check_fetched(model)
 
 
 def test_a_resolved_configuration_reads_back(tmp_path):

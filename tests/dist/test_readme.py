@@ -1,0 +1,136 @@
+"""Every command of the README: run for real where two CPU cores can, composed and typed where they cannot."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from launch import benchmark, benchmark_steps, chat, sweep
+from launch.accelerator import register_resolver
+from launch.checkout import CONF, register_checkout
+from launch.schema import register_schema
+from lrsa_ds.config import ModelConfig, TrainConfig, typed_config
+from lrsa_ds.data.tokenizer import load_tokenizer
+from lrsa_ds.evaluate.config import EvaluateConfig
+from tests.dist.launcher import rows_of, run
+from tests.helpers import ROOT, free_port
+
+pytestmark = pytest.mark.dist
+README = (ROOT / "README.md").read_text()
+PROGRAMS = ("make", "python", "deepspeed", "sbatch")
+SCHEMAS = {"train": TrainConfig, "evaluate": EvaluateConfig}
+
+
+def commands() -> list[str]:
+    """The commands of the shell blocks and of the text, without comments."""
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    inline = re.findall(rf"`((?:{'|'.join(PROGRAMS)}) [^`]+)`", re.sub(r"```.*?```", "", README, flags=re.DOTALL))
+    found = [shlex.join(shlex.split(line, comments=True)) for line in [*lines, *inline]]
+    return sorted({command for command in found if command})
+
+
+def split(command: str) -> tuple[str, list[str]]:
+    """The script of a command, or its program, and what is typed behind it."""
+    words = shlex.split(command)
+    place = next((i for i, word in enumerate(words) if word.startswith("launch/")), 0)
+    return Path(words[place]).name, [word for word in words[place + 1 :] if word != "..."]
+
+
+def check_overrides(name: str, overrides: list[str]) -> None:
+    """Composes and types a configuration; of a sweep, that of every job."""
+    register_resolver()
+    register_checkout()
+    register_schema(name, SCHEMAS[name])
+    jobs = [[]]
+    for override in OverridesParser.create().parse_overrides(overrides):
+        values = [override.input_line]
+        if override.is_sweep_override():
+            values = [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+        jobs = [[*job, value] for job in jobs for value in values]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        for job in jobs:
+            typed_config(compose(name, job), SCHEMAS[name])
+
+
+def check_arguments(program, typed: list[str], monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["program", *typed])
+    return program.arguments()
+
+
+@pytest.mark.parametrize("command", commands())
+def test_a_command_of_the_readme_is_right(command, monkeypatch):
+    script, typed = split(command)
+    monkeypatch.chdir(ROOT)
+    match script:
+        case "make":
+            assert subprocess.run(["make", "-n", *typed], capture_output=True, cwd=ROOT).returncode == 0
+        case "train.py" | "selftest.py" | "slurm.sh":
+            check_overrides("train", typed)
+        case "evaluate.py":
+            check_overrides("evaluate", [word.replace("model.name=...", "model.name=x") for word in typed])
+        case "sweep.py":
+            _, overrides = check_arguments(sweep, typed, monkeypatch)
+            check_overrides("train", [word for word in overrides if not word.startswith("-")])
+        case "benchmark.py":
+            check_arguments(benchmark, typed, monkeypatch)
+        case "benchmark_steps.py":
+            check_overrides("train", check_arguments(benchmark_steps, typed, monkeypatch).overrides)
+        case "chat.py":
+            check_arguments(chat, typed, monkeypatch)
+        case _:
+            pytest.fail(f"the README has a command that no test knows: {command}")
+
+
+def readme_command(part: str) -> list[str]:
+    """The words of the one command of the README that has `part` in it, with paths from anywhere."""
+    (command,) = (command for command in commands() if part in command)
+    words = [str(ROOT / word) if word.startswith("launch/") else word for word in shlex.split(command)]
+    if words[0] == "deepspeed":
+        words[1:1] = ["--num_gpus", "1", "--master_port", str(free_port())]
+    return [sys.executable, *words[1:]] if words[0] == "python" else words
+
+
+@pytest.fixture
+def tiny_model(tmp_path) -> Path:
+    """A saved model with a tokenizer, as from the hub."""
+    shape = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=320)
+    LlamaForCausalLM(LlamaConfig(**shape, num_key_value_heads=2)).save_pretrained(tmp_path / "start")
+    load_tokenizer(ModelConfig(random={"model_type": "llama"}, tokenizer="bytes")).save_pretrained(tmp_path / "start")
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "start")) <= 320
+    return tmp_path / "start"
+
+
+def test_training_evaluating_and_asking_as_the_readme_has_it(tmp_path, tiny_model):
+    """On data of one's own, from a directory of one's own, with a few overrides behind the README's words."""
+    (tmp_path / "my").mkdir()
+    with open(tmp_path / "my" / "rows.jsonl", "w") as file:
+        for i in range(24):
+            row = {"my passage": "Words. " * 60 + str(i), "question": "Which?", "answer": str(i)}
+            file.write(json.dumps(row) + "\n")
+    small = [
+        f"model.name={tiny_model}", "seq_len=1024", "attention.lag_size=64", "optim.num_steps=2",
+        "optim.warmup_steps=1", "eval.num_examples=4", "eval.before=false", "log.wandb=disabled",
+        "data.columns={context: 'my passage'}", "output_dir=run",
+    ]  # fmt: skip
+    done = run([*readme_command("data.path=my/*.jsonl"), *small], cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(rows_of(tmp_path / "run", "train")) == 2 and (tmp_path / "run" / "model").is_dir()
+
+    few = ["model.name=run/model", "lengths=[640]", "num_samples=1", "log.wandb=disabled", "output_dir=evaluated"]
+    done = run([*readme_command("tasks=[passkey,needle,signature]"), *few], cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len((tmp_path / "evaluated" / "results.jsonl").read_text().splitlines()) == 3 * 3
+
+    (tmp_path / "long.txt").write_text("Some words. " * 100)
+    words = [word.replace("outputs/.../model", "run/model") for word in readme_command("chat.py")]
+    done = run([*words, "--max-new-tokens", "4"], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "A question?" in done.stdout
