@@ -6,14 +6,41 @@ token that is not, decoding has seen exactly those tokens.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
-from lrsa_ds.config import TrainConfig
+from lrsa_ds.config import LRSAConfig, TrainConfig
 from lrsa_ds.data.packing import IGNORE, Example, PackedSequence, collate, pack, padding_sequence
+from lrsa_ds.data.tokenizer import Tokenizer
 from lrsa_ds.parallel.mesh import Mesh
+from lrsa_ds.partition import cache_factor
+from lrsa_ds.predictions import ShownAnswers, prediction_row
 from lrsa_ds.trainer import Engine, forward, held_of
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When an evaluation takes place: `when` is "before" or "after" training, or "step N"; `step` counts from 0."""
+
+    when: str
+    step: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` finds.
+
+    Args:
+        scores: a row for each task and retention, with `when`, `step`, `task`, `retention`, `cache_factor` (tokens seen
+            over entries held by the caches at the end of the examples), `exact_match` and `token_accuracy` in percent,
+            `nll` per answer token in nats, and `num_examples`.
+        predictions: a row for each of a few examples and each retention, with the same names and `exact`, `prompt`,
+            `answer` and `prediction`; see `lrsa_ds.predictions`.
+    """
+
+    scores: list[dict]
+    predictions: list[dict]
 
 
 @torch.no_grad()
@@ -22,40 +49,49 @@ def evaluate(
     config: TrainConfig,
     mesh: Mesh,
     examples: list[Example],
-    pad_id: int,
-    when: str,
-    on_batch: Callable[[], None] = lambda: None,
-) -> list[dict]:
-    """Exact match and token accuracy of the answers, by task and retention: one row each, the same on every rank.
+    tokenizer: Tokenizer,
+    moment: Moment,
+    on_batch: Callable[[int, int], None] = lambda done, total: None,
+) -> Evaluation:
+    """Exact match and token accuracy of the answers, by task and retention, the same on every rank.
 
     Args:
         examples: all of them on every rank; each rank takes its share.
-        when: "before" or "after" training, or "step N", copied into the rows.
-        on_batch: called before each batch.
-
-    Returns:
-        Rows with `when`, `task`, `retention`, `exact_match` and `token_accuracy` in percent, `nll` per answer token in
-        nats, and `num_examples`.
+        on_batch: called before each batch and at the end, with the answers that are done and those of all caches.
     """
     was_training = engine.training
     engine.eval()
+    pad_id = tokenizer.pad_token_id
     batches = _batches(examples, config, pad_id, mesh.row_multiple)
     num_slots = max(1, *(batch.num_target_tokens for batch in batches))
     # Under ZeRO-3 every pass is a collective: a rank without a batch of its own runs an empty one along.
     idle = collate([padding_sequence(config.seq_len, pad_id)] * config.optim.micro_batch, mesh.row_multiple)
     batches += [idle] * (-len(batches) % mesh.dp_size)
-    rows = []
+    shown = ShownAnswers(examples)
+    found = Evaluation([], [])
+    total, done = len(examples) * len(config.eval.retentions), 0
     for retention in config.eval.retentions:
         attention = config.attention.with_retention(retention)
         totals = torch.zeros(len(examples), 3, dtype=torch.float64)
-        for batch in batches[mesh.dp_rank :: mesh.dp_size]:
-            on_batch()
-            targets = _example_of_target(batch, mesh.held(len(batch.labels)))
-            _add_scores(totals, targets, forward(engine, held_of(batch, mesh), attention, num_slots, mesh))
+        shown.clear()
+        for first in range(0, len(batches), mesh.dp_size):
+            on_batch(done, total)
+            batch = batches[first + mesh.dp_rank]
+            targets = _targets(batch, mesh.held(len(batch.labels)))
+            statistics = forward(engine, held_of(batch, mesh), attention, num_slots, mesh).double().cpu()
+            _add_scores(totals, targets[0], statistics)
+            shown.add(*targets, statistics[:, 2])
+            done += sum(_num_examples(other) for other in batches[first : first + mesh.dp_size])
         totals = torch.tensor(mesh.sum(totals.flatten().tolist())).view_as(totals)
-        rows += _rows(when, retention, [example.task for example in examples], totals)
+        likeliest = shown.found(mesh.sum(shown.tokens_EM.flatten().tolist()))
+        name = {"when": moment.when, "step": moment.step}
+        found.scores.extend(name | row for row in _score_rows(examples, attention, totals))
+        found.predictions.extend(
+            name | row for row in _prediction_rows(examples, attention, totals, likeliest, tokenizer)
+        )
+    on_batch(total, total)
     engine.train(was_training)
-    return rows
+    return found
 
 
 def _batches(examples: list[Example], config: TrainConfig, pad_id: int, multiple_of: int) -> list[PackedSequence]:
@@ -67,33 +103,57 @@ def _batches(examples: list[Example], config: TrainConfig, pad_id: int, multiple
     return [collate(sequences[i : i + size], multiple_of) for i in range(0, len(sequences), size)]
 
 
-def _example_of_target(row: PackedSequence, parts: tuple[slice, ...]) -> torch.Tensor:
-    """The number of the example that each target in these parts of a whole row belongs to."""
-    example_of_token = torch.tensor(row.example_indices).repeat_interleave(torch.tensor(row.document_lengths))
-    return torch.cat([example_of_token[part][row.labels[part] != IGNORE] for part in parts])
+def _num_examples(row: PackedSequence) -> int:
+    return sum(index >= 0 for index in row.example_indices)  # padding has none
 
 
-def _add_scores(totals_E3: torch.Tensor, examples_T: torch.Tensor, statistics_T2: torch.Tensor) -> None:
+def _targets(row: PackedSequence, parts: tuple[slice, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each target in these parts of a whole row: the number of its example, and its place among its targets."""
+    lengths, is_target = torch.tensor(row.document_lengths), row.labels != IGNORE
+    document = torch.arange(len(lengths)).repeat_interleave(lengths)
+    counts = document[is_target].bincount(minlength=len(lengths))
+    place = is_target.cumsum(0) - 1 - (counts.cumsum(0) - counts)[document]
+    example = torch.tensor(row.example_indices)[document]
+    return tuple(torch.cat([x[part][is_target[part]] for part in parts]) for x in (example, place))
+
+
+def _add_scores(totals_E3: torch.Tensor, examples_T: torch.Tensor, statistics_T3: torch.Tensor) -> None:
     """Adds to each target's example an answer token, whether it is correct, and its negative log-likelihood."""
-    nll, correct = statistics_T2.double().cpu().unbind(dim=1)
+    nll, correct, _ = statistics_T3.unbind(dim=1)
     totals_E3.index_add_(0, examples_T, torch.stack([torch.ones_like(nll), correct, nll], dim=1))
 
 
-def _rows(when: str, retention: float, tasks: list[str], totals_E3: torch.Tensor) -> list[dict]:
+def _score_rows(examples: list[Example], attention: LRSAConfig, totals_E3: torch.Tensor) -> list[dict]:
     rows = []
-    for task in sorted(set(tasks)):
-        mine = totals_E3[[t == task for t in tasks]]
+    for task in sorted({example.task for example in examples}):
+        mine = totals_E3[[example.task == task for example in examples]]
         num_tokens, num_correct, nll = mine.sum(dim=0).tolist()
         exact = (mine[:, 0] == mine[:, 1]).double().mean().item()
         rows.append(
             {
-                "when": when,
                 "task": task,
-                "retention": retention,
+                "retention": attention.retention,
+                "cache_factor": cache_factor((len(e.input_ids) for e in examples if e.task == task), attention),
                 "exact_match": 100 * exact,
                 "token_accuracy": 100 * num_correct / num_tokens,
                 "nll": nll / num_tokens,
                 "num_examples": len(mine),
             }
         )
+    return rows
+
+
+def _prediction_rows(
+    examples: list[Example],
+    attention: LRSAConfig,
+    totals_E3: torch.Tensor,
+    likeliest: dict[int, list[int]],
+    tokenizer: Tokenizer,
+) -> list[dict]:
+    rows = []
+    for number, tokens in likeliest.items():
+        example, (num_tokens, num_correct, _) = examples[number], totals_E3[number].tolist()
+        row = {"task": example.task, "example": number, "retention": attention.retention}
+        row |= {"cache_factor": cache_factor([len(example.input_ids)], attention), "exact": num_tokens == num_correct}
+        rows.append(row | prediction_row(tokenizer, example, tokens))
     return rows

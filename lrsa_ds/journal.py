@@ -63,9 +63,14 @@ def print_above(text: str) -> None:
 
 
 class Progress:
-    """On a terminal a bar; elsewhere a line for the first and the last step and every `LINE_SECONDS` between them."""
+    """On a terminal a bar; elsewhere a line for the first and the last step and every `LINE_SECONDS` between them.
 
-    def __init__(self, num_steps: int, unit: str = "step"):
+    Args:
+        unit: what is counted, in front of the numbers.
+        leave: whether the bar stays on the terminal when it is closed.
+    """
+
+    def __init__(self, num_steps: int, unit: str = "step", leave: bool = True):
         self._num_steps = num_steps
         self._unit = unit
         self._first = None  # step and time of the first row: later steps are timed against it, as it has the warm-up
@@ -73,7 +78,7 @@ class Progress:
         self._bar = None
         if sys.stderr.isatty():
             # The bar comes last: it is what a narrow terminal may cut off.
-            self._bar = tqdm(total=num_steps, dynamic_ncols=True, bar_format="{desc}  {bar:20}")
+            self._bar = tqdm(total=num_steps, dynamic_ncols=True, bar_format="{desc}  {bar:20}", leave=leave)
             self._bar.set_description_str("starting")
 
     def show(self, row: dict) -> None:
@@ -91,6 +96,8 @@ class Progress:
     def _text(self, row: dict, now: float) -> str:
         step = row["step"]
         self._first = self._first or (step, now)
+        if step == 0:
+            return f"{self._unit} 0/{self._num_steps}"
         num_timed, seconds = step - self._first[0], now - self._first[1]
         per_step = seconds / num_timed if num_timed else row.get("step_seconds", 0.0)
         parts = [f"{self._unit} {step}/{self._num_steps}"]

@@ -35,7 +35,7 @@ class TargetLoss(nn.Module):
         num_slots: int,
         attend: AttentionFunction = lrsa_attention,
     ) -> torch.Tensor:
-        """In training the sum of the negative log-likelihoods of all targets; in evaluation [T, 2] per target.
+        """In training the sum of the negative log-likelihoods of all targets; in evaluation [T, 3] per target.
 
         Args:
             input_ids, position_ids: [1, N], packed documents with positions that restart.
@@ -46,8 +46,8 @@ class TargetLoss(nn.Module):
             attend: the attention function of the pass; another one where this rank holds only a shard of the row.
 
         Returns:
-            Training: a scalar in fp32. Evaluation: for each target in order, its negative log-likelihood and whether
-            the likeliest token is the target (1.0 or 0.0).
+            Training: a scalar in fp32. Evaluation: for each target in order, its negative log-likelihood, whether the
+            likeliest token is the target (1.0 or 0.0), and the likeliest token, which fp32 holds exactly.
         """
         decoder = self.lm.get_decoder()
         hidden = decoder(
@@ -73,4 +73,5 @@ class TargetLoss(nn.Module):
     def _statistics(self, hidden_TC: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
         logits = output_layer(self.lm)(hidden_TC).float()
         nll = cross_entropy(logits, labels_T, ignore_index=IGNORE, reduction="none")
-        return torch.stack([nll, (logits.argmax(-1) == labels_T).float()], dim=1)
+        likeliest = logits.argmax(-1)
+        return torch.stack([nll, (likeliest == labels_T).float(), likeliest.float()], dim=1)

@@ -19,6 +19,8 @@ from lrsa_ds.journal import JSONLines, Progress, print_above
 
 INIT_SECONDS = 20  # for W&B to reach its server
 FINISH_SECONDS = 20  # for W&B to send what is left when the run ends
+PREDICTIONS = "predictions.jsonl"
+EVAL_METRICS = ("exact_match", "token_accuracy", "nll", "cache_factor")
 RUN_ID_FILE = "wandb_run.txt"
 CLOSE_SECONDS = 30  # for all that W&B still does when the run ends
 
@@ -96,8 +98,12 @@ class RunLogger:
             return
         mode = check_wandb(log)
         self._file = JSONLines(Path(output_dir) / "metrics.jsonl")
+        self._predictions = Path(output_dir) / PREDICTIONS
+        self._shows_progress = log.progress
         self._progress = Progress(num_steps) if log.progress else None
+        self._evaluation: Progress | None = None
         self._eval_rows: list[dict] = []
+        self._prediction_rows: list[dict] = []
         self._wandb = None
         if mode != "disabled":
             identity = {"project": log.project, "name": log.name or run_name, "group": log.group, "tags": log.tags}
@@ -119,8 +125,19 @@ class RunLogger:
             values = {f"train/{k}": v for k, v in row.items() if isinstance(v, (int, float))}
             self._wandb.send(lambda wandb, run: run.log(values))
 
-    def evaluation(self, rows: list[dict], picture: Path | None) -> None:
-        """Records new rows of `lrsa_ds.evaluation.evaluate` (scores in percent), and a PNG of all rows so far.
+    def evaluating(self, when: str, done: int, total: int) -> None:
+        """Shows how far an evaluation is: answers done, of those under all caches."""
+        if not self._enabled or not self._shows_progress:
+            return
+        if self._evaluation is None:
+            self._evaluation = Progress(total, unit=f"evaluation ({when}): answer", leave=False)
+        self._evaluation.show({"step": done})
+        if done == total:
+            self._evaluation.close()
+            self._evaluation = None
+
+    def evaluation(self, rows: list[dict], predictions: list[dict], picture: Path | None) -> None:
+        """Records the new scores and predictions of an evaluation (`lrsa_ds.evaluation`), and a PNG of all scores.
 
         Raises:
             LRSAError: the disk is full, or the file is not writable any more.
@@ -129,10 +146,15 @@ class RunLogger:
             return
         for row in rows:
             self._file.write({"kind": "eval", **row})
+        file = JSONLines(self._predictions)
+        for row in predictions:
+            file.write({"kind": "prediction", **row})
+        file.close()
         self._eval_rows.extend(rows)
+        self._prediction_rows.extend(predictions)
         if self._wandb:
-            so_far = list(self._eval_rows)
-            self._wandb.send(lambda wandb, run: run.log(_evaluation_log(wandb, rows, so_far, picture)))
+            tables = {"evaluation": list(self._eval_rows), "predictions": list(self._prediction_rows)}
+            self._wandb.send(lambda wandb, run: run.log(_evaluation_log(wandb, rows, tables, picture)))
 
     def results(self, rows: list[dict], pictures: dict[str, Path]) -> None:
         """Records the summary of `lrsa_ds.evaluate`: one row for each task, length and cache, and PNGs by name.
@@ -172,8 +194,9 @@ class RunLogger:
         if not self._enabled or self._closed:
             return
         self._closed = True
-        if self._progress:
-            self._progress.close()
+        for progress in (self._evaluation, self._progress):
+            if progress:
+                progress.close()
         self._file.close()
         if self._wandb:
             self._wandb.close(failed)
@@ -189,9 +212,11 @@ def _results_log(wandb: ModuleType, rows: list[dict], pictures: dict[str, Path])
     return log | {"results": _table(wandb, rows)} | {name: wandb.Image(str(p)) for name, p in pictures.items()}
 
 
-def _evaluation_log(wandb: ModuleType, rows: list[dict], so_far: list[dict], picture: Path | None) -> dict:
-    log = {f"eval/{r['when']}/{r['task']}/exact_match@{r['retention']:g}": r["exact_match"] for r in rows}
-    log["evaluation"] = _table(wandb, so_far)
+def _evaluation_log(wandb: ModuleType, rows: list[dict], tables: dict[str, list[dict]], picture: Path | None) -> dict:
+    """Scores by task and retention over `train/step`, and tables of all that was found so far."""
+    log = {"train/step": rows[0]["step"]}
+    log |= {f"eval/{r['task']}/{name}@{r['retention']:g}": r[name] for r in rows for name in EVAL_METRICS}
+    log |= {name: _table(wandb, so_far) for name, so_far in tables.items() if so_far}
     if picture is not None:
         log["evaluation_picture"] = wandb.Image(str(picture))
     return log
@@ -247,7 +272,8 @@ class _WandbThread(threading.Thread):
                 shutil.rmtree(empty, ignore_errors=True)
             run = self._init(wandb, "offline")
         run.define_metric("train/step")
-        run.define_metric("train/*", step_metric="train/step")
+        for group in ("train/*", "eval/*"):
+            run.define_metric(group, step_metric="train/step")
         if run.offline:
             reason = f"W&B is offline ({problem})" if problem else "W&B is offline"
             self._say(f"{reason}; to send this run later: wandb sync {Path(run.dir).parent}")

@@ -26,6 +26,7 @@ RUN_FILES = (
     STOPPED,
     "config.yaml",
     "metrics.jsonl",
+    "predictions.jsonl",
     "evaluation.txt",
     "evaluation.png",
     "wandb_run.txt",

@@ -1,15 +1,22 @@
 """The evaluations of a run as a table for the terminal and as a picture; rows are those of `lrsa_ds.evaluation`."""
 
 import math
-from fractions import Fraction
+import textwrap
 from pathlib import Path
 
 from lrsa_ds.errors import LRSAError
+from lrsa_ds.labels import SMALLER, factor_name, retention_name
 
-TASKS_PER_BLOCK = 3  # so that a line of the table stays within 100 columns
+COLUMNS = 100  # of a line of the table, unless the name of a task alone is longer
 PANELS_PER_LINE = 4
-METRICS = {"exact_match": "exact match %", "token_accuracy": "token acc. %"}
+TITLE_COLUMNS = 30  # of a panel's title
+METRICS = {"exact_match": "exact %", "token_accuracy": "tokens %"}
+CELL = 11  # of "100.0→100.0"
 BEFORE, AFTER = "#8a8f98", "#1f6feb"
+LEGEND = """cache: the share of each partition that is kept; dense: everything is
+smaller: {smaller} at the end of an example
+exact %: answers of which every token is right; tokens %: tokens of the answers that are right"""
+UNCOMPRESSED = "1.00x: the examples are too short for this cache to drop anything"
 
 
 def evaluation_table(rows: list[dict]) -> str:
@@ -17,31 +24,55 @@ def evaluation_table(rows: list[dict]) -> str:
 
     Args:
         rows: `when` ("before", "step N" or "after"; the first and the last are shown), `task`, `retention` in (0, 1],
-            `exact_match` and `token_accuracy` in percent, `num_examples`.
+            `cache_factor` (how many times smaller the cache was), `exact_match` and `token_accuracy` in percent,
+            `num_examples`.
 
     Returns:
-        Lines of at most 100 columns; more than three tasks go below each other. "-" is a score that was not taken.
+        Lines of at most `COLUMNS` columns; tasks that do not fit go below each other. "-" is a score that was not
+        taken.
     """
-    tasks = _in_order(rows, "task")
-    blocks = [tasks[i : i + TASKS_PER_BLOCK] for i in range(0, len(tasks), TASKS_PER_BLOCK)]
-    tables = ["\n".join(_block(rows, block)) for block in blocks]
-    times = " → ".join(_phrase(when) for when in _times(rows))
-    return "\n\n".join([*tables, f"{times}; token acc.: the share of the answers' tokens that are right"])
+    blocks: list[list[str]] = [[]]
+    label_width = len(_labels(rows)[-1])
+    for task in _in_order(rows, "task"):
+        if blocks[-1] and label_width + sum(3 + _width(t) for t in (*blocks[-1], task)) > COLUMNS:
+            blocks.append([])
+        blocks[-1].append(task)
+    tables = ["\n".join(_block(rows, tasks)) for tasks in blocks]
+    legend = [" → ".join(_phrase(when) for when in _times(rows)), LEGEND.format(smaller=SMALLER)]
+    if any(row.get("cache_factor") == 1 and row["retention"] < 1 for row in rows):
+        legend.append(UNCOMPRESSED)
+    return "\n\n".join([*tables, "\n".join(legend)])
+
+
+def _width(task: str) -> int:
+    return max(2 * CELL + 2, len(task))
+
+
+def _labels(rows: list[dict]) -> list[str]:
+    """The first columns of the lines of a block: two of the header's lines, then a line for each cache."""
+    lines = [("cache", "smaller")]
+    for retention in _retentions(rows):
+        factors = [row.get("cache_factor") for row in rows if row["retention"] == retention]
+        lines.append((retention_name(retention), "" if retention == 1 else factor_name(factors)))
+    widths = [max(len(line[i]) for line in lines) for i in range(2)]
+    labels = [f"{name:<{widths[0]}}  {factor:>{widths[1]}}" for name, factor in lines]
+    return [" " * len(labels[0])] * 2 + labels
 
 
 def _block(rows: list[dict], tasks: list[str]) -> list[str]:
-    width = 13  # of "100.0 → 100.0" and of "exact match %"
-    names, headers = ["     "], ["cache"]
+    columns = []
     for task in tasks:
-        count = f" ({_num_examples(rows, task)} examples)"
-        room = 2 * width + 2 - len(count)
-        names.append(f"{(task if len(task) <= room else task[: room - 1] + '…') + count:^{2 * width + 2}}")
-        headers.append("  ".join(f"{label:>{width}}" for label in METRICS.values()))
-    lines = [" │ ".join(names).rstrip(), " │ ".join(headers)]
-    for retention in sorted({row["retention"] for row in rows}, reverse=True):
-        cells = ["  ".join(f"{_cell(rows, task, retention, name):>{width}}" for name in METRICS) for task in tasks]
-        lines.append(" │ ".join([f"{_compression(retention):<5}", *cells]))
-    return lines
+        count = f"{_num_examples(rows, task)} examples"
+        lines = [task, count, "  ".join(f"{label:>{CELL}}" for label in METRICS.values())]
+        for retention in _retentions(rows):
+            lines.append("  ".join(f"{_cell(rows, task, retention, name):>{CELL}}" for name in METRICS))
+        width = _width(task)
+        columns.append([f"{line:^{width}}" for line in lines])
+    return [" │ ".join(line).rstrip() for line in zip(_labels(rows), *columns, strict=True)]
+
+
+def _retentions(rows: list[dict]) -> list[float]:
+    return sorted({row["retention"] for row in rows}, reverse=True)
 
 
 def _cell(rows: list[dict], task: str, retention: float, metric: str) -> str:
@@ -50,7 +81,7 @@ def _cell(rows: list[dict], task: str, retention: float, metric: str) -> str:
         found = [r for r in rows if (r["when"], r["task"], r["retention"]) == (when, task, retention)]
         value = found[-1].get(metric) if found else None
         scores.append("-" if value is None or math.isnan(value) else f"{value:.1f}")
-    return " → ".join([scores[0], *(f"{score:>5}" for score in scores[1:])])
+    return "→".join(f"{score:>5}" for score in scores)
 
 
 def _num_examples(rows: list[dict], task: str) -> str:
@@ -73,17 +104,8 @@ def _phrase(when: str) -> str:
     return f"{when} training" if when in ("before", "after") else f"at {when}"
 
 
-def _compression(retention: float) -> str:
-    return "full" if retention == 1 else f"{1 / retention:.3g}x" if 1 / retention >= 10 else f"{1 / retention:.2g}x"
-
-
-def _share(retention: float) -> str:
-    share = Fraction(retention).limit_denominator(1024)
-    return "full" if retention == 1 else f"1/{share.denominator}" if share.numerator == 1 else f"{retention:.2g}"
-
-
 def draw_evaluation(rows: list[dict], path: Path, title: str) -> None:
-    """Writes a PNG of the scores in percent over the share of the KV cache that is kept, one panel per task.
+    """Writes a PNG of the scores in percent over the caches, one panel per task.
 
     Args:
         rows: as for `evaluation_table`.
@@ -103,13 +125,12 @@ def draw_evaluation(rows: list[dict], path: Path, title: str) -> None:
     height = 0.5 + 2.65 * num_lines + 0.25 * -(-len(legend) // legend_columns)
     figure = Figure(figsize=(max(5.2, 3.1 * num_columns), height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(num_lines, num_columns, sharex=True, sharey=True, squeeze=False)
+    panels = figure.subplots(num_lines, num_columns, sharey=True, squeeze=False)
     for number, panel in enumerate(panels.flat):
         if number < len(tasks):
             _draw_panel(panel, rows, tasks[number])
-            if is_lowest := number + num_columns >= len(tasks):
-                panel.set_xlabel("share of the KV cache kept", fontsize=8.5)
-            panel.tick_params(labelbottom=is_lowest)
+            if number + num_columns >= len(tasks):
+                panel.set_xlabel(f"share of each partition kept\n({SMALLER})", fontsize=8.5)
         else:
             panel.set_visible(False)
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
@@ -155,15 +176,24 @@ def _draw_panel(panel, rows: list[dict], task: str) -> None:
                 [r[metric] for r in mine],
                 **_style(_is_start(when, _times(rows)), metric),
             )
-    retentions = sorted({row["retention"] for row in rows})
+    retentions = _retentions(rows)
     panel.set_xscale("log", base=2)
-    panel.set_xticks(retentions, [_share(retention) for retention in retentions], minor=False)
+    panel.set_xticks(retentions, [_tick(rows, task, retention) for retention in retentions], minor=False)
     panel.minorticks_off()
-    # The whole cache on the left, as in the table's first line; room at both ends for the markers.
-    panel.set_xlim(retentions[-1] * 1.2, retentions[0] / 1.2)
+    # The dense cache on the left, as in the table's first line; room at both ends for the markers.
+    panel.set_xlim(retentions[0] * 1.2, retentions[-1] / 1.2)
     panel.set_ylim(-4, 104)
     panel.set_yticks(range(0, 101, 25))
-    panel.set_title(f"{task} ({_num_examples(rows, task)} examples)", fontsize=9.5)
+    title = textwrap.fill(f"{task} ({_num_examples(rows, task)} examples)", TITLE_COLUMNS)
+    panel.set_title(title, fontsize=9.5)
     panel.tick_params(labelsize=8.5)
     panel.grid(alpha=0.25, linewidth=0.6)
     panel.spines[["top", "right"]].set_visible(False)
+
+
+def _tick(rows: list[dict], task: str, retention: float) -> str:
+    """The name of a cache, and below it how many times smaller it was for this task."""
+    if retention == 1:
+        return retention_name(retention)
+    mine = [row.get("cache_factor") for row in rows if (row["task"], row["retention"]) == (task, retention)]
+    return f"{retention_name(retention)}\n({factor_name(mine)})"

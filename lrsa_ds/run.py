@@ -13,11 +13,11 @@ from lrsa_ds.config import TrainConfig, save_settings
 from lrsa_ds.data.procedure import Procedure
 from lrsa_ds.data.stream import TrainStream, make_loader
 from lrsa_ds.errors import Stopped
-from lrsa_ds.evaluation import evaluate
+from lrsa_ds.evaluation import Evaluation, Moment, evaluate
 from lrsa_ds.journal import keep_rows_until
 from lrsa_ds.liger import apply_liger
 from lrsa_ds.loss import TargetLoss
-from lrsa_ds.metrics import RunLogger
+from lrsa_ds.metrics import PREDICTIONS, RunLogger
 from lrsa_ds.model import apply_lrsa, enable_checkpointing, layer_classes, load_model
 from lrsa_ds.parallel.mesh import Mesh, start_mesh, stop_mesh
 from lrsa_ds.parallel.watch import Watch
@@ -46,7 +46,9 @@ def train(config: TrainConfig, procedure: Procedure, notes: list[str]) -> None:
     torch.manual_seed(config.seed)
     directory = output.open_output(config, mesh, going_on=plan.resume is not None)
     settings = asdict(config) | {"output_dir": str(directory)}
-    earlier = keep_rows_until(directory / "metrics.jsonl", plan.resume.step if plan.resume else 0, mesh.is_main)
+    first_step = plan.resume.step if plan.resume else 0
+    earlier = keep_rows_until(directory / "metrics.jsonl", first_step, mesh.is_main)
+    keep_rows_until(directory / PREDICTIONS, first_step, mesh.is_main)
     if mesh.is_main:
         save_settings(settings, directory / "config.yaml")
     watch = Watch(directory, mesh, config.parallel.timeout)
@@ -91,7 +93,7 @@ class _Run:
         if point is not None:
             checkpoint.load_checkpoint(self.engine, point, self.mesh)
         elif config.eval.before:
-            self.evaluate("before")
+            self.evaluate("before", 0)
         self.profiler = StepProfiler(config.log.profile_steps if self.mesh.is_main else [], self.directory)
         self.stop.begin()
         save = config.checkpoint
@@ -100,7 +102,7 @@ class _Run:
         trainer = build_trainer(config, self.plan, self.mesh, self.engine, self.watch.doing)
         trainer.fit(self.after_step, self.profiler.before)
         if config.eval.after:
-            self.evaluate("after")
+            self.evaluate("after", config.optim.num_steps)
         if config.checkpoint.export:
             self.export(output.MODEL_DIRECTORY)
 
@@ -111,7 +113,7 @@ class _Run:
         self.profiler.after(step)
         self.logger.step(metrics)
         if config.eval.every and step % config.eval.every == 0 and not is_last:
-            self.evaluate(f"step {step}")
+            self.evaluate(f"step {step}", step)
             if config.checkpoint.best and self._is_best(f"step {step}"):
                 self.export(output.BEST_DIRECTORY)
         # Whether some rank was asked to stop, or still writes: all ranks have to agree, and this is where they meet.
@@ -152,15 +154,16 @@ class _Run:
         written = self.saver.finish()
         self.logger.checkpoint(written.step, written.path, written.waited, written.took)
 
-    def evaluate(self, when: str) -> None:
-        config, data = self.config, self.plan.data
+    def evaluate(self, when: str, step: int) -> None:
+        config, tokenizer = self.config, self.plan.tokenizer
 
-        def alive() -> None:
+        def on_batch(done: int, total: int) -> None:
             self.watch.doing(f"evaluation ({when})")
+            self.logger.evaluating(when, done, total)
 
-        examples = data.validation_examples()
-        found = evaluate(self.engine, config, self.mesh, examples, data.pad_id, when, alive)
-        self.rows.extend(found)
+        examples = self.plan.data.validation_examples()
+        found = evaluate(self.engine, config, self.mesh, examples, tokenizer, Moment(when, step), on_batch)
+        self.rows.extend(found.scores)
         if self.mesh.is_main:
             _report(config, self.rows, found, self.directory, self.logger)
 
@@ -211,14 +214,14 @@ def build_trainer(
     return Trainer(config, mesh, engine, loader, point.step if point else 0, doing)
 
 
-def _report(config: TrainConfig, rows: list[dict], new: list[dict], directory: Path, logger: RunLogger) -> None:
-    """The table in the terminal and on disk, the picture, and the new rows in the logs."""
+def _report(config: TrainConfig, rows: list[dict], new: Evaluation, directory: Path, logger: RunLogger) -> None:
+    """The table in the terminal and on disk, the picture, and what was found last in the logs."""
     table = evaluation_table(rows)
     logger.message(table)
     (directory / "evaluation.txt").write_text(table + "\n", encoding="utf-8")
     picture = directory / "evaluation.png"
     draw_evaluation(rows, picture, f"{config.run_name}: answers under a compressed KV cache")
-    logger.evaluation(new, picture)
+    logger.evaluation(new.scores, new.predictions, picture)
 
 
 def _describe(config: TrainConfig, plan: Plan, mesh: Mesh, directory: Path) -> list[str]:

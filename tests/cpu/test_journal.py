@@ -67,6 +67,19 @@ def test_progress_without_a_terminal_is_a_few_plain_lines(capsys, monkeypatch):
     assert len(lines) == 26
 
 
+def test_progress_of_an_evaluation_begins_at_zero(capsys, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(journal.time, "monotonic", lambda: now[0])
+    progress = Progress(100, unit="answer", leave=False)
+    for done in range(0, 101, 10):
+        progress.show({"step": done})
+        now[0] += 5
+    progress.close()
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:3] == ["answer 0/100", "answer 20/100  00:40 left", "answer 40/100  00:30 left"]
+    assert lines[-1] == "answer 100/100  00:00 left"
+
+
 def test_progress_on_a_terminal_is_one_live_line(monkeypatch):
     parent, child = pty.openpty()
     fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 90, 0, 0))

@@ -46,9 +46,14 @@ def train_row(step, **other):
     return {**row, "tokens_per_second": 17204.4, "step_seconds": 0.5, "peak_memory_gb": 21.3, **other}
 
 
-def eval_row(when, task="passkey", retention=0.125, exact_match=50.0):
+def eval_row(when, step=0, task="passkey", retention=0.125, exact_match=50.0):
     scores = {"exact_match": exact_match, "token_accuracy": 75.0, "nll": 0.5, "num_examples": 48}
-    return {"when": when, "task": task, "retention": retention, **scores}
+    return {"when": when, "step": step, "task": task, "retention": retention, "cache_factor": 4.27, **scores}
+
+
+def prediction_row(when, prediction):
+    row = {"when": when, "task": "passkey", "retention": 0.125, "exact": prediction == "42"}
+    return {**row, "prompt": "What is the pass key?", "answer": "42", "prediction": prediction}
 
 
 def wandb_core_processes():
@@ -59,8 +64,10 @@ def test_rows_are_in_metrics_jsonl_as_soon_as_they_are_given(tmp_path):
     logger = make_logger(tmp_path)
     logger.step(train_row(1))
     assert metrics_of(tmp_path) == [{"kind": "train", **train_row(1)}]
-    logger.evaluation([eval_row("after")], None)
+    logger.evaluation([eval_row("after")], [prediction_row("after", "41")], None)
     assert metrics_of(tmp_path)[1:] == [{"kind": "eval", **eval_row("after")}]
+    (prediction,) = map(json.loads, (tmp_path / "predictions.jsonl").read_text().splitlines())
+    assert prediction == {"kind": "prediction", **prediction_row("after", "41")}
     logger.close()
     logger.close()
 
@@ -68,7 +75,8 @@ def test_rows_are_in_metrics_jsonl_as_soon_as_they_are_given(tmp_path):
 def test_other_ranks_leave_nothing(tmp_path, capfd):
     logger = make_logger(tmp_path, enabled=False, wandb="offline")
     logger.step(train_row(1))
-    logger.evaluation([eval_row("after")], None)
+    logger.evaluating("after", 1, 2)
+    logger.evaluation([eval_row("after")], [], None)
     logger.message("hello")
     logger.close()
     assert list(tmp_path.iterdir()) == []
@@ -87,10 +95,10 @@ def test_offline_run_holds_config_rows_table_and_picture(tmp_path, capsys):
     picture = tmp_path / "evaluation.png"
     picture.write_bytes(ONE_PIXEL_PNG)
     logger = make_logger(tmp_path, wandb="offline", project="my_project", group="my_group", tags=["a", "b"])
-    logger.evaluation([eval_row("before", exact_match=0.0)], None)
+    logger.evaluation([eval_row("before", exact_match=0.0)], [prediction_row("before", "?")], None)
     for step in (1, 2, 3):
         logger.step(train_row(step))
-    logger.evaluation([eval_row("after", exact_match=100.0)], picture)
+    logger.evaluation([eval_row("after", step=3, exact_match=100.0)], [prediction_row("after", "42")], picture)
     logger.close()
 
     records = wandb_records(tmp_path)
@@ -100,13 +108,21 @@ def test_offline_run_holds_config_rows_table_and_picture(tmp_path, capsys):
     config = {item.key: json.loads(item.value_json) for item in run.config.update}
     assert (config["seq_len"], config["optim"]) == (64, {"lr": 0.1})
     before, *steps, after = wandb_history(records)
-    assert before["eval/before/passkey/exact_match@0.125"] == 0.0
+    # One chart a task, metric and retention, over the steps of the training.
+    steps_of = {m.name or m.glob_name: m.step_metric for m in (r.metric for r in records if r.HasField("metric"))}
+    assert steps_of["eval/*"] == steps_of["train/*"] == "train/step"
+    scores = {"exact_match": 0.0, "token_accuracy": 75.0, "nll": 0.5, "cache_factor": 4.27}
+    assert {name: before[f"eval/passkey/{name}@0.125"] for name in scores} == scores
+    assert before["train/step"] == 0
     assert [(row["train/step"], row["train/loss"]) for row in steps] == [(1, 2.345), (2, 2.345), (3, 2.345)]
-    assert after["eval/after/passkey/exact_match@0.125"] == 100.0
+    assert (after["train/step"], after["eval/passkey/exact_match@0.125"]) == (3, 100.0)
     files = next(tmp_path.glob("wandb/offline-run-*")) / "files"
     table = json.loads((files / after["evaluation/path"]).read_text())
     assert table["columns"] == list(eval_row("after"))
     assert [row[0] for row in table["data"]] == ["before", "after"]
+    table = json.loads((files / after["predictions/path"]).read_text())
+    assert table["columns"] == list(prediction_row("after", "42"))
+    assert [row[-2:] for row in table["data"]] == [["42", "?"], ["42", "42"]]
     assert (files / after["evaluation_picture/path"]).read_bytes() == ONE_PIXEL_PNG
     (exit_code,) = (record.exit.exit_code for record in records if record.HasField("exit"))
     assert exit_code == 0
@@ -122,7 +138,7 @@ def test_failed_run_is_marked_so(tmp_path):
 
 def test_training_goes_on_when_wandb_breaks(tmp_path, capsys):
     logger = make_logger(tmp_path, wandb="offline")
-    logger.evaluation([eval_row("before")], tmp_path / "there_is_no_such_picture.png")
+    logger.evaluation([eval_row("before")], [], tmp_path / "there_is_no_such_picture.png")
     logger._wandb.join(60)
     assert not logger._wandb.is_alive()
     for step in (1, 2, 3):

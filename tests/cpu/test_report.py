@@ -7,13 +7,14 @@ from lrsa_ds.errors import LRSAError
 from lrsa_ds.report import draw_evaluation, evaluation_table
 
 TASKS = ("signature", "passkey", "lookup")
+FACTORS = {1.0: 1.0, 0.5: 1.88, 0.3: 2.5, 0.25: 2.906, 0.125: 4.267}
 
 
 def make_rows(tasks=TASKS, retentions=(1.0, 0.5, 0.25, 0.125), times=("before", "after")):
     return [
         dict(
-            when=when, task=task, retention=retention, exact_match=100 * retention if when == "before" else 100.0,
-            token_accuracy=87.54, nll=0.5, num_examples=48,
+            when=when, task=task, retention=retention, cache_factor=FACTORS[retention],
+            exact_match=100 * retention if when == "before" else 100.0, token_accuracy=87.54, nll=0.5, num_examples=48,
         )
         for when in times
         for retention in retentions
@@ -23,34 +24,56 @@ def make_rows(tasks=TASKS, retentions=(1.0, 0.5, 0.25, 0.125), times=("before", 
 
 def test_table_shows_before_and_after_side_by_side():
     lines = evaluation_table(make_rows()).splitlines()
-    assert all(f"{task} (48 examples)" in lines[0] for task in TASKS)
-    assert [line.split()[0] for line in lines[1:6]] == ["cache", "full", "2x", "4x", "8x"]
-    assert lines[5].startswith("8x    │  12.5 → 100.0   87.5 →  87.5 │")
+    assert all(task in lines[0] for task in TASKS) and lines[1].count("48 examples") == 3
+    assert [line.split()[0] for line in lines[2:7]] == ["cache", "dense", "1/2", "1/4", "1/8"]
+    assert lines[6].startswith("1/8      4.27x │  12.5→100.0   87.5→ 87.5 │")
     assert max(map(len, lines)) <= 100
-    assert "before training → after training" in lines[-1]
+    assert lines[8] == "before training → after training"
+
+
+def test_table_shows_how_much_smaller_the_caches_were():
+    """Beside the retention, which does not tell; a range where tasks differ; and a word where nothing was dropped."""
+    rows = make_rows(tasks=("passkey", "lookup"))
+    for row in rows:
+        if row["task"] == "lookup" and row["retention"] < 1:
+            row["cache_factor"] = 1.0 if row["retention"] == 0.5 else 2.0
+    table = evaluation_table(rows)
+    assert [line.split("│")[0].split() for line in table.splitlines()[3:7]] == [
+        ["dense"],
+        ["1/2", "1.00–1.88x"],
+        ["1/4", "2.00–2.91x"],
+        ["1/8", "2.00–4.27x"],
+    ]
+    assert "1.00x: the examples are too short for this cache to drop anything" in table
+    assert "1.00x" not in evaluation_table(make_rows())
+    for word in ("cache:", "dense:", "smaller:", "exact %:", "tokens %:"):
+        assert word in table
 
 
 def test_table_of_one_task_before_training():
     lines = evaluation_table(make_rows(tasks=("passkey",), times=("before",))).splitlines()
-    assert lines[5].split() == ["8x", "│", "12.5", "87.5"]
-    assert lines[-1].startswith("before training;")
-    assert "after" not in lines[-1] and "→" not in "".join(lines)
+    assert lines[6].split() == ["1/8", "4.27x", "│", "12.5", "87.5"]
+    assert "before training" in lines
+    assert "after" not in "".join(lines) and "→" not in "".join(lines)
 
 
-def test_table_of_many_tasks_is_wrapped():
+def test_table_of_many_tasks_is_wrapped_and_cuts_no_name():
     tasks = [f"a_task_with_a_rather_long_name_{number}" for number in range(7)]
     table = evaluation_table(make_rows(tasks=tasks))
     assert max(map(len, table.splitlines())) <= 100
-    assert table.count("cache") == 3 and table.count("(48 examples)") == 7
+    assert table.count("smaller │") == 4 and table.count("48 examples") == 7
+    longest = "a_name_" * 20
+    assert all(task in evaluation_table(make_rows(tasks=[*tasks, longest])) for task in [*tasks, longest])
 
 
 def test_table_marks_what_was_not_taken():
     rows = make_rows(tasks=("passkey",), retentions=(1.0,))
     rows += make_rows(tasks=("passkey",), retentions=(0.3,), times=("after",))
     rows[0]["token_accuracy"] = float("nan")
-    full, compressed = evaluation_table(rows).splitlines()[2:4]
-    assert full.split() == ["full", "│", "100.0", "→", "100.0", "-", "→", "87.5"]
-    assert compressed.split() == ["3.3x", "│", "-", "→", "100.0", "-", "→", "87.5"]
+    dense, compressed = evaluation_table(rows).splitlines()[3:5]
+    assert dense.split("│")[1].replace(" ", "") == "100.0→100.0-→87.5"
+    assert compressed.split("│")[0].split() == ["0.3", "2.50x"]
+    assert compressed.split("│")[1].replace(" ", "") == "-→100.0-→87.5"
 
 
 @pytest.mark.parametrize(
@@ -58,7 +81,7 @@ def test_table_marks_what_was_not_taken():
     [
         make_rows(),
         make_rows(tasks=("passkey",), times=("before",)),
-        make_rows(tasks=[f"task_{number}" for number in range(6)], retentions=(1.0, 0.3)),
+        make_rows(tasks=[f"a_task_with_a_rather_long_name_{number}" for number in range(6)], retentions=(1.0, 0.3)),
         make_rows(tasks=("passkey", "lookup"), retentions=(1.0,)),
     ],
     ids=["three tasks", "one task before", "two lines of panels", "one retention"],
@@ -85,7 +108,7 @@ def test_of_many_evaluations_the_first_and_the_last_are_shown(tmp_path):
         for row in make_rows(times=(when,))
     ]
     lines = evaluation_table(rows).splitlines()
-    assert lines[2].startswith("full  │  10.0 →  20.0") and lines[-1].startswith("at step 9 → at step 100;")
+    assert lines[3].split("│")[1].startswith("  10.0→ 20.0") and "at step 9 → at step 100" in lines
     draw_evaluation(rows, tmp_path / "picture.png", "title")
     assert imread(tmp_path / "picture.png").shape[0] > 300
     assert "before training → at step 100" in evaluation_table([*make_rows(times=("before",)), *rows])

@@ -50,6 +50,10 @@ def test_smoke_leaves_a_whole_run(smoke):
     assert (output / "evaluation.txt").read_text() == table + "\n"
     assert table in done.stdout
     assert (output / "evaluation.png").read_bytes().startswith(b"\x89PNG")
+    predictions = [json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()]
+    assert len(predictions) == 2 * 4 * 3 * 3  # times, retentions, tasks, examples
+    assert {row["exact"] for row in predictions} <= {True, False}
+    assert all(row["answer"].endswith("<|im_end|>") and row["prompt"] for row in predictions)
     config = typed_config(OmegaConf.load(output / "config.yaml"))
     assert config.run_name == "smoke" and config.output_dir == str(output)
 
@@ -57,6 +61,7 @@ def test_smoke_leaves_a_whole_run(smoke):
 def test_smoke_shows_its_progress(smoke):
     _, done = smoke
     assert "step 6/6" in done.stderr and "tokens/s" in done.stderr and "left" in done.stderr
+    assert done.stderr.count("evaluation (before): answer 48/48") == 1  # on rank 0 alone
 
 
 def test_the_exported_model_is_a_hugging_face_model_that_knows_its_settings(smoke):
