@@ -37,6 +37,12 @@ def require_whole(key: str, value: Any, at_least: int) -> None:
     require(whole and value >= at_least, f"{key}={value!r} is not valid: give a whole number of at least {at_least}.")
 
 
+def require_paths(key: str, value: Any) -> None:
+    paths = value if isinstance(value, list) else [value]
+    valid = value is None or (paths != [] and all(isinstance(path, str) for path in paths))
+    require(valid, f"{key}={value!r} is not valid: give a file, a directory or a glob pattern, or a list of these.")
+
+
 def require_retention(key: str, value: Any) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     require(
@@ -186,8 +192,8 @@ class DataConfig:
     """Where examples come from and how they are laid out; see README, "Your own data"."""
 
     source: str = "stdlib_qa"
-    path: str | None = None
-    validation_path: str | None = None
+    path: Any = None
+    validation_path: Any = None
     name: str | None = None
     subset: str | None = None
     split: str = "train"
@@ -198,10 +204,14 @@ class DataConfig:
     num_examples: int = 4096
     context_length: int | None = None
     chat_template: bool = True
+    on_bad_row: str = "error"
     num_workers: int = 0
 
     def __post_init__(self):
         require_one_of("data.source", self.source, ("stdlib_qa", "files", "hub"))
+        require_one_of("data.on_bad_row", self.on_bad_row, ("error", "skip"))
+        for key in ("path", "validation_path"):
+            require_paths(f"data.{key}", getattr(self, key))
         require_whole("data.num_examples", self.num_examples, 1)
         require(
             self.num_workers in (0, 1),

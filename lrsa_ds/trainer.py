@@ -17,6 +17,9 @@ from lrsa_ds.parallel.attention import attention_function
 from lrsa_ds.parallel.mesh import Mesh
 from lrsa_ds.parallel.zero import gradient_scale
 
+# Rows left out that are named in one step; the others are counted.
+MOST_REASONS = 10
+
 
 def cosine_schedule(optim: OptimConfig) -> Callable[[int], float]:
     """Share of the peak learning rate at step s (from 0): linear warm-up, then a cosine down to `min_lr_ratio`."""
@@ -90,7 +93,7 @@ class Trainer:
             self.doing(f"step {step + 1}: reading data")
             data = next(self.steps)
             self.doing(f"step {step + 1}: computing")
-            metrics = self.train_step(step, data.sequences)
+            metrics = self.train_step(step, data.sequences) | self._left_out(data.left_out)
             seconds = time.perf_counter() - start
             metrics |= {"tokens_per_second": metrics["num_tokens"] / seconds, "step_seconds": seconds}
             on_step(metrics, data.position)
@@ -134,6 +137,15 @@ class Trainer:
             **({"num_skipped_rows": num_skipped} if num_skipped else {}),
             **self._traffic(),
         }
+
+    def _left_out(self, reasons: list[str]) -> dict:
+        """Names the rows that `data.on_bad_row=skip` left out of the data of this step, and counts them."""
+        if self.mesh.is_main:
+            for reason in reasons[:MOST_REASONS]:
+                print(f"left out: {reason}", flush=True)
+            if len(reasons) > MOST_REASONS:
+                print(f"left out: {len(reasons) - MOST_REASONS} more rows", flush=True)
+        return {"num_left_out_rows": len(reasons)} if reasons else {}
 
     def _replicas_with_bad_loss(self, loss: torch.Tensor) -> list[int]:
         """Which replicas have a loss that is not finite; the same on every rank."""

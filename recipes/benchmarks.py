@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from lrsa_ds.config import DataConfig
-from lrsa_ds.data.files import find_files, rows_of
+from lrsa_ds.data.files import find_files
 from lrsa_ds.data.sources import Rows
+from lrsa_ds.data.stores import rows_of
 from lrsa_ds.data.tokenizer import Tokenizer
 from lrsa_ds.errors import LRSAError
 from lrsa_ds.evaluate.evaluator import Sample
@@ -34,6 +35,8 @@ DEFAULT_QUESTIONS = {
     "count": "How many different passages are there?",
     "similarity": "What is the next line of this code? Give only this line.",
 }
+# The folder in which RULER leaves what models said, one JSONL file a task.
+PREDICTIONS = "pred"
 
 
 @dataclass(frozen=True)
@@ -70,10 +73,11 @@ class FileSamples:
 def qa_entries(data: DataConfig, seed: int, num_samples: int) -> dict[str, list[Entry]]:
     """The rows that a training run with this `data` would hold out, scored as SQuAD scores."""
     entries = []
-    for index, row in Rows(data, seed, num_samples).validation():
+    for held_out in Rows(data, seed, num_samples).validation():
+        row = held_out.content
         if "text" in row or "input_ids" in row:
             kind = "plain text" if "text" in row else "tokenized"
-            raise LRSAError(f"validation row {index + 1} of the data is {kind}, which asks nothing.")
+            raise LRSAError(f"{held_out.place}: a validation row is {kind}, which asks nothing.")
         entries.append(Entry(row, _right_answers(row), ("f1", "exact")))
     return {"qa": entries}
 
@@ -113,9 +117,11 @@ def ruler_entries(path: str, seed: int, num_samples: int) -> dict[str, list[Entr
 
 def _json_rows(key: str, value: str) -> Iterator[tuple[str, str, dict]]:
     """Place, name of the task, and row, of every row of the files."""
-    for path in find_files(key, value):
-        stem = Path(path).stem
-        name = Path(path).parent.name if stem in ("validation", "test") else stem
+    for path in find_files(key, value, subfolders=True):
+        stem, folder = Path(path).stem, Path(path).resolve().parent.name
+        if folder == PREDICTIONS:
+            continue
+        name = folder if stem in ("validation", "test") else stem
         for place, row in rows_of(path):
             if not isinstance(row, dict):
                 raise LRSAError(f"{place}: a row has to be an object with named columns.")

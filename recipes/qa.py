@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from lrsa_ds.config import TrainConfig
-from lrsa_ds.data.packing import IGNORE, Example
+from lrsa_ds.data.packing import IGNORE, Example, LeftOut
 from lrsa_ds.data.segments import CUTTABLE, END, FIXED, TARGET, Segment, chat_segments, plain_segments
-from lrsa_ds.data.shapes import ToRow, canonical, row_reader
-from lrsa_ds.data.sources import Rows
+from lrsa_ds.data.shapes import ToRow, canonical
+from lrsa_ds.data.sources import Row, Rows
 from lrsa_ds.data.stdlib_docs import documents_fingerprint
 from lrsa_ds.data.stdlib_qa import MARGIN, StdlibQA
 from lrsa_ds.data.tokenized import tokenized_examples
@@ -58,6 +58,7 @@ class QAData:
         self.pad_id: int = tokenizer.pad_token_id
         self.encoder = Encoder(tokenizer, config.seq_len, data.chat_template)
         self.num_validation = config.eval.num_examples
+        self.on_bad_row = data.on_bad_row
         self.rows: Rows | None = None
         self.generated: dict[str, StdlibQA] = {}
         if data.source == "stdlib_qa":
@@ -66,8 +67,7 @@ class QAData:
             for split in ("train", "validation"):
                 self.generated[split] = StdlibQA(split, config.seed, data.tasks, length, tokenizer, self.encoder.length)
         else:
-            read_row = row_reader(dict(data.columns), to_row)
-            self.rows = Rows(data, config.seed, config.eval.num_examples, read_row)
+            self.rows = Rows(data, config.seed, config.eval.num_examples, to_row)
 
     def examples_of_rows(self, epoch: int, first: int = 0) -> Iterator[list[Example]]:
         """The examples of every training row, in the order of the epoch, from row `first` on: as on every rank."""
@@ -75,15 +75,25 @@ class QAData:
             for index in range(first, self.num_generated):
                 yield [self._generated_example("train", epoch, index, None)]
         else:
-            for index, row in self.rows.epoch(epoch, first):
-                yield self.encoder.examples(row, index, self.rows.place(index))
+            for row in self.rows.epoch(epoch, first):
+                yield self._examples(row)
 
     def examples_at(self, epoch: int, rows: list[int]) -> dict[int, list[Example]]:
         """The examples of the rows at these places in the order of the epoch."""
         if self.rows is None:
             return {i: [self._generated_example("train", epoch, i, None)] for i in rows}
-        found = self.rows.at(epoch, rows)
-        return {i: self.encoder.examples(row, index, self.rows.place(index)) for i, (index, row) in found.items()}
+        return {place: self._examples(row) for place, row in self.rows.at(epoch, rows).items()}
+
+    def _examples(self, row: Row) -> list[Example]:
+        """The examples of a row; of one that cannot be used, none where it is to be left out."""
+        try:
+            if isinstance(row.content, LRSAError):
+                raise row.content
+            return self.encoder.examples(row.content, row.index, row.place)
+        except LRSAError as error:
+            if self.on_bad_row == "error":
+                raise
+            return LeftOut(str(error))
 
     def fingerprint(self) -> str:
         """What the training rows are, so that a run which goes on notices when they have changed."""
@@ -108,8 +118,8 @@ class QAData:
                 for index in range(self.num_validation):
                     yield self._generated_example("validation", 0, index, task)
         else:
-            for index, row in self.rows.validation():
-                yield from self.encoder.examples(row, index, f"validation row {index + 1}")
+            for row in self.rows.validation():
+                yield from self._examples(row)
 
     def _generated_example(self, split: str, epoch: int, index: int, task: str | None) -> Example:
         """An uncut example: where joined texts have more tokens than their parts, with a little less context."""
@@ -147,7 +157,7 @@ class Encoder:
         self.bos = [tokenizer.bos_token_id] if has_bos else []
         self.eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
-    def examples(self, row: dict[str, Any], index: int = 0, place: str = "a row") -> list[Example]:
+    def examples(self, row: dict[str, Any], index: int = 0, place: object = "a row") -> list[Example]:
         """As `encode`; `place` names the row in an error."""
         try:
             row = canonical(row)

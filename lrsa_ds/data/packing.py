@@ -30,6 +30,14 @@ class Example:
     place: tuple[int, int, int] | None = None
 
 
+class LeftOut(list[Example]):
+    """No examples: those of a row that is left out, with the reason, one sentence that names the row."""
+
+    def __init__(self, reason: str):
+        super().__init__()
+        self.reason = reason
+
+
 @dataclass(frozen=True, slots=True)
 class PackedSequence:
     """Several documents in T tokens; all tensors are int64 of shape [T].

@@ -24,12 +24,15 @@ from functools import partial
 from traceback import extract_tb
 from typing import Any, NamedTuple
 
+from lrsa_ds.config import COLUMNS
 from lrsa_ds.data.messages import check_answers, checked_text, normalise_messages, normalise_tools
 from lrsa_ds.errors import LRSAError
 
 IGNORED_LABEL = -100
 # The task of a row that names none, by a key of its canonical form.
 _TASK_WITH = {"input_ids": "tokens", "messages": "chat", "question": "qa", "prompt": "completion", "text": "text"}
+# All columns that any shape looks at.
+USED_COLUMNS = (*COLUMNS, "response", "history", "attention_mask")
 ACCEPTED = (
     "messages (or conversations); prompt and completion; instruction, input and output; context, question and answer "
     "(or answers); text; or input_ids and labels"

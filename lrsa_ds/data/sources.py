@@ -1,213 +1,231 @@
 """Rows from files and from data sets of the hub: which are trained on, in which order, and which are held out."""
 
 from collections.abc import Iterator
-from glob import escape
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
-from datasets.exceptions import DatasetsError
 
 from lrsa_ds.config import DataConfig
-from lrsa_ds.data.files import check_rows, files_fingerprint, find_files, format_of
-from lrsa_ds.data.shapes import ReadRow, row_reader
+from lrsa_ds.data.files import find_files
+from lrsa_ds.data.rowstreams import FileStream, HubStream, RowStream
+from lrsa_ds.data.shapes import USED_COLUMNS, ToRow, row_reader
+from lrsa_ds.data.stores import READ_ERRORS, HubStore, Store, file_store
 from lrsa_ds.errors import LRSAError
-from lrsa_ds.hub import first_line, hub_error, resolve_name
+from lrsa_ds.hub import hub_error, resolve_name
 
-CHECKED_UP_FRONT = 1000
-SHUFFLE_BUFFER = 1000
-_READ_ERRORS = (ValueError, OSError, DatasetsError)
-_Data = datasets.Dataset | datasets.IterableDataset
+
+class Place:
+    """Where a row is, found when it is written into an error: that may take a second reading of a file."""
+
+    def __init__(self, opened: Store | RowStream, at: Any):
+        self._opened, self._at = opened, at
+
+    def __str__(self) -> str:
+        return self._opened.place(self._at)
+
+
+class Row(NamedTuple):
+    """A row of a source.
+
+    Args:
+        index: its number in the source, or, streaming, in the order of the epoch.
+        content: canonical, see `lrsa_ds.data.shapes`; or the error of a row that cannot be used, with its place.
+        place: where it is.
+    """
+
+    index: int
+    content: dict[str, Any] | LRSAError
+    place: Place
 
 
 class Rows:
-    """The rows of `data.path` or `data.name`, canonical (see `lrsa_ds.data.shapes`) and split in two.
+    """The rows of `data.path` or `data.name`, split in two: those that are trained on, and validation rows.
 
     Validation rows are the first `num_validation` of `data.validation_path` or `data.validation_split`. Without these,
     they are taken from the training rows and never trained on: the first of the order that `seed` gives, or the first
     of the stream with `data.streaming`. The order of an epoch depends on the seed and the epoch alone: a permutation,
-    or, streaming, `datasets`' buffered shuffle. Picklable; several ranks may build one at the same time.
+    or, streaming, that of a buffer. Picklable; several ranks may build one at the same time.
+
+    Args:
+        to_row: brings a row, as the file or the data set holds it, into one of the known shapes.
 
     Raises:
-        LRSAError: nothing to read, nothing readable, a row of no known shape, or too few rows to hold any out.
+        LRSAError: nothing to read, nothing readable, a bad row (with `data.on_bad_row=error`), or too few rows to hold
+            any out. All rows are checked now, or, streaming, the first 1,000.
     """
 
-    def __init__(self, data: DataConfig, seed: int, num_validation: int, read_row: ReadRow | None = None):
-        self.read_row = read_row or row_reader(dict(data.columns))
+    def __init__(self, data: DataConfig, seed: int, num_validation: int, to_row: ToRow | None = None):
         self.seed = seed
+        self.read_row = row_reader(dict(data.columns), to_row)
+        # What a function of the user's looks at is not known.
+        self.columns = [*USED_COLUMNS, *data.columns.values()] if to_row is None else None
+        self.keep_bad = data.on_bad_row == "skip"
+        opened = self._open(data, validation=False)
+        separate = self._open(data, validation=True)
         self.streaming = data.streaming
-        self.train = _Source.of_training(data, self.read_row)
-        separate = _Source.of_validation(data, self.read_row)
-        if separate is not None:
-            self.held_out = separate.read(num_validation)
-            self.trained = None if self.streaming else np.arange(len(self.train.rows))
-            self.num_skipped = 0
-        elif self.streaming:
-            self.held_out = self.train.read(num_validation + 1)
-            self._require_enough(len(self.held_out), num_validation)
-            self.held_out.pop()
-            self.trained, self.num_skipped = None, num_validation
+        self.source = _Streamed(opened, self) if data.streaming else _Stored(opened, self)
+        if separate is None:
+            other = "data.validation_path" if data.source == "files" else "data.validation_split"
+            self.held_out = self.source.hold_out(num_validation, other)
+            self.num_held_out = num_validation
         else:
-            self._require_enough(len(self.train.rows), num_validation)
-            order = np.random.default_rng([seed, 0]).permutation(len(self.train.rows))
-            self.held_out = [(int(i), self.train.row(int(i))) for i in order[:num_validation]]
-            self.trained = order[num_validation:]
+            held = _Streamed(separate, self) if data.streaming else _Stored(separate, self)
+            self.held_out = list(islice(held.good_rows(), num_validation))
+            self.num_held_out = 0
         # One row is read, so that a source which cannot serve any fails here.
         next(self.epoch(0), None)
 
-    def _require_enough(self, num_rows: int, num_validation: int) -> None:
-        if num_rows <= num_validation:
-            other = "data.validation_path" if self.train.key == "data.path" else "data.validation_split"
-            raise LRSAError(
-                f"eval.num_examples={num_validation} rows cannot be held out of the {num_rows} of {self.train.label}: "
-                f"lower eval.num_examples, add rows or set {other}."
-            )
+    def _open(self, data: DataConfig, validation: bool) -> "Store | RowStream | None":
+        if data.source == "files":
+            key, path = ("data.validation_path", data.validation_path) if validation else ("data.path", data.path)
+            if path is None:
+                return None
+            files = find_files(key, path)
+            if data.streaming:
+                return FileStream(f"{key}={path!r}", files, self.columns)
+            return file_store(f"{key}={path!r}", files, self.read_row, self.columns, self.keep_bad)
+        key, split = ("data.validation_split", data.validation_split) if validation else ("data.split", data.split)
+        if split is None:
+            return None
+        rows, identity = _open_hub(key, split, data)
+        if data.streaming:
+            return HubStream(f"data.name={data.name!r}", rows, identity)
+        return HubStore(f"data.name={data.name!r}", rows, identity, self.read_row, self.keep_bad)
 
-    def validation(self) -> list[tuple[int, dict[str, Any]]]:
-        """The number and the content of every validation row."""
+    def validation(self) -> list[Row]:
+        """Every validation row."""
         return self.held_out
 
-    def epoch(self, epoch: int, first: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
-        """The number and the content of every training row from the `first` on, each once, in the order of this epoch.
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[Row]:
+        """Every training row from the `first` on, each once, in the order of this epoch."""
+        return self.source.epoch(epoch, first)
 
-        The number is the row's place in the source, or, streaming, its place in the order of the epoch.
+    def at(self, epoch: int, places: list[int]) -> dict[int, Row]:
+        """The rows at these places in the order of this epoch, by place; without those that lie beyond its end.
+
+        A stream is passed over up to the last of them; of other data nothing else is read.
         """
-        if self.streaming:
-            # After skip(), `datasets` keeps the order of the files: the held-out rows stay the first of the stream.
-            stream = self.train.rows.skip(self.num_skipped) if self.num_skipped else self.train.rows
-            stream = stream.shuffle(seed=self.seed, buffer_size=SHUFFLE_BUFFER)
-            stream.set_epoch(epoch)
-            yield from islice(self.train.canonical_rows(stream), first, None)
-            return
-        for i in np.random.default_rng([self.seed, epoch + 1]).permutation(self.trained)[first:]:
-            yield int(i), self.train.row(int(i))
-
-    def at(self, epoch: int, places: list[int]) -> dict[int, tuple[int, dict[str, Any]]]:
-        """The number and the content of the rows at these places in the order of this epoch, by place.
-
-        A stream has to be read up to the last of them; of other data nothing else is read.
-        """
-        if self.streaming:
-            return {i: row for i, row in zip(range(max(places) + 1), self.epoch(epoch)) if i in set(places)}
-        return {place: next(self.epoch(epoch, place)) for place in places}
+        return self.source.at(epoch, places)
 
     def fingerprint(self) -> str:
-        """What the training rows are, as far as that can be told without reading all of them."""
-        if self.train.files is not None:
-            return f"{self.train.label}: {files_fingerprint(self.train.files)}"
-        count = "a stream" if self.streaming else f"{len(self.train.rows)} rows"
-        return f"{self.train.label}: {count}, columns {self.train.rows.column_names}"
-
-    def place(self, index: int) -> str:
-        """Where row `index` is, for an error."""
-        return f"{self.train.label}, row {index + 1}"
+        """What the training rows are: other content, or another number of rows held out, has another fingerprint."""
+        return f"{self.source.opened.fingerprint()}, {self.num_held_out} rows held out"
 
 
-class _Source:
-    """One opened data set with what is needed to say where an error lies.
+class _Stored:
+    """Training rows that are found by their number."""
 
-    Args:
-        key: the setting that names it; `name` is its value.
-        rows: the opened data set.
-        files: the local files behind it, or None for one of the hub.
-        read_row: what makes a row of it one of ours.
-    """
+    def __init__(self, opened: Store, rows: Rows):
+        self.opened, self.seed, self.read_row = opened, rows.seed, rows.read_row
+        self.trained = np.arange(len(opened))
 
-    def __init__(self, key: str, name: str, rows: _Data, files: list[str] | None, read_row: ReadRow):
-        self.key = key
-        self.name = name
-        self.rows = rows
-        self.files = files
-        self.read_row = read_row
+    def __len__(self) -> int:
+        return len(self.trained)
 
-    @property
-    def label(self) -> str:
-        return f"{self.key}={self.name!r}"
-
-    @classmethod
-    def of_training(cls, data: DataConfig, read_row: ReadRow) -> "_Source":
-        if data.source == "files":
-            return cls._open_files("data.path", data.path, data, read_row)
-        return cls._open_hub("data.split", data.split, data, read_row)
-
-    @classmethod
-    def of_validation(cls, data: DataConfig, read_row: ReadRow) -> "_Source | None":
-        if data.source == "files":
-            path = data.validation_path
-            return None if path is None else cls._open_files("data.validation_path", path, data, read_row)
-        split = data.validation_split
-        return None if split is None else cls._open_hub("data.validation_split", split, data, read_row)
-
-    @classmethod
-    def _open_files(cls, key: str, path: str, data: DataConfig, read_row: ReadRow) -> "_Source":
-        files = find_files(key, path)
-        kind = format_of(files)
-        # Lines of JSON are all checked before they are copied into the cache; what may be large is checked as read.
-        check_rows(files, read_row, CHECKED_UP_FRONT if data.streaming or kind == "parquet" else None)
-        # `datasets` takes every name for a pattern.
-        patterns = [escape(file) for file in files]
+    def row(self, index: int) -> Row:
+        place = Place(self.opened, index)
+        if index in self.opened.bad:
+            return Row(index, self.opened.bad[index], place)
         try:
-            rows = datasets.load_dataset(kind, data_files=patterns, split="train", streaming=data.streaming)
-        except _READ_ERRORS as error:
-            check_rows(files, read_row)
-            raise LRSAError(
-                f"{key}={path!r} cannot be read ({first_line(error)}): look for blank lines, and for columns whose "
-                "names or types differ between rows or files."
-            ) from error
-        return cls(key, path, rows, files, read_row)
+            return Row(index, self.read_row(self.opened.read(index)), place)
+        except LRSAError as error:  # it was right when it was checked
+            return Row(index, LRSAError(f"{place}: {error}"), place)
 
-    @classmethod
-    def _open_hub(cls, split_key: str, split: str, data: DataConfig, read_row: ReadRow) -> "_Source":
-        name = resolve_name("data.name", data.name)
-        try:
-            rows = datasets.load_dataset(name, data.subset, split=split, streaming=data.streaming)
-        except ValueError as error:
-            if "BuilderConfig" in str(error) or "Config name" in str(error):
-                raise LRSAError(f"data.subset={data.subset!r} of data.name={name!r}: {_flat(error)}.") from error
-            if "split" in str(error):
-                raise LRSAError(f"{split_key}={split!r} of data.name={name!r}: {_flat(error)}.") from error
-            raise hub_error("data.name", data.name, error) from error
-        except _READ_ERRORS as error:
-            raise hub_error("data.name", data.name, error) from error
-        return cls("data.name", data.name, rows, None, read_row)
+    def good_rows(self) -> Iterator[Row]:
+        return (self.row(index) for index in range(len(self.opened)) if index not in self.opened.bad)
 
-    def row(self, index: int) -> dict[str, Any]:
+    def hold_out(self, count: int, other: str) -> list[Row]:
+        order = np.random.default_rng([self.seed, 0]).permutation(len(self.opened))
+        good = (int(index) for index in order if int(index) not in self.opened.bad)
+        held = list(islice(good, count))
+        num_good = len(self.opened) - len(self.opened.bad)
+        _require_more(num_good, count, self.opened.label, other)
+        self.trained = order[~np.isin(order, held)]
+        return [self.row(index) for index in held]
+
+    def epoch(self, epoch: int, first: int) -> Iterator[Row]:
+        for index in self._order(epoch)[first:]:
+            yield self.row(int(index))
+
+    def at(self, epoch: int, places: list[int]) -> dict[int, Row]:
+        order = self._order(epoch)
+        return {place: self.row(int(order[place])) for place in places if place < len(order)}
+
+    def _order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, epoch + 1]).permutation(self.trained)
+
+
+class _Streamed:
+    """Training rows that are read one after the other. The first are checked at once."""
+
+    def __init__(self, opened: RowStream, rows: Rows):
+        self.opened, self.seed, self.read_row = opened, rows.seed, rows.read_row
+        self.num_skipped = 0
+        for handle in islice(self.opened.handles(None, 0), self.opened.num_checked):
+            content = self._row(0, handle).content
+            if isinstance(content, LRSAError) and not rows.keep_bad:
+                raise content
+
+    def _row(self, index: int, handle: Any) -> Row:
+        place = Place(self.opened, handle)
         try:
-            return self.read_row(self.rows[index])
+            raw = self.opened.read(handle)
         except LRSAError as error:
-            raise self._located(error, index) from None
-
-    def read(self, count: int) -> list[tuple[int, dict[str, Any]]]:
-        """The first `count` rows, or all if there are fewer."""
-        return list(islice(self.canonical_rows(self.rows), count))
-
-    def canonical_rows(self, rows: _Data) -> Iterator[tuple[int, dict[str, Any]]]:
-        index = 0
+            return Row(index, error, place)
         try:
-            for index, row in enumerate(_plainly(rows)):
-                yield index, self.read_row(row)
+            return Row(index, self.read_row(raw), place)
         except LRSAError as error:
-            raise self._located(error, index) from None
-        except _READ_ERRORS as error:
-            raise self._located(LRSAError(f"cannot be read ({first_line(error)})."), index) from error
+            return Row(index, LRSAError(f"{place}: {error}"), place)
 
-    def _located(self, error: LRSAError, index: int) -> LRSAError:
-        """The error with its place: of files the exact line, which a second, plain reading of them finds."""
-        try:
-            check_rows(self.files or [], self.read_row)
-        except LRSAError as exact:
-            return exact
-        return LRSAError(f"{self.label}, row {index + 1}: {error}")
+    def good_rows(self) -> Iterator[Row]:
+        rows = (self._row(index, handle) for index, handle in enumerate(self.opened.handles(None, 0)))
+        return (row for row in rows if not isinstance(row.content, LRSAError))
+
+    def hold_out(self, count: int, other: str) -> list[Row]:
+        """The first good rows; bad ones among them are not trained on either."""
+        found = list(islice(self.good_rows(), count + 1))
+        _require_more(len(found), count, self.opened.label, other)
+        self.num_skipped = found[count].index
+        return found[:count]
+
+    def epoch(self, epoch: int, first: int) -> Iterator[Row]:
+        handles = enumerate(self.opened.handles((self.seed, epoch), self.num_skipped))
+        return (self._row(index, handle) for index, handle in islice(handles, first, None))
+
+    def at(self, epoch: int, places: list[int]) -> dict[int, Row]:
+        handles = enumerate(self.opened.handles((self.seed, epoch), self.num_skipped))
+        wanted = set(places)
+        passed = islice(handles, max(wanted, default=-1) + 1)
+        return {index: self._row(index, handle) for index, handle in passed if index in wanted}
 
 
-def _plainly(rows: _Data) -> Iterator[dict[str, Any]]:
-    """The rows in order. A stream is read in batches of one: its plain iterator shuffles otherwise in a worker."""
-    if isinstance(rows, datasets.Dataset):
-        yield from rows
-    else:
-        for batch in rows.iter(batch_size=1):
-            yield {column: values[0] for column, values in batch.items()}
+def _require_more(num_rows: int, num_validation: int, label: str, other: str) -> None:
+    if num_rows <= num_validation:
+        raise LRSAError(
+            f"eval.num_examples={num_validation} rows cannot be held out of the {num_rows} of {label}: "
+            f"lower eval.num_examples, add rows or set {other}."
+        )
+
+
+def _open_hub(split_key: str, split: str, data: DataConfig) -> tuple[datasets.Dataset | datasets.IterableDataset, str]:
+    """The rows of a split, and what tells their content from another: it changes with the files and their revision."""
+    name = resolve_name("data.name", data.name)
+    try:
+        builder = datasets.load_dataset_builder(name, data.subset)
+        if data.streaming:
+            return builder.as_streaming_dataset(split=split), builder.hash
+        builder.download_and_prepare()
+        return builder.as_dataset(split=split), builder.hash
+    except ValueError as error:
+        if "BuilderConfig" in str(error) or "Config name" in str(error):
+            raise LRSAError(f"data.subset={data.subset!r} of data.name={name!r}: {_flat(error)}.") from error
+        if "split" in str(error):
+            raise LRSAError(f"{split_key}={split!r} of data.name={name!r}: {_flat(error)}.") from error
+        raise hub_error("data.name", data.name, error) from error
+    except READ_ERRORS as error:
+        raise hub_error("data.name", data.name, error) from error
 
 
 def _flat(error: Exception) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import fsspec.asyn
 from torch.utils.data import DataLoader, IterableDataset
 
-from lrsa_ds.data.packing import Example, PackedSequence, Packer, packed
+from lrsa_ds.data.packing import Example, LeftOut, PackedSequence, Packer, packed
 from lrsa_ds.errors import LRSAError
 
 
@@ -21,7 +21,10 @@ class TrainingRows(Protocol):
     pad_id: int
 
     def examples_of_rows(self, epoch: int, first: int = 0) -> Iterator[list[Example]]:
-        """The examples of every row of an epoch, in its order, from row `first` on; the same on every rank."""
+        """The examples of every row of an epoch, in its order, from row `first` on; the same on every rank.
+
+        A row that cannot be used is an error, or a `LeftOut`.
+        """
 
     def examples_at(self, epoch: int, rows: list[int]) -> dict[int, list[Example]]:
         """The examples of the rows at these places in the order of an epoch, without reading all before them."""
@@ -45,10 +48,14 @@ class Position:
 
 @dataclass(frozen=True)
 class StepData:
-    """This rank's packed sequences of one optimizer step, and where the stream stands after it (on all ranks)."""
+    """This rank's packed sequences of one optimizer step, and where the stream stands after it (on all ranks).
+
+    `left_out` are the reasons why rows were left out that were read for it, the same on all ranks.
+    """
 
     sequences: list[PackedSequence]
     position: dict
+    left_out: list[str] = field(default_factory=list)
 
 
 class SequenceOrder:
@@ -63,6 +70,7 @@ class SequenceOrder:
         self.ready = deque([examples[tuple(place)] for place in places] for places in position.ready)
         self.rows = data.examples_of_rows(self.epoch, self.row)
         self.is_empty = self.row == 0
+        self.left_out: list[str] = []
 
     def _examples(self, places: list[list[int]]) -> dict[tuple[int, ...], Example]:
         """The examples at these places, made anew."""
@@ -89,10 +97,17 @@ class SequenceOrder:
             self.epoch, self.row, self.is_empty = self.epoch + 1, 0, True
             self.rows = self.data.examples_of_rows(self.epoch)
             return
+        if isinstance(examples, LeftOut):
+            self.left_out.append(examples.reason)
         for number, example in enumerate(examples):
             self.ready.extend(self.packer.add(replace(example, place=(self.epoch, self.row, number))))
             self.is_empty = False
         self.row += 1
+
+    def take_left_out(self) -> list[str]:
+        """Why rows were left out since the last time."""
+        taken, self.left_out = self.left_out, []
+        return taken
 
     def position(self) -> Position:
         def places(sequences):
@@ -135,7 +150,8 @@ class TrainStream(IterableDataset):
         first = self.rank * self.sequences_per_rank
         while True:
             step = [order.next() for _ in range(self.world_size * self.sequences_per_rank)]
-            yield StepData(step[first : first + self.sequences_per_rank], asdict(order.position()))
+            mine = step[first : first + self.sequences_per_rank]
+            yield StepData(mine, asdict(order.position()), order.take_left_out())
 
 
 def make_loader(stream: TrainStream, num_workers: int) -> DataLoader:

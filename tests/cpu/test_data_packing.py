@@ -8,7 +8,7 @@ from itertools import islice
 import pytest
 import torch
 
-from lrsa_ds.data.packing import IGNORE, Example, collate, pack, padding_sequence
+from lrsa_ds.data.packing import IGNORE, Example, LeftOut, collate, pack, padding_sequence
 from lrsa_ds.data.stream import TrainStream, make_loader
 from lrsa_ds.errors import LRSAError
 
@@ -157,6 +157,21 @@ def test_a_stream_goes_on_from_any_step_at_any_world_size(num_done, num_workers)
         after = [s for step in zip(*ranks, strict=True) for part in step for s in part.sequences]
         for ours, theirs in zip(after, expected[4 * num_done :], strict=True):
             assert torch.equal(ours.input_ids, theirs.input_ids) and ours.example_indices == theirs.example_indices
+
+
+def test_a_row_that_is_left_out_is_told_once():
+    class Some(Rows):
+        def examples_of_rows(self, epoch, first=0):
+            for number, examples in enumerate(super().examples_of_rows(epoch, first), start=first):
+                yield LeftOut(f"row {number}") if number in (1, 5) else examples
+
+    steps = list(islice(iter(TrainStream(Some(LENGTHS), 2, 1, 2)), 4))
+    told = [reason for step in steps for reason in step.left_out]
+    num_epochs = steps[-1].position["epoch"] + 1
+    assert num_epochs > 1 and told[:4] == ["row 1", "row 5"] * 2
+    position = json.loads(json.dumps(steps[1].position))
+    for ours, theirs in zip(TrainStream(Some(LENGTHS), 2, 1, 2, position), steps[2:]):
+        assert ours.left_out == theirs.left_out and ours.position == theirs.position
 
 
 def test_going_on_reads_no_row_before_its_place():

@@ -217,11 +217,14 @@ def test_file_tasks(tmp_path):
         json.dumps({"input": "Who?", "context": "long " * 400, "answers": ["Ann", "Anne"], "dataset": "hotpotqa"})
         + "\n"
     )
-    ruler = tmp_path / "ruler" / "niah_single_1"
-    ruler.mkdir(parents=True)
-    (ruler / "validation.jsonl").write_text(
-        json.dumps({"index": 0, "input": "Read this. " * 20, "outputs": ["12", "34"], "length": 99}) + "\n"
-    )
+    # As RULER leaves it: a folder for each task below "data", and what a model said in "pred".
+    ruler = tmp_path / "ruler" / "600"
+    for task in ("niah_single_1", "qa_2"):
+        (ruler / "data" / task).mkdir(parents=True)
+        row = {"index": 0, "input": "Read this. " * 20, "outputs": ["12", "34"], "length": 99}
+        (ruler / "data" / task / "validation.jsonl").write_text(json.dumps(row) + "\n")
+    (ruler / "pred").mkdir()
+    (ruler / "pred" / "niah_single_1.jsonl").write_text(json.dumps({"input": "", "outputs": ["1"], "pred": "2"}))
     squad = [{"context": f"c{i}" * 9, "question": "q?", "answers": {"text": ["x", "y"]}} for i in range(6)]
     (tmp_path / "squad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in squad))
     config = make_config(
@@ -229,13 +232,16 @@ def test_file_tasks(tmp_path):
         lengths=[600],
         num_samples=3,
         longbench=str(tmp_path / "hotpotqa.jsonl"),
-        ruler=str(tmp_path / "ruler" / "niah_single_1"),
+        ruler=str(tmp_path / "ruler"),
         data=DataConfig(source="files", path=str(tmp_path / "squad.jsonl")),
     )
     samples = Samples(config, TOKENIZER)
     samples.check()
     items = samples.items()
-    assert [item[0] for item in items] == ["qa", "longbench/hotpotqa", "ruler/niah_single_1", "qa", "qa"]
+    assert [item[0] for item in items] == [
+        *("qa", "longbench/hotpotqa", "ruler/niah_single_1", "ruler/qa_2", "qa", "qa")
+    ]
+    assert samples.sample("ruler/qa_2", 600, 0).metrics == ("hit",)
     cut = samples.sample("longbench/hotpotqa", 600, 0)
     assert len(cut.prompt_ids) < 600 and cut.answers == ("Ann", "Anne") and cut.metrics == ("f1",)
     assert "Who?" in text_of(cut)
@@ -243,6 +249,15 @@ def test_file_tasks(tmp_path):
     assert samples.sample("qa", 600, 0).answers == ("x", "y")
     with pytest.raises(LRSAError, match=r"lengths=100 is too short for ruler/niah_single_1.*may not be cut"):
         samples.sample("ruler/niah_single_1", 100, 0)
+
+
+@pytest.mark.parametrize("place", [".", "validation.jsonl", "../niah_single_1"])
+def test_a_ruler_task_is_named_by_its_folder(tmp_path, monkeypatch, place):
+    (tmp_path / "niah_single_1").mkdir()
+    monkeypatch.chdir(tmp_path / "niah_single_1")
+    (tmp_path / "niah_single_1" / "validation.jsonl").write_text(json.dumps({"input": "q", "outputs": ["a"]}))
+    samples = Samples(make_config(tasks=["ruler"], ruler=place), TOKENIZER)
+    assert samples.items() == [("ruler/niah_single_1", 4096, 0)]
 
 
 def test_unknown_and_broken_files(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lrsa_ds.config import AttentionConfig, DataConfig, EvalConfig, ModelConfig, TrainConfig
-from lrsa_ds.data.packing import IGNORE, pack
+from lrsa_ds.data.packing import IGNORE, LeftOut, pack
 from lrsa_ds.data.stream import TrainStream, make_loader
 from lrsa_ds.data.tokenizer import load_tokenizer
 from lrsa_ds.errors import LRSAError
@@ -205,8 +205,20 @@ def test_an_epoch_of_a_file_for_every_world_size(rows_file, streaming):
 
 def test_a_file_s_errors_name_the_row(rows_file):
     rows_file.write_text((json.dumps({**QA, "question": "Who? " * 30}) + "\n") * 2)
-    with pytest.raises(LRSAError, match=r"row [12]: its question and answer alone need .* more than seq_len=64"):
+    with pytest.raises(LRSAError, match=r"line [12]: its question and answer alone need .* more than seq_len=64"):
         prepare(config(64, 1, source="files", path=str(rows_file)), CHATML)
+
+
+def test_a_row_that_is_too_long_may_be_left_out(rows_file):
+    lines = rows_file.read_text().splitlines()
+    lines[7] = json.dumps({**QA, "question": "Who? " * 300})
+    rows_file.write_text("\n".join(lines))
+    settings = {"source": "files", "path": str(rows_file), "on_bad_row": "skip"}
+    data = prepare(config(1024, 1, **settings), CHATML)
+    rows = [*data.examples_of_rows(0)]
+    (left_out,) = (row for row in rows if isinstance(row, LeftOut))
+    assert left_out.reason.startswith(f"{rows_file}, line 8: its question and answer alone need")
+    assert len(rows) == 39 and sum(map(len, rows)) == 38
 
 
 @pytest.mark.parametrize("seq_len", [300, 1024, 8192])

@@ -1,0 +1,272 @@
+"""JSONL and JSON files, found row by row at their byte offsets; text stays the text that it is.
+
+A file is read in one of two layouts: a row a line, or the elements of an array, which is the whole file or the member
+`data` of one object (SQuAD's form). Memory is bounded by the largest row and 20 bytes for each row.
+"""
+
+import codecs
+import json
+import re
+from array import array
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO, NamedTuple
+
+from lrsa_ds.errors import LRSAError
+
+CHUNK = 1 << 20
+_BOM = codecs.BOM_UTF8
+_OTHER_BOMS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+# Members of an object before `data` are small: so many bytes are looked through for it.
+_SEARCHED = 1 << 20
+_DECODER = json.JSONDecoder()
+_BLANK, _BLANK_OR_COMMA = re.compile(r"[ \t\n\r]*"), re.compile(r"[ \t\n\r,]*")
+_ARRAY_OF_OBJECTS = re.compile(r"\[\s*\{")
+
+
+class Span(NamedTuple):
+    """Where a row lies: bytes `start` to `stop` of a file; `part` counts the rows within, as of a SQuAD article."""
+
+    start: int
+    stop: int
+    part: int
+
+
+class Found(NamedTuple):
+    """A stretch of a file that holds a row, or an article of rows."""
+
+    place: str
+    start: int
+    data: bytes
+
+
+def found_rows(path: str, on_bytes: Callable[[bytes], None] = lambda data: None) -> Iterator[Found]:
+    """The stretches of a file in order, not parsed, with the place to name in an error.
+
+    Args:
+        on_bytes: given all bytes of the file, in order.
+
+    Raises:
+        LRSAError: the file is no UTF-8 text, or an array that cannot be read.
+    """
+    with open(path, "rb") as file:
+        head = file.read(2)
+        if head in _OTHER_BOMS:
+            raise LRSAError(f"{path} is UTF-16 text: save it as UTF-8.")
+        file.seek(0)
+        start = _array_start(file)
+        file.seek(0)
+        if start is None:
+            yield from _lines(file, path, on_bytes)
+        else:
+            on_bytes(file.read(start))
+            yield from _elements(_Text(file, path, start, on_bytes))
+
+
+def rows_in(found: Found) -> list[Any]:
+    """The rows of a stretch, parsed: one, or every question of an article.
+
+    Raises:
+        LRSAError: broken JSON; the sentence has the place.
+    """
+    row = _parsed(found.data, found.place)
+    paragraphs = row.get("paragraphs") if isinstance(row, dict) else None
+    if not isinstance(paragraphs, list) or not all(isinstance(p, dict) and "qas" in p for p in paragraphs):
+        return [row]
+    asked = [(paragraph.get("context"), qa) for paragraph in paragraphs for qa in paragraph["qas"] or ()]
+    return [{**qa, "context": context} if isinstance(qa, dict) else qa for context, qa in asked]
+
+
+def spans_of(found: Found, count: int | None = None) -> list[Span]:
+    """Where the rows of a stretch lie; without their number, only an article is parsed to find it."""
+    if count is None:
+        count = len(rows_in(found)) if b'"paragraphs"' in found.data else 1
+    return [Span(found.start, found.start + len(found.data), part) for part in range(count)]
+
+
+def read_span(path: str, span: Span) -> Any:
+    """The row that lies there.
+
+    Raises:
+        LRSAError: there is no row any more; the sentence has the place.
+    """
+    with open(path, "rb") as file:
+        file.seek(span.start)
+        data = file.read(span.stop - span.start)
+    rows = rows_in(Found(path, span.start, data))
+    if span.part >= len(rows):
+        raise LRSAError(f"{path} has changed while it was read.")
+    return rows[span.part]
+
+
+class SpanIndex:
+    """The spans of all rows of some files, in 20 bytes each."""
+
+    def __init__(self, files: list[str]):
+        self.files = files
+        self._starts, self._stops, self._parts = array("q"), array("q"), array("i")
+        self._ends: list[int] = []  # of each file that is whole: the number of rows up to its end
+
+    def add(self, span: Span) -> None:
+        """A row of the file that is being read."""
+        self._starts.append(span.start)
+        self._stops.append(span.stop)
+        self._parts.append(span.part)
+
+    def end_file(self) -> None:
+        self._ends.append(len(self._starts))
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index: int) -> tuple[str, Span]:
+        file = bisect_right(self._ends, index)
+        return self.files[file], Span(self._starts[index], self._stops[index], self._parts[index])
+
+
+def place_of(path: str, span: Span) -> str:
+    """The file with the line or the row, and in an article the question, counted from 1; reads up to there."""
+    place = next((found.place for found in found_rows(path) if found.start == span.start), path)
+    return place_in(place, span)
+
+
+def place_in(place: str, span: Span) -> str:
+    """The place of a row, given that of its stretch."""
+    return f"{place}, question {span.part + 1}" if span.part else place
+
+
+def _lines(file: BinaryIO, path: str, on_bytes: Callable[[bytes], None]) -> Iterator[Found]:
+    start = 0
+    for number, line in enumerate(file, start=1):
+        on_bytes(line)
+        if line.strip():
+            mark = len(_BOM) if start == 0 and line.startswith(_BOM) else 0
+            yield Found(f"{path}, line {number}", start + mark, line[mark:])
+        start += len(line)
+
+
+def _parsed(data: bytes, place: str) -> Any:
+    try:
+        # Decoded here: json.loads would guess the encoding of bytes.
+        return json.loads(data.decode("utf-8"))
+    except json.JSONDecodeError as error:
+        raise LRSAError(f"{place}: broken JSON ({error.msg} at column {error.colno}).") from None
+    except UnicodeDecodeError:
+        raise LRSAError(f"{place}: broken JSON (it is not UTF-8 text).") from None
+    except (ValueError, RecursionError) as error:  # a number of too many digits, or objects in too many objects
+        raise LRSAError(f"{place}: broken JSON ({str(error).split(';')[0]}).") from None
+
+
+class _Text:
+    """A window of the text of a file that moves forward, with the byte at which it stands.
+
+    Args:
+        start: the byte to begin at.
+    """
+
+    def __init__(self, file: BinaryIO, path: str, start: int, on_bytes: Callable[[bytes], None]):
+        self.file, self.path, self.start, self.on_bytes = file, path, start, on_bytes
+        self.text, self.place = "", 0
+        self._decode = codecs.getincrementaldecoder("utf-8")().decode
+        file.seek(start)
+
+    def more(self) -> bool:
+        """Reads on, more the longer the window is; returns whether there was anything left."""
+        data = self.file.read(max(CHUNK, len(self.text) - self.place))
+        self.on_bytes(data)
+        try:
+            self.text = self.text[self.place :] + self._decode(data, final=not data)
+        except UnicodeDecodeError:
+            raise LRSAError(f"{self.path}: broken JSON (it is not UTF-8 text).") from None
+        self.place = 0
+        return bool(data)
+
+    def move(self, place: int) -> str:
+        """Moves forward to a place of the window, and returns what stands before it."""
+        passed, self.place = self.text[self.place : place], place
+        self.start += len(passed.encode("utf-8"))
+        return passed
+
+    def skip(self, blank: re.Pattern) -> str:
+        """Moves to the next character that is not blank, and returns it; "" at the end."""
+        while True:
+            self.move(blank.match(self.text, self.place).end())
+            if self.place < len(self.text) or not self.more():
+                return self.text[self.place : self.place + 1]
+
+    def value(self) -> str:
+        """Moves behind the JSON value that begins here, and returns its text.
+
+        Raises:
+            json.JSONDecodeError: there is none.
+        """
+        while True:
+            try:
+                return self.move(_DECODER.raw_decode(self.text, self.place)[1])
+            except json.JSONDecodeError:
+                if not self.more():
+                    raise
+
+
+def _array_start(file: BinaryIO) -> int | None:
+    """The byte at which the array of rows begins, or None for a file of lines."""
+    head = file.read(_SEARCHED)
+    mark = len(_BOM) if head.startswith(_BOM) else 0
+    text = head[mark:].lstrip()
+    offset = len(head) - len(text)
+    if text.startswith(b"["):
+        return offset
+    if not text.startswith(b"{"):
+        return None
+    first, _, rest = text.partition(b"\n")
+    if rest.strip():
+        try:
+            json.loads(first.decode("utf-8"))
+            return None  # a first row, and more of them
+        except ValueError:
+            pass
+    start = _member_data(head[offset:])
+    return None if start is None else offset + start
+
+
+def _member_data(head: bytes) -> int | None:
+    """Where the array of objects begins that is the member `data` of the object at the start of `head`."""
+    text = head.decode("utf-8", errors="ignore")
+    place = 1
+    try:
+        while True:
+            key, place = _DECODER.raw_decode(text, _BLANK.match(text, place).end())
+            place = _behind(text, place, ":")
+            if key == "data" and _ARRAY_OF_OBJECTS.match(text, place):
+                return len(text[:place].encode("utf-8"))
+            _, place = _DECODER.raw_decode(text, place)
+            place = _behind(text, place, ",")
+    except ValueError:  # no such member, or none so early
+        return None
+
+
+def _behind(text: str, place: int, mark: str) -> int:
+    """The next place that is not blank, behind `mark`."""
+    place = _BLANK.match(text, place).end()
+    if not text.startswith(mark, place):
+        raise ValueError(f"no {mark}")
+    return _BLANK.match(text, place + len(mark)).end()
+
+
+def _elements(text: _Text) -> Iterator[Found]:
+    """The elements of the array at which the text begins."""
+    text.skip(_BLANK)
+    text.move(text.place + 1)
+    number = 0
+    while (mark := text.skip(_BLANK_OR_COMMA)) != "]":
+        number += 1
+        place, start = f"{text.path}, row {number}", text.start
+        if not mark:
+            raise LRSAError(f"{place}: broken JSON (the array has no end).")
+        try:
+            data = text.value().encode("utf-8")
+        except json.JSONDecodeError as error:
+            raise LRSAError(f"{place}: broken JSON ({error.msg}).") from None
+        yield Found(place, start, data)
+    while text.more():  # what stands behind the array belongs to the content of the file too
+        text.place = len(text.text)
