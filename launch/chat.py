@@ -19,6 +19,7 @@ import lrsa_ds
 from lrsa_ds.config import require
 from lrsa_ds.data.segments import CUTTABLE, chat_segments
 from lrsa_ds.errors import LRSAError
+from lrsa_ds.generation import end_tokens
 
 
 def arguments() -> argparse.Namespace:
@@ -69,6 +70,7 @@ class Reader:
             past_key_values=copy.deepcopy(self.cache),
             max_new_tokens=max_new_tokens,
             do_sample=False,
+            eos_token_id=end_tokens(self.model, self.tokenizer) or None,
             pad_token_id=self.tokenizer.pad_token_id,
         )
         return self.tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True).strip()

@@ -102,10 +102,10 @@ class LagKVCache(Cache):
     def from_dense(cls, cache: DynamicCache, config: LRSAConfig) -> "LagKVCache":
         """What is kept of a cache that was filled under dense attention: "prefill fully, then compress"."""
         compressed = cls(config)
-        compressed.is_attended_by_chunk = True  # nothing attends here
         for index, layer in enumerate(cache.layers):
-            compressed.update(layer.keys, layer.values, index)
-        compressed.is_attended_by_chunk = False
+            Cache.update(
+                compressed, layer.keys, layer.values, index
+            )  # without a model, whose attention would be checked
         return compressed
 
     def update(
@@ -118,6 +118,11 @@ class LagKVCache(Cache):
             "cache holds: call lrsa_ds.apply_lrsa(model, config) first.",
         )
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of which keys and values are held; 0 before the first token."""
+        return self.layers[0].keys.shape[0] if self.num_held else 0
 
     @property
     def num_bytes(self) -> int:

@@ -11,6 +11,7 @@ from lrsa_ds.config import LRSAConfig, ModelConfig, require, require_whole
 from lrsa_ds.data.tokenizer import load_tokenizer
 from lrsa_ds.model import apply_lrsa, load_model
 from lrsa_ds.partition import room_in_chunk
+from lrsa_ds.passes import check_unpadded
 
 
 class Loaded(NamedTuple):
@@ -48,7 +49,11 @@ def load(path: str, dtype: torch.dtype | str = "auto", device: torch.device | st
 
 @torch.no_grad()
 def prefill(
-    model: PreTrainedModel, input_ids: torch.Tensor, cache: LagKVCache, chunks_at_once: int = 1
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    cache: LagKVCache,
+    chunks_at_once: int = 1,
+    attention_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Runs the tokens that `cache` has not seen through the model: S + 2L first, then L at a time.
 
@@ -59,12 +64,17 @@ def prefill(
         input_ids: [B, n], the next tokens of the sequence, without padding.
         cache: empty, or behind an earlier `prefill` or `generate`.
         chunks_at_once: chunks of one forward pass: more of them are faster and take more memory, with the same result.
+        attention_mask: [B, n], all ones; without it rows that begin or end with the padding token are refused.
 
     Returns:
         The logits of the last token, [B, vocabulary].
+
+    Raises:
+        LRSAError: there is no token, or there is padding.
     """
     require_whole("chunks_at_once", chunks_at_once, 1)
-    require(input_ids.ndim == 2 and input_ids.shape[1] > 0, f"input_ids {list(input_ids.shape)} has no tokens.")
+    require(input_ids.ndim == 2 and input_ids.numel() > 0, f"input_ids {list(input_ids.shape)} has no tokens.")
+    _check_unpadded(model, input_ids, attention_mask)
     logits, done = None, 0
     while done < input_ids.shape[1]:
         step = room_in_chunk(cache.get_seq_length(), cache.config) + (chunks_at_once - 1) * cache.config.lag_size
@@ -72,3 +82,21 @@ def prefill(
         logits = model(part, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         done += part.shape[1]
     return logits[:, -1]
+
+
+def _check_unpadded(model: PreTrainedModel, input_ids: torch.Tensor, mask: torch.Tensor | None) -> None:
+    if mask is not None:
+        require(
+            mask.shape == input_ids.shape,
+            f"attention_mask {list(mask.shape)} does not fit input_ids {list(input_ids.shape)}.",
+        )
+        return check_unpadded(mask)
+    settings = model.generation_config
+    pad, ends = settings.pad_token_id, settings.eos_token_id
+    if pad is None or pad in (ends if isinstance(ends, list) else [ends]) or pad == settings.bos_token_id:
+        return
+    require(
+        not bool((input_ids[:, [0, -1]] == pad).any()),
+        f"input_ids begin or end with the padding token {pad}, which LRSA would select and keep: give prompts of equal "
+        "length, or one at a time; where it is a token of the text, give attention_mask=torch.ones_like(input_ids).",
+    )

@@ -7,6 +7,7 @@ registered here under the name "lrsa", after checking that every layer is plain 
 import os
 import warnings
 from dataclasses import asdict
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -19,8 +20,9 @@ from lrsa_ds.attention import AttentionFunction, lrsa_attention
 from lrsa_ds.attention.cached import cached_attention
 from lrsa_ds.cache import LagKVCache
 from lrsa_ds.config import LRSAConfig, ModelConfig, require
-from lrsa_ds.errors import LRSAError
+from lrsa_ds.generation import use_lrsa_cache
 from lrsa_ds.hub import hub_error
+from lrsa_ds.passes import attend_rows, read_pass
 
 NAME = "lrsa"
 WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
@@ -31,7 +33,8 @@ def apply_lrsa(model: PreTrainedModel, config: LRSAConfig) -> PreTrainedModel:
 
     The settings stay in `model.config.lrsa`, so that a saved model remembers them. A forward pass may pass
     `document_lengths` (packed documents), `lrsa_config` (other settings for this pass) and `attend` (a function like
-    `lrsa_attention` in its place: sequence parallelism).
+    `lrsa_attention` in its place: sequence parallelism). Without `document_lengths` they follow from what packing
+    collators give: restarting `position_ids`, `cu_seq_lens_q` and `_k`, `seq_idx`, or a mask of document numbers.
 
     Raises:
         LRSAError: a layer is not plain causal attention; the sentence names the layer and why.
@@ -39,22 +42,32 @@ def apply_lrsa(model: PreTrainedModel, config: LRSAConfig) -> PreTrainedModel:
     check_supported(model)
     model.config.lrsa = asdict(config)
     model.set_attn_implementation(NAME)
-    if _describe_cache not in model._forward_pre_hooks.values():
-        model.register_forward_pre_hook(_describe_cache, with_kwargs=True)
-        model.register_forward_hook(_release_cache, with_kwargs=True, always_call=True)
+    decoder = model.get_decoder()  # every pass goes through it, also one that is not given to the whole model
+    if _describe_cache not in decoder._forward_pre_hooks.values():
+        decoder.register_forward_pre_hook(_read_pass, with_kwargs=True)
+        decoder.register_forward_pre_hook(_describe_cache, with_kwargs=True)
+        decoder.register_forward_hook(_release_cache, with_kwargs=True, always_call=True)
+    use_lrsa_cache(model, NAME, _new_cache)
     return model
+
+
+def _new_cache(model: PreTrainedModel) -> LagKVCache:
+    return LagKVCache(LRSAConfig(**model.config.lrsa))
+
+
+def _read_pass(model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Before a forward pass: reads documents, padding and positions from its inputs."""
+    if model.config._attn_implementation != NAME:
+        return args, kwargs
+    named = dict(zip(signature(model.forward).parameters, args, strict=False)) if args else {}
+    return (), read_pass(named | kwargs, lambda: _new_cache(model))
 
 
 def _describe_cache(model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Before a forward pass: tells the attention function of every layer what the cache of the pass holds."""
-    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+    cache = kwargs.get("past_key_values")
     if not isinstance(cache, LagKVCache):
         return args, kwargs
-    require(
-        mask is None or mask.shape[1] <= cache.get_seq_length() + 1 or bool(mask.all()),
-        "the attention mask has padding, which a compressed cache would keep in the place of tokens: "
-        "give prompts of equal length, or one prompt at a time.",
-    )
     trained, kept = _sizes(LRSAConfig(**model.config.lrsa)), _sizes(cache.config)
     if kept != trained:
         warnings.warn(
@@ -84,10 +97,31 @@ def check_supported(model: PreTrainedModel) -> None:
     for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         value = getattr(config, key, None)
         require(value in (None, 1), f"{name} changes its logits after the output layer ({key}={value}): not supported.")
+    _check_rope(model)
     layers = [(path, m) for path, m in model.named_modules() if isinstance(getattr(m, "layer_idx", None), int)]
     for path, module in layers:
         reason = _unlike_causal_attention(module, config)
         require(reason is None, f"layer {module.layer_idx} of {name} ({path}) {reason}: LRSA cannot take its place.")
+
+
+def _check_rope(model: PreTrainedModel) -> None:
+    """Refuses frequencies that depend on the length of the pass: chunks, shards and documents would have their own.
+
+    The kinds are looked for in the modules that compute them and in the settings, whose place and key differ by age.
+    """
+    config = model.config.get_text_config()
+    settings = [getattr(config, key, None) for key in ("rope_parameters", "rope_scaling")]
+    settings += [value for given in settings if given for value in given.values() if isinstance(value, dict)]
+    types = [given.get(key) for given in settings if given for key in ("rope_type", "type")]
+    for module in model.modules():
+        found = getattr(module, "rope_type", None)
+        types += found.values() if isinstance(found, dict) else [found]
+    for name in types:
+        require(
+            not isinstance(name, str) or ("dynamic" not in name and name not in ("longrope", "su")),
+            f"{type(model).__name__} has rope_type={name}, whose frequencies depend on the length of each pass, so "
+            "documents, chunks and ranks would not agree: use one that is fixed, such as yarn, linear or llama3.",
+        )
 
 
 def _unlike_causal_attention(module: torch.nn.Module, config: PreTrainedConfig) -> str | None:
@@ -133,17 +167,15 @@ def _lrsa_attention_function(
         f"{key.shape[2] - query.shape[2]} tokens: use past_key_values=lrsa_ds.LagKVCache(config), or "
         "model.set_attn_implementation('sdpa') for dense attention.",
     )
-    return attend(query, key, value, config, document_lengths, scaling).transpose(1, 2).contiguous(), None
+    return attend_rows(attend, query, key, value, config, document_lengths, scaling).transpose(1, 2).contiguous(), None
 
 
 def _lrsa_mask(attention_mask: torch.Tensor | None = None, **kwargs) -> None:
-    """LRSA makes its own mask. Padding on the right is harmless to a causal model; on the left it is refused."""
-    if attention_mask is not None and not bool(attention_mask[:, 0].all()):
-        raise LRSAError(
-            "the attention mask begins with padding, which would be taken for the sink of the document: "
-            "pad on the right (tokenizer.padding_side='right')."
-        )
-    return None
+    """LRSA makes its own mask, and `_read_pass` has taken away what the caller gave."""
+    require(
+        attention_mask is None or bool(attention_mask.all()),
+        "nobody has read the attention mask: call lrsa_ds.apply_lrsa(model, config) before the pass.",
+    )
 
 
 AttentionInterface.register(NAME, _lrsa_attention_function)

@@ -14,6 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from lrsa_ds.cache import LagKVCache
 from lrsa_ds.config import LRSAConfig
+from lrsa_ds.generation import end_tokens
 from lrsa_ds.inference import prefill
 
 # Parts of a text, by position, whose perplexity is told apart.
@@ -80,9 +81,7 @@ class Evaluator:
         self.tokenizer = tokenizer
         self.attention = attention
         self.score = score
-        ends = model.generation_config.eos_token_id
-        ends = ends if isinstance(ends, list) else [ends]
-        self.ends = sorted({end for end in (*ends, tokenizer.eos_token_id) if end is not None})
+        self.ends = end_tokens(model, tokenizer)
 
     @torch.no_grad()
     def rows(self, sample: Sample, wanted: Sequence[Mode]) -> list[dict]:
@@ -118,7 +117,8 @@ class Evaluator:
     def _filled(self, prompt: torch.Tensor, mode: Mode) -> LagKVCache:
         """A cache that has seen all of the prompt but its last token, which is the first step of decoding."""
         cache = LagKVCache(self._config(mode))
-        prefill(self.model, prompt[:, :-1], cache)
+        ids = prompt[:, :-1]
+        prefill(self.model, ids, cache, attention_mask=torch.ones_like(ids))
         return cache
 
     def _answer(self, sample: Sample, prompt: torch.Tensor, cache: LagKVCache) -> list[int]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from lrsa_ds import LRSAConfig, apply_lrsa, lrsa_attention
+from lrsa_ds import LagKVCache, LRSAConfig, apply_lrsa, lrsa_attention, prefill
 from lrsa_ds.config import ModelConfig
 from lrsa_ds.errors import LRSAError
 from lrsa_ds.model import empty_model, enable_checkpointing, load_model
@@ -116,6 +116,54 @@ def test_scaling_reaches_the_attention():
 def test_models_that_are_refused(family, settings, said):
     with pytest.raises(LRSAError, match=said):
         apply_lrsa(tiny(family, **settings), LRSAConfig())
+
+
+@pytest.mark.parametrize(
+    "family,rope",
+    [
+        ("llama", dict(rope_type="dynamic", factor=4.0, rope_theta=10000.0)),
+        ("qwen2", dict(rope_type="dynamic", factor=2.0, rope_theta=10000.0)),
+        (
+            "phi3",
+            dict(
+                rope_type="longrope",
+                rope_theta=10000.0,
+                short_factor=[1.0] * 6,
+                long_factor=[2.0] * 6,
+                original_max_position_embeddings=64,
+            ),
+        ),
+    ],
+)
+def test_frequencies_that_depend_on_the_length_of_a_pass_are_refused(family, rope):
+    special = dict(pad_token_id=0) if family == "phi3" else {}
+    model = tiny(family, rope_parameters=rope, **special)
+    with pytest.raises(LRSAError, match=rf"has rope_type={rope['rope_type']}, .* such as yarn, linear or llama3"):
+        apply_lrsa(model, LRSAConfig())
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        dict(rope_type="default", rope_theta=10000.0),
+        dict(rope_type="linear", factor=2.0, rope_theta=10000.0),
+        dict(rope_type="yarn", factor=2.0, rope_theta=10000.0, original_max_position_embeddings=256),
+        dict(
+            rope_type="llama3",
+            factor=2.0,
+            rope_theta=10000.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=256,
+        ),
+    ],
+    ids=lambda rope: rope["rope_type"],
+)
+def test_fixed_frequencies_are_taken(rope):
+    config = LRSAConfig(sink_size=2, lag_size=8, retention=0.25)
+    model, ids = apply_lrsa(tiny("llama", rope_parameters=rope), config), torch.randint(1, 101, (1, 60))
+    expected = model(ids, use_cache=False).logits[:, -1]
+    assert_close(prefill(model, ids, LagKVCache(config)), expected, 1e-5, "logits")
 
 
 def test_a_softcapped_layer_is_named():

@@ -195,6 +195,8 @@ def test_bad_data(capfd, monkeypatch, tmp_path):
         (["parallel.sp_size=2"], "parallel.sp_size=2 does not divide the 1 processes"),
         (["seq_len=64", "data.context_length=null"], "give at least"),
         (["attention.backend=flex"], "needs a CUDA device"),
+        (["model.random.rope_parameters={rope_type: dynamic, factor: 4.0, rope_theta: 1e4}"], "rope_type=dynamic"),
+        (["attention=dense", "model.random.rope_parameters={rope_type: dynamic, factor: 4.0}"], "rope_type=dynamic"),
         (["model.liger_kernel=true"], "model.liger_kernel=true needs a CUDA device"),
         (["attention.backend=fa4"], "attention.backend=fa4 is not possible: it needs a CUDA device"),
         (["model=hub", "model.name=/no/such/model"], "model.name"),
