@@ -1,10 +1,20 @@
 """Long-context post-training of language models on exactly the KV cache that inference will keep."""
 
-from lrsa_ds.attention import lrsa_attention, select_kept
+from lrsa_ds.attention import SelectionRule, lrsa_attention, register_selection, select_kept
 from lrsa_ds.cache import LagKVCache
 from lrsa_ds.config import LRSAConfig
 from lrsa_ds.inference import load, prefill
 from lrsa_ds.model import apply_lrsa
 
 __version__ = "0.1.0"
-__all__ = ["LRSAConfig", "LagKVCache", "apply_lrsa", "load", "lrsa_attention", "prefill", "select_kept"]
+__all__ = [
+    "LRSAConfig",
+    "LagKVCache",
+    "SelectionRule",
+    "apply_lrsa",
+    "load",
+    "lrsa_attention",
+    "prefill",
+    "register_selection",
+    "select_kept",
+]

@@ -4,13 +4,13 @@ Source: LagKV, arXiv 2504.04704. New tokens first attend to all that is there; t
 partition after it is cut down to its kept KV. That is the function which LRSA attention computes in training.
 """
 
-from functools import partial
-
 import torch
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from lrsa_ds.attention.select import fast_select_partitions, gather_kept
+from lrsa_ds.attention.kept_buffer import gather_kept
+from lrsa_ds.attention.selection.rule import Partitions
+from lrsa_ds.attention.selection.select import fast_select_partitions
 from lrsa_ds.config import LRSAConfig, require
 from lrsa_ds.errors import LRSAError
 from lrsa_ds.partition import num_compressed_partitions
@@ -21,9 +21,9 @@ class LagKVLayer(DynamicLayer):
 
     is_croppable = False
 
-    def __init__(self, config: LRSAConfig):
+    def __init__(self, config: LRSAConfig, index: int = 0):
         super().__init__()
-        self.config = config
+        self.config, self.index = config, index
         self.cumulative_length = 0  # tokens seen
 
     def update(
@@ -52,8 +52,8 @@ class LagKVLayer(DynamicLayer):
             return
         config = self.config
         first = config.sink_size + before * config.num_kept
-        starts = first + config.lag_size * torch.arange(after - before, device=self.keys.device)
-        kept = fast_select_partitions(self.keys, self.values, starts, config.lag_size, config.num_kept, first)
+        partitions = Partitions.adjacent(first, after - before, config.lag_size, self.keys.device, number=before)
+        kept = fast_select_partitions(self.keys, self.values, partitions, config, self.index)
         since = first + (after - before) * config.lag_size
         self.keys, self.values = (
             torch.cat([x[:, :, :first], gather_kept(x, kept.flatten(2)), x[:, :, since:]], dim=2)
@@ -87,16 +87,19 @@ class LagKVCache(Cache):
     by chunk. So a whole prompt may be given at once; `lrsa_ds.prefill` gives it in parts, with bounded memory.
 
     Args:
-        config: sink size, lag size and retention.
+        config: sink size, lag size, retention and selection rule.
 
     Raises:
         LRSAError: (while in use) another batch size, padding, a model without LRSA attention, or an attempt to crop.
     """
 
     def __init__(self, config: LRSAConfig):
-        super().__init__(layer_class_to_replicate=partial(LagKVLayer, config))
+        super().__init__(layer_class_to_replicate=self._next_layer)
         self.config = config
         self.is_attended_by_chunk = False  # set by the model for the time of a pass
+
+    def _next_layer(self) -> LagKVLayer:
+        return LagKVLayer(self.config, index=len(self.layers))
 
     @classmethod
     def from_dense(cls, cache: DynamicCache, config: LRSAConfig) -> "LagKVCache":

@@ -15,7 +15,7 @@ from typing import Any
 
 from deepspeed import DeepSpeedEngine
 
-from lrsa_ds.config import TrainConfig, require
+from lrsa_ds.config import ModelConfig, TrainConfig, require
 from lrsa_ds.parallel.mesh import Mesh
 
 DIRECTORY = "checkpoints"
@@ -77,7 +77,9 @@ def find_checkpoint(output: Path) -> ResumePoint | None:
 def check_resume(point: ResumePoint, config: TrainConfig, data: str) -> None:
     """Raises LRSAError if `config` or the data are not those of the checkpoint; names what differs."""
     instead = "restore it, choose another output_dir, or set checkpoint.overwrite=true to start anew"
-    there, here = _flat(point.settings), _flat(plain_settings(config))
+    # A key that the release which wrote the checkpoint did not have is at its default.
+    defaults = plain_settings(TrainConfig(model=ModelConfig(name="")))
+    there, here = _flat(defaults) | _flat(point.settings), _flat(plain_settings(config))
     differing = [
         f"{key}={here.get(key)!r} (was {there.get(key)!r})"
         for key in sorted(there | here)

@@ -7,7 +7,7 @@ any process group starts.
 
 import difflib
 import re
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from lrsa_ds.errors import LRSAError
+from lrsa_ds.registry import SELECTION_RULES
 
 BACKENDS = ("auto", "chunked", "flex", "fa4")
 # Our names of the columns of a row, see lrsa_ds/data/shapes.py.
@@ -51,6 +52,14 @@ def require_retention(key: str, value: Any) -> None:
     )
 
 
+def require_weight(key: str, value: Any) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    require(
+        number and 0 <= value < 1e38,  # the score is in fp32
+        f"{key}={value!r} is not valid: give a number of at least 0 and below 1e38.",
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class LRSAConfig:
     """What Lag-Relative Sparse Attention needs to know (LagKV, arXiv 2504.04704, section 3).
@@ -59,6 +68,9 @@ class LRSAConfig:
         sink_size: tokens at the start of a document that stay visible to all of it (S).
         lag_size: tokens of a partition, and of the lag reference that scores it (L).
         retention: share of each partition that is kept, in (0, 1]; 1.0 is dense attention.
+        selection: the rule that chooses what is kept (see `lrsa_ds.attention.selection`).
+        value_weight: weight of the values' score beside that of the keys, at least 0 (`score_v_ratio` in the authors'
+            code), for rules that score both.
         backend: "chunked" (readable, any device), "flex" (FlexAttention, CUDA), "fa4" (flash-attn-4, Hopper) or "auto",
             which is the fastest that the device, the dtype and the head dim allow.
 
@@ -69,22 +81,33 @@ class LRSAConfig:
     sink_size: int = 16
     lag_size: int = 1024
     retention: float = 0.25
+    selection: str = "lagkv"
+    value_weight: float = 1.0
     backend: str = "auto"
 
     def __post_init__(self):
         require_whole("attention.sink_size", self.sink_size, 0)
         require_whole("attention.lag_size", self.lag_size, 2)
         require_retention("attention.retention", self.retention)
+        rule = SELECTION_RULES[self.selection]
+        require_weight("attention.value_weight", self.value_weight)
+        require(
+            self.value_weight == 1 or "value_weight" in rule.reads,
+            f"attention.value_weight={self.value_weight} has no effect with attention.selection={self.selection}: "
+            "leave it at 1.0.",
+        )
         require_one_of("attention.backend", self.backend, BACKENDS)
         require(
-            self.num_kept >= 1,
+            self.num_kept >= 1 or rule.keeps_nothing,
             f"attention.retention={self.retention} keeps nothing of a partition of attention.lag_size={self.lag_size} "
             f"tokens: give at least {1 / self.lag_size:.4g}.",
         )
 
     @property
     def num_kept(self) -> int:
-        """K, the number of keys and values kept of each partition: int(r * L), as in LagKV."""
+        """K, the number of keys and values kept of each partition: int(r * L), as in LagKV; 0 under some rules."""
+        if self.retention < 1 and SELECTION_RULES[self.selection].keeps_nothing:
+            return 0
         return int(self.retention * self.lag_size)
 
     @property
@@ -100,6 +123,14 @@ class LRSAConfig:
     def is_dense(self) -> bool:
         """Whether everything is kept, so that the attention is dense causal attention."""
         return self.num_kept == self.lag_size
+
+    def saved(self) -> dict[str, Any]:
+        """The settings as a saved model remembers them: `LRSAConfig(**saved)` is this one.
+
+        Settings that the first release did not have stand there only where they differ from what it did.
+        """
+        added = {"selection": "lagkv", "value_weight": 1.0}
+        return {key: value for key, value in asdict(self).items() if key not in added or value != added[key]}
 
 
 @dataclass(kw_only=True)
@@ -163,6 +194,8 @@ class AttentionConfig:
     sink_size: int = 16
     lag_size: int = 1024
     retention: Any = 0.125
+    selection: str = "lagkv"
+    value_weight: float = 1.0
     backend: str = "auto"
 
     def __post_init__(self):
@@ -184,7 +217,14 @@ class AttentionConfig:
         return self.with_retention(self.retentions[step % len(self.retentions)])
 
     def with_retention(self, retention: float) -> LRSAConfig:
-        return LRSAConfig(sink_size=self.sink_size, lag_size=self.lag_size, retention=retention, backend=self.backend)
+        return LRSAConfig(
+            sink_size=self.sink_size,
+            lag_size=self.lag_size,
+            retention=retention,
+            selection=self.selection,
+            value_weight=self.value_weight,
+            backend=self.backend,
+        )
 
 
 @dataclass(kw_only=True)

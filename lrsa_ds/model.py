@@ -6,7 +6,6 @@ registered here under the name "lrsa", after checking that every layer is plain 
 
 import os
 import warnings
-from dataclasses import asdict
 from inspect import signature
 from pathlib import Path
 
@@ -40,7 +39,7 @@ def apply_lrsa(model: PreTrainedModel, config: LRSAConfig) -> PreTrainedModel:
         LRSAError: a layer is not plain causal attention; the sentence names the layer and why.
     """
     check_supported(model)
-    model.config.lrsa = asdict(config)
+    model.config.lrsa = config.saved()
     model.set_attn_implementation(NAME)
     decoder = model.get_decoder()  # every pass goes through it, also one that is not given to the whole model
     if _describe_cache not in decoder._forward_pre_hooks.values():
@@ -84,7 +83,10 @@ def _release_cache(model: PreTrainedModel, args: tuple, kwargs: dict, output) ->
 
 
 def _sizes(config: LRSAConfig) -> str:
-    return f"sink_size={config.sink_size}, lag_size={config.lag_size}, retention={config.retention:g}"
+    """The settings that decide what is kept; the selection where it is not the default."""
+    names = {"backend": None, "retention": f"{config.retention:g}"}
+    shown = {name: names.get(name, value) for name, value in config.saved().items()}
+    return ", ".join(f"{name}={value}" for name, value in shown.items() if value is not None)
 
 
 def check_supported(model: PreTrainedModel) -> None:
@@ -160,14 +162,16 @@ def _lrsa_attention_function(
     require(attention_mask is None, "LRSA attention makes its own mask: a 4D attention_mask is not supported.")
     config = lrsa_config or LRSAConfig(**module.config.lrsa)
     if num_seen:
-        return cached_attention(query, key, value, num_seen, config, scaling).transpose(1, 2).contiguous(), None
+        output = cached_attention(query, key, value, num_seen, config, scaling, module.layer_idx)
+        return output.transpose(1, 2).contiguous(), None
     require(
         query.shape[2] == key.shape[2],
         f"a model with LRSA attention needs a cache that keeps what it keeps, and got one of "
         f"{key.shape[2] - query.shape[2]} tokens: use past_key_values=lrsa_ds.LagKVCache(config), or "
         "model.set_attn_implementation('sdpa') for dense attention.",
     )
-    return attend_rows(attend, query, key, value, config, document_lengths, scaling).transpose(1, 2).contiguous(), None
+    output = attend_rows(attend, query, key, value, config, document_lengths, scaling, module.layer_idx)
+    return output.transpose(1, 2).contiguous(), None
 
 
 def _lrsa_mask(attention_mask: torch.Tensor | None = None, **kwargs) -> None:

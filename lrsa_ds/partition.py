@@ -47,12 +47,22 @@ class PartitionTable:
     """
 
     document_lengths: tuple[int, ...]
-    sink_size: int
-    lag_size: int
-    num_kept: int
+    config: LRSAConfig
     chunks: tuple[Chunk, ...]
     kept_documents: tuple[KeptDocument, ...]
     buffer_size: int
+
+    @property
+    def sink_size(self) -> int:
+        return self.config.sink_size
+
+    @property
+    def lag_size(self) -> int:
+        return self.config.lag_size
+
+    @property
+    def num_kept(self) -> int:
+        return self.config.num_kept
 
     @property
     def num_tokens(self) -> int:
@@ -135,20 +145,18 @@ def partition_table(document_lengths: tuple[int, ...], config: LRSAConfig, align
         len(document_lengths) > 0 and min(document_lengths) > 0,
         f"document_lengths={document_lengths} is not valid: give at least one document, each of at least one token.",
     )
-    dense_prefix = None if config.is_dense else config.dense_prefix_size
-    return _build(tuple(document_lengths), config.sink_size, config.lag_size, config.num_kept, dense_prefix, align)
+    return _build(tuple(document_lengths), config, align, config.is_dense)
 
 
 @lru_cache(maxsize=256)
-def _build(
-    lengths: tuple[int, ...], sink: int, lag: int, num_kept: int, dense_prefix: int | None, align: int
-) -> PartitionTable:
+def _build(lengths: tuple[int, ...], config: LRSAConfig, align: int, is_dense: bool) -> PartitionTable:
+    sink, lag, num_kept = config.sink_size, config.lag_size, config.num_kept
     chunks, kept_documents = [], []
     token, slot = 0, 0
     for length in lengths:
         # The first S + 2L tokens see all that precedes them: sink, partition 0 and partition 1 are contiguous, so their
         # history is part of the window. A document without more, and every document of dense attention, ends there.
-        head = length if dense_prefix is None else min(length, dense_prefix)
+        head = length if is_dense else min(length, config.dense_prefix_size)
         chunks.append(Chunk(token, token + head, 0, 0, token))
         num_partitions = -(-(length - head) // lag)  # chunk n >= 2 adds partition n - 2 to the history
         if num_partitions:
@@ -162,4 +170,4 @@ def _build(
         if num_partitions:
             slot += sink + num_partitions * num_kept
         token += length
-    return PartitionTable(lengths, sink, lag, num_kept, tuple(chunks), tuple(kept_documents), slot)
+    return PartitionTable(lengths, config, tuple(chunks), tuple(kept_documents), slot)

@@ -103,6 +103,7 @@ def attend_rows(
     config: LRSAConfig,
     lengths: tuple[int, ...] | None,
     scale: float | None,
+    layer: int,
 ) -> torch.Tensor:
     """`attend`, also where the documents differ from row to row: the rows are then packed into one sequence.
 
@@ -112,7 +113,7 @@ def attend_rows(
     """
     num_rows, num_heads, num_tokens, head_dim = q.shape
     if num_rows == 1 or lengths is None or sum(lengths) != num_rows * num_tokens:
-        return attend(q, k, v, config, lengths, scale)
+        return attend(q, k, v, config, lengths, scale, layer)
     q, k, v = (x.transpose(0, 1).reshape(1, x.shape[1], -1, head_dim) for x in (q, k, v))
-    output = attend(q, k, v, config, lengths, scale)
+    output = attend(q, k, v, config, lengths, scale, layer)
     return output.view(num_heads, num_rows, num_tokens, head_dim).transpose(0, 1)

@@ -3,9 +3,10 @@ from collections.abc import Callable
 import torch
 
 from lrsa_ds.attention.lrsa import lrsa_attention
-from lrsa_ds.attention.select import select_kept
+from lrsa_ds.attention.selection import SelectionRule, register_selection
+from lrsa_ds.attention.selection.select import select_kept
 
 # The signature of `lrsa_attention`.
 AttentionFunction = Callable[..., torch.Tensor]
 
-__all__ = ["AttentionFunction", "lrsa_attention", "select_kept"]
+__all__ = ["AttentionFunction", "SelectionRule", "lrsa_attention", "register_selection", "select_kept"]

@@ -1,15 +1,12 @@
 """Which kernel computes interval attention, by device and settings."""
 
-import os
-import warnings
-from functools import lru_cache
-
 import torch
 
 from lrsa_ds.attention.fa4 import fa4_interval_attention, why_not_fa4
 from lrsa_ds.attention.flex import flex_interval_attention
 from lrsa_ds.attention.interval import interval_attention
 from lrsa_ds.config import LRSAConfig, require
+from lrsa_ds.notices import say_once
 
 # By name: functions with the signature of `interval_attention`.
 KERNELS = {"chunked": interval_attention, "flex": flex_interval_attention, "fa4": fa4_interval_attention}
@@ -26,7 +23,7 @@ def choose_backend(config: LRSAConfig, device: torch.device, dtype: torch.dtype,
             return "chunked"
         reason = why_not_fa4(device, dtype, head_dim)
         if reason is not None:
-            _say_once(f"attention.backend=auto is flex here, since fa4 is not possible: {reason}.")
+            say_once(f"attention.backend=auto is flex here, since fa4 is not possible: {reason}.")
         return "fa4" if reason is None else "flex"
     require(
         config.backend != "flex" or device.type == "cuda",
@@ -35,9 +32,3 @@ def choose_backend(config: LRSAConfig, device: torch.device, dtype: torch.dtype,
     reason = why_not_fa4(device, dtype, head_dim) if config.backend == "fa4" else None
     require(reason is None, f"attention.backend=fa4 is not possible: {reason}; use auto, flex or chunked.")
     return config.backend
-
-
-@lru_cache(maxsize=8)
-def _say_once(sentence: str) -> None:
-    if os.environ.get("RANK", "0") == "0":  # the others of a run have the same to say
-        warnings.warn(sentence, stacklevel=2)

@@ -7,10 +7,11 @@ import torch
 
 from lrsa_ds.attention.backends import KERNELS
 from lrsa_ds.attention.blocks import BLOCK, Copies, copy_history, padded_buffer_size, queries_ahead
-from lrsa_ds.attention.fused import HAS_TRITON
 from lrsa_ds.attention.fused_buffer import fused_buffers
 from lrsa_ds.attention.interval import Ahead, Intervals
-from lrsa_ds.attention.select import buffer_positions, gather_kept
+from lrsa_ds.attention.kept_buffer import buffer_positions, gather_kept
+from lrsa_ds.attention.selection.fused_lagkv import HAS_TRITON
+from lrsa_ds.attention.selection.select import has_fused_path
 from lrsa_ds.config import LRSAConfig
 from lrsa_ds.partition import PartitionTable, intervals_of, partition_table
 
@@ -23,10 +24,11 @@ def buffered_attention(
     document_lengths: tuple[int, ...],
     scale: float | None,
     backend: str,
+    layer: int = 0,
 ) -> torch.Tensor:
     """The same function as `chunked_attention`, on one of `KERNELS`."""
     layout = buffered_layout(document_lengths, config, q.device, backend)
-    k, v = select_and_gather(k, v, layout)
+    k, v = select_and_gather(k, v, layout, layer)
     return KERNELS[backend](q, k, v, layout.intervals, scale)[0]
 
 
@@ -39,13 +41,15 @@ class BufferedLayout:
     intervals: Intervals
 
 
-def select_and_gather(k: torch.Tensor, v: torch.Tensor, layout: BufferedLayout) -> tuple[torch.Tensor, torch.Tensor]:
+def select_and_gather(
+    k: torch.Tensor, v: torch.Tensor, layout: BufferedLayout, layer: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values [B, G, N, D] behind the kept ones: two [B, G, copies + N, D], with gradients."""
     if not layout.copies.size:
         return k, v
-    if k.is_cuda and HAS_TRITON and k.shape == v.shape:
-        return fused_buffers(k, v, layout.table, layout.copies)
-    positions = buffer_positions(k, v, layout.table, padded_buffer_size(layout.table))
+    if HAS_TRITON and has_fused_path(k, v, layout.table.config):
+        return fused_buffers(k, v, layout.table, layout.copies, layer)
+    positions = buffer_positions(k, v, layout.table, layer, padded_buffer_size(layout.table))
     return tuple(torch.cat([layout.copies.of(gather_kept(x, positions)), x], dim=2) for x in (k, v))
 
 

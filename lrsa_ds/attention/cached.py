@@ -5,13 +5,21 @@ from dataclasses import replace
 import torch
 
 from lrsa_ds.attention.chunked import attend_causally, attend_chunks
-from lrsa_ds.attention.select import fast_select_partitions, gather_kept
+from lrsa_ds.attention.kept_buffer import gather_kept
+from lrsa_ds.attention.selection.rule import Partitions
+from lrsa_ds.attention.selection.select import fast_select_partitions
 from lrsa_ds.config import LRSAConfig
 from lrsa_ds.partition import num_compressed_partitions, partition_table, room_in_chunk
 
 
 def cached_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_seen: int, config: LRSAConfig, scale: float | None = None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    num_seen: int,
+    config: LRSAConfig,
+    scale: float | None = None,
+    layer: int = 0,
 ) -> torch.Tensor:
     """Attention of n new tokens of a document of which `num_seen` tokens were seen before.
 
@@ -31,11 +39,10 @@ def cached_attention(
     missing = num_compressed * (config.lag_size - config.num_kept)
     table = partition_table((num_seen + num_new,), config)
     (document,) = table.kept_documents
-    partitions = torch.arange(num_compressed, document.num_partitions, device=k.device)
-    starts = config.sink_size + config.lag_size * partitions - missing
-    first = config.sink_size + num_compressed * config.lag_size - missing
-    kept = fast_select_partitions(k, v, starts, config.lag_size, config.num_kept, first).flatten(2)
     before = config.sink_size + num_compressed * config.num_kept
+    count = document.num_partitions - num_compressed
+    partitions = Partitions.adjacent(before, count, config.lag_size, k.device, number=num_compressed)
+    kept = fast_select_partitions(k, v, partitions, config, layer).flatten(2)
     kept_k, kept_v = (torch.cat([x[:, :, :before], gather_kept(x, kept)], dim=2) for x in (k, v))
     chunks = [replace(c, q_lo=max(c.q_lo, num_seen)) for c in table.chunks if c.q_hi > num_seen]
     return attend_chunks(q, k, v, kept_k, kept_v, chunks, scale, first_query=num_seen, first_key=missing)

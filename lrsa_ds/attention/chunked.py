@@ -5,15 +5,20 @@ from collections.abc import Iterable
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from lrsa_ds.attention.select import buffer_positions, gather_kept
+from lrsa_ds.attention.kept_buffer import buffer_positions, gather_kept
 from lrsa_ds.partition import Chunk, PartitionTable
 
 
 def chunked_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: PartitionTable, scale: float | None = None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    table: PartitionTable,
+    scale: float | None = None,
+    layer: int = 0,
 ) -> torch.Tensor:
     """Attention of q [B, H, N, D] over k, v [B, G, N, D] under `table`: [B, H, N, D]. H is a multiple of G."""
-    positions = buffer_positions(k, v, table)
+    positions = buffer_positions(k, v, table, layer)
     return attend_chunks(q, k, v, gather_kept(k, positions), gather_kept(v, positions), table.chunks, scale)
 
 

@@ -10,9 +10,11 @@ from functools import lru_cache
 import torch
 
 from lrsa_ds.attention.blocks import Copies, padded_buffer_size
-from lrsa_ds.attention.fused import HAS_TRITON, fused_select_into
-from lrsa_ds.attention.select import buffer_plan
+from lrsa_ds.attention.kept_buffer import buffer_plan
+from lrsa_ds.attention.selection.fused_lagkv import HAS_TRITON
+from lrsa_ds.attention.selection.rule import Partitions
 from lrsa_ds.partition import PartitionTable
+from lrsa_ds.registry import SELECTION_RULES
 
 ROWS = 64  # of a program
 
@@ -74,10 +76,13 @@ if HAS_TRITON:
 
 
 def fused_buffers(
-    k: torch.Tensor, v: torch.Tensor, table: PartitionTable, copies: Copies
+    k: torch.Tensor, v: torch.Tensor, table: PartitionTable, copies: Copies, layer: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values [B, G, N, D] behind the copies of the kept ones: two [B, G, copies + N, D], with gradients."""
-    return _Buffers.apply(k, v, table, copies)
+    """Keys and values [B, G, N, D] behind the copies of the kept ones: two [B, G, copies + N, D], with gradients.
+
+    The rule of the table selects, by its own kernels.
+    """
+    return _Buffers.apply(k, v, table, copies, layer)
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,7 @@ class _Plan:
 
     positions: torch.Tensor  # int64 [R]: the tokens of the sinks in their slots of the kept buffer
     slot_of: torch.Tensor  # int32 [N]: the slots of the sinks' tokens, -1 elsewhere
-    starts: torch.Tensor  # int64 [P]: first token of each partition that is history
+    partitions: Partitions  # those that are history
     first_slots: torch.Tensor  # int64 [P]: where its kept KV begins
     slots: torch.Tensor  # int64 [copies]: the slot behind each that is read
     others: torch.Tensor  # int64 [O]: the tokens of no such partition
@@ -108,20 +113,21 @@ def _plan(table: PartitionTable, copies: Copies, device: torch.device) -> _Plan:
     parts = [[lo, hi, offset] for (lo, hi), offset in zip(copies.parts, copies.offsets(), strict=True)]
     parts = torch.tensor(parts, dtype=torch.int32).to(device)
     first_slots = buffer.slots[:: table.num_kept].contiguous()
-    return _Plan(buffer.positions, slot_of, buffer.starts, first_slots, copies.slots(device), others, parts)
+    return _Plan(buffer.positions, slot_of, buffer.partitions, first_slots, copies.slots(device), others, parts)
 
 
 class _Buffers(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, k, v, table, copies):
+    def forward(ctx, k, v, table, copies, layer):
         plan = _plan(table, copies, k.device)
         k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
         batch, heads, num_tokens, dim = k.shape
         positions = plan.positions.repeat(batch, heads, 1)
         slot_of = plan.slot_of.repeat(batch, heads, 1)
         out_k, out_v = (x.new_empty(batch, heads, copies.size + num_tokens, dim) for x in (k, v))
-        fused_select_into(
-            positions, k, v, plan.starts, plan.first_slots, table.lag_size, table.num_kept, slot_of, (out_k, out_v)
+        select_into = SELECTION_RULES[table.config.selection].fused
+        select_into(
+            positions, k, v, plan.partitions, plan.first_slots, table.config, layer, slot_of, (out_k, out_v)
         )
         strides = (*k.stride()[:3], *v.stride()[:3])
         sizes = (heads, copies.size, len(plan.others), positions.shape[2], num_tokens, dim)
@@ -148,4 +154,4 @@ class _Buffers(torch.autograd.Function):
             grad_k, grad_v, out_k, out_v, slot_of, ctx.plan.parts, *strides, *sizes,
             ROWS=ROWS, DIM=triton.next_power_of_2(dim),
         )  # fmt: skip
-        return out_k, out_v, None, None
+        return out_k, out_v, None, None, None

@@ -18,6 +18,7 @@ def lrsa_attention(
     config: LRSAConfig,
     document_lengths: Sequence[int] | None = None,
     scale: float | None = None,
+    layer: int = 0,
 ) -> torch.Tensor:
     """Causal attention of each token over sink, kept KV of partitions up to n - 2, partition n - 1, and its own.
 
@@ -27,10 +28,11 @@ def lrsa_attention(
     Args:
         q: queries [B, H, N, D].
         k, v: keys and values [B, G, N, D] with their positions already encoded; H is a multiple of G.
-        config: sink size, lag size, retention, backend.
+        config: sink size, lag size, retention, selection rule, backend.
         document_lengths: tokens of each packed document, in order, summing to N and the same for every row of the
             batch; each document starts at its own sink and sees nothing of the others. Default: one document.
         scale: factor of the scores before the softmax; default 1 / sqrt(D).
+        layer: which layer of the model this is, for selection rules that go by it.
 
     Returns:
         [B, H, N, D], in the dtype of `q`.
@@ -54,5 +56,5 @@ def lrsa_attention(
         choose_backend(config, q.device, q.dtype, q.shape[3]) if has_history or config.backend != "auto" else "chunked"
     )
     if backend == "chunked":
-        return chunked_attention(q, k, v, partition_table(lengths, config), scale)
-    return buffered_attention(q, k, v, config, lengths, scale, backend)
+        return chunked_attention(q, k, v, partition_table(lengths, config), scale, layer)
+    return buffered_attention(q, k, v, config, lengths, scale, backend, layer)

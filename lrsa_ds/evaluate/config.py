@@ -23,7 +23,7 @@ class CacheConfig:
     """Which caches are compared.
 
     Args:
-        sink_size, lag_size: None takes what the model was trained with, or else 16 and 1024.
+        sink_size, lag_size, selection, value_weight: None takes what the model was trained with, or else the defaults.
         retentions: shares of each partition that are kept, for the compressed caches.
         prefill: "dense" keeps all; "chunked" compresses while it prefills, chunk by chunk, as LRSA trains;
             "full" prefills densely and compresses then, as most methods are evaluated.
@@ -31,6 +31,8 @@ class CacheConfig:
 
     sink_size: int | None = None
     lag_size: int | None = None
+    selection: str | None = None
+    value_weight: float | None = None
     retentions: list[float] = field(default_factory=lambda: [0.25, 0.125])
     prefill: list[str] = field(default_factory=lambda: ["dense", "chunked"])
 
@@ -51,10 +53,12 @@ class CacheConfig:
 
     def attention(self, trained: dict | None, retention: float) -> LRSAConfig:
         """The cache of one retention, for a model that was trained with the settings `trained`, if with any."""
-        known = trained or {}
-        sink = known.get("sink_size", 16) if self.sink_size is None else self.sink_size
-        lag = known.get("lag_size", 1024) if self.lag_size is None else self.lag_size
-        return LRSAConfig(sink_size=sink, lag_size=lag, retention=retention)
+        keys = ("sink_size", "lag_size", "selection", "value_weight")
+        given = {key: value for key in keys if (value := getattr(self, key)) is not None}
+        known = {key: value for key, value in (trained or {}).items() if key in keys}
+        if given.get("selection", known.get("selection")) != known.get("selection"):
+            known.pop("value_weight", None)  # it belongs to the rule of the training
+        return LRSAConfig(**known | given, retention=retention)
 
 
 @dataclass(kw_only=True)

@@ -110,9 +110,13 @@ def _check_directory(directory: Path, settings: dict, overwrite: bool) -> None:
 
 
 def _fixed(value):
-    """A setting without what may be added to it: more retentions and prefill modes make more rows, not other ones."""
+    """A setting without what may be added to it: more retentions and prefill modes make more rows, not other ones.
+
+    A key that an earlier release did not have is one that is not set.
+    """
     if isinstance(value, dict):
-        return {key: item for key, item in value.items() if key not in ("retentions", "prefill")}
+        may_grow = ("retentions", "prefill")
+        return {key: item for key, item in value.items() if key not in may_grow and item is not None}
     return value
 
 

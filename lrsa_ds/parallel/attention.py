@@ -28,9 +28,10 @@ def _shared(
     config: LRSAConfig,
     document_lengths: tuple[int, ...],
     scale: float | None = None,
+    layer: int = 0,
 ) -> torch.Tensor:
     sparse = kept_attention if group.exchange == "kept" else heads_attention
     attend = ulysses_attention if config.is_dense else sparse
-    output = attend(q, k, v, config, document_lengths, group, scale)
+    output = attend(q, k, v, config, document_lengths, group, scale, layer)
     group.traffic.count_ulysses(q, k, output, group.size, is_real=config.is_dense)
     return output

@@ -40,6 +40,7 @@ def heads_attention(
     document_lengths: tuple[int, ...],
     group: SequenceGroup,
     scale: float | None = None,
+    layer: int = 0,
 ) -> torch.Tensor:
     """`lrsa_attention` of the whole sequence, for the queries of this rank's shard.
 
@@ -59,7 +60,7 @@ def heads_attention(
     if not any(layout.buffer.num_sent):  # every document is short: the window is all there is
         return attend(q, k, v, layout.window, scale)[0]
     queries = heads.send_queries(q)
-    kept = heads.send_kept(*select_pieces(k, v, layout.buffer.own, config, by_blocks), layout)
+    kept = heads.send_kept(*select_pieces(k, v, layout.buffer.own, config, layer, by_blocks), layout)
     window = attend(q, k, v, layout.window, scale)
     history = attend(heads.receive_queries(queries), *heads.receive_kept(kept, layout), layout.history, scale)
     return heads.merge(window, heads.return_outputs(*history), q.dtype)

@@ -33,6 +33,7 @@ def kept_attention(
     document_lengths: tuple[int, ...],
     group: SequenceGroup,
     scale: float | None = None,
+    layer: int = 0,
 ) -> torch.Tensor:
     """`lrsa_attention` of the whole sequence, for the queries of this rank.
 
@@ -49,7 +50,7 @@ def kept_attention(
     k, v = with_halos(k, v, layout, group)
     buffer = layout.buffer
     if any(buffer.num_sent):  # else every document is short: the window is all there is
-        both = torch.stack([x[0] for x in select_pieces(k, v, buffer.own, config, by_blocks)])
+        both = torch.stack([x[0] for x in select_pieces(k, v, buffer.own, config, layer, by_blocks)])
         shapes = [(2, k.shape[1], count, k.shape[3]) for count in buffer.num_sent]
         history = buffer.history(start_to_all(group, "kept", both, shapes).finish())
         k, v = (torch.cat([x[None], local], dim=2) for x, local in zip(history, (k, v), strict=True))

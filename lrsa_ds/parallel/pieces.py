@@ -11,7 +11,9 @@ import numpy as np
 import torch
 
 from lrsa_ds.attention.blocks import Copies, copy_history, in_blocks, padded_buffer_size
-from lrsa_ds.attention.select import fast_select_partitions, gather_kept, select_partitions
+from lrsa_ds.attention.kept_buffer import gather_kept
+from lrsa_ds.attention.selection.rule import Partitions
+from lrsa_ds.attention.selection.select import fast_select_partitions, select_partitions
 from lrsa_ds.config import LRSAConfig
 from lrsa_ds.partition import Chunk, PartitionTable
 
@@ -20,11 +22,15 @@ from lrsa_ds.partition import Chunk, PartitionTable
 class Piece:
     """A sink or the kept KV of a partition: the tokens it comes from, its slots, and the rank it belongs to."""
 
-    is_sink: bool
+    partition: int | None  # its number in its document; None for a sink
     token: int  # the first
     slot: int
     size: int
     owner: int
+
+    @property
+    def is_sink(self) -> bool:
+        return self.partition is None
 
 
 def pieces_of(table: PartitionTable, owner_of: Callable[[int], int]) -> list[Piece]:
@@ -34,11 +40,11 @@ def pieces_of(table: PartitionTable, owner_of: Callable[[int], int]) -> list[Pie
     for document in table.kept_documents:
         if sink:
             last = document.start + sink - 1
-            pieces.append(Piece(True, document.start, document.buffer_lo, sink, owner_of(last)))
+            pieces.append(Piece(None, document.start, document.buffer_lo, sink, owner_of(last)))
         for p in range(document.num_partitions):
             token = document.start + sink + p * lag
             slot = document.buffer_lo + sink + p * table.num_kept
-            pieces.append(Piece(False, token, slot, table.num_kept, owner_of(token + 2 * lag - 1)))
+            pieces.append(Piece(p, token, slot, table.num_kept, owner_of(token + 2 * lag - 1)))
     return pieces
 
 
@@ -76,7 +82,7 @@ class OwnPieces:
     """What a rank selects. Positions are local: they count the keys that the rank has at hand, halos included."""
 
     sink_positions: torch.Tensor
-    starts: torch.Tensor  # first token of each partition
+    partitions: Partitions
     order: torch.Tensor  # from [sinks | kept KV] of this rank to the order of the kept buffer
 
 
@@ -86,20 +92,22 @@ def own_pieces(
     """The pieces of rank `index`; local(first, last) is the position of a piece's first token, `last` its last one."""
     mine = [p for p in pieces if p.owner == index]
     sinks = [local(p.token, p.token + p.size - 1) + torch.arange(p.size) for p in mine if p.is_sink]
-    starts = [local(p.token, p.token + 2 * config.lag_size - 1) for p in mine if not p.is_sink]
+    kept = [p for p in mine if not p.is_sink]
+    starts = [local(p.token, p.token + 2 * config.lag_size - 1) for p in kept]
+    starts, numbers = (torch.tensor(x, dtype=torch.int64).to(device) for x in (starts, [p.partition for p in kept]))
     return OwnPieces(
         sink_positions=torch.cat([*sinks, torch.empty(0, dtype=torch.int64)]).to(device),
-        starts=torch.tensor(starts, dtype=torch.int64).to(device),
+        partitions=Partitions(starts, numbers, first=None),
         order=order_of(mine).to(device),
     )
 
 
 def select_pieces(
-    k: torch.Tensor, v: torch.Tensor, own: OwnPieces, config: LRSAConfig, fast: bool = False
+    k: torch.Tensor, v: torch.Tensor, own: OwnPieces, config: LRSAConfig, layer: int, fast: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """This rank's part of the kept buffer, in its order: keys and values [1, G, slots, D] from those at hand."""
     select = fast_select_partitions if fast else select_partitions
-    kept = select(k, v, own.starts, config.lag_size, config.num_kept).flatten(2)
+    kept = select(k, v, own.partitions, config, layer).flatten(2)
     sinks = own.sink_positions.expand(*k.shape[:2], -1)
     positions = torch.cat([sinks, kept], dim=2)[:, :, own.order]
     return gather_kept(k, positions), gather_kept(v, positions)

@@ -29,6 +29,7 @@ def ulysses_attention(
     document_lengths: tuple[int, ...],
     group: SequenceGroup,
     scale: float | None = None,
+    layer: int = 0,
 ) -> torch.Tensor:
     """Dense causal attention of the whole sequence, for the queries of this rank's shard.
 
@@ -36,6 +37,7 @@ def ulysses_attention(
         q: [1, H, n, D], of this rank's shard; k, v: [1, G, n, D].
         config: its retention keeps everything.
         document_lengths: of the whole sequence, summing to P * n.
+        layer: makes no difference.
 
     Returns:
         [1, H, n, D].

@@ -223,7 +223,7 @@ def test_retention_one_is_dense_attention():
 
 def test_keeping_all_through_the_history_is_dense_attention():
     """The path over the kept buffer, too, is dense attention when K equals L."""
-    everything = layout_of((77,), 4, 8, 8, 20, 1)
+    everything = layout_of((77,), LRSAConfig(sink_size=4, lag_size=8, retention=1.0), align=1, is_dense=False)
     inputs = random_qkv(77, dtype=torch.float64)
     dense = torch.nn.functional.scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=True)
     assert_same_function(chunked_attention(*inputs, everything), dense, inputs, 1e-10)

@@ -104,10 +104,11 @@ def test_every_slot_of_the_kept_buffer_comes_from_one_rank(lengths, by_blocks):
     shared = layouts[0].buffer
     for rank, layout in enumerate(layouts):
         own, buffer = layout.buffer.own, layout.buffer
+        starts = own.partitions.starts
         assert torch.equal(buffer.slots, shared.slots) and buffer.num_sent == shared.num_sent
-        assert len(own.order) == shared.num_sent[rank] == len(own.sink_positions) + 4 * len(own.starts)
+        assert len(own.order) == shared.num_sent[rank] == len(own.sink_positions) + 4 * len(starts)
         # All that a rank selects from, and all that its windows see, is in its halo and shard.
-        assert (own.starts >= 0).all() and (own.starts + 16 <= layout.halo_size + layout.shard_size).all()
+        assert (starts >= 0).all() and (starts + 16 <= layout.halo_size + layout.shard_size).all()
         assert (own.sink_positions >= 0).all() and (layout.window.lo >= 0).all()
     table = partition_table(lengths, config, align=BLOCK if by_blocks else 1)
     sizes = [(d.buffer_lo, d.buffer_lo + 3 + 4 * d.num_partitions) for d in table.kept_documents]

@@ -20,11 +20,16 @@ from lrsa_ds.parallel.mesh import Mesh, start_mesh, stop_mesh
 from lrsa_ds.parallel.stretches import num_stretches
 from lrsa_ds.partition import partition_table
 
+RULES = ("lagkv", "key_norm", "random", "window")
+LAYER = 3
 
-def random_case(draw: random.Random, size: int, exchange: str) -> tuple[LRSAConfig, list[int], int, int]:
+
+def random_case(draw: random.Random, size: int, exchange: str, rule: str) -> tuple[LRSAConfig, list[int], int, int]:
     """Settings, document lengths, query heads and KV heads; documents end anywhere, mostly not at a shard's border."""
     lag = draw.randrange(2, 12)
-    config = LRSAConfig(sink_size=draw.randrange(0, 9), lag_size=lag, retention=draw.uniform(1.01 / lag, 1))
+    config = LRSAConfig(
+        sink_size=draw.randrange(0, 9), lag_size=lag, retention=draw.uniform(1.01 / lag, 1), selection=rule
+    )
     least = config.dense_prefix_size
     num_tokens = size * num_stretches(exchange) * draw.randrange(least, 4 * least)
     cuts = sorted(draw.sample(range(1, num_tokens), draw.randrange(0, 5)))
@@ -41,25 +46,24 @@ def worst_errors(mesh: Mesh, exchange: str, num_cases: int) -> list[tuple[str, f
     attend = attention_function(mesh.sequence)
     torch.manual_seed(size)  # the same sequence on every rank
     draw, results = random.Random(size), []
-    for _ in range(num_cases):
-        config, lengths, num_heads, num_kv_heads = random_case(draw, size, exchange)
+    for number in range(num_cases):
+        config, lengths, num_heads, num_kv_heads = random_case(draw, size, exchange, RULES[number % len(RULES)])
         num_tokens, dim = sum(lengths), 8
         q, k, v, upstream = (
             torch.randn(1, h, num_tokens, dim).double() for h in (num_heads, num_kv_heads, num_kv_heads, num_heads)
         )
         shard = torch.cat([torch.arange(num_tokens)[part] for part in mesh.held(num_tokens)])
         parts = [x[:, :, shard].clone().requires_grad_() for x in (q, k, v)]
-        output = attend(*parts, config, tuple(lengths), 0.3)
+        output = attend(*parts, config, tuple(lengths), 0.3, LAYER)
         gradients = torch.autograd.grad(output, parts, upstream[:, :, shard])
         whole = [x.requires_grad_() for x in (q, k, v)]
-        expected = chunked_attention(*whole, partition_table(tuple(lengths), config), 0.3)
+        expected = chunked_attention(*whole, partition_table(tuple(lengths), config), 0.3, LAYER)
         wanted = torch.autograd.grad(expected, whole, upstream)
         pairs = zip((output, *gradients), (expected, *wanted), strict=True)
         # Of the whole sequence: one rank's few gradients may all be small.
         errors = [(a - e[:, :, shard]).norm().item() / e.norm().item() for a, e in pairs]
-        case = (
-            f"{lengths} S={config.sink_size} L={config.lag_size} K={config.num_kept} heads {num_heads}/{num_kv_heads}"
-        )
+        sizes = f"S={config.sink_size} L={config.lag_size} K={config.num_kept} heads {num_heads}/{num_kv_heads}"
+        case = f"{config.selection} {lengths} {sizes}"
         results.append((case, max(mesh.max(errors))))
     return results
 

@@ -58,7 +58,8 @@ def make_model(options):
         tie_word_embeddings=options.tied,
     )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    return apply_lrsa(model, LRSAConfig(sink_size=4, lag_size=16, retention=options.retention)).train()
+    settings = dict(sink_size=4, lag_size=16, retention=options.retention, selection=options.selection)
+    return apply_lrsa(model, LRSAConfig(**settings)).train()
 
 
 def reference(options, optim):
@@ -111,6 +112,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--kv-heads", type=int, default=2)
     parser.add_argument("--retention", type=float, default=0.25)
+    parser.add_argument("--selection", default="lagkv")
     parser.add_argument("--tied", action="store_true")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--break-scale", action="store_true")
@@ -125,7 +127,7 @@ def check(options: argparse.Namespace) -> dict:
     config = TrainConfig(
         seq_len=SEQ_LEN,
         model=ModelConfig(random={"model_type": options.family}, tokenizer="bytes"),
-        attention=AttentionConfig(sink_size=4, lag_size=16, retention=options.retention),
+        attention=AttentionConfig(sink_size=4, lag_size=16, retention=options.retention, selection=options.selection),
         parallel=ParallelConfig(sp_size=options.sp_size, exchange=options.exchange),
         zero=ZeroConfig(stage=options.stage),
         optim=OptimConfig(

@@ -7,7 +7,7 @@ import pytest
 from lrsa_ds.config import load_settings
 from tests.cpu.test_procedure import OWN_COLUMNS
 from tests.dist.launcher import launch_command, rows_of, run
-from tests.helpers import ROOT
+from tests.helpers import ROOT, run_ranks
 
 pytestmark = pytest.mark.dist
 
@@ -33,3 +33,14 @@ def test_a_procedure_from_another_directory(tmp_path):
     assert {row["task"] for row in rows_of(tmp_path / "run", "eval")} == {"kind 0", "kind 1"}
     settings = load_settings(tmp_path / "run" / "config.yaml")
     assert settings["procedure"] == "tasks.py" and settings["data"]["num_workers"] == 1
+
+
+def test_a_selection_rule_from_outside(tmp_path):
+    """Trained with by two ranks that share each sequence, exported, reloaded, prefilled and decoded with."""
+    output = run_ranks(ROOT / "tests/dist/selection_worker.py", 2, tmp_path / "run")[0]
+    result = json.loads(output.strip().splitlines()[-1])
+    assert result["saved"]["selection"] == "nearest"
+    assert result["difference"] <= 1e-4 < result["to_lagkv"]
+    rows = rows_of(tmp_path / "run", "eval")
+    assert {row["when"] for row in rows} == {"before", "after"} and {row["retention"] for row in rows} > {0.125, 1.0}
+    assert load_settings(tmp_path / "run" / "config.yaml")["attention"]["selection"] == "nearest"

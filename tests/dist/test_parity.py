@@ -28,6 +28,12 @@ PARITY = [
     (2, ["--stage", 1, "--micro-batch", 2]),
     # Sequence parallelism; four sequences, so the fewer replicas, the more micro-batches in a step.
     *((size, [*options, "--exchange", exchange]) for size, options in SHARED for exchange in ("kept", "heads")),
+    # Rules that go by the layer, and that keep nothing; `attention_worker.py` has every rule.
+    *(
+        (2, ["--sp-size", 2, "--selection", rule, "--exchange", exchange, "--checkpointing"])
+        for rule in ("random", "window")
+        for exchange in ("kept", "heads")
+    ),
     # Only where heads are dealt out do the ranks have to divide them.
     (2, ["--sp-size", 2, "--heads", 3, "--kv-heads", 1, "--checkpointing"]),
     # Dense attention under sequence parallelism is DeepSpeed's Ulysses.

@@ -11,10 +11,12 @@ from lrsa_ds.attention.blocks import padded_buffer_size
 from lrsa_ds.attention.buffered import buffered_layout
 from lrsa_ds.attention.chunked import chunked_attention
 from lrsa_ds.attention.fa4 import why_not_fa4
-from lrsa_ds.attention.fused import fused_select_partitions
 from lrsa_ds.attention.fused_buffer import fused_buffers
-from lrsa_ds.attention.score import lag_scores
-from lrsa_ds.attention.select import buffer_plan, gather_kept, select_partitions
+from lrsa_ds.attention.kept_buffer import buffer_plan, gather_kept
+from lrsa_ds.attention.selection.lagkv import lag_scores
+from lrsa_ds.attention.selection.rule import Partitions
+from lrsa_ds.attention.selection.select import fast_select_partitions, has_fused_path, select_partitions
+from lrsa_ds.notices import say_once
 from lrsa_ds.partition import partition_table
 from tests.helpers import relative_error
 
@@ -100,19 +102,30 @@ def test_another_layout_of_the_same_shape_compiles_nothing():
     assert sizes <= 2, "a kept buffer takes one of few sizes; nothing else may compile"
 
 
+def partitions_at(starts, lag, num_kept, **settings):
+    """The partitions that begin there, and settings that keep so many of each."""
+    starts = torch.tensor(starts, device="cuda")
+    config = LRSAConfig(sink_size=0, lag_size=lag, retention=(num_kept + 0.5) / lag, **settings)
+    return Partitions(starts, torch.arange(len(starts), device="cuda"), None), config
+
+
+@pytest.mark.parametrize("value_weight", [1.0, 0.0, 0.3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "lag,num_kept,dim", [(128, 16, 64), (100, 33, 80), (1024, 128, 128), (37, 36, 64), (64, 1, 96)]
 )
-def test_fused_selection_is_the_same_function(dtype, lag, num_kept, dim, poison_empty):
+def test_fused_selection_is_the_same_function(dtype, lag, num_kept, dim, value_weight, poison_empty):
     k, v = (torch.randn(2, 7 * lag + 5, 3, dim, device="cuda", dtype=dtype).transpose(1, 2) for _ in range(2))
-    starts = torch.tensor([3, lag, 4 * lag + 1, 5 * lag + 5], device="cuda")
-    fused = fused_select_partitions(k, v, starts, lag, num_kept)
-    readable = select_partitions(k, v, starts, lag, num_kept)
+    places = [3, lag, 4 * lag + 1, 5 * lag + 5]
+    partitions, config = partitions_at(places, lag, num_kept, value_weight=value_weight)
+    starts = partitions.starts
+    fused = fast_select_partitions(k, v, partitions, config, 0)
+    readable = select_partitions(k, v, partitions, config, 0)
     assert (fused.diff(dim=-1) > 0).all()
     # Where the sets differ, the scores on both sides of the cut are equal but for rounding.
     tokens = starts[:, None] + torch.arange(lag, device="cuda")
-    scores = sum(lag_scores(x[:, :, tokens], x[:, :, tokens + lag]) for x in (k, v))
+    of_keys, of_values = (lag_scores(x[:, :, tokens], x[:, :, tokens + lag]) for x in (k, v))
+    scores = of_keys + value_weight * of_values
     chosen = [scores.gather(-1, kept - starts[:, None]).sort(dim=-1).values for kept in (fused, readable)]
     assert relative_error(*chosen) < 1e-5
     assert (fused == readable).float().mean() > 0.99
@@ -120,7 +133,7 @@ def test_fused_selection_is_the_same_function(dtype, lag, num_kept, dim, poison_
 
 def test_fused_selection_breaks_ties_towards_the_lower_position():
     k = torch.randn(1, 2, 1, 64, device="cuda").expand(1, 2, 400, 64)  # every token is the same
-    kept = fused_select_partitions(k, k, torch.tensor([10, 110], device="cuda"), 100, 7)
+    kept = fast_select_partitions(k, k, *partitions_at([10, 110], 100, 7), 0)
     assert kept[0, 0].tolist() == [list(range(10, 17)), list(range(110, 117))]
 
 
@@ -162,7 +175,7 @@ def positions_of(k, v, layout):
     """Token behind each slot of the kept buffer, as the kernels select: int64 [B, G, R]."""
     plan = buffer_plan(layout.table, padded_buffer_size(layout.table), k.device)
     positions = plan.positions.repeat(*k.shape[:2], 1)
-    kept = fused_select_partitions(k, v, plan.starts, layout.table.lag_size, layout.table.num_kept)
+    kept = fast_select_partitions(k, v, plan.partitions, layout.table.config, 0)
     positions[:, :, plan.slots] = kept.flatten(2)
     return positions
 
@@ -181,6 +194,25 @@ def test_fused_selection_with_degenerate_channels(value):
     k, v = (torch.randn(1, 2, 600, 64, device="cuda") for _ in range(2))
     k[..., :10] = value if value != float("inf") else 1e38
     k[:, :, 100:300, 0] = 1e38  # overflows where the reference is small
-    starts = torch.tensor([0, 100, 300], device="cuda")
-    fused = fused_select_partitions(k, v, starts, 100, 20)
-    assert (fused == select_partitions(k, v, starts, 100, 20)).float().mean() > 0.95
+    partitions, config = partitions_at([0, 100, 300], 100, 20)
+    fused = fast_select_partitions(k, v, partitions, config, 0)
+    assert (fused == select_partitions(k, v, partitions, config, 0)).float().mean() > 0.95
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rule", ["key_norm", "random", "window"])
+def test_rules_without_kernels_of_their_own(rule, backend):
+    """They run in PyTorch, and never in those of another rule; window has nothing to run, with and without a sink."""
+    for sink_size in (0, 16):
+        settings = dict(sink_size=sink_size, lag_size=128, retention=0.25, selection=rule)
+        errors = compare(backend, (3000, 333, 2001), **settings)
+        assert max(errors) < 2e-2, errors
+
+
+def test_a_rule_without_kernels_says_so_once():
+    k = torch.randn(1, 2, 600, 64, device="cuda")
+    say_once.cache_clear()
+    with pytest.warns(UserWarning, match="attention.selection=key_norm has no fused GPU kernels") as said:
+        answers = [has_fused_path(k, k, LRSAConfig(selection="key_norm")) for _ in range(2)]
+    assert answers == [False, False] and len(said) == 1
+    assert has_fused_path(k, k, LRSAConfig()) and not has_fused_path(k, k, LRSAConfig(selection="window"))

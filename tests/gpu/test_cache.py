@@ -10,9 +10,13 @@ from tests.helpers import assert_close
 pytestmark = pytest.mark.gpu
 
 
+@pytest.mark.parametrize(
+    "selection",
+    [{}, dict(value_weight=0.3), dict(selection="key_norm"), dict(selection="random"), dict(selection="window")],
+)
 @pytest.mark.parametrize("steps", [(2000,), (1, 700, 1, 1, 640, 657), (300, 128, 128, 1444)])
-def test_the_cache_is_the_training_pass(steps):
-    config = LRSAConfig(sink_size=5, lag_size=64, retention=0.3, backend="chunked")
+def test_the_cache_is_the_training_pass(steps, selection):
+    config = LRSAConfig(sink_size=5, lag_size=64, retention=0.3, backend="chunked", **selection)
     model = apply_lrsa(tiny("llama"), config).cuda()
     ids = torch.randint(1, 101, (1, sum(steps)), device="cuda")
     cache = LagKVCache(config)

@@ -1,12 +1,15 @@
-"""The selection in two Triton kernels.
+"""LagKV's selection in two Triton kernels.
 
-The readable form is `select.py`. Both score in fp32 from the same keys and values, and break ties alike; where sums
+The readable form is `lagkv.py`. Both score in fp32 from the same keys and values, and break ties alike; where sums
 are rounded in another order, two scores that differ by less than that may change places. Shapes as there.
 """
 
 import importlib.util
 
 import torch
+
+from lrsa_ds.attention.selection.rule import Partitions
+from lrsa_ds.config import LRSAConfig
 
 # Elements that a program holds at once: on an H100, 32,768 took 0.77 of the time of 8,192.
 TILE = 32768
@@ -62,7 +65,7 @@ if HAS_TRITON:
     @triton.jit
     def _keep_kernel(
         deviations, row_size, starts, slots, kept, kept_stride, slot_of, num_tokens, num_partitions,
-        lag: tl.constexpr, num_kept, LAG: tl.constexpr, INVERSE: tl.constexpr,
+        value_weight, lag: tl.constexpr, num_kept, LAG: tl.constexpr, INVERSE: tl.constexpr,
     ):  # fmt: skip
         """Positions of the `num_kept` highest scores of a partition, ascending, from slot `slots[partition]` on.
 
@@ -75,7 +78,8 @@ if HAS_TRITON:
             at = deviations + part * row_size + row * lag + tokens
             deviation = tl.load(at, mask=is_token, other=float("-inf"))
             weight = tl.exp(deviation - tl.max(deviation, axis=0))
-            score += weight / tl.sum(weight, axis=0)
+            share = weight / tl.sum(weight, axis=0)
+            score += share if part == 0 else value_weight * share
         # The bits of floats that are not negative are ordered as they are: find the num_kept-th largest bit by bit.
         bits = tl.where(is_token, score.to(tl.int32, bitcast=True), -1)
         threshold = tl.zeros([1], tl.int32)
@@ -95,38 +99,20 @@ if HAS_TRITON:
 
 
 @torch.no_grad()
-def fused_select_partitions(
-    k: torch.Tensor, v: torch.Tensor, starts_P: torch.Tensor, lag: int, num_kept: int
-) -> torch.Tensor:
-    """The same function as `select_partitions`, on a GPU, for keys and values of one D: int64 [B, G, P, K]."""
-    num_partitions = len(starts_P)
-    kept = torch.empty(*k.shape[:2], num_partitions, num_kept, dtype=torch.int64, device=k.device)
-    slots = num_kept * torch.arange(num_partitions, device=k.device)
-    fused_select_into(kept.flatten(2), k, v, starts_P, slots, lag, num_kept)
-    return kept
-
-
-@torch.no_grad()
 def fused_select_into(
     positions: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    starts_P: torch.Tensor,
+    partitions: Partitions,
     slots_P: torch.Tensor,
-    lag: int,
-    num_kept: int,
+    config: LRSAConfig,
+    layer: int,
     slot_of: torch.Tensor | None = None,
     copies: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
-    """Writes the positions kept of each partition into `positions` [B, G, R], from slot `slots_P[p]` on.
-
-    Args:
-        slot_of: int32 [B, G, N], if given: the slot of each kept token is written there.
-        copies: of keys and values, [B, G, C + N, D] each and contiguous, if given: the tokens of the partitions are
-            copied to their places behind the first C rows.
-    """
-    batch, heads, num_tokens = k.shape[:3]
-    num_partitions = len(starts_P)
+    """See `FusedSelection`; `layer` makes no difference."""
+    starts_P, lag, num_tokens = partitions.starts, config.lag_size, k.shape[2]
+    batch, heads, num_partitions = *k.shape[:2], len(partitions)
     num_rows = batch * heads * num_partitions
     deviations = torch.empty(2, num_rows, lag, dtype=torch.float32, device=k.device)
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
@@ -150,8 +136,9 @@ def fused_select_into(
         positions if slot_of is None else slot_of,
         num_tokens,
         num_partitions,
+        float(config.value_weight),  # a whole number would be compiled in
         lag,
-        num_kept,
+        config.num_kept,
         LAG=triton.next_power_of_2(lag),
         INVERSE=slot_of is not None,
         num_warps=4,

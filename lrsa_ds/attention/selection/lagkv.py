@@ -1,6 +1,9 @@
-"""How much a token stands out from the partition after its own (LagKV, arXiv 2504.04704, equations 5 to 9)."""
+"""LagKV (arXiv 2504.04704, equations 5 to 9): how much a token stands out from the partition after its own."""
 
 import torch
+
+from lrsa_ds.attention.selection.fused_lagkv import HAS_TRITON, fused_select_into
+from lrsa_ds.attention.selection.rule import Candidates, SelectionRule
 
 
 @torch.no_grad()
@@ -21,3 +24,17 @@ def lag_scores(partition: torch.Tensor, reference: torch.Tensor) -> torch.Tensor
     # Near-constant channels can overflow fp32; such a token stands out most of all, and must not become NaN below.
     largest = torch.finfo(torch.float32).max
     return deviation.nan_to_num(nan=largest, posinf=largest).softmax(dim=-1)
+
+
+def score(candidates: Candidates) -> torch.Tensor:
+    """score(K) + value_weight * score(V); the authors' code calls the weight `score_v_ratio`."""
+    of_keys = lag_scores(candidates.keys, candidates.key_reference)
+    of_values = lag_scores(candidates.values, candidates.value_reference)
+    return of_keys + candidates.value_weight * of_values
+
+
+LAGKV = SelectionRule(
+    score=score,
+    reads=("keys", "values", "reference", "value_weight"),
+    fused=fused_select_into if HAS_TRITON else None,
+)

@@ -1,0 +1,34 @@
+"""Tokens at random: a control for rules that look at them.
+
+The draw is a function of seed, layer, KV head and position in the document. So a training pass, a prefill and decoding
+keep the same tokens, and so does every rank.
+"""
+
+import torch
+
+from lrsa_ds.attention.selection.rule import Candidates, SelectionRule
+
+BITS = 2**32 - 1
+
+
+def mix(x: torch.Tensor) -> torch.Tensor:
+    """Numbers of 32 bits, each mapped to another one without a pattern; int64, so that no product overflows."""
+    for _ in range(2):
+        x = ((x ^ (x >> 16)) * 0x45D9F3B) & BITS
+    return x ^ (x >> 16)
+
+
+def random_rule(seed: int) -> SelectionRule:
+    """The rule that draws with `seed`, a number of 32 bits."""
+
+    def score(candidates: Candidates) -> torch.Tensor:
+        heads = torch.arange(candidates.num_heads, device=candidates.device)[:, None, None]
+        drawn = mix(heads.new_tensor(seed))
+        for source in (candidates.layer, heads, candidates.positions):
+            drawn = mix((drawn + source) & BITS)
+        return (drawn >> 8).float()  # 24 bits, which fp32 holds exactly
+
+    return SelectionRule(score=score)
+
+
+RANDOM = random_rule(seed=0)

@@ -1,0 +1,12 @@
+"""What a run says once, on its first rank: the others have the same to say."""
+
+import os
+import warnings
+from functools import lru_cache
+
+
+@lru_cache(maxsize=64)
+def say_once(sentence: str) -> None:
+    """Warns with a sentence, unless it was said before or this is not the first rank."""
+    if os.environ.get("RANK", "0") == "0":
+        warnings.warn(sentence, stacklevel=3)
