@@ -207,8 +207,12 @@ def _table(wandb: ModuleType, rows: list[dict]):
     return wandb.Table(columns=columns, data=[[row.get(name) for name in columns] for row in rows])
 
 
+def _cache_key(row: dict) -> str:
+    return row["prefill"] if row["prefill"] == "dense" else f"{row['prefill']}@{row['retention']:g}"
+
+
 def _results_log(wandb: ModuleType, rows: list[dict], pictures: dict[str, Path]) -> dict:
-    log = {f"results/{r['task']}/{r['length']}/{r['cache']}/{r['metric']}": r["mean"] for r in rows}
+    log = {f"results/{r['task']}/{r['length']}/{_cache_key(r)}/{r['metric']}": r["mean"] for r in rows}
     return log | {"results": _table(wandb, rows)} | {name: wandb.Image(str(p)) for name, p in pictures.items()}
 
 

@@ -13,7 +13,8 @@ from lrsa_ds.config import (
     require_whole,
 )
 
-PREFILLS = ("dense", "chunked", "full")
+PREFILLS = ("dense", "chunked", "after")
+OLD_SPELLINGS = {"full": "after"}
 GENERATED = ("passkey", "needle", "needle_multikey", "variable_tracking", "common_words", "signature")
 TASKS = (*GENERATED, "qa", "longbench", "ruler", "perplexity")
 
@@ -26,7 +27,7 @@ class CacheConfig:
         sink_size, lag_size, selection, value_weight: None takes what the model was trained with, or else the defaults.
         retentions: shares of each partition that are kept, for the compressed caches.
         prefill: "dense" keeps all; "chunked" compresses while it prefills, chunk by chunk, as LRSA trains;
-            "full" prefills densely and compresses then, as most methods are evaluated.
+            "after" prefills densely and compresses afterwards, as most methods are evaluated ("full" is its old name).
     """
 
     sink_size: int | None = None
@@ -38,6 +39,7 @@ class CacheConfig:
 
     def __post_init__(self):
         require(self.prefill != [], f"cache.prefill=[] is not valid: choose among {', '.join(PREFILLS)}.")
+        self.prefill = list(dict.fromkeys(OLD_SPELLINGS.get(prefill, prefill) for prefill in self.prefill))
         for prefill in self.prefill:
             require_one_of("cache.prefill", prefill, PREFILLS)
         for retention in self.retentions:
@@ -100,6 +102,7 @@ class EvaluateConfig:
             "the task qa needs data=files or data=hub, and data are read only for the task qa.",
         )
         require(
-            "perplexity" not in self.tasks or self.cache.prefill != ["full"],
-            "perplexity needs cache.prefill to hold dense or chunked: after a full prefill nothing is left to predict.",
+            "perplexity" not in self.tasks or self.cache.prefill != ["after"],
+            "perplexity needs cache.prefill to hold dense or chunked: a cache that is compressed after the prompt has "
+            "nothing left to predict.",
         )

@@ -1,7 +1,7 @@
 """Answers with the caches that inference would keep: real prefilling and greedy decoding, sample by sample.
 
 Three ways to fill a cache are compared: "dense" keeps everything; "chunked" compresses while it prefills, chunk by
-chunk, which is the function that LRSA trains; "full" prefills densely and compresses afterwards.
+chunk, which is the function that LRSA trains; "after" prefills densely and compresses afterwards.
 """
 
 import warnings
@@ -55,6 +55,14 @@ class Mode:
 DENSE = Mode("dense", 1.0)
 
 
+@dataclass(frozen=True)
+class Answer:
+    """Generated tokens, and the size of the cache before the first of them."""
+
+    ids: list[int]
+    size: dict[str, int]
+
+
 def modes(prefills: Sequence[str], retentions: Sequence[float]) -> list[Mode]:
     """All that are to be compared, the dense one first."""
     dense = [DENSE] if "dense" in prefills else []
@@ -87,18 +95,20 @@ class Evaluator:
     def rows(self, sample: Sample, wanted: Sequence[Mode]) -> list[dict]:
         """A row for each mode: the sample's identity, the mode, `scores` in percent (nats of `nll`), and what was said.
 
-        The score `first_token` tells whether the first generated token is that of the dense mode, if that is wanted.
+        `num_tokens` and `num_held` are the tokens that the cache has seen when the answer begins (or at the end of a
+        text), and the entries that it holds then. The score `first_token` tells whether the first generated token is
+        that of the dense mode, if that is wanted and the cache differs: it has dropped something.
         """
         with warnings.catch_warnings():
             # Other caches than that of the training are what is compared here.
             warnings.filterwarnings("ignore", message="the cache keeps")
             if sample.metrics == ("nll",):
-                return [self._perplexity_row(sample, mode) for mode in wanted if mode.prefill != "full"]
+                return [self._perplexity_row(sample, mode) for mode in wanted if mode.prefill != "after"]
             return self._answer_rows(sample, wanted)
 
     def _answer_rows(self, sample: Sample, wanted: Sequence[Mode]) -> list[dict]:
         prompt = torch.tensor([sample.prompt_ids], device=self.model.device)
-        answers: dict[Mode, list[int]] = {}
+        answers: dict[Mode, Answer] = {}
         for mode in wanted:
             if mode.prefill == "chunked":
                 answers[mode] = self._answer(sample, prompt, self._filled(prompt, mode))
@@ -121,7 +131,8 @@ class Evaluator:
         prefill(self.model, ids, cache, attention_mask=torch.ones_like(ids))
         return cache
 
-    def _answer(self, sample: Sample, prompt: torch.Tensor, cache: LagKVCache) -> list[int]:
+    def _answer(self, sample: Sample, prompt: torch.Tensor, cache: LagKVCache) -> Answer:
+        size = _size(cache)
         settings = GenerationConfig(
             do_sample=False,
             max_new_tokens=sample.max_new_tokens,
@@ -130,14 +141,15 @@ class Evaluator:
         )
         mask = torch.ones_like(prompt)  # or tokens of the prompt that look like padding would count as such
         found = self.model.generate(prompt, attention_mask=mask, past_key_values=cache, generation_config=settings)
-        return found[0, prompt.shape[1] :].tolist()
+        return Answer(found[0, prompt.shape[1] :].tolist(), size)
 
-    def _answer_row(self, sample: Sample, mode: Mode, answer: list[int], dense: list[int] | None) -> dict:
-        text = self.tokenizer.decode(answer, skip_special_tokens=True).strip()
+    def _answer_row(self, sample: Sample, mode: Mode, answer: Answer, dense: Answer | None) -> dict:
+        text = self.tokenizer.decode(answer.ids, skip_special_tokens=True).strip()
         scores = {name: 100 * self.score(name, text, sample.answers) for name in sample.metrics}
-        if dense is not None and mode != DENSE:
-            scores["first_token"] = 100.0 * (answer[0] == dense[0])
-        return _identity(sample, mode) | {"scores": scores, "prediction": text, "answers": list(sample.answers)}
+        if dense is not None and answer.size["num_held"] < answer.size["num_tokens"]:
+            scores["first_token"] = 100.0 * (answer.ids[0] == dense.ids[0])
+        said = {"scores": scores, "prediction": text, "answers": list(sample.answers)}
+        return _identity(sample, mode) | answer.size | said
 
     def _perplexity_row(self, sample: Sample, mode: Mode) -> dict:
         """Negative log-likelihood of every token of the prompt given those before it, under the cache of the mode."""
@@ -148,7 +160,13 @@ class Evaluator:
             losses.append(cross_entropy(logits.float(), targets[0], reduction="none"))
         nll = torch.cat(losses)
         by_position = [part.mean().item() for part in nll.tensor_split(NUM_POSITIONS)]
-        return _identity(sample, mode) | {"scores": {"nll": nll.mean().item()}, "nll_by_position": by_position}
+        found = {"scores": {"nll": nll.mean().item()}, "nll_by_position": by_position}
+        return _identity(sample, mode) | _size(cache) | found
+
+
+def _size(cache: LagKVCache) -> dict[str, int]:
+    """Tokens seen and entries held."""
+    return {"num_tokens": cache.get_seq_length(), "num_held": cache.num_held}
 
 
 def _identity(sample: Sample, mode: Mode) -> dict:

@@ -1,18 +1,40 @@
 """The summary of an evaluation as a table for the terminal, and as pictures."""
 
 import math
-from fractions import Fraction
+import textwrap
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from lrsa_ds.errors import LRSAError
-from lrsa_ds.evaluate.results import cache_name
+from lrsa_ds.evaluate.results import cache_name, measured_factor
+from lrsa_ds.labels import SMALLER, factor_name, retention_name
 
-CACHES_PER_BLOCK = 4  # so that a line of the table stays within 100 columns
-COLORS = {"dense": "#8a8f98", "chunked": "#1f6feb", "full": "#d97706"}
-MARKERS = {"dense": "s", "chunked": "o", "full": "^"}
+CACHES_PER_BLOCK = 4
+WIDTH, TITLE_WIDTH = 18, 28  # of a column of the table and of its first one: a line stays within 100 columns
+COLORS = {"dense": "#8a8f98", "chunked": "#1f6feb", "after": "#d97706"}
+MARKERS = {"dense": "s", "chunked": "o", "after": "^"}
+
+
+CACHES = {
+    "dense": "holds everything",
+    "chunked": "compressed while it prefills, chunk by chunk",
+    "after": "prefilled densely, compressed afterwards",
+}
+METRICS = {
+    "exact": "answers that are right but for case, punctuation, articles and spaces",
+    "f1": "F1 of the words of the answer",
+    "recall": "the right answers that stand in what was said",
+    "hit": "samples with one of the right answers in what was said",
+    "partial": "the longest part of the answer that stands in what was said, over its length",
+    "rouge_l": "F1 of the longest common subsequence of words",
+    "similarity": "how alike the first lines of code are, character by character",
+    "count": "the numbers in what was said that are the answer's",
+    "first_token": "samples whose first generated token is that of the dense cache",
+    "nll": "negative log-likelihood of a token of the text, in nats",
+}
+UNCOMPRESSED = "1.00x: too short for this cache to drop anything; such samples have no first_token"
 
 
 def results_table(rows: list[dict]) -> str:
@@ -27,7 +49,22 @@ def results_table(rows: list[dict]) -> str:
         caches = sorted({(row["prefill"], -row["retention"]) for row in mine}, key=_order)
         for start in range(0, len(caches), CACHES_PER_BLOCK):
             blocks.append("\n".join(_block(mine, length, caches[start : start + CACHES_PER_BLOCK])))
-    return "\n\n".join([*blocks, "percent (nats for nll), with 95 % intervals; (n): samples"])
+    return "\n\n".join([*blocks, "\n".join(_legend(rows))])
+
+
+def _legend(rows: list[dict]) -> list[str]:
+    """What the words of a table mean that stand in it."""
+    prefills, metrics = ({row[name] for row in rows} for name in ("prefill", "metric"))
+    lines = ["percent (nll: nats), with 95 % intervals; (n): samples"]
+    lines += [f"{name}: {meaning}" for name, meaning in CACHES.items() if name in prefills]
+    if prefills != {"dense"}:
+        lines += [
+            "1/8 and the like: the share of each partition that is kept",
+            f"smaller: {SMALLER} when the answer begins (nll: at the end of the text)",
+        ]
+    if any(row["retention"] < 1 and row["cache_factor"] == 1 for row in rows):
+        lines.append(UNCOMPRESSED)
+    return lines + [f"{name}: {meaning}" for name, meaning in METRICS.items() if name in metrics]
 
 
 def _order(cache: tuple[str, float]) -> tuple:
@@ -35,18 +72,21 @@ def _order(cache: tuple[str, float]) -> tuple:
 
 
 def _block(rows: list[dict], length: int, caches: list[tuple[str, float]]) -> list[str]:
-    width, title_width = 18, 28
     names = [cache_name(prefill, -negative) for prefill, negative in caches]
-    lines = [f"{f'{length:,} tokens':<{title_width}}" + "".join(f"{name:>{width}}" for name in names)]
+    lines = [f"{f'{length:,} tokens':<{TITLE_WIDTH}}" + "".join(f"{name:>{WIDTH}}" for name in names)]
+    if set(names) != {"dense"}:
+        factors = [factor_name(row["cache_factor"] for row in rows if row["cache"] == name) for name in names]
+        cells = ["" if name == "dense" else factor for name, factor in zip(names, factors, strict=True)]
+        lines.append(f"{'smaller':<{TITLE_WIDTH}}" + "".join(f"{cell:>{WIDTH}}" for cell in cells))
     for task, metric in dict.fromkeys((row["task"], row["metric"]) for row in rows):
         found = {row["cache"]: row for row in rows if (row["task"], row["metric"]) == (task, metric)}
         count = "/".join(dict.fromkeys(str(found[name]["num_samples"]) for name in names if name in found))
         if count:  # some tasks know only some of the caches
-            count = f" {metric} ({count})"
-            room = title_width - len(count)
-            title = (task if len(task) <= room else f"{task[: room - 1]}…") + count
-            cells = "".join(f"{_cell(found.get(name)):>{width}}" for name in names)
-            lines.append(f"{title:<{title_width}}{cells}")
+            title = f"{task} {metric} ({count})"
+            if len(title) > TITLE_WIDTH:  # a name is never cut
+                lines += [task] if task not in lines else []
+                title = f"  {metric} ({count})"
+            lines.append(f"{title:<{TITLE_WIDTH}}" + "".join(f"{_cell(found.get(name)):>{WIDTH}}" for name in names))
     return lines
 
 
@@ -100,7 +140,7 @@ def _figure(num_lines: int, num_columns: int, size: tuple[float, float], title: 
 def _scores(rows: list[dict], title: str) -> Figure:
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     num_columns = min(4, len(tasks))
-    figure, panels = _figure(-(-len(tasks) // num_columns), num_columns, (3.0, 2.6), title, sharex=True, sharey=True)
+    figure, panels = _figure(-(-len(tasks) // num_columns), num_columns, (3.0, 2.8), title, sharey=True)
     handles = {}
     for number, panel in enumerate(panels.flat):
         if number >= len(tasks):
@@ -114,20 +154,20 @@ def _scores(rows: list[dict], title: str) -> Figure:
                 handles[prefill] = _errorbar(panel, line, prefill)
         retentions = sorted({row["retention"] for row in rows})
         panel.set_xscale("log", base=2)
-        panel.set_xticks(retentions, [_share(retention) for retention in retentions])
+        panel.set_xticks(retentions, [_tick(mine, retention) for retention in retentions])
         panel.minorticks_off()
         panel.set_xlim(retentions[-1] * 1.25, retentions[0] / 1.25)
         panel.set_ylim(-4, 104)
-        panel.set_title(f"{tasks[number]} ({metric})", fontsize=9)
+        panel.set_title(textwrap.fill(f"{tasks[number]} ({metric})", 32), fontsize=9)
         panel.tick_params(labelsize=8)
         panel.grid(alpha=0.25, linewidth=0.6)
         panel.spines[["top", "right"]].set_visible(False)
         if number + num_columns >= len(tasks):
-            panel.set_xlabel("share of the KV cache kept", fontsize=8.5)
-            panel.tick_params(labelbottom=True)
+            panel.set_xlabel(f"share of each partition kept\n({SMALLER})", fontsize=8.5)
     for panel in panels[:, 0]:
         panel.set_ylabel("%", fontsize=8.5)
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8.5)
+    names = [f"{prefill}: {CACHES[prefill]}" for prefill in handles]
+    figure.legend(handles.values(), names, loc="outside lower center", ncols=1, frameon=False, fontsize=8.5)
     return figure
 
 
@@ -149,9 +189,19 @@ def _errorbar(panel, line: list[dict], prefill: str):
     )
 
 
-def _share(retention: float) -> str:
-    share = Fraction(retention).limit_denominator(1024)
-    return "all" if retention == 1 else f"1/{share.denominator}" if share.numerator == 1 else f"{retention:.2g}"
+def _tick(rows: list[dict], retention: float) -> str:
+    """The name of a cache, and below it how many times smaller it was."""
+    factor = factor_name(row["cache_factor"] for row in rows if row["retention"] == retention)
+    return retention_name(retention) if retention == 1 else f"{retention_name(retention)}\n({factor})"
+
+
+def _title(samples: list[dict], prefill: str, retention: float) -> str:
+    """The name of a cache, and how many times smaller it was at these samples."""
+    mine = [s for s in samples if (s["prefill"], s["retention"]) == (prefill, retention)]
+    lengths = sorted({sample["length"] for sample in mine})
+    factors = [measured_factor([s for s in mine if s["length"] == length]) for length in lengths]
+    name = cache_name(prefill, retention)
+    return name if prefill == "dense" else f"{name} ({factor_name(factors)})"
 
 
 def _needles(samples: list[dict], title: str) -> Figure:
@@ -160,7 +210,7 @@ def _needles(samples: list[dict], title: str) -> Figure:
     caches = sorted({(sample["prefill"], -sample["retention"]) for sample in samples}, key=_order)
     lengths = sorted({sample["length"] for sample in samples})
     depths = sorted({sample["depth"] for sample in samples})
-    size = (max(2.2, 0.55 * len(lengths) + 1.2), max(1.6, 0.28 * len(depths) + 0.8))
+    size = (max(2.2, 0.55 * len(lengths) + 1.2), max(1.8, 0.28 * len(depths) + 1.0))
     figure, panels = _figure(len(tasks), len(caches), size, title, sharex=True, sharey=True)
     image = None
     for task, line in zip(tasks, panels, strict=True):
@@ -171,7 +221,8 @@ def _needles(samples: list[dict], title: str) -> Figure:
                 for x, value in enumerate(values):
                     if not math.isnan(value):
                         panel.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=7)
-            panel.set_title(f"{task}, {cache_name(prefill, -negative)}", fontsize=8.5)
+            title = _title([sample for sample in samples if sample["task"] == task], prefill, -negative)
+            panel.set_title(f"{textwrap.fill(task, 26)}\n{title}", fontsize=8)
             panel.set_xticks(range(len(lengths)), [_short(n) for n in lengths], fontsize=7.5)
             panel.set_yticks(range(len(depths)), [f"{100 * depth:.0f} %" for depth in depths], fontsize=7.5)
     figure.supxlabel("tokens", fontsize=8.5)
@@ -202,13 +253,13 @@ def _perplexity(samples: list[dict], title: str) -> Figure:
             curves = [s["nll_by_position"] for s in mine if (s["prefill"], -s["retention"]) == cache]
             mean = [sum(values) / len(values) for values in zip(*curves, strict=True)]
             ends = [length * (i + 1) / len(mean) for i in range(len(mean))]
-            label = cache_name(cache[0], -cache[1])
+            label = _title(mine, cache[0], -cache[1])
             panel.plot(ends, mean, color=COLORS[cache[0]], linestyle=styles[number % 4], linewidth=1.5, label=label)
+        panel.legend(fontsize=8, frameon=False)  # each has its own: the factors depend on the length
         panel.set_xlabel("position (tokens)", fontsize=8.5)
         panel.set_title(f"{length:,} tokens ({len({s['index'] for s in mine})} texts)", fontsize=9)
         panel.tick_params(labelsize=8)
         panel.grid(alpha=0.25, linewidth=0.6)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0, 0].set_ylabel("nats per token", fontsize=8.5)
-    panels[0, -1].legend(fontsize=8, frameon=False)
     return figure

@@ -7,6 +7,8 @@ from collections import defaultdict
 from pathlib import Path
 
 from lrsa_ds.errors import LRSAError
+from lrsa_ds.evaluate.config import OLD_SPELLINGS
+from lrsa_ds.labels import retention_name
 
 RESULTS = "results.jsonl"
 PARTS = "results.rank*.jsonl"
@@ -56,7 +58,8 @@ def _read(path: Path) -> list[dict]:
     for number, line in enumerate(lines, start=1):
         try:
             if line:
-                rows.append(json.loads(line))
+                row = json.loads(line)
+                rows.append(row | {"prefill": OLD_SPELLINGS.get(row["prefill"], row["prefill"])})
         except json.JSONDecodeError as error:
             if number == len(lines):  # without a line's end: the run was stopped while it wrote
                 break
@@ -67,20 +70,30 @@ def _read(path: Path) -> list[dict]:
 def summary(rows: list[dict]) -> list[dict]:
     """One row for each task, length, cache and metric, in the order of the rows.
 
-    `mean` with its 95 % interval `low` to `high`; `num_samples`. Scores in percent have Wilson's interval, which is
-    right for shares and wide for others between 0 and 100; `nll` has that of the normal distribution.
+    `mean` with its 95 % interval `low` to `high`; `num_samples`; `cache_factor`. Scores in percent have Wilson's
+    interval, which is right for shares and wide for others between 0 and 100; `nll` has that of the normal
+    distribution.
     """
-    values: dict[tuple, list[float]] = defaultdict(list)
+    groups: dict[tuple, list[dict]] = defaultdict(list)
     for row in rows:
-        for metric, score in row["scores"].items():
-            values[row["task"], row["length"], row["prefill"], row["retention"], metric].append(score)
+        for metric in row["scores"]:
+            groups[row["task"], row["length"], row["prefill"], row["retention"], metric].append(row)
     found = []
-    for (task, length, prefill, retention, metric), scores in values.items():
+    for (task, length, prefill, retention, metric), mine in groups.items():
+        scores = [row["scores"][metric] for row in mine]
         mean, low, high = interval(scores) if metric == "nll" else wilson(scores)
         row = {"task": task, "length": length, "prefill": prefill, "retention": retention}
         row |= {"cache": cache_name(prefill, retention), "metric": metric, "num_samples": len(scores)}
+        row["cache_factor"] = measured_factor(mine)
         found.append(row | {"mean": mean, "low": low, "high": high})
     return found
+
+
+def measured_factor(rows: list[dict]) -> float | None:
+    """Tokens that the caches of these samples had seen over entries that they held; None for rows without them."""
+    if any("num_held" not in row for row in rows):
+        return None
+    return sum(row["num_tokens"] for row in rows) / sum(row["num_held"] for row in rows)
 
 
 def wilson(scores: list[float]) -> tuple[float, float, float]:
@@ -101,5 +114,5 @@ def interval(values: list[float]) -> tuple[float, float, float]:
 
 
 def cache_name(prefill: str, retention: float) -> str:
-    """Such as "dense" or "chunked 8x"."""
-    return prefill if prefill == "dense" else f"{prefill} {1 / retention:.3g}x"
+    """Such as "dense" or "chunked 1/8"."""
+    return prefill if prefill == "dense" else f"{prefill} {'1' if retention == 1 else retention_name(retention)}"

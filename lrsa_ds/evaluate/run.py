@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-from lrsa_ds.config import LogConfig, LRSAConfig, load_settings, require, save_settings
+from lrsa_ds.config import LogConfig, LRSAConfig, load_settings, require, require_compression, save_settings
 from lrsa_ds.data.tokenizer import Tokenizer, load_tokenizer
 from lrsa_ds.evaluate.config import EvaluateConfig
 from lrsa_ds.evaluate.evaluator import Evaluator, Mode, Sample, modes
@@ -51,8 +51,7 @@ def evaluate(
     trained = getattr(structure.config, "lrsa", None)
     wanted = modes(config.cache.prefill, config.cache.retentions)
     settings = asdict(config)
-    for mode in wanted:
-        config.cache.attention(trained, mode.retention)
+    _check_lengths(config, trained, wanted)
     directory = _directory(config)
     _check_directory(directory, settings, config.overwrite)
     tokenizer = load_tokenizer(config.model)
@@ -80,6 +79,14 @@ def evaluate(
     finally:
         logger.close(failed=failed)
     stop_mesh()
+
+
+def _check_lengths(config: EvaluateConfig, trained: dict | None, wanted: list[Mode]) -> None:
+    """Refuses prompts that are so short that no cache would drop anything: every score would be the dense one."""
+    for mode in wanted:
+        attention = config.cache.attention(trained, mode.retention)
+        for length in config.lengths if mode.prefill != "dense" and not attention.is_dense else ():
+            require_compression("lengths", length, attention, "cache", "cache.prefill=[dense]")
 
 
 def _dtype(config: EvaluateConfig) -> torch.dtype:
@@ -137,7 +144,7 @@ def _missing(samples: SampleSource, wanted: list[Mode], done: set[tuple]) -> lis
     """Every sample that is not done, with all its modes: the agreement with the dense one needs them together."""
     missing = []
     for item in samples.items():
-        expected = [m for m in wanted if not (item[0] == "perplexity" and m.prefill == "full")]
+        expected = [m for m in wanted if not (item[0] == "perplexity" and m.prefill == "after")]
         if any((*item, m.prefill, m.retention) not in done for m in expected):
             missing.append((item, expected))
     return missing
@@ -152,16 +159,17 @@ def _work(
     log: LogConfig,
 ) -> None:
     mine = missing[mesh.rank :: mesh.world_size]
-    progress = Progress(len(mine), unit="sample") if mesh.is_main and log.progress else None
+    total = len(missing)
+    progress = Progress(total, unit="sample") if mesh.is_main and log.progress else None
     file = JSONLines(part_of(directory, mesh.rank))
-    for number, (item, wanted) in enumerate(mine, start=1):
-        started = time.perf_counter()
+    for number, (item, wanted) in enumerate(mine):
+        if progress:  # the others are about as far
+            progress.show({"step": min(number * mesh.world_size, total)})
         for row in evaluator.rows(samples.sample(*item), wanted):
             file.write(row)
-        if progress:
-            progress.show({"step": number, "step_seconds": time.perf_counter() - started})
     file.close()
     if progress:
+        progress.show({"step": total})
         progress.close()
 
 

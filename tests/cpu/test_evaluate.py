@@ -15,6 +15,7 @@ from lrsa_ds.data.tokenizer import byte_tokenizer
 from lrsa_ds.errors import LRSAError
 from lrsa_ds.evaluate.config import CacheConfig, EvaluateConfig
 from lrsa_ds.evaluate.evaluator import DENSE, Evaluator, Mode, Sample, modes
+from lrsa_ds.evaluate.report import METRICS as LEGEND
 from lrsa_ds.evaluate.report import draw_results, results_table
 from lrsa_ds.evaluate.results import collect, interval, part_of, read_results, summary, wilson
 from recipes.longeval import GENERATED, GeneratedSamples
@@ -112,11 +113,11 @@ def make_sample(num_tokens=150, metrics=("recall",), **settings):
     return Sample(prompt_ids=ids, metrics=metrics, **{**defaults, **settings})
 
 
-WANTED = modes(["dense", "chunked", "full"], [0.5, 0.25])
+WANTED = modes(["dense", "chunked", "after"], [0.5, 0.25])
 
 
 def test_modes():
-    assert [DENSE, Mode("chunked", 0.5), Mode("chunked", 0.25), Mode("full", 0.5), Mode("full", 0.25)] == WANTED
+    assert [DENSE, Mode("chunked", 0.5), Mode("chunked", 0.25), Mode("after", 0.5), Mode("after", 0.25)] == WANTED
     assert modes(["chunked"], [0.5]) == [Mode("chunked", 0.5)]
 
 
@@ -163,7 +164,8 @@ def test_perplexity_is_that_of_the_training_pass():
 
 def result(index, prefill="chunked", retention=0.25, task="needle", score=100.0, **more):
     identity = dict(task=task, length=1024, index=index, prefill=prefill, retention=retention, depth=0.5)
-    return identity | {"scores": {"recall": score}} | more
+    held = 1000 if prefill == "dense" else 1000 * retention + 100
+    return identity | {"num_tokens": 1000, "num_held": held, "scores": {"recall": score}} | more
 
 
 def test_parts_are_merged_and_a_torn_last_line_is_dropped(tmp_path):
@@ -189,11 +191,19 @@ def test_intervals():
 def test_table_and_pictures(tmp_path):
     tasks = ["needle", "a_task_with_a_very_long_name", "signature"]
     cells = [(task, *mode) for task in tasks for mode in [("dense", 1.0), ("chunked", 0.25), ("chunked", 0.125)]]
-    cells += [(task, "full", r) for task in tasks for r in (0.25, 0.125)]
+    cells += [(task, "after", r) for task in tasks for r in (0.25, 0.125)]
     samples = [result(i, p, r, task, score=25.0 * i) for task, p, r in cells for i in range(5)]
     samples += [
         dict(
-            task="perplexity", length=1024, index=i, prefill=p, retention=r, scores={"nll": 2.5}, nll_by_position=[3, 2]
+            task="perplexity",
+            length=1024,
+            index=i,
+            prefill=p,
+            retention=r,
+            num_tokens=1024,
+            num_held=1024 * r,
+            scores={"nll": 2.5},
+            nll_by_position=[3, 2],
         )
         for i in range(2)
         for p, r in (("dense", 1.0), ("chunked", 0.25))
@@ -201,11 +211,54 @@ def test_table_and_pictures(tmp_path):
     rows = summary(samples)
     table = results_table(rows)
     assert max(map(len, table.splitlines())) <= 100
-    assert "50.0 (17–83)" in table and "2.500" in table and "a_task_with_a_ve… recall (5)" in table
+    lines = table.splitlines()
+    assert "50.0 (17–83)" in table and "2.500" in table
+    place = lines.index("a_task_with_a_very_long_name")  # not cut: its scores stand below it
+    assert lines[place + 1].split()[:2] == ["recall", "(5)"]
+    assert lines[0].split("  ")[0] == "1,024 tokens"
+    assert [cell.strip() for cell in lines[0][28:].split("  ") if cell] == [
+        "dense",
+        "chunked 1/4",
+        "chunked 1/8",
+        "after 1/4",
+    ]
+    assert lines[1].split() == ["smaller", "2.86–4.00x", "4.44x", "2.86x"]
+    for word in ("dense: holds", "chunked: ", "after: prefilled densely", "smaller: tokens seen", "recall: ", "nll: "):
+        assert any(line.startswith(word) for line in lines), word
+    assert "first_token:" not in table and "1.00x" not in table  # nothing of the kind is in it
     assert all(row["num_samples"] == 5 for row in rows if row["task"] != "perplexity")
     pictures = draw_results(rows, samples, tmp_path, "title")
     assert set(pictures) == {"scores_1024", "needles", "perplexity"}
     assert all(imread(path).shape[0] > 300 for path in pictures.values())
+
+
+def test_every_metric_has_a_legend():
+    assert set(METRICS) | {"first_token", "nll"} == set(LEGEND)
+
+
+def test_prompts_that_are_too_short_say_so_and_agree_with_nothing():
+    """S + 2L = 36: a prompt of 35 tokens and one of 36 before its last token."""
+    evaluator = make_evaluator()
+    short, long = (evaluator.rows(make_sample(num_tokens=n), WANTED) for n in (36, 37))
+    assert all(row["num_held"] == row["num_tokens"] == 35 and "first_token" not in row["scores"] for row in short)
+    assert [row["num_held"] for row in long] == [36, 28, 24, 28, 24]
+    assert [("first_token" in row["scores"]) for row in long] == [False, True, True, True, True]
+    table = results_table(summary(short))
+    assert table.splitlines()[1].split() == ["smaller", "1.00x", "1.00x", "1.00x"]
+    assert "1.00x: too short for this cache to drop anything; such samples have no first_token" in table
+    assert "100.0" not in table
+
+
+def test_the_old_name_of_a_cache_is_read(tmp_path):
+    assert CacheConfig(prefill=["dense", "full", "after"]).prefill == ["dense", "after"]
+    (tmp_path / "results.jsonl").write_text(json.dumps(result(0, prefill="full")) + "\n")
+    assert [row["prefill"] for row in read_results(tmp_path)] == ["after"]
+
+
+def test_results_without_the_size_of_the_cache_have_no_factor():
+    """Rows of an earlier version."""
+    rows = [{k: v for k, v in result(i).items() if k != "num_held"} for i in range(2)]
+    assert results_table(summary(rows)).splitlines()[1].split() == ["smaller", "-"]
 
 
 def make_config(**settings):
@@ -297,7 +350,7 @@ def test_mistakes(settings, said):
         (dict(retentions=[0.0]), "cache.retentions=0.0 .*above 0 and at most 1"),
         (dict(retentions=[2]), "cache.retentions=2 "),
         (dict(retentions=[]), r"cache.retentions=\[\]"),
-        (dict(prefill=["sparse"]), "cache.prefill='sparse' .*dense, chunked, full"),
+        (dict(prefill=["sparse"]), "cache.prefill='sparse' .*dense, chunked, after"),
         (dict(prefill=[]), r"cache.prefill=\[\]"),
         (dict(lag_size=0), "cache.lag_size=0"),
     ],

@@ -243,6 +243,8 @@ def test_evaluation_is_shared_by_ranks_and_goes_on_where_it_stopped(smoke, tmp_p
     assert len(first) == 2 * 5 + 2 * 3
     logged = wandb_history(wandb_records(shared))[-1]
     assert logged["results/needle/512/dense/recall"] == 0.0
+    assert "results/needle/512/chunked@0.125/recall" in logged and "results/needle/512/after@0.125/recall" in logged
+    assert "sample 4/4" in done.stderr
     assert {"results/path", "needles/path", "perplexity/path", "scores_512/path"} <= set(logged)
 
     # A rank was killed while it wrote: its whole rows stay, the torn one is done again.
@@ -258,6 +260,9 @@ def test_evaluation_is_shared_by_ranks_and_goes_on_where_it_stopped(smoke, tmp_p
 
     said = refused(capfd, monkeypatch, *more, f"output_dir={shared}", "seed=1", "cache.lag_size=32", command="evaluate")
     assert "another configuration, which differs in seed, cache:" in said and "overwrite=true" in said
+    said = refused(capfd, monkeypatch, model, "lengths=[512,144]", command="evaluate")
+    assert "lengths=144 is too short for anything to be compressed" in said
+    assert "give at least 145, cache.lag_size of at most 63, or cache.prefill=[dense]" in said
 
 
 def test_the_answers_of_a_loaded_model(smoke):
