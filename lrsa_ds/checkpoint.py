@@ -9,13 +9,14 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from deepspeed import DeepSpeedEngine
 
 from lrsa_ds.config import ModelConfig, TrainConfig, require
+from lrsa_ds.data.stream import reread
 from lrsa_ds.parallel.mesh import Mesh
 
 DIRECTORY = "checkpoints"
@@ -31,6 +32,7 @@ MAY_CHANGE = (
     "loss_chunk_size",
     "attention.backend",
     "data.num_workers",
+    "data.on_bad_row",
     "parallel",
     "zero.offload_optimizer",
     "zero.offload_param",
@@ -43,6 +45,8 @@ MAY_CHANGE = (
     "log",
     "checkpoint",
 )
+# Settings that say what the data are, or how they are cut: checkpoint.accept_data_change=true lets them change too.
+DATA_SETTINGS = ("data", "seq_len")
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class ResumePoint:
         position: where the stream of training sequences stands.
         world_size: the number of ranks that wrote it.
         settings, data: the configuration, and what the data looked like.
+        changed: a sentence, if the data have changed since and `position` has been fitted to the new ones.
     """
 
     directory: Path
@@ -62,6 +67,7 @@ class ResumePoint:
     world_size: int
     settings: dict
     data: str
+    changed: str | None = None
 
 
 def find_checkpoint(output: Path) -> ResumePoint | None:
@@ -74,20 +80,48 @@ def find_checkpoint(output: Path) -> ResumePoint | None:
     return ResumePoint(directory=newest, **json.loads((newest / TRAINER).read_text(encoding="utf-8")))
 
 
-def check_resume(point: ResumePoint, config: TrainConfig, data: str) -> None:
-    """Raises LRSAError if `config` or the data are not those of the checkpoint; names what differs."""
+def check_resume(point: ResumePoint, config: TrainConfig, data: str) -> ResumePoint:
+    """The point from which a run with `config` over `data` goes on.
+
+    Raises:
+        LRSAError: they are not those of the checkpoint; names what differs. Other data, and other settings of them, may
+            be accepted by `checkpoint.accept_data_change`.
+    """
+    differing = _differing(point, config)
+    of_data = [key for key in differing if _is_below(key, DATA_SETTINGS)]
+    accept = config.checkpoint.accept_data_change
+    place = f"output_dir={point.directory.parent.parent} holds step {point.step} of a run"
     instead = "restore it, choose another output_dir, or set checkpoint.overwrite=true to start anew"
+    if len(of_data) == len(differing) and not accept:
+        instead = f"{instead}; checkpoint.accept_data_change=true goes on over the data as they are now"
+    refused = [said for key, said in differing.items() if not (accept and key in of_data)]
+    require(not refused, f"{place} with other settings, {', '.join(refused)}: {instead}.")
+    if data == point.data and not of_data:
+        return point
+    changes = ", ".join([*differing.values(), *([f"it was {point.data}, and is {data}"] if data != point.data else [])])
+    require(accept, f"{place} over other data ({changes}): {instead}.")
+    changed = (
+        f"the data have changed ({changes}), and checkpoint.accept_data_change=true: the run goes on at the same place "
+        "in the order of the rows as they are now, and reads again those that were being packed. If the number of rows "
+        "has changed, their order has too, and in this epoch some may be seen twice and others not at all."
+    )
+    return replace(point, position=reread(point.position), changed=changed)
+
+
+def _differing(point: ResumePoint, config: TrainConfig) -> dict[str, str]:
+    """What to say of each setting that is another one now, and must not be; by key."""
     # A key that the release which wrote the checkpoint did not have is at its default.
     defaults = plain_settings(TrainConfig(model=ModelConfig(name="")))
     there, here = _flat(defaults) | _flat(point.settings), _flat(plain_settings(config))
-    differing = [
-        f"{key}={here.get(key)!r} (was {there.get(key)!r})"
+    return {
+        key: f"{key}={here.get(key)!r} (was {there.get(key)!r})"
         for key in sorted(there | here)
-        if there.get(key) != here.get(key) and not any(f"{key}.".startswith(f"{may}.") for may in MAY_CHANGE)
-    ]
-    place = f"output_dir={point.directory.parent.parent} holds step {point.step} of a run"
-    require(not differing, f"{place} with other settings, {', '.join(differing)}: {instead}.")
-    require(data == point.data, f"{place} over other data (it was {point.data}, and is {data}): {instead}.")
+        if there.get(key) != here.get(key) and not _is_below(key, MAY_CHANGE)
+    }
+
+
+def _is_below(key: str, groups: tuple[str, ...]) -> bool:
+    return any(f"{key}.".startswith(f"{group}.") for group in groups)
 
 
 def plain_settings(config: TrainConfig) -> dict:

@@ -403,6 +403,7 @@ class CheckpointConfig:
     best: bool = False
     export: bool = True
     overwrite: bool = False
+    accept_data_change: bool = False
 
     def __post_init__(self):
         require_whole("checkpoint.every", self.every, 0)

@@ -62,7 +62,7 @@ def prepare(config: TrainConfig, procedure: Procedure) -> Plan:
     )
     data = prepare_data(procedure, config, tokenizer)
     if resume is not None:
-        check_resume(resume, config, data.fingerprint())
+        resume = check_resume(resume, config, data.fingerprint())
     return Plan(dtype, num_parameters, tokenizer, data, resume)
 
 

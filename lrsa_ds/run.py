@@ -245,4 +245,5 @@ def _describe(config: TrainConfig, plan: Plan, mesh: Mesh, directory: Path) -> l
     if plan.resume is not None:
         was = f", which {plan.resume.world_size} ranks wrote" if plan.resume.world_size != mesh.world_size else ""
         lines.append(f"going on after step {plan.resume.step}, from {plan.resume.directory}{was}")
+        lines += filter(None, [plan.resume.changed])
     return lines

@@ -38,12 +38,24 @@ class Position:
         epoch, row: what is read next.
         open, ready: the sequences that are being packed, and those that are packed and not taken yet: the places of
             their members, as in `Example.place`.
+        again: rows, as epoch and row, that are read before anything else; see `reread`.
     """
 
     epoch: int = 0
     row: int = 0
     open: list[list[list[int]]] = field(default_factory=list)
     ready: list[list[list[int]]] = field(default_factory=list)
+    again: list[list[int]] = field(default_factory=list)
+
+
+def reread(position: dict) -> dict:
+    """The position for data that have changed: what was packed, or being packed, may be no more as it was.
+
+    The rows that had been read for it are read again, as a whole and in their order, and packed anew.
+    """
+    places = [place for places in (*position["ready"], *position["open"]) for place in places]
+    again = sorted({(epoch, row) for epoch, row, _ in places})
+    return asdict(Position(position["epoch"], position["row"], again=[list(place) for place in again]))
 
 
 @dataclass(frozen=True)
@@ -65,12 +77,20 @@ class SequenceOrder:
         self.data = data
         self.packer = Packer(data.seq_len)
         self.epoch, self.row = position.epoch, position.row
+        self.left_out: list[str] = []
         examples = self._examples([place for places in (*position.open, *position.ready) for place in places])
         self.packer.open = [[examples[tuple(place)] for place in places] for places in position.open]
         self.ready = deque([examples[tuple(place)] for place in places] for places in position.ready)
         self.rows = data.examples_of_rows(self.epoch, self.row)
         self.is_empty = self.row == 0
-        self.left_out: list[str] = []
+        self._read_again(position.again)
+
+    def _read_again(self, rows: list[list[int]]) -> None:
+        for epoch in sorted({epoch for epoch, _ in rows}):
+            # Rows that are there no more are not found.
+            found = self.data.examples_at(epoch, [row for e, row in rows if e == epoch])
+            for row, examples in sorted(found.items()):
+                self._pack(examples, epoch, row)
 
     def _examples(self, places: list[list[int]]) -> dict[tuple[int, ...], Example]:
         """The examples at these places, made anew."""
@@ -97,12 +117,15 @@ class SequenceOrder:
             self.epoch, self.row, self.is_empty = self.epoch + 1, 0, True
             self.rows = self.data.examples_of_rows(self.epoch)
             return
+        self._pack(examples, self.epoch, self.row)
+        self.is_empty = self.is_empty and not examples
+        self.row += 1
+
+    def _pack(self, examples: list[Example], epoch: int, row: int) -> None:
         if isinstance(examples, LeftOut):
             self.left_out.append(examples.reason)
         for number, example in enumerate(examples):
-            self.ready.extend(self.packer.add(replace(example, place=(self.epoch, self.row, number))))
-            self.is_empty = False
-        self.row += 1
+            self.ready.extend(self.packer.add(replace(example, place=(epoch, row, number))))
 
     def take_left_out(self) -> list[str]:
         """Why rows were left out since the last time."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lrsa_ds.data.packing import IGNORE, Example, LeftOut, collate, pack, padding_sequence
-from lrsa_ds.data.stream import TrainStream, make_loader
+from lrsa_ds.data.stream import Position, SequenceOrder, TrainStream, make_loader, reread
 from lrsa_ds.errors import LRSAError
 
 PAD = 0
@@ -157,6 +157,37 @@ def test_a_stream_goes_on_from_any_step_at_any_world_size(num_done, num_workers)
         after = [s for step in zip(*ranks, strict=True) for part in step for s in part.sequences]
         for ours, theirs in zip(after, expected[4 * num_done :], strict=True):
             assert torch.equal(ours.input_ids, theirs.input_ids) and ours.example_indices == theirs.example_indices
+
+
+def test_over_changed_data_every_row_is_read_once_more_or_for_the_first_time():
+    """What was packed and not taken is packed anew, in sequences of another length and without rows that are gone."""
+
+    lengths = LENGTHS * 3
+
+    class Longer(Rows):
+        seq_len = 80
+
+        def examples_at(self, epoch, rows):
+            return super().examples_at(epoch, [row for row in rows if row != gone])
+
+    for num_done in range(1, 5):
+        done = list(islice(iter(TrainStream(Rows(lengths), 1, 0, 1)), num_done))
+        position = json.loads(json.dumps(done[-1].position))
+        assert position["epoch"] == 0
+        gone = min((row for places in position["open"] for _, row, _ in places), default=None)
+        order = SequenceOrder(Longer(lengths), Position(**reread(position)))
+        taken = []
+        while order.epoch == 0 or order.ready:
+            taken.append(order.next())
+        assert all(len(sequence.input_ids) == 80 for sequence in taken)
+        seen = Counter(i for step in done for s in step.sequences for i in s.example_indices if i >= 0)
+        again = Counter(i for sequence in taken for i in sequence.example_indices if i >= 0)
+        groups = [[e.index for e in row] for row in Rows(lengths).examples_of_rows(0)]
+        for number, group in enumerate(groups):
+            if number == gone:
+                continue
+            # A row of several examples may have been taken in part: then it is read again as a whole.
+            assert all(again[i] == 1 for i in group) or all(seen[i] == 1 and again[i] == 0 for i in group)
 
 
 def test_a_row_that_is_left_out_is_told_once():

@@ -224,17 +224,37 @@ def test_what_a_run_must_not_change_when_it_goes_on(whole, tmp_path, capfd, monk
     assert "over other data (it was other rows, and is 64 questions over" in refused(capfd, monkeypatch, *command)
 
 
-def test_a_changed_data_file_is_noticed(tmp_path, capfd, monkeypatch):
+def test_a_changed_data_file_is_noticed_and_may_be_accepted(tmp_path, capfd, monkeypatch):
     data, output = tmp_path / "rows.jsonl", tmp_path / "run"
-    rows = [json.dumps({"prompt": f"{i} " * 40, "completion": f"{i}."}) + "\n" for i in range(20)]
-    data.write_text("".join(rows))
+    rows = [{"prompt": f"{i} " * 40, "completion": f"{i}."} for i in range(20)]
+    rows[3] = {"prompt": "This is bad.", "completion": " "}
+
+    def write():
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    write()
     command = settings(output, "data=files", f"data.path={data}", "checkpoint.export=false", every=2)
-    done = train_alone(*command, "optim.num_steps=2", "optim.warmup_steps=1")
+    command += ["optim.num_steps=4", "optim.warmup_steps=1"]
+    assert "line 4: completion is empty" in refused(capfd, monkeypatch, *command)
+    done = train_alone(*command, "data.on_bad_row=skip")
     assert done.returncode == 0, done.stderr
+    assert f"left out: {data}, line 4: completion is empty." in done.stdout
+    assert sum(row.get("num_left_out_rows", 0) for row in rows_of(output, "train")) > 0
     (output / "COMPLETED").unlink()
-    data.write_text("".join(rows[::-1]))
-    said = refused(capfd, monkeypatch, *command, "optim.num_steps=2", "optim.warmup_steps=1")
-    assert "over other data" in said and str(data) in said
+    shutil.rmtree(output / "checkpoints" / "step_000004")
+    rows[3]["completion"] = "7"  # one byte for another: the file is as long as before
+    write()
+    said = refused(capfd, monkeypatch, *command)
+    assert "over other data" in said and str(data) in said and "checkpoint.accept_data_change=true" in said
+    accepted = [*command, "checkpoint.accept_data_change=true", "seq_len=2048"]
+    assert "optim.lr=0.1 (was 0.003)" in refused(capfd, monkeypatch, *accepted, "optim.lr=0.1")
+    done = train_alone(*accepted)
+    assert done.returncode == 0, done.stderr
+    assert (
+        "the data have changed (seq_len=2048 (was 1024)" in done.stdout
+        and "the run goes on at the same place" in done.stdout
+    )
+    assert [row["step"] for row in rows_of(output, "train")] == [1, 2, 3, 4]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_samples(tmp_path):
