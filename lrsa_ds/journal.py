@@ -134,7 +134,7 @@ def keep_rows_until(path: Path, step: int, may_write: bool) -> list[dict]:
 
 
 def _step_of(row: dict) -> float:
-    if row["kind"] in ("train", "checkpoint"):
+    if row["kind"] in ("start", "train", "checkpoint"):
         return row["step"]
     when = row.get("when", "")
     return 0 if when == "before" else int(when.removeprefix("step ")) if when.startswith("step ") else math.inf

@@ -83,6 +83,8 @@ class RunLogger:
     Args:
         output_dir: an existing directory; receives `metrics.jsonl` and `wandb/`.
         config: the whole configuration of the run, as W&B shows it.
+        about: what the run was made with (`lrsa_ds.provenance`): in the first row of `metrics.jsonl`, and in W&B's
+            configuration.
         run_name: the run's name in W&B unless `log.name` gives one.
         num_steps: the step that will be the last, counted from 1.
 
@@ -91,13 +93,21 @@ class RunLogger:
     """
 
     def __init__(
-        self, output_dir: Path, log: LogConfig, config: dict, run_name: str, num_steps: int, enabled: bool = True
+        self,
+        output_dir: Path,
+        log: LogConfig,
+        config: dict,
+        about: dict,
+        run_name: str,
+        num_steps: int,
+        enabled: bool = True,
     ):
         self._enabled, self._closed = enabled, False
         if not enabled:
             return
         mode = check_wandb(log)
         self._file = JSONLines(Path(output_dir) / "metrics.jsonl")
+        self._file.write({"kind": "start", **about})
         self._predictions = Path(output_dir) / PREDICTIONS
         self._shows_progress = log.progress
         self._progress = Progress(num_steps) if log.progress else None
@@ -107,8 +117,21 @@ class RunLogger:
         self._wandb = None
         if mode != "disabled":
             identity = {"project": log.project, "name": log.name or run_name, "group": log.group, "tags": log.tags}
-            self._wandb = _WandbThread(mode, Path(output_dir), {**identity, "config": config}, self.message)
+            identity["config"] = config | {"run": about}
+            self._wandb = _WandbThread(mode, Path(output_dir), identity, self.message)
             self._wandb.start()
+
+    def summary(self, row: dict) -> None:
+        """Records what holds of the run as a whole.
+
+        Raises:
+            LRSAError: the disk is full, or the file is not writable any more.
+        """
+        if not self._enabled:
+            return
+        self._file.write({"kind": "summary", **row})
+        if self._wandb:
+            self._wandb.send(lambda wandb, run: run.summary.update(row))
 
     def step(self, row: dict) -> None:
         """Records the metrics of one optimizer step; `row["step"]` counts from 1.

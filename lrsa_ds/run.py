@@ -9,6 +9,7 @@ import torch
 
 from lrsa_ds import checkpoint, output
 from lrsa_ds.adapters import add_adapters, freeze
+from lrsa_ds.compression import Compression, held_sentence, short_documents_sentence
 from lrsa_ds.config import TrainConfig, save_settings
 from lrsa_ds.data.procedure import Procedure
 from lrsa_ds.data.stream import TrainStream, make_loader
@@ -24,6 +25,7 @@ from lrsa_ds.parallel.watch import Watch
 from lrsa_ds.parallel.zero import deepspeed_config, make_engine
 from lrsa_ds.plan import Plan, prepare
 from lrsa_ds.profiling import StepProfiler
+from lrsa_ds.provenance import provenance
 from lrsa_ds.report import draw_evaluation, evaluation_table
 from lrsa_ds.saving import CheckpointSaver
 from lrsa_ds.signals import StopRequest
@@ -52,10 +54,12 @@ def train(config: TrainConfig, procedure: Procedure, notes: list[str]) -> None:
     if mesh.is_main:
         save_settings(settings, directory / "config.yaml")
     watch = Watch(directory, mesh, config.parallel.timeout)
-    logger = RunLogger(directory, config.log, settings, config.run_name, config.optim.num_steps, enabled=mesh.is_main)
+    about = {"step": first_step} | provenance(mesh.world_size, plan.num_parameters, mesh.device_name)
+    steps = config.optim.num_steps
+    logger = RunLogger(directory, config.log, settings, about, config.run_name, steps, enabled=mesh.is_main)
     failed = True
     try:
-        for note in [*notes, *_describe(config, plan, mesh, directory)]:
+        for note in [*notes, *_describe(config, plan, mesh, directory)] if mesh.is_main else []:
             logger.message(note)
         _Run(config, plan, mesh, directory, logger, watch, stop).all([row for row in earlier if row["kind"] == "eval"])
         failed = False
@@ -101,6 +105,8 @@ class _Run:
         self.saver = CheckpointSaver(self.engine, self.directory, save.keep, room, save.write, self.mesh)
         trainer = build_trainer(config, self.plan, self.mesh, self.engine, self.watch.doing)
         trainer.fit(self.after_step, self.profiler.before)
+        if self.mesh.is_main:
+            self.summarize()
         if config.eval.after:
             self.evaluate("after", config.optim.num_steps)
         if config.checkpoint.export:
@@ -136,6 +142,18 @@ class _Run:
         if self.mesh.is_main:
             output.mark(self.directory, output.STOPPED)
         raise Stopped(f"stopped after step {step} by {name}: the same command goes on, in {self.directory}.")
+
+    def summarize(self) -> None:
+        """The share of the tokens trained on, over all steps, that were in documents too short for LRSA."""
+        config = self.config
+        rows = keep_rows_until(self.directory / "metrics.jsonl", config.optim.num_steps, may_write=False)
+        steps = [row for row in rows if "num_short_tokens" in row]
+        if steps:
+            share = sum(row["num_short_tokens"] for row in steps) / sum(row["num_tokens"] for row in steps)
+            self.logger.summary({"step": config.optim.num_steps, "short_token_share": share})
+            sentence = short_documents_sentence(share, config.attention.at_step(0), "the tokens trained on")
+            if sentence:
+                self.logger.message(sentence)
 
     def save(self, step: int, position: dict) -> None:
         config = self.config
@@ -224,6 +242,22 @@ def _report(config: TrainConfig, rows: list[dict], new: Evaluation, directory: P
     logger.evaluation(new.scores, new.predictions, picture)
 
 
+def _compression_lines(config: TrainConfig, plan: Plan) -> list[str]:
+    """What the cache will hold of a whole sequence, and whether the held-out examples are long enough for LRSA."""
+    attention = config.attention
+    every = [attention.with_retention(r) for r in dict.fromkeys(attention.retentions)]
+    compressed = [each for each in every if not each.is_dense]
+    if not compressed:
+        return []
+    lines = [f"cache: {held_sentence(config.seq_len, compressed)}"]
+    if config.data.source != "stdlib_qa":  # whose examples are as long as the configuration says
+        lengths = [len(example.input_ids) for example in plan.data.validation_examples()]
+        share = Compression.of(lengths, compressed[0]).short_share
+        sentence = short_documents_sentence(share, compressed[0], "the tokens of the held-out examples")
+        lines += [f"warning: {sentence}"] if sentence else []
+    return lines
+
+
 def _describe(config: TrainConfig, plan: Plan, mesh: Mesh, directory: Path) -> list[str]:
     attention, optim = config.attention, config.optim
     retention = attention.retentions[0] if len(attention.retentions) == 1 else attention.retentions
@@ -233,12 +267,12 @@ def _describe(config: TrainConfig, plan: Plan, mesh: Mesh, directory: Path) -> l
         else f"LRSA, sink {attention.sink_size}, lag {attention.lag_size}, retention {retention}"
     )
     sequences = mesh.dp_size * optim.micro_batch * optim.grad_accum
-    name = torch.cuda.get_device_name() if mesh.device.type == "cuda" else "CPU"
     shared = f", {mesh.sp_size} ranks to a sequence" if mesh.sp_size > 1 else ""
     lines = [
         f"{config.run_name}: {plan.num_parameters / 1e6:,.1f}M parameters in {str(plan.dtype).removeprefix('torch.')} "
-        f"on {mesh.world_size} × {name}, ZeRO stage {config.zero.stage}{shared}",
+        f"on {mesh.world_size} × {mesh.device_name}, ZeRO stage {config.zero.stage}{shared}",
         f"attention: {kind}",
+        *_compression_lines(config, plan),
         f"{optim.num_steps} steps of {sequences} × {config.seq_len:,} tokens, peak learning rate {optim.lr:g}",
         f"output: {directory}",
     ]

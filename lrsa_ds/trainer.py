@@ -3,12 +3,14 @@
 import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import astuple
 
 import psutil
 import torch
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine as Engine
 
+from lrsa_ds.compression import Compression
 from lrsa_ds.config import LRSAConfig, OptimConfig, TrainConfig, require
 from lrsa_ds.data.packing import PackedSequence, collate, padding_sequence, shard
 from lrsa_ds.data.stream import StepData
@@ -110,6 +112,7 @@ class Trainer:
         slots = mesh.max(counts)
         require(num_targets > 0, f"step {step + 1} has no target token: look at the answers of the data.")
         attention = self.config.attention.at_step(step)
+        compressed = self._compression(rows, attention)
         local_loss, num_skipped = 0.0, 0
         for batch, num_slots in zip(batches, slots, strict=True):
             loss = forward(self.engine, batch, attention, max(1, int(num_slots)), mesh) / num_targets
@@ -133,10 +136,20 @@ class Trainer:
             "retention": attention.retention,
             "num_tokens": int(num_tokens),
             "num_target_tokens": int(num_targets),
+            **compressed,
             "peak_memory_gb": mesh.max([peak_memory_gb(mesh.device)])[0],
             **({"num_skipped_rows": num_skipped} if num_skipped else {}),
             **self._traffic(),
         }
+
+    def _compression(self, rows: list[PackedSequence], attention: LRSAConfig) -> dict[str, float]:
+        """How many times smaller the caches of the step's documents are, and tokens in documents that are too short."""
+        if attention.is_dense:
+            return {}
+        mine = rows if self.mesh.sp_rank == 0 else []  # of the ranks that share a row one counts it
+        lengths = [n for row in mine for n, i in zip(row.document_lengths, row.example_indices, strict=True) if i >= 0]
+        total = Compression(*self.mesh.sum(list(astuple(Compression.of(lengths, attention)))))
+        return {"cache_factor": total.factor, "num_short_tokens": int(total.num_short)}
 
     def _left_out(self, reasons: list[str]) -> dict:
         """Names the rows that `data.on_bad_row=skip` left out of the data of this step, and counts them."""

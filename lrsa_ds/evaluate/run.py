@@ -20,6 +20,7 @@ from lrsa_ds.journal import JSONLines, Progress
 from lrsa_ds.metrics import RunLogger, check_wandb
 from lrsa_ds.model import apply_lrsa, check_supported, empty_model, load_model
 from lrsa_ds.parallel.mesh import Mesh, start_mesh, stop_mesh
+from lrsa_ds.provenance import provenance
 
 Score = Callable[[str, str, Sequence[str]], float]
 SETTINGS = "config.yaml"
@@ -62,7 +63,9 @@ def evaluate(
     directory = Path(mesh.from_main(str(directory)))
     done = _open(directory, settings, config.overwrite, mesh)
     quiet = replace(config.log, progress=False)  # the logger's progress is that of training steps
-    logger = RunLogger(directory, quiet, settings, config.run_name, 0, enabled=mesh.is_main)
+    num_parameters = sum(p.numel() for p in structure.parameters())
+    about = provenance(mesh.world_size, num_parameters, mesh.device_name)
+    logger = RunLogger(directory, quiet, settings, about, config.run_name, 0, enabled=mesh.is_main)
     failed = True
     try:
         attention = config.cache.attention(trained, 1.0)
@@ -183,9 +186,8 @@ def _description(
     mesh: Mesh,
 ) -> list[str]:
     total = len(samples.items())
-    name = torch.cuda.get_device_name() if mesh.device.type == "cuda" else "CPU"
     return [
-        f"{config.run_name}: {config.model.name or 'random weights'} on {mesh.world_size} × {name}",
+        f"{config.run_name}: {config.model.name or 'random weights'} on {mesh.world_size} × {mesh.device_name}",
         f"caches: sink {attention.sink_size}, lag {attention.lag_size}; "
         + ", ".join(cache_name(mode.prefill, mode.retention) for mode in wanted),
         f"{total} samples, {total - len(missing)} of them done before; seed {config.seed}; greedy decoding",

@@ -64,6 +64,10 @@ class Mesh:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def device_name(self) -> str:
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+
     def sum(self, values: list[float]) -> list[float]:
         """The sum over ranks of each value, in fp64, on every rank."""
         return self._reduce(values, dist.ReduceOp.SUM)

@@ -59,7 +59,23 @@ NEEDED = {
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes_compose(recipe):
     config = composed(f"+recipe={recipe}")
-    assert config.run_name == recipe
+    assert config.run_name.startswith(f"{recipe}-lrsa-0.125-")
+
+
+@pytest.mark.parametrize(
+    "overrides,name",
+    [
+        ([], "SmolLM2-135M-Instruct-lrsa-0.125-8192"),
+        (["attention=dense"], "SmolLM2-135M-Instruct-dense-8192"),
+        (["attention=lrsa_mixed", "seq_len=4096"], "SmolLM2-135M-Instruct-lrsa-mixed-4096"),
+        (["model=hub", "model.name=Qwen/Qwen2.5-7B"], "Qwen2.5-7B-lrsa-0.125-8192"),
+        (["model=tiny_qwen2", "attention.retention=0.5"], "qwen2-lrsa-0.5-8192"),
+        (["+recipe=smoke", "attention=dense"], "smoke-dense-1024"),
+        (["+recipe=smoke", "run_name=mine"], "mine"),
+    ],
+)
+def test_runs_are_named_by_what_they_do(overrides, name):
+    assert composed(*overrides).run_name == name
 
 
 @pytest.mark.parametrize("choice", CHOICES)

@@ -10,14 +10,14 @@ ROOT = Path(__file__).resolve().parents[2]
 # Who may import whom inside lrsa_ds: a module imports from its own layer and from those before it, never from a later
 # one. A new module gets a place here.
 LAYERS = (
-    ("errors", "notices", "registry", "signals"),
+    ("errors", "labels", "notices", "registry", "signals"),
     ("config", "directory", "hub", "partition"),
     ("attention",),
-    ("cache", "documents", "parallel"),
+    ("cache", "compression", "documents", "parallel", "provenance"),
     ("passes",),
     ("generation",),
     ("model",),
-    ("adapters", "checkpoint", "data", "journal", "labels", "liger", "loss", "metrics", "report"),
+    ("adapters", "checkpoint", "data", "journal", "liger", "loss", "metrics", "report"),
     ("output", "profiling", "saving"),
     ("sweep",),
     ("inference",),

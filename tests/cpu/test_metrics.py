@@ -15,6 +15,7 @@ from tests.helpers import ROOT, metrics_of, wandb_history, wandb_records
 
 KEY = "a" * 40
 NO_SERVER = "http://127.0.0.1:9"
+ABOUT = {"step": 0, "world_size": 2}
 ONE_PIXEL_PNG = bytes.fromhex(
     "89504e470d0a1a0a0000000d4948445200000001000000010806000000"
     "1f15c4890000000d49444154789c6360f8cfc0f01f0005050102a2d0b9a70000000049454e44ae426082"
@@ -38,7 +39,7 @@ def fresh_wandb(monkeypatch, tmp_path):
 
 def make_logger(output_dir, num_steps=3, enabled=True, **log):
     log = LogConfig(**{"wandb": "disabled", **log})
-    return RunLogger(output_dir, log, {"seq_len": 64, "optim": {"lr": 0.1}}, "my_run", num_steps, enabled)
+    return RunLogger(output_dir, log, {"seq_len": 64, "optim": {"lr": 0.1}}, ABOUT, "my_run", num_steps, enabled)
 
 
 def train_row(step, **other):
@@ -63,9 +64,9 @@ def wandb_core_processes():
 def test_rows_are_in_metrics_jsonl_as_soon_as_they_are_given(tmp_path):
     logger = make_logger(tmp_path)
     logger.step(train_row(1))
-    assert metrics_of(tmp_path) == [{"kind": "train", **train_row(1)}]
+    assert metrics_of(tmp_path) == [{"kind": "start", **ABOUT}, {"kind": "train", **train_row(1)}]
     logger.evaluation([eval_row("after")], [prediction_row("after", "41")], None)
-    assert metrics_of(tmp_path)[1:] == [{"kind": "eval", **eval_row("after")}]
+    assert metrics_of(tmp_path)[2:] == [{"kind": "eval", **eval_row("after")}]
     (prediction,) = map(json.loads, (tmp_path / "predictions.jsonl").read_text().splitlines())
     assert prediction == {"kind": "prediction", **prediction_row("after", "41")}
     logger.close()
@@ -106,7 +107,7 @@ def test_offline_run_holds_config_rows_table_and_picture(tmp_path, capsys):
     assert (run.project, run.display_name, run.run_group) == ("my_project", "my_run", "my_group")
     assert list(run.tags) == ["a", "b"]
     config = {item.key: json.loads(item.value_json) for item in run.config.update}
-    assert (config["seq_len"], config["optim"]) == (64, {"lr": 0.1})
+    assert (config["seq_len"], config["optim"], config["run"]) == (64, {"lr": 0.1}, ABOUT)
     before, *steps, after = wandb_history(records)
     # One chart a task, metric and retention, over the steps of the training.
     steps_of = {m.name or m.glob_name: m.step_metric for m in (r.metric for r in records if r.HasField("metric"))}
@@ -144,7 +145,7 @@ def test_training_goes_on_when_wandb_breaks(tmp_path, capsys):
     for step in (1, 2, 3):
         logger.step(train_row(step))
     logger.close()
-    assert [row["kind"] for row in metrics_of(tmp_path)] == ["eval", "train", "train", "train"]
+    assert [row["kind"] for row in metrics_of(tmp_path)] == ["start", "eval", "train", "train", "train"]
     assert capsys.readouterr().out.count("W&B is off for the rest of this run") == 1
     assert wandb_core_processes() == []
 
@@ -161,7 +162,7 @@ def test_training_goes_on_when_the_service_of_wandb_dies(tmp_path, capsys):
     logger.close()
     assert not logger._wandb.is_alive()
     assert capsys.readouterr().out.count("W&B is off for the rest of this run") == 1
-    assert [row["step"] for row in metrics_of(tmp_path)] == [1, 2, 3]
+    assert [row["step"] for row in metrics_of(tmp_path)] == [0, 1, 2, 3]
 
 
 UNREACHABLE = """
@@ -171,7 +172,7 @@ from pathlib import Path
 from lrsa_ds import metrics
 from lrsa_ds.config import LogConfig
 metrics.INIT_SECONDS = 5
-logger = metrics.RunLogger(Path(sys.argv[1]), LogConfig(), {}, "my_run", 50)
+logger = metrics.RunLogger(Path(sys.argv[1]), LogConfig(), {}, {}, "my_run", 50)
 for step in range(50):
     logger.step({"step": step + 1, "loss": 1.0})
 print("trained while W&B was still looking for its server:", logger._wandb.is_alive(), flush=True)
@@ -196,7 +197,7 @@ def test_disabled_never_imports_wandb(tmp_path):
     script = (
         "import sys; from pathlib import Path; from lrsa_ds.config import LogConfig; from lrsa_ds.metrics import *\n"
         "log = LogConfig(wandb='disabled'); assert check_wandb(log) == 'disabled'\n"
-        f"logger = RunLogger(Path({str(tmp_path)!r}), log, {{}}, 'my_run', 1)\n"
+        f"logger = RunLogger(Path({str(tmp_path)!r}), log, {{}}, {{}}, 'my_run', 1)\n"
         "logger.step({'step': 1, 'loss': 1.0}); logger.close()\n"
         "assert 'wandb' not in sys.modules"
     )

@@ -43,6 +43,9 @@ def test_smoke_leaves_a_whole_run(smoke):
     names += ["tokens_per_second", "step_seconds", "peak_memory_gb"]
     assert all(row[name] > 0 for row in steps for name in names)
     assert steps[-1]["loss"] < steps[0]["loss"]
+    assert all(3 < row["cache_factor"] < 4 and row["num_short_tokens"] == 0 for row in steps)
+    assert "cache: after 1,024 tokens it holds 240 entries at retention 1/8 (23.4 %, 4.27x smaller)" in done.stdout
+    assert rows_of(output, "summary") == [{"kind": "summary", "step": 6, "short_token_share": 0.0}]
     evaluations = rows_of(output, "eval")
     assert {row["when"] for row in evaluations} == {"before", "after"}
     assert {row["retention"] for row in evaluations} == {1.0, 0.5, 0.25, 0.125}
@@ -55,7 +58,7 @@ def test_smoke_leaves_a_whole_run(smoke):
     assert {row["exact"] for row in predictions} <= {True, False}
     assert all(row["answer"].endswith("<|im_end|>") and row["prompt"] for row in predictions)
     config = typed_config(OmegaConf.load(output / "config.yaml"))
-    assert config.run_name == "smoke" and config.output_dir == str(output)
+    assert config.run_name == "smoke-lrsa-0.125-1024" and config.output_dir == str(output)
 
 
 def test_smoke_shows_its_progress(smoke):
@@ -81,9 +84,13 @@ def test_the_offline_run_of_wandb_holds_the_same(smoke):
     output, done = smoke
     records = wandb_records(output)
     (run_record,) = (record.run for record in records if record.HasField("run"))
-    assert run_record.display_name == "smoke"
+    assert run_record.display_name == "smoke-lrsa-0.125-1024"
     config = {item.key: json.loads(item.value_json) for item in run_record.config.update}
     assert config["attention"]["lag_size"] == 64
+    assert config["run"] == {key: value for key, value in rows_of(output, "start")[0].items() if key != "kind"}
+    assert config["run"]["world_size"] == 2 and config["run"]["num_parameters"] > 50_000
+    (summary,) = (record.summary for record in records if record.HasField("summary") and record.summary.update)
+    assert "short_token_share" in {item.key or item.nested_key[0] for item in summary.update}
     logged = [row for row in wandb_history(records) if "train/loss" in row]
     assert [row["train/loss"] for row in logged] == [row["loss"] for row in rows_of(output, "train")]
     last = wandb_history(records)[-1]
@@ -142,8 +149,10 @@ def test_the_same_seed_gives_the_same_result(tmp_path):
 def test_your_own_file(tmp_path):
     data = tmp_path / "rows.jsonl"
     line = {"question": "Where is the key?", "answer": "under the mat"}
-    text = "The key is under the mat. " * 20
-    data.write_text("".join(json.dumps(line | {"my passage": f"{text}{i}"}) + "\n" for i in range(12)))
+    text = "The key is under the mat. "
+    # Every second document is shorter than S + 2L = 144 tokens.
+    passages = [text * (20 if i % 2 else 1) + str(i) for i in range(24)]
+    data.write_text("".join(json.dumps(line | {"my passage": passage}) + "\n" for passage in passages))
     output = tmp_path / "run"
     done = train_alone(
         "+recipe=smoke", "data=files", f"data.path={data}", f"output_dir={output}", "log.wandb=disabled",
@@ -151,7 +160,15 @@ def test_your_own_file(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert {row["task"] for row in rows_of(output, "eval")} == {"qa"}
-    assert rows_of(output, "train")[0]["num_target_tokens"] > 0
+    steps = rows_of(output, "train")
+    assert steps[0]["num_target_tokens"] > 0
+    (summary,) = rows_of(output, "summary")
+    short, total = (sum(row[name] for row in steps) for name in ("num_short_tokens", "num_tokens"))
+    assert summary["short_token_share"] == short / total and 0.1 < short / total < 0.5
+    too_short = "in documents of at most sink_size + 2 * lag_size = 144 tokens, of which LRSA compresses nothing"
+    before, after = [line for line in done.stdout.splitlines() if too_short in line]
+    assert before.startswith("warning: ") and "of the held-out examples" in before
+    assert after.startswith(f"{100 * short / total:.1f} % of the tokens trained on")
 
 
 def refused(capfd, monkeypatch, *arguments: str, command: str = "train") -> str:

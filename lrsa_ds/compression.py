@@ -1,0 +1,65 @@
+"""How much LRSA compresses the documents that it meets: counted over data, a step, or a whole run."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from lrsa_ds.config import LRSAConfig
+from lrsa_ds.labels import retention_name
+from lrsa_ds.partition import num_held
+
+
+@dataclass
+class Compression:
+    """Sums over documents.
+
+    Args:
+        num_tokens: of all documents.
+        num_held: entries that caches hold at their ends, of each layer and KV head.
+        num_short: tokens of documents that are too short to be compressed, of at most S + 2L tokens.
+    """
+
+    num_tokens: float = 0
+    num_held: float = 0
+    num_short: float = 0
+
+    @classmethod
+    def of(cls, lengths: Iterable[int], config: LRSAConfig) -> "Compression":
+        """That of documents of these lengths under attention that is not dense."""
+        total = cls()
+        for length in lengths:
+            total.num_tokens += length
+            total.num_held += num_held(length, config)
+            total.num_short += length if length <= config.dense_prefix_size else 0
+        return total
+
+    @property
+    def factor(self) -> float:
+        """How many times smaller the caches are."""
+        return self.num_tokens / self.num_held
+
+    @property
+    def short_share(self) -> float:
+        """Share of the tokens in documents that are too short."""
+        return self.num_short / self.num_tokens
+
+
+def short_documents_sentence(share: float, config: LRSAConfig, of_what: str) -> str | None:
+    """Says that documents are too short for LRSA, or nothing if none is. `of_what`: "the tokens trained on"."""
+    if share == 0:
+        return None
+    percent = f"{100 * share:.1f}" if share >= 0.0005 else "less than 0.1"
+    also = ": this trains like dense attention" if share == 1 else ""
+    return (
+        f"{percent} % of {of_what} are in documents of at most sink_size + 2 * lag_size = "
+        f"{config.dense_prefix_size:,} tokens, of which LRSA compresses nothing{also}"
+    )
+
+
+def held_sentence(num_tokens: int, configs: Iterable[LRSAConfig]) -> str:
+    """What caches hold after `num_tokens` tokens of one document, under each of these settings."""
+    parts = [f"after {num_tokens:,} tokens it holds"]
+    for config in configs:
+        held = num_held(num_tokens, config)
+        share = f"{100 * held / num_tokens:.1f} %, {num_tokens / held:.2f}x smaller"
+        parts.append(f"{held:,} entries at retention {retention_name(config.retention)} ({share})")
+    return f"{parts[0]} {', '.join(parts[1:])}"
