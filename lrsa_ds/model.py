@@ -15,6 +15,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.utils.logging import disable_progress_bar
 
+from lrsa_ds.adapters import find_adapters, merge_saved
 from lrsa_ds.attention import AttentionFunction, lrsa_attention
 from lrsa_ds.attention.cached import cached_attention
 from lrsa_ds.cache import LagKVCache
@@ -195,6 +196,10 @@ def model_config(model: ModelConfig) -> PreTrainedConfig:
     if model.random is not None:
         settings = dict(model.random)
         return _named("model.random", AutoConfig.for_model, settings.pop("model_type"), **settings)
+    if (adapters := find_adapters(model)) is not None:
+        config = model_config(adapters.base)
+        config.lrsa = adapters.lrsa or getattr(config, "lrsa", None)
+        return config
     directory = Path(os.path.expanduser(model.name))
     if directory.is_dir():
         _check_weights(directory, model.gguf_file)
@@ -240,11 +245,13 @@ def load_model(model: ModelConfig, dtype: torch.dtype, deepspeed_config: dict | 
     """The model with its weights in `dtype`.
 
     Under ZeRO-3 (from `deepspeed_config`) each layer is sharded as soon as it is made, so that no rank ever holds the
-    whole model; a GGUF file is the exception, which every rank reads in full.
+    whole model; a GGUF file is the exception, and a directory of adapters, which are merged: every rank reads them in
+    full.
     """
     config = model_config(model)
+    is_whole = model.gguf_file is None and find_adapters(model) is None
     # transformers looks for this object while it lives, and calls DeepSpeed's sharded initialization.
-    sharding = HfDeepSpeedConfig(deepspeed_config) if deepspeed_config and model.gguf_file is None else None
+    sharding = HfDeepSpeedConfig(deepspeed_config) if deepspeed_config and is_whole else None
     try:
         return _load(model, config, dtype)
     finally:
@@ -257,6 +264,10 @@ def _load(model: ModelConfig, config: PreTrainedConfig, dtype: torch.dtype) -> P
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
     if model.gguf_file is not None:
         return _load_gguf(model, dtype)
+    if (adapters := find_adapters(model)) is not None:
+        merged = merge_saved(_load(adapters.base, config, dtype), adapters)
+        merged.config.lrsa = config.lrsa
+        return merged
     return _named("model.name", AutoModelForCausalLM.from_pretrained, model.name, dtype=dtype, **_origin(model))
 
 

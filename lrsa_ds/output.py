@@ -9,7 +9,7 @@ from deepspeed import DeepSpeedEngine
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from lrsa_ds.adapters import merge_adapters, save_adapters
+from lrsa_ds.adapters import BASE, base_name, base_weights, merge_adapters, save_adapters
 from lrsa_ds.checkpoint import ResumePoint, find_checkpoint
 from lrsa_ds.config import TrainConfig, require
 from lrsa_ds.directory import follow_umask
@@ -115,7 +115,11 @@ def export_model(engine: DeepSpeedEngine, tokenizer, config: TrainConfig, final:
     partial = final.with_name(f"{final.name}.partial")
     try:
         if lora.rank and lora.export == "adapter":
-            save_adapters(lm, weights, lora, partial)
+            base = base_name(config.model)
+            if base is None:
+                _save_model(lm, base_weights(weights), partial / BASE)
+                base = str(final.resolve() / BASE)
+            save_adapters(lm, weights, lora, partial, base, config.model.revision)
         else:
             weights = merge_adapters(lm, weights, lora) if lora.rank else weights
             _save_model(lm, weights, partial)

@@ -1,16 +1,23 @@
 """Frozen parameters and LoRA adapters: what is trained, and what is exported."""
 
+import shutil
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
-from peft import PeftModel
+from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM
 
-from lrsa_ds import LRSAConfig, apply_lrsa
-from lrsa_ds.adapters import add_adapters, freeze, merge_adapters, save_adapters
+from lrsa_ds import LRSAConfig, apply_lrsa, load, output, prefill
+from lrsa_ds.adapters import add_adapters, base_name, freeze, merge_adapters, save_adapters
 from lrsa_ds.config import LoraConfig, ModelConfig
+from lrsa_ds.data.tokenizer import byte_tokenizer
 from lrsa_ds.errors import LRSAError
+from lrsa_ds.loss import TargetLoss
+from lrsa_ds.model import load_model
 from lrsa_ds.output import _save_model
-from tests.cpu.test_model import FAMILIES, tiny
+from tests.cpu.test_model import FAMILIES, SIZES, tiny
 from tests.helpers import assert_close
 
 
@@ -40,10 +47,87 @@ def test_merged_weights_and_saved_adapters_give_the_same_logits(tmp_path, family
     settings = LRSAConfig(**merged.config.lrsa)
     assert_close(apply_lrsa(merged, settings)(ids, use_cache=False).logits, expected, 1e-5, "logits")
 
-    save_adapters(model, weights, lora, tmp_path / "adapter")
+    save_adapters(model, weights, lora, tmp_path / "adapter", str(tmp_path / "base"))
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     again = PeftModel.from_pretrained(apply_lrsa(base, settings), tmp_path / "adapter").eval()
     assert_close(again(ids, use_cache=False).logits, expected, 1e-5, "logits")
+
+
+def exported(path, source, lora, monkeypatch):
+    """Adapters that do something, trained on what `source` names, exported to `path` / run / model; expected logits."""
+    model = apply_lrsa(load_model(source, torch.float32), LRSAConfig(sink_size=2, lag_size=8, retention=0.5))
+    add_adapters(model, lora)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.generation_config.eos_token_id = [5, 258]
+    monkeypatch.setattr(output, "_full_weights", lambda engine: dict(TargetLoss(model, 1).state_dict()))
+    config = SimpleNamespace(model=replace(source, lora=lora))
+    directory = path / "run" / "model"
+    engine = SimpleNamespace(module=SimpleNamespace(lm=model))
+    output.export_model(engine, byte_tokenizer(), config, directory, SimpleNamespace(is_main=True))
+    ids = torch.randint(1, 101, (1, 40))
+    return directory, ids, model.eval()(ids, use_cache=False).logits
+
+
+def a_base(kind, path, monkeypatch):
+    if kind == "random weights":
+        random = {"model_type": "qwen2", **SIZES, "vocab_size": 300}
+        return ModelConfig(random=random, tokenizer="bytes")
+    monkeypatch.chdir(path)
+    tiny("llama", vocab_size=300).save_pretrained(path / "base model")
+    byte_tokenizer().save_pretrained(path / "base model")
+    return ModelConfig(name="base model" if kind == "a relative path" else str(path / "base model"))
+
+
+@pytest.mark.parametrize("kind", ["random weights", "a relative path", "an absolute path"])
+def test_exported_adapters_are_loaded_by_everyone_from_anywhere(tmp_path, monkeypatch, kind):
+    lora = LoraConfig(rank=3, alpha=8.0, export="adapter")
+    directory, ids, expected = exported(tmp_path, a_base(kind, tmp_path, monkeypatch), lora, monkeypatch)
+    monkeypatch.chdir("/")
+    model, tokenizer, new_cache = load(str(directory), device="cpu")
+    assert_close(model(ids, use_cache=False).logits, expected, 1e-5, "logits")
+    assert (prefill(model, ids, new_cache()) - expected[:, -1]).abs().max() <= 1e-4
+    assert new_cache().config.lag_size == 8 and tokenizer.chat_template
+    assert model.generation_config.eos_token_id == [5, 258]
+    assert not any("lora" in name for name in model.state_dict())
+    model.save_pretrained(tmp_path / "whole")
+    tokenizer.save_pretrained(tmp_path / "whole")
+    assert_close(load(tmp_path / "whole", device="cpu").model(ids, use_cache=False).logits, expected, 1e-5, "logits")
+
+    settings = LRSAConfig(sink_size=2, lag_size=8, retention=0.5)
+    for peft in (AutoPeftModelForCausalLM, AutoModelForCausalLM):
+        theirs = peft.from_pretrained(directory).eval()
+        plain = theirs.get_base_model() if peft is AutoPeftModelForCausalLM else theirs
+        apply_lrsa(plain, settings)
+        assert_close(theirs(ids, use_cache=False).logits, expected, 1e-5, "logits")
+
+    # A base that was exported with the adapters moves with them; another one has to stay where it is.
+    moved = tmp_path / "moved"
+    directory.rename(moved)
+    if kind != "random weights":
+        (tmp_path / "base model").rename(tmp_path / "elsewhere")
+        with pytest.raises(
+            LRSAError, match=r"holds adapters of .*base model, which does not exist: bring the base back"
+        ):
+            load(moved, device="cpu")
+        return
+    assert_close(load(moved, device="cpu").model(ids, use_cache=False).logits, expected, 1e-5, "logits")
+
+
+def test_adapters_on_top_of_adapters(tmp_path, monkeypatch):
+    lora = LoraConfig(rank=3, alpha=8.0, export="adapter")
+    first, *_ = exported(tmp_path / "1", a_base("random weights", tmp_path, monkeypatch), lora, monkeypatch)
+    second, ids, expected = exported(tmp_path / "2", ModelConfig(name=str(first)), lora, monkeypatch)
+    shutil.rmtree(tmp_path / "1")
+    assert_close(load(second, device="cpu").model(ids, use_cache=False).logits, expected, 1e-5, "logits")
+
+
+def test_the_name_of_a_base(tmp_path):
+    assert base_name(ModelConfig(name="some-org/some-model", revision="v1")) == "some-org/some-model"
+    assert base_name(ModelConfig(name=str(tmp_path / "x" / ".."))) == str(tmp_path)
+    assert base_name(ModelConfig(name=str(tmp_path), gguf_file="a.gguf")) is None
+    assert base_name(ModelConfig(random={"model_type": "llama"}, tokenizer="bytes")) is None
 
 
 def test_freezing():

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lrsa_ds import LRSAConfig, apply_lrsa
@@ -298,6 +299,22 @@ def test_the_answers_of_a_loaded_model(smoke):
     done = run([sys.executable, "launch/chat.py", str(smoke[0] / "model"), str(text), "What?", "--max-new-tokens", "5"])
     assert done.returncode == 0, done.stderr
     assert " x less): " in done.stdout and "\nWhat?\n" in done.stdout
+
+
+def test_exported_adapters_are_evaluated_and_answer(tmp_path):
+    output, model = tmp_path / "run", tmp_path / "run" / "model"
+    options = [*SHORT, "model.lora.rank=4", "model.lora.export=adapter", f"output_dir={output}"]
+    done = run([sys.executable, "launch/train.py", "+recipe=smoke", *options])
+    assert done.returncode == 0, done.stderr
+    fixed = [f"model.name={model}", "lengths=[256]", "tasks=[needle]", "num_samples=1", "log.wandb=disabled"]
+    done = run([sys.executable, "launch/evaluate.py", *fixed, f"output_dir={tmp_path / 'evaluation'}"])
+    assert done.returncode == 0, done.stderr
+    assert "lag 64" in done.stdout
+    text = tmp_path / "long.txt"
+    text.write_text("Some words. " * 50)
+    done = run([sys.executable, "launch/chat.py", str(model), str(text), "What?", "--max-new-tokens", "3"])
+    assert done.returncode == 0 and "\nWhat?\n" in done.stdout, done.stderr
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model / "base"), model)
 
 
 def test_adapters_evaluations_on_the_way_the_best_model_and_a_trace(tmp_path):
