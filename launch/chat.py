@@ -9,6 +9,7 @@ import argparse
 import copy
 import sys
 from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout, installed or not
@@ -17,7 +18,7 @@ import torch
 
 import lrsa_ds
 from lrsa_ds.config import require
-from lrsa_ds.data.segments import CUTTABLE, chat_segments
+from lrsa_ds.data.encoder import Encoder, Prompt, after_lead
 from lrsa_ds.errors import LRSAError
 from lrsa_ds.generation import end_tokens
 
@@ -35,23 +36,22 @@ class Reader:
     """A model that has read one text."""
 
     def __init__(self, name: str, text: str):
-        self.model, self.tokenizer, new_cache = lrsa_ds.load(name)
+        self.model, self.tokenizer, self.new_cache = lrsa_ds.load(name)
         require(self.tokenizer.chat_template is not None, f"{name} has no chat template, which frames the questions.")
-        self.text, self.cache = text, new_cache()
-        before, _ = self._frame("?")
-        lrsa_ds.prefill(self.model, self._ids(before), self.cache)
+        self.encoder = Encoder(self.tokenizer, sys.maxsize)
+        self.text = text
+        # What the prompts of two questions share is read once: the beginning and the text.
+        first, second = self._prompt("?").ids, self._prompt("What is it?").ids
+        self.read = [token for token, _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second))][:-1]
+        self.cache = self._filled(self.read)
 
-    def _frame(self, question: str) -> tuple[str, str]:
-        """The prompt up to the end of the text, and from there to where the answer begins."""
-        row = {"context": self.text, "question": question, "answer": "?"}
-        segments = chat_segments(row, self.tokenizer)
-        place = next(i for i, segment in enumerate(segments) if segment.kind == CUTTABLE) + 1
-        answer = next(i for i, segment in enumerate(segments) if segment.kind == "target")
-        return "".join(s.text for s in segments[:place]), "".join(s.text for s in segments[place:answer])
+    def _prompt(self, question: str) -> Prompt:
+        return self.encoder.prompt({"context": self.text, "question": question, "answer": "?"})
 
-    def _ids(self, text: str) -> torch.Tensor:
-        ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
-        return ids.to(self.model.device)
+    def _filled(self, ids: list[int]) -> lrsa_ds.LagKVCache:
+        cache = self.new_cache()
+        lrsa_ds.prefill(self.model, torch.tensor([ids], device=self.model.device), cache)
+        return cache
 
     def kept(self) -> str:
         cache = self.cache
@@ -62,18 +62,21 @@ class Reader:
         )
 
     def answer(self, question: str, max_new_tokens: int) -> str:
-        before, after = self._frame(question)
-        ids = torch.cat([self._ids(before), self._ids(after)], dim=1)
+        prompt = self._prompt(question)
+        # A question may change how the end of the text is tokenized: then its prompt is read anew.
+        is_read = prompt.ids[: len(self.read)] == self.read
+        ids = torch.tensor([prompt.ids], device=self.model.device)
         found = self.model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=copy.deepcopy(self.cache),
+            past_key_values=copy.deepcopy(self.cache) if is_read else self._filled(prompt.ids[:-1]),
             max_new_tokens=max_new_tokens,
             do_sample=False,
             eos_token_id=end_tokens(self.model, self.tokenizer) or None,
             pad_token_id=self.tokenizer.pad_token_id,
         )
-        return self.tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True).strip()
+        said = self.tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True)
+        return after_lead(said, prompt.lead_end)
 
 
 def typed_questions() -> Iterator[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lrsa_ds.config import DataConfig
+from lrsa_ds.data.encoder import Encoder
 from lrsa_ds.data.files import find_files
 from lrsa_ds.data.sources import Rows
 from lrsa_ds.data.stores import rows_of
@@ -18,7 +19,6 @@ from lrsa_ds.data.tokenizer import Tokenizer
 from lrsa_ds.errors import LRSAError
 from lrsa_ds.evaluate.evaluator import Sample
 from recipes.longeval import to_sample
-from recipes.qa import Encoder
 
 # The data sets of LongBench (arXiv 2308.14508) in English and code, by metric.
 _LONGBENCH_BY_METRIC = {

@@ -11,12 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
+from lrsa_ds.data.encoder import Encoder
 from lrsa_ds.data.haystack import Haystack
 from lrsa_ds.data.stdlib_qa import StdlibQA
 from lrsa_ds.data.tokenizer import Tokenizer
 from lrsa_ds.errors import LRSAError
 from lrsa_ds.evaluate.evaluator import Sample
-from recipes.qa import Encoder
 
 MARGIN = 16  # tokens by which joined texts may differ from the sum of their parts
 ANSWER_MARGIN = 16  # tokens an answer may take beyond its own: white space, a full stop, the end of the turn
@@ -173,13 +173,9 @@ class GeneratedSamples:
 
 
 def to_sample(encoder: Encoder, row: dict, answers: list[str], metrics: tuple[str, ...], **identity) -> Sample:
-    """The prompt of a row: all before its last answer, which has to be generated. Too long a context is cut."""
-    (example,) = encoder.examples(row)
-    is_target = [label >= 0 for label in example.labels]
-    last = len(is_target) - is_target[::-1].index(True)
-    first = last - is_target[:last][::-1].index(False)
-    prompt = tuple(example.input_ids[:first])
+    """The prompt of a row: what inference gets before its last answer. Too long a context is cut."""
+    prompt = encoder.prompt(row)
     return Sample(
-        prompt_ids=prompt, answers=tuple(answers), metrics=metrics,
-        max_new_tokens=last - first + ANSWER_MARGIN, **identity,
+        prompt_ids=tuple(prompt.ids), answers=tuple(answers), metrics=metrics,
+        max_new_tokens=prompt.num_answer_tokens + ANSWER_MARGIN, lead_end=prompt.lead_end, **identity,
     )  # fmt: skip

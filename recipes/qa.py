@@ -8,13 +8,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from lrsa_ds.config import TrainConfig
-from lrsa_ds.data.packing import IGNORE, Example, LeftOut
-from lrsa_ds.data.segments import CUTTABLE, END, FIXED, TARGET, Segment, chat_segments, plain_segments
-from lrsa_ds.data.shapes import ToRow, canonical
+from lrsa_ds.data.encoder import Encoder
+from lrsa_ds.data.packing import Example, LeftOut
+from lrsa_ds.data.shapes import ToRow
 from lrsa_ds.data.sources import Row, Rows
 from lrsa_ds.data.stdlib_docs import documents_fingerprint
 from lrsa_ds.data.stdlib_qa import MARGIN, StdlibQA
-from lrsa_ds.data.tokenized import tokenized_examples
 from lrsa_ds.data.tokenizer import Tokenizer
 from lrsa_ds.errors import LRSAError
 
@@ -134,100 +133,3 @@ class QAData:
             margin += excess
             if margin > source.context_length:
                 raise LRSAError(f"seq_len={source.context_length} is too short for a question of task {row['task']}.")
-
-
-class Encoder:
-    """Rows to examples, with what has to be known of the tokenizer looked up once.
-
-    Args:
-        tokenizer: any; its chat template is used if it has one and `chat_template` is true.
-        seq_len: the most tokens of an example.
-        chat_template: False writes "{context}\\n\\nQuestion: {question}\\nAnswer: {answer}" even if there is one.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, seq_len: int, chat_template: bool = True):
-        self.tokenizer = tokenizer
-        self.seq_len = seq_len
-        self.use_template = chat_template and tokenizer.chat_template is not None
-        marked = (i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
-        self.special_ids = frozenset(tokenizer.all_special_ids).union(marked)
-        # A template writes the beginning-of-sequence token itself; without one, do as the tokenizer does.
-        alone = tokenizer("").input_ids
-        has_bos = tokenizer.bos_token_id is not None and alone[:1] == [tokenizer.bos_token_id]
-        self.bos = [tokenizer.bos_token_id] if has_bos else []
-        self.eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-
-    def examples(self, row: dict[str, Any], index: int = 0, place: object = "a row") -> list[Example]:
-        """As `encode`; `place` names the row in an error."""
-        try:
-            row = canonical(row)
-            if "text" in row:
-                return self._text_examples(row, index)
-            if "input_ids" in row:
-                return tokenized_examples(row, index, self.seq_len, len(self.tokenizer))
-            return [self._example(self._segments(row), row["task"], index, self.seq_len)]
-        except LRSAError as error:
-            raise LRSAError(f"{place}: {error}") from error
-
-    def uncut(self, row: dict[str, Any], index: int) -> Example:
-        """The example of a canonical row, however long."""
-        return self._example(self._segments(row), row["task"], index, None)
-
-    def length(self, row: dict[str, Any]) -> int:
-        """The number of tokens of a canonical row, uncut."""
-        return len(self.uncut(row, 0).input_ids)
-
-    def _segments(self, row: dict[str, Any]) -> list[Segment]:
-        if self.use_template:
-            return chat_segments(row, self.tokenizer)
-        if "messages" in row:
-            raise LRSAError(
-                "messages need a chat template: set data.chat_template=true and take a tokenizer that has one, "
-                "or use prompt and completion."
-            )
-        return plain_segments(row)
-
-    def _example(self, segments: list[Segment], task: str, index: int, limit: int | None) -> Example:
-        tokens = self._tokens([segment.text for segment in segments])
-        if segments[-1].kind == END and not self.special_ids.intersection(tokens[-1]):
-            tokens[-1] = tokens[-1] + self.eos
-        if not self.use_template:
-            segments, tokens = [Segment("", FIXED), *segments], [self.bos, *tokens]
-        if limit is not None:
-            _cut(segments, tokens, limit)
-        input_ids: list[int] = []
-        labels: list[int] = []
-        for segment, ids in zip(segments, tokens, strict=True):
-            num_targets = len(ids) if segment.kind == TARGET else 0
-            if segment.kind == END:
-                num_targets = next((i + 1 for i, token in enumerate(ids) if token in self.special_ids), 0)
-            input_ids += ids
-            labels += ids[:num_targets] + [IGNORE] * (len(ids) - num_targets)
-        labels[0] = IGNORE
-        return Example(input_ids, labels, task, index)
-
-    def _tokens(self, texts: list[str]) -> list[list[int]]:
-        return self.tokenizer(texts, add_special_tokens=False).input_ids
-
-    def _text_examples(self, row: dict[str, Any], index: int) -> list[Example]:
-        ids = self.bos + self._tokens([row["text"]])[0] + self.eos
-        pieces = [ids[start : start + self.seq_len] for start in range(0, len(ids), self.seq_len)]
-        # One token alone predicts nothing.
-        return [Example(piece, [IGNORE, *piece[1:]], row["task"], index) for piece in pieces if len(piece) > 1]
-
-
-def _cut(segments: list[Segment], tokens: list[list[int]], limit: int) -> None:
-    """Takes tokens out of the middle of the cuttable segment, in place, until all of them are at most `limit`."""
-    total = sum(map(len, tokens))
-    if total <= limit:
-        return
-    place = next((i for i, segment in enumerate(segments) if segment.kind == CUTTABLE), None)
-    ids = [] if place is None else tokens[place]
-    least = total - len(ids) + (0 if place is None else min(len(ids), segments[place].keep))
-    if least > limit:
-        raise LRSAError(
-            f"its question and answer alone need {least} tokens, more than seq_len={limit}: "
-            "raise seq_len or leave the row out."
-        )
-    left = len(ids) - (total - limit)
-    tokens[place] = ids[: (left + 1) // 2] + ids[len(ids) - left // 2 :]

@@ -14,6 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from lrsa_ds.cache import LagKVCache
 from lrsa_ds.config import LRSAConfig
+from lrsa_ds.data.encoder import after_lead
 from lrsa_ds.generation import end_tokens
 from lrsa_ds.inference import prefill
 
@@ -32,6 +33,7 @@ class Sample:
         answers: right answers; what they mean is up to the metric.
         metrics: names of metrics, the one that leads first; ("nll",) asks for the perplexity of the prompt itself.
         depth: where the fact stands in the prompt, from 0 to 1, if there is one.
+        lead_end: a word that a model says before its answer (`</think>`); what it says up to there is not scored.
     """
 
     task: str
@@ -42,6 +44,7 @@ class Sample:
     metrics: tuple[str, ...]
     max_new_tokens: int
     depth: float | None = None
+    lead_end: str = ""
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,7 @@ class Evaluator:
         return Answer(found[0, prompt.shape[1] :].tolist(), size)
 
     def _answer_row(self, sample: Sample, mode: Mode, answer: Answer, dense: Answer | None) -> dict:
-        text = self.tokenizer.decode(answer.ids, skip_special_tokens=True).strip()
+        text = after_lead(self.tokenizer.decode(answer.ids, skip_special_tokens=True), sample.lead_end)
         scores = {name: 100 * self.score(name, text, sample.answers) for name in sample.metrics}
         if dense is not None and answer.size["num_held"] < answer.size["num_tokens"]:
             scores["first_token"] = 100.0 * (answer.ids[0] == dense.ids[0])

@@ -1,4 +1,4 @@
-"""The procedure: segments, labels, cutting, and the data of a whole run."""
+"""The procedure: turns, labels, cutting, and the data of a whole run."""
 
 import json
 import pickle
@@ -26,6 +26,7 @@ LLAMA3.add_special_tokens(
 LLAMA3.chat_template = (
     "{% for m in messages %}{% if loop.first %}{{ bos_token }}{% endif %}"
     "<|start_header|>{{ m['role'] }}<|end_header|>\n\n{{ m['content'] | trim }}<|eot|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header|>assistant<|end_header|>\n\n{% endif %}"
 )
 PLAIN = load_tokenizer(MODEL)
 PLAIN.chat_template = None
@@ -57,7 +58,7 @@ def targets(tokenizer, example):
 
 
 @pytest.mark.parametrize("tokenizer", [CHATML, LLAMA3], ids=["chatml", "llama3"])
-def test_segments_are_what_the_template_renders(tokenizer):
+def test_examples_are_what_the_template_renders(tokenizer):
     user = f"{QA['context']}\n\nQuestion: Who?"
     for row, messages, answers in (
         (CHAT, CHAT["messages"], ["Hi.", "See you\n"]),
@@ -77,7 +78,7 @@ def test_without_a_template():
         (example,) = encode(QA, tokenizer, 4096, chat_template)
         text = f"{QA['context']}\n\nQuestion: Who?\nAnswer: Nobody.<|im_end|>"
         assert tokenizer.decode(example.input_ids) == text and example.task == "qa"
-        assert targets(tokenizer, example) == ["Nobody.<|im_end|>"]
+        assert targets(tokenizer, example) == [" Nobody.<|im_end|>"]
         (example,) = encode(PROMPT, tokenizer, 4096, chat_template)
         assert tokenizer.decode(example.input_ids) == "Say it: it<|im_end|>"
         assert targets(tokenizer, example) == [" it<|im_end|>"]
@@ -88,19 +89,25 @@ def test_without_a_template():
 def test_a_template_without_an_end_token_gets_one():
     tokenizer = pickle.loads(pickle.dumps(CHATML))
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-    (example,) = encode(CHAT, tokenizer, 4096)
-    assert targets(tokenizer, example) == ["Hi.", "See you\n\n<|im_end|>"]
+    # Nothing in the history says that a turn is over, so every turn is an example that does.
+    assert [targets(tokenizer, example) for example in encode(CHAT, tokenizer, 4096)] == [
+        ["assistant: Hi.<|im_end|>"],
+        ["assistant: See you\n<|im_end|>"],
+    ]
 
 
 @pytest.mark.parametrize(
     ("template", "sentence"),
     [
         ("{{ raise_exception('System role not supported') }}", r"refuses the roles system, user.*System role not supp"),
-        ("{% for m in messages %}{{ m['content'] | upper }}{% endfor %}", "drops or reorders messages|changes the"),
-        ("{{ messages[-1]['content'] }}", "drops or reorders messages of the roles system, user"),
+        (
+            "{% for m in messages %}{{ m['content'] | upper }}{% endfor %}",
+            "drops or changes message 1 of the role system, which starts with 'Be kind.'",
+        ),
+        ("{{ messages[-1]['content'] }}", "drops or changes message 1 of the role system"),
         (
             "{% for m in messages %}[{{ m['content'] | replace('Hello', 'Hi') }}]{% endfor %}",
-            "changes the content that starts with 'Hello'",
+            r"drops or changes message 2 of the role user, which starts with 'Hello'",
         ),
     ],
 )

@@ -1,0 +1,237 @@
+"""Canonical rows to examples: the tokens that generation sees, and those that it has to give.
+
+A turn's prompt is tokenized as inference does it, and its target is the continuation that the tokenizer itself writes.
+Several turns of a conversation share an example as long as that holds for each of them; a turn that generation sees
+otherwise (the history without its reasoning, say) becomes an example of its own.
+"""
+
+from typing import Any, NamedTuple
+
+from lrsa_ds.data.conversation import Conversation, chat_conversation, plain_conversation
+from lrsa_ds.data.cutting import kept_parts
+from lrsa_ds.data.packing import IGNORE, Example
+from lrsa_ds.data.shapes import canonical
+from lrsa_ds.data.shorten import shortened, token_ends, tokens_of
+from lrsa_ds.data.special import SpecialTokens
+from lrsa_ds.data.tokenized import tokenized_examples
+from lrsa_ds.data.tokenizer import Tokenizer
+from lrsa_ds.data.turns import ChatTemplate, PlainText, Turn
+from lrsa_ds.errors import LRSAError
+
+# Characters before an answer that are tokenized together with it, and tokens of them that have to come out alike.
+WINDOW_CHARACTERS = 512
+WINDOW_TOKENS = 8
+
+
+class Prompt(NamedTuple):
+    """What inference gets of a row, as tokens, and what it has to give.
+
+    Args:
+        ids: the prompt.
+        num_answer_tokens: the tokens of the right answer, its end included.
+        lead_end: the last word that a right answer says before the content, such as the end of its reasoning.
+    """
+
+    ids: list[int]
+    num_answer_tokens: int
+    lead_end: str
+
+
+def after_lead(said: str, lead_end: str) -> str:
+    """What a model has said, without its `Prompt.lead_end` and all before it, and without white space around it."""
+    return (said.partition(lead_end)[2] if lead_end and lead_end in said else said).strip()
+
+
+class Encoder:
+    """Rows to examples, with what has to be known of the tokenizer looked up once.
+
+    Args:
+        tokenizer: any; its chat template is used if it has one and `chat_template` is true.
+        seq_len: the most tokens of an example.
+        chat_template: False writes "{context}\\n\\nQuestion: {question}\\nAnswer: {answer}" even if there is one.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, seq_len: int, chat_template: bool = True):
+        self.tokenizer = tokenizer
+        self.seq_len = seq_len
+        self.special = SpecialTokens(tokenizer)
+        self.use_template = chat_template and tokenizer.chat_template is not None
+        self.frame = ChatTemplate(tokenizer, self.special) if self.use_template else PlainText()
+        self.eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        self.start = _start_of_text(tokenizer)
+        # A template writes the beginning-of-sequence token itself; without one, do as the tokenizer does.
+        self.before = [] if self.use_template else self.start
+
+    def examples(self, row: dict[str, Any], index: int = 0, place: object = "a row") -> list[Example]:
+        """As `recipes.qa.encode`; `place` names the row in an error."""
+        try:
+            row = canonical(row)
+            if "text" in row:
+                return self._text_examples(row, index)
+            if "input_ids" in row:
+                return tokenized_examples(row, index, self.seq_len, len(self.tokenizer))
+            return self._examples(self._conversation(row), index, self.seq_len)
+        except LRSAError as error:
+            raise LRSAError(f"{place}: {error}") from error
+
+    def uncut(self, row: dict[str, Any], index: int) -> Example:
+        """The last example of a canonical row, however long."""
+        return self._examples(self._conversation(row), index, None)[-1]
+
+    def length(self, row: dict[str, Any]) -> int:
+        """The number of tokens of a canonical row, uncut."""
+        return len(self.uncut(row, 0).input_ids)
+
+    def prompt(self, row: dict[str, Any]) -> Prompt:
+        """What inference gets of a row: its last turn, of at most `seq_len` tokens with the right answer.
+
+        Raises:
+            LRSAError: as `recipes.qa.encode`, without a place.
+        """
+        conversation = self._conversation(canonical(row))
+        turns = self.frame.turns(conversation)
+        found = self._fitting(conversation, turns, self.seq_len)
+        num_answer_tokens = sum(label != IGNORE for label in found.labels[found.num_prompt :])
+        content = conversation.messages[turns[-1].message]["content"].strip()
+        lead = turns[-1].answer[: max(0, turns[-1].answer.rfind(content))] if content else ""
+        said = self.tokenizer.decode(self._tokens([lead])[0], skip_special_tokens=True).split()
+        return Prompt(found.ids[: found.num_prompt], num_answer_tokens, said[-1] if said else "")
+
+    def _conversation(self, row: dict[str, Any]) -> Conversation:
+        return (chat_conversation if self.use_template else plain_conversation)(row)
+
+    def _examples(self, conversation: Conversation, index: int, limit: int | None) -> list[Example]:
+        """One example as a rule, in the order of the turns; see above for when there are more."""
+        turns, found = self.frame.turns(conversation), []
+        while turns:
+            encoded = self._fitting(conversation, turns, limit)
+            found.append(Example(encoded.ids, encoded.labels, conversation.task, index))
+            turns = [turn for turn in turns if turn.message not in encoded.trained]
+        return found[::-1]
+
+    def _fitting(self, conversation: Conversation, turns: list[Turn], limit: int | None) -> "_Encoded":
+        """As `_encoded`, with as much cut as `limit` asks for."""
+        tokens = self._encoded(turns)
+        needed = len(tokens.ids)
+        if limit is None or needed <= limit:
+            return tokens
+        cuttable = conversation.cuttable_before(turns[-1].message)
+        text = conversation.text_of(cuttable)
+        ends = token_ends(self.tokenizer, text)
+        spared = None if cuttable.spared is None else tokens_of(ends, cuttable.spared)
+        keep, left = min(cuttable.keep, len(ends)), len(ends)
+        while len(tokens.ids) > limit:
+            left -= len(tokens.ids) - limit
+            if left < keep:
+                raise LRSAError(
+                    f"its question and answer alone need {needed - len(ends) + keep} tokens, more than "
+                    f"seq_len={limit}: raise seq_len or leave the row out."
+                )
+            shorter = conversation.with_text(cuttable, shortened(text, ends, kept_parts(len(ends), left, spared)))
+            tokens = self._encoded([self.frame.turn(shorter, turn.message) for turn in turns])
+        return tokens
+
+    def _encoded(self, turns: list[Turn]) -> "_Encoded":
+        """The last turn, with those before it that generation sees as they stand in its prompt."""
+        last = turns[-1]
+        shared = [t for t in turns[:-1] if self.special.is_border(t.end) and last.prompt.startswith(t.text)]
+        sections = self._sections([*shared, last])
+        while None in (section.target for section in sections[:-1]):
+            shared = [turn for turn, section in zip(shared, sections, strict=False) if section.target is not None]
+            sections = self._sections([*shared, last])
+        ids, labels = list(self.before), [IGNORE] * len(self.before)
+        for number, (prompt, target) in enumerate(sections):
+            # A section that follows another one begins with the token that ends the turn before.
+            ends = prompt[: min(number, 1)]
+            ids += prompt + target
+            labels += ends + [IGNORE] * (len(prompt) - len(ends)) + target
+        num_prompt = len(ids) - len(sections[-1].target)
+        end = self._tokens([last.end + last.after])[0] if last.end else self.eos
+        if last.end or ids[-1:] != end:
+            ids += end
+            labels += end[:1] + [IGNORE] * len(end[1:])
+        labels[0] = IGNORE
+        return _Encoded(ids, labels, num_prompt, {turn.message for turn in (*shared, last)})
+
+    def _sections(self, turns: list[Turn]) -> list["_Section"]:
+        """The text of the last turn in as many sections as there are turns, each up to the end of one answer.
+
+        Everything is tokenized once, but for a few characters before each answer, which show how it is continued. Only
+        the last target is there in any case; of another turn it is None where the tokenizer joins it with its prompt.
+        """
+        pieces, borders, start = [], [], 0
+        for turn in turns:
+            stop = len(turn.prompt)
+            border = self.special.last_border(turn.prompt, start, stop)
+            near = turn.prompt[max(start, stop - WINDOW_CHARACTERS) if border is None else border :]
+            pieces += [turn.prompt[start:border], near, near + turn.answer]
+            borders.append(border)
+            start = stop + len(turn.answer)
+        tokens = iter(self._tokens(pieces))
+        sections = []
+        for border, head, near, answered in zip(borders, tokens, tokens, tokens, strict=True):
+            # Where a border begins, the tokens are those of the whole text; elsewhere that is seen from the last ones.
+            is_alike = border is not None or head[-WINDOW_TOKENS:] == near[-WINDOW_TOKENS:]
+            is_continued = is_alike and answered[: len(near)] == near
+            target = answered[len(near) :] if is_continued else None
+            sections.append(_Section(head if border is None else head + near, target))
+        if target is None:
+            text = pieces[-2] if is_alike else pieces[-3]
+            sections[-1] = _Section(sections[-1].prompt, self._continuation(text, turns[-1].answer))
+        return sections
+
+    def _continuation(self, text: str, answer: str) -> list[int]:
+        """Tokens that continue those of `text` with the answer, where the tokenizer would join the two in one token.
+
+        Inference has tokenized the prompt by then: its tokens stay, and the answer gets others than in a whole text.
+        The answer is tokenized in several ways, as the middle of a text; the right one decodes to the same text.
+
+        Raises:
+            LRSAError: none is right.
+        """
+        prompt, whole = self._tokens([text, text + answer])
+        for before in (text, "", "\n", text[-1:]):
+            known, found = self._tokens([before, before + answer])
+            target = found[len(known) :]
+            if found[: len(known)] == known and self._decoded(prompt + target) == self._decoded(whole):
+                return target
+        raise LRSAError(
+            f"the tokenizer joins the end of the prompt, {text[-20:]!r}, with the beginning of the answer, "
+            f"{answer[:20]!r}, in one token, and has no others for the answer alone: let the prompt end elsewhere."
+        )
+
+    def _tokens(self, texts: list[str]) -> list[list[int]]:
+        options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+        return self.tokenizer(texts, **options).input_ids
+
+    def _decoded(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def _text_examples(self, row: dict[str, Any], index: int) -> list[Example]:
+        ids = self.start + self._tokens([row["text"]])[0] + self.eos
+        pieces = [ids[start : start + self.seq_len] for start in range(0, len(ids), self.seq_len)]
+        # One token alone predicts nothing.
+        return [Example(piece, [IGNORE, *piece[1:]], row["task"], index) for piece in pieces if len(piece) > 1]
+
+
+class _Section(NamedTuple):
+    """Tokens of a prompt, from where the section before ends, and of the answer behind it."""
+
+    prompt: list[int]
+    target: list[int] | None
+
+
+class _Encoded(NamedTuple):
+    """An example without its names: the tokens before its last target, and the places of the messages it trains."""
+
+    ids: list[int]
+    labels: list[int]
+    num_prompt: int
+    trained: set[int]
+
+
+def _start_of_text(tokenizer: Tokenizer) -> list[int]:
+    """The tokens that the tokenizer puts before a text."""
+    alone = tokenizer("a", add_special_tokens=False).input_ids
+    framed = tokenizer("a").input_ids
+    return next((framed[:i] for i in range(len(framed)) if framed[i : i + len(alone)] == alone), [])

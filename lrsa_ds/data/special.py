@@ -1,0 +1,48 @@
+"""The special tokens of a tokenizer as they stand in text: which end a turn, and where a text may be split."""
+
+import re
+
+from lrsa_ds.data.tokenizer import Tokenizer
+
+# A generation prompt and what stands between two turns are shorter than this: no more of a prompt is searched.
+SEARCHED_CHARACTERS = 4096
+
+
+class SpecialTokens:
+    """Finds added tokens in text.
+
+    A tokenizer looks for its added tokens first and tokenizes what stands between them piece by piece. So a text that
+    is split where a *border* token begins has the same tokens as the whole. A border is an added token that neither
+    swallows the white space before it nor waits for the normalizer; a slow tokenizer promises none.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        added = list(tokenizer.added_tokens_decoder.values())
+        special = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
+        self._special = _any_of(special)
+        self._added = _any_of({token.content for token in added} - special)
+        borders = {token.content for token in added if not (token.lstrip or token.normalized or token.single_word)}
+        self._borders = frozenset(borders if tokenizer.is_fast else ())
+        self._border = _any_of(self._borders)
+
+    def first(self, text: str) -> re.Match | None:
+        """The first special token of `text`, or else the first other added one."""
+        return self._special.search(text) or self._added.search(text)
+
+    def last(self, text: str) -> re.Match | None:
+        """The last special token of `text`."""
+        return max(self._special.finditer(text), key=re.Match.start, default=None)
+
+    def is_border(self, token: str) -> bool:
+        return token in self._borders
+
+    def last_border(self, text: str, start: int, stop: int) -> int | None:
+        """Where the last border of `text[start:stop]` begins, if one is near its end."""
+        found = self._border.finditer(text, max(start, stop - SEARCHED_CHARACTERS), stop)
+        return max(map(re.Match.start, found), default=None)
+
+
+def _any_of(tokens: set[str] | frozenset[str]) -> re.Pattern:
+    """The longest token first, as tokenizers match them; blank ones, which stand for runs of spaces, end nothing."""
+    visible = sorted((token for token in tokens if token.strip()), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, visible)) or r"(?!)")

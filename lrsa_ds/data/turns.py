@@ -1,0 +1,262 @@
+"""What inference renders before a turn is generated, and what has to be generated behind it.
+
+Both are read off the tokenizer's chat template: the prompt is what it renders of the messages before the turn with
+`add_generation_prompt=True`, and the answer is how the finished turn continues that text. Nothing is known here of any
+particular template, with one exception, reasoning tags: see `_behind_reasoning_tag`.
+"""
+
+import json
+import re
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+
+from lrsa_ds.data.conversation import Conversation
+from lrsa_ds.data.special import SpecialTokens
+from lrsa_ds.data.tokenizer import Tokenizer
+from lrsa_ds.errors import LRSAError
+
+# What code in a template may raise apart from jinja's own errors, when it gets messages that it was not made for.
+TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError)
+# The names under which templates read what a model thinks before it answers.
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+_PLACEHOLDER = "xPLACEHOLDERx"
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One turn that is trained.
+
+    Args:
+        message: its place in the conversation.
+        prompt: all that inference renders before the model generates the turn.
+        answer: what has to be generated behind the prompt, without the token that ends it.
+        end: the special token that the template puts behind the answer, or "": then the tokenizer's own ends it.
+        after: what the template puts behind that, which is not trained.
+    """
+
+    message: int
+    prompt: str
+    answer: str
+    end: str = ""
+    after: str = ""
+
+    @property
+    def text(self) -> str:
+        return self.prompt + self.answer + self.end
+
+
+class PlainText:
+    """Turns without a chat template: the first message is the prompt, the second its continuation."""
+
+    def turns(self, conversation: Conversation) -> list[Turn]:
+        return [self.turn(conversation, message) for message in conversation.trained]
+
+    def turn(self, conversation: Conversation, message: int) -> Turn:
+        prompt, answer = (m["content"] for m in conversation.messages)
+        return Turn(message, prompt, answer)
+
+
+class ChatTemplate:
+    """Turns as the chat template of a tokenizer renders them."""
+
+    def __init__(self, tokenizer: Tokenizer, special: SpecialTokens):
+        self.tokenizer = tokenizer
+        self.special = special
+        source = json.dumps(tokenizer.chat_template)
+        self.reasoning_keys = [key for key in REASONING_KEYS if re.search(rf"\b{key}\b", source)]
+
+    def turns(self, conversation: Conversation) -> list[Turn]:
+        """All trained turns of a conversation.
+
+        Raises:
+            LRSAError: as `turn`; or the template leaves out a message, its reasoning or its calls of tools, or the
+                tools of the row: the sentence names it.
+        """
+        self._check_prompt(conversation)
+        turns = [self.turn(conversation, message) for message in conversation.trained]
+        for turn in turns:
+            _check_answer(turn, conversation.messages[turn.message])
+        return turns
+
+    def turn(self, conversation: Conversation, message: int) -> Turn:
+        """The turn that `messages[message]`, of the assistant, is.
+
+        Raises:
+            LRSAError: the template refuses the messages, or it renders the turn in a way that cannot continue its own
+                generation prompt.
+        """
+        finished = self._render(conversation, message + 1)
+        prompt = self._prompt(conversation, message, finished)
+        content = conversation.messages[message]
+        after = self._after_content(conversation, message, finished)
+        end = self.special.last(after) if content.get("tool_calls") else self.special.first(after)
+        stop = len(finished) - len(after) + (end.start() if end else len(after.rstrip()))
+        if finished.startswith(prompt):
+            answer = finished[len(prompt) : stop]
+        else:
+            answer = _behind_reasoning_tag(prompt, finished[:stop], content)
+        return Turn(message, prompt, answer, end.group(), after[end.end() :]) if end else Turn(message, prompt, answer)
+
+    def _check_prompt(self, conversation: Conversation) -> None:
+        """Raises unless all that stands before the last trained turn is in its prompt."""
+        last = conversation.trained[-1]
+        if last == 0:
+            return
+        prompt = self._render(conversation, last, generate=True)
+        for number, message in enumerate(conversation.messages[:last], start=1):
+            for call in message.get("tool_calls") or ():
+                _require_call(call, prompt, number)
+            if message["role"] != "assistant" and not _renders(prompt, message["content"]):
+                raise LRSAError(
+                    f"the chat template drops or changes message {number} of the role {message['role']}, which starts "
+                    f"with {message['content'].strip()[:40]!r}."
+                )
+        if conversation.tools:
+            without = replace(conversation, tools=None)
+            if prompt == self._render(without, last, generate=True):
+                raise LRSAError("the chat template ignores tools: take a tokenizer whose template has them.")
+
+    def end_tokens(self) -> list[str]:
+        """The special tokens that end a turn of the assistant: of text, and of a call of a tool where there is one."""
+        call = {"type": "function", "function": {"name": "look", "arguments": {"at": "it"}}}
+        asked = {"role": "user", "content": "?"}
+        found = []
+        for message in ({"content": "x"}, {"content": "", "tool_calls": [call]}):
+            conversation = Conversation((asked, {"role": "assistant", **message}), (1,))
+            try:
+                found += self.turns(conversation)
+            except LRSAError:
+                continue  # a template that does not take tools, or wants other messages first
+        return [end for end in dict.fromkeys(turn.end for turn in found) if end]
+
+    def _render(self, conversation: Conversation, count: int, generate: bool = False) -> str:
+        """The first `count` messages, with the generation prompt where a turn is to be generated."""
+        messages = [self._for_template(message) for message in conversation.messages[:count]]
+        options = {"tools": conversation.tools} if conversation.tools else {}
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=generate, **options
+            )
+        except TEMPLATE_ERRORS as error:
+            roles = ", ".join(message["role"] for message in messages)
+            said = " ".join(str(error).split()).rstrip(".")
+            raise LRSAError(
+                f"the chat template refuses the roles {roles} ({said}): change the messages, "
+                "or set data.chat_template=false for rows that are not messages."
+            ) from error
+
+    def _for_template(self, message: dict[str, Any]) -> dict[str, Any]:
+        reasoning = message.get(REASONING_KEYS[0])
+        if not reasoning:
+            return message
+        rest = {key: value for key, value in message.items() if key != REASONING_KEYS[0]}
+        return rest | dict.fromkeys(self.reasoning_keys, reasoning)
+
+    def _prompt(self, conversation: Conversation, message: int, finished: str) -> str:
+        if message > 0:
+            return self._render(conversation, message, generate=True)
+        # Templates do not render an empty conversation: take what is rendered up to the end of the generation prompt.
+        head, found, _ = finished.partition(self._generation_prompt)
+        if not self._generation_prompt or not found:
+            raise LRSAError("its first message is the assistant's, behind no prompt: set train to false on it.")
+        return head + found
+
+    @cached_property
+    def _generation_prompt(self) -> str:
+        probe = Conversation(({"role": "user", "content": "?"},), ())
+        return self._render(probe, 1, generate=True).removeprefix(self._render(probe, 1))
+
+    @cached_property
+    def _usual_end(self) -> str | None:
+        """What the template renders behind the content of a last turn, where a question and an answer are enough."""
+        messages = ({"role": "user", "content": "?"}, {"role": "assistant", "content": _PLACEHOLDER})
+        try:
+            return self._render(Conversation(messages, (1,)), 2).rpartition(_PLACEHOLDER)[2]
+        except LRSAError:
+            return None
+
+    def _after_content(self, conversation: Conversation, message: int, finished: str) -> str:
+        """What the template renders behind the content of the last of these messages, which is the assistant's."""
+        calls = conversation.messages[message].get("tool_calls")
+        if not calls and self._usual_end is not None and finished.endswith(self._usual_end):
+            return self._usual_end
+        messages = list(conversation.messages[: message + 1])
+        messages[message] = {**messages[message], "content": _PLACEHOLDER}
+        marked = replace(conversation, messages=tuple(messages))
+        _, found, after = self._render(marked, message + 1).rpartition(_PLACEHOLDER)
+        if not found or not finished.endswith(after):
+            raise LRSAError(f"the chat template drops or changes message {message + 1} of the role assistant.")
+        return after
+
+
+def _behind_reasoning_tag(prompt: str, finished: str, message: dict[str, Any]) -> str:
+    """The answer where the generation prompt has a reasoning tag that the finished turn lacks.
+
+    Some generation prompts open a tag (`<think>`): the model generates the reasoning, closes it, and answers. Others
+    open and close it: the model answers at once. Finished turns are rendered without either, since the history does
+    not keep reasoning. What is trained is what will be generated behind the prompt.
+
+    Raises:
+        LRSAError: the two differ in another way, or there is reasoning where the prompt has closed the tag.
+    """
+    tag = re.search(r"<([^<>/\s]+)>\s*(</\1>\s*)?$", prompt)
+    before = prompt[: tag.start()] if tag else ""
+    if not tag or not finished.startswith(before):
+        shared = next((i for i, (a, b) in enumerate(zip(prompt, finished, strict=False)) if a != b), 0)
+        raise LRSAError(
+            f"the chat template's generation prompt ends with {prompt[shared:][-60:]!r}, and the finished turn has "
+            f"{finished[shared:][:60]!r} there: what is trained would not be what is generated."
+        )
+    opening, closing = f"<{tag.group(1)}>", f"</{tag.group(1)}>"
+    answer = finished[len(before) :]
+    reasoning, found, _ = message["content"].rpartition(closing)
+    reasoning = message.get(REASONING_KEYS[0]) or (reasoning.replace(opening, "") if found else "")
+    if tag.group(2):
+        if reasoning:
+            raise LRSAError(f"the chat template's generation prompt closes {opening}: reasoning_content has no place.")
+        return answer
+    if answer.startswith(opening):
+        return answer.removeprefix(opening).lstrip("\n")
+    return f"{reasoning.strip()}\n{closing}\n\n{answer.lstrip()}"
+
+
+def _check_answer(turn: Turn, message: dict[str, Any]) -> None:
+    number = turn.message + 1
+    answer = _dense(turn.answer)
+    if not (answer.endswith(_dense(message["content"])) or message.get("tool_calls")):
+        raise LRSAError(
+            f"the chat template changes the content of message {number}, which starts with "
+            f"{message['content'].strip()[:40]!r}."
+        )
+    reasoning = message.get(REASONING_KEYS[0])
+    if reasoning and _dense(reasoning) not in answer:
+        raise LRSAError(
+            f"the chat template ignores reasoning_content, which message {number} has: take a tokenizer whose template "
+            "has it, or write it into content."
+        )
+    for call in message.get("tool_calls") or ():
+        _require_call(call, turn.answer, number)
+
+
+def _require_call(call: dict[str, Any], text: str, number: int) -> None:
+    name = call.get("function", call).get("name", "")
+    if name not in text:
+        raise LRSAError(f"the chat template ignores tool_calls, which message {number} has: it leaves out {name!r}.")
+
+
+def _renders(text: str, content: str) -> bool:
+    """Whether `content` stands in `text`, apart from white space, or as JSON writes it."""
+    stripped = content.strip()
+    return (
+        stripped in text
+        or json.dumps(stripped, ensure_ascii=False)[1:-1] in text
+        or _dense(stripped) in _dense(text)
+    )
+
+
+def _dense(text: str) -> str:
+    """The text without its white space."""
+    return "".join(text.split())
