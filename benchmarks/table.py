@@ -5,6 +5,10 @@ import statistics
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from lrsa_ds.labels import factor_name, retention_name
+
 
 def rows_of(directory: Path, kind: str) -> list[dict]:
     path = directory / "metrics.jsonl"
@@ -40,12 +44,14 @@ def answer_lines(directory: Path) -> list[str]:
     lines = []
     for retention in sorted({row["retention"] for row in rows}, reverse=True):
         cells = [f"{row['task']} {row['exact_match']:.1f}" for row in rows if row["retention"] == retention]
-        lines.append(f"{directory.name:<28}{f'{1 / retention:g}x':>6}  {', '.join(cells)}")
+        factors = [row.get("cache_factor") for row in rows if row["retention"] == retention]
+        cache = f"{retention_name(retention)} ({factor_name(factors)})"
+        lines.append(f"{directory.name:<28}{cache:>20}  {', '.join(cells)}")
     return lines
 
 
 if __name__ == "__main__":
     directories = [Path(argument) for argument in sys.argv[1:]]
     print("\n".join(filter(None, map(step_line, directories))))
-    print("exact match in percent after training, by size of the cache")
+    print("exact match in percent after training, by retention (how many times smaller the cache was)")
     print("\n".join(line for directory in directories for line in answer_lines(directory)))

@@ -23,6 +23,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from lrsa_ds.config import LRSAError
+from lrsa_ds.labels import SMALLER
 from lrsa_ds.output import COMPLETED
 
 JOB, LOG = "job.json", "log.txt"
@@ -185,7 +186,8 @@ def result(directory: Path) -> dict:
     """What came of the job in a directory: the swept keys, `status`, and of a run that trained its figures.
 
     `score` is the mean over tasks of the exact answers under the smallest cache, `tokens` that of the answer tokens, in
-    percent; `loss` is the last one, `step_seconds` the median of all steps but the first.
+    percent; `cache_factor` the mean of how many times smaller that cache is than a dense one; `loss` is the last one,
+    `step_seconds` the median of all steps but the first.
     """
     swept = json.loads((directory / JOB).read_text())["swept"]
     row = {"job": job_name(swept), "swept": swept, "directory": str(directory)}
@@ -200,6 +202,8 @@ def result(directory: Path) -> dict:
         row["peak_memory_gb"] = max(r["peak_memory_gb"] for r in steps)
     if after:
         smallest = [r for r in after if r["retention"] == min(r["retention"] for r in after)]
+        factors = [r["cache_factor"] for r in smallest if "cache_factor" in r]  # jobs of an earlier version have none
+        row["cache_factor"] = statistics.mean(factors) if factors else None
         row["score"] = statistics.mean(r["exact_match"] for r in smallest)
         row["tokens"] = statistics.mean(r["token_accuracy"] for r in smallest)
     return row
@@ -218,11 +222,13 @@ def _as_number(value: str) -> tuple:
         return (1, 0.0, value)
 
 
-FIGURES = {"score": "exact %", "tokens": "tokens %", "loss": "loss", "step_seconds": "s/step", "peak_memory_gb": "GB"}
+FIGURES = {"cache_factor": "smaller", "score": "exact %", "tokens": "tokens %", "loss": "loss"}
+FIGURES |= {"step_seconds": "s/step", "peak_memory_gb": "GB"}
+LEGEND = f"smaller: {SMALLER} of the smallest cache evaluated; exact %, tokens %: answers and their tokens under it"
 
 
 def sweep_table(rows: list[dict]) -> str:
-    """A line for each job: the swept keys, its figures, and whether it is done."""
+    """A line for each job: the swept keys, its figures, and whether it is done; and what the figures are."""
     keys = list(dict.fromkeys(key for row in rows for key in row["swept"]))
     head = [*(key.split(".")[-1] for key in keys), *FIGURES.values(), "status"]
     lines = [head]
@@ -230,7 +236,8 @@ def sweep_table(rows: list[dict]) -> str:
         figures = [f"{row[name]:.3g}" if row.get(name) is not None else "-" for name in FIGURES]
         lines.append([*(row["swept"].get(key, "-") for key in keys), *figures, row["status"]])
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+    table = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+    return "\n".join([*table, "", LEGEND])
 
 
 def draw_sweep(rows: list[dict], path: Path, title: str) -> None:
@@ -251,7 +258,7 @@ def draw_sweep(rows: list[dict], path: Path, title: str) -> None:
             others = {k: v for k, v in row["swept"].items() if k != key}
             lines.setdefault(job_name(others) if others else "", []).append(row)
         for line, (name, label) in zip(
-            panels[:, column], (("score", "exact %"), ("step_seconds", "s/step")), strict=True
+            panels[:, column], (("score", "exact %, smallest cache"), ("step_seconds", "s/step")), strict=True
         ):
             for other, mine in lines.items():
                 points = [(values.index(row["swept"].get(key, "-")), row.get(name, math.nan)) for row in mine]

@@ -5,6 +5,8 @@ import pytest
 from lrsa_ds.compression import Compression, held_sentence, short_documents_sentence
 from lrsa_ds.config import LRSAConfig
 from lrsa_ds.labels import factor_name, retention_name
+from lrsa_ds.partition import cache_factor, num_held
+from tests.helpers import ROOT
 
 CONFIG = LRSAConfig(sink_size=16, lag_size=512, retention=0.125)  # S + 2L = 1,040
 
@@ -40,3 +42,20 @@ def test_names():
     assert factor_name([4.2667]) == factor_name([4.2667, 4.2701]) == "4.27x"
     assert factor_name([3.9, None, 4.2667]) == "3.90–4.27x"
     assert factor_name([12.34]) == "12.3x" and factor_name([1]) == "1.00x" and factor_name([None]) == "-"
+
+
+@pytest.mark.parametrize(
+    "file,num_tokens,lag_size,claims",
+    [
+        ("README.md", 8192, 512, {"retention 1/4: {}× smaller": 0.25, "retention 1/8: {}× smaller": 0.125}),
+        ("README.md", 8192, 512, {"0.125 is a {}× smaller cache after 8,192 tokens": 0.125}),
+        ("benchmarks/results/2026-11-24-h100.md", 8192, 512, {"1/2: {}×": 0.5, "1/4: {}×": 0.25, "1/8: {}×": 0.125}),
+        ("benchmarks/results/2026-11-cpu.md", 1024, 128, {"retention 1/8, {}× smaller": 0.125}),
+    ],
+)
+def test_what_is_claimed_of_a_cache_is_what_it_holds(file, num_tokens, lag_size, claims):
+    text = (ROOT / file).read_text()
+    for claim, retention in claims.items():
+        config = LRSAConfig(sink_size=16, lag_size=lag_size, retention=retention)
+        assert claim.format(f"{cache_factor([num_tokens], config):.2f}") in text
+    assert "holds 1,920 of 8,192 entries" in (ROOT / "README.md").read_text() and num_held(8192, CONFIG) == 1920

@@ -43,8 +43,9 @@ def test_a_sweep_goes_on_after_a_failed_job_and_after_a_stop(tmp_path):
     }
     assert all((tmp_path / name / "COMPLETED").stat().st_mtime == time for name, time in finished.items())
     table = (tmp_path / "sweep.txt").read_text()
-    assert table in done.stdout + "\n" and len(table.splitlines()) == 5
-    assert [line.split()[-1] for line in table.splitlines()] == ["status", "done", "done", "failed", "failed"]
+    *lines, _, legend = table.splitlines()
+    assert table in done.stdout + "\n" and legend.startswith("smaller: tokens seen / entries held")
+    assert [line.split()[-1] for line in lines] == ["status", "done", "done", "failed", "failed"]
     assert imread(tmp_path / "sweep.png").shape[0] > 300
     config = (tmp_path / "retention-0.125_lr-0.001" / "config.yaml").read_text()
     assert f"group: {tmp_path.name}" in config and "lr: 0.001" in config
@@ -92,16 +93,22 @@ def test_mistakes(command, said):
 def test_table_and_picture_of_many_jobs(tmp_path):
     rows = [
         dict(
-            swept={"a.x": str(x), "b": y}, status="done", score=10.0 * x, tokens=50.0, loss=1.234, step_seconds=0.1 * x
+            swept={"a.x": str(x), "b": y},
+            status="done",
+            cache_factor=4.267,
+            score=10.0 * x,
+            tokens=50.0,
+            loss=1.234,
+            step_seconds=0.1 * x,
         )
         for x in (1, 2, 10)
         for y in ("p", "q")
     ]
     rows.append(dict(swept={"a.x": "10", "b": "r"}, status="failed"))
-    lines = sweep_table(rows).splitlines()
-    assert lines[0].split() == ["x", "b", "exact", "%", "tokens", "%", "loss", "s/step", "GB", "status"]
-    assert lines[1].split() == ["1", "p", "10", "50", "1.23", "0.1", "-", "done"]
-    assert lines[-1].split() == ["10", "r", "-", "-", "-", "-", "-", "failed"]
+    *lines, _, _ = sweep_table(rows).splitlines()
+    assert lines[0].split() == ["x", "b", "smaller", "exact", "%", "tokens", "%", "loss", "s/step", "GB", "status"]
+    assert lines[1].split() == ["1", "p", "4.27", "10", "50", "1.23", "0.1", "-", "done"]
+    assert lines[-1].split() == ["10", "r", "-", "-", "-", "-", "-", "-", "failed"]
     draw_sweep(rows, tmp_path / "sweep.png", "title")
     assert imread(tmp_path / "sweep.png").shape[0] > 300
 
