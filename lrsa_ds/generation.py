@@ -8,7 +8,7 @@ from collections.abc import Callable
 from types import MethodType
 
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.generation import GenerationMode
+from transformers.generation import GenerationMixin, GenerationMode
 
 from lrsa_ds.cache import LagKVCache
 from lrsa_ds.config import require
@@ -18,11 +18,8 @@ from lrsa_ds.passes import check_unpadded
 def use_lrsa_cache(model: PreTrainedModel, name: str, new_cache: Callable[[PreTrainedModel], LagKVCache]) -> None:
     """Lets `generate` fill what `new_cache(model)` makes, as long as `name` is the attention of the model.
 
-    So `pipeline("text-generation")` and other callers that know of no cache work. A model that cannot generate, such as
-    a decoder without its output layer, is left as it is.
+    So `pipeline("text-generation")` and other callers that know of no cache work. The model may be wrapped, as by PEFT.
     """
-    if not hasattr(type(model), "_prepare_cache_for_generation"):
-        return
 
     # Of the same name as what it calls, or a pickled model could not be read.
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, *args):
@@ -31,7 +28,9 @@ def use_lrsa_cache(model: PreTrainedModel, name: str, new_cache: Callable[[PreTr
         original = type(self)._prepare_cache_for_generation
         return original(self, generation_config, model_kwargs, generation_mode, batch_size, *args)
 
-    model._prepare_cache_for_generation = MethodType(_prepare_cache_for_generation, model)
+    for module in model.modules():
+        if isinstance(module, GenerationMixin):
+            module._prepare_cache_for_generation = MethodType(_prepare_cache_for_generation, module)
 
 
 def _prepare_cache(

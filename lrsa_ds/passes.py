@@ -46,7 +46,7 @@ def read_pass(inputs: dict[str, Any], new_cache: Callable[[], LagKVCache]) -> di
     lengths = inputs.get("document_lengths")
     if lengths is None:
         lengths = document_lengths(inputs, num_rows, num_tokens)
-    else:  # the other inputs may be those of a shard
+    elif inputs.get("attention_mask") is not None:  # the other inputs may be those of a shard
         document_lengths({"attention_mask": inputs.get("attention_mask")}, num_rows, num_tokens)
     positions = inputs.get("position_ids")
     if lengths is not None and positions is None:  # what is kept depends on them: they are those of inference

@@ -126,9 +126,7 @@ class _Buffers(torch.autograd.Function):
         slot_of = plan.slot_of.repeat(batch, heads, 1)
         out_k, out_v = (x.new_empty(batch, heads, copies.size + num_tokens, dim) for x in (k, v))
         select_into = SELECTION_RULES[table.config.selection].fused
-        select_into(
-            positions, k, v, plan.partitions, plan.first_slots, table.config, layer, slot_of, (out_k, out_v)
-        )
+        select_into(positions, k, v, plan.partitions, plan.first_slots, table.config, layer, slot_of, (out_k, out_v))
         strides = (*k.stride()[:3], *v.stride()[:3])
         sizes = (heads, copies.size, len(plan.others), positions.shape[2], num_tokens, dim)
         grid = (triton.cdiv(copies.size + len(plan.others), ROWS), batch * heads)

@@ -1,12 +1,14 @@
 """Frozen parameters and LoRA adapters: what is trained, and what is exported."""
 
+import copy
 import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, PeftModel
+from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from peft import LoraConfig as PeftConfig
 from transformers import AutoModelForCausalLM
 
 from lrsa_ds import LRSAConfig, apply_lrsa, load, output, prefill
@@ -128,6 +130,18 @@ def test_the_name_of_a_base(tmp_path):
     assert base_name(ModelConfig(name=str(tmp_path / "x" / ".."))) == str(tmp_path)
     assert base_name(ModelConfig(name=str(tmp_path), gguf_file="a.gguf")) is None
     assert base_name(ModelConfig(random={"model_type": "llama"}, tokenizer="bytes")) is None
+
+
+def test_a_model_that_peft_has_wrapped_generates():
+    ids, options = torch.randint(1, 101, (1, 45)), dict(max_new_tokens=5, do_sample=False, pad_token_id=0)
+    settings = LRSAConfig(sink_size=2, lag_size=8, retention=0.5)
+    lora = PeftConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    base = tiny("llama")
+    expected = apply_lrsa(copy.deepcopy(base), settings).generate(ids, **options)
+    wrapped = apply_lrsa(get_peft_model(copy.deepcopy(base), lora), settings)
+    assert torch.equal(wrapped.generate(input_ids=ids, **options), expected)
+    wrapped = get_peft_model(apply_lrsa(base, settings), lora)
+    assert torch.equal(wrapped.generate(input_ids=ids, **options), expected)
 
 
 def test_freezing():

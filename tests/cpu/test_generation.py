@@ -7,9 +7,11 @@ import pytest
 import torch
 from transformers import DynamicCache, pipeline
 
+from launch.chat import Reader
 from lrsa_ds import LagKVCache, LRSAConfig, apply_lrsa, prefill
 from lrsa_ds.data.tokenizer import byte_tokenizer
 from lrsa_ds.errors import LRSAError
+from lrsa_ds.evaluate.evaluator import Evaluator, Mode, Sample
 from lrsa_ds.generation import end_tokens
 from tests.cpu.test_model import tiny
 
@@ -144,3 +146,18 @@ def test_generation_stops_at_every_end_token(model):
     assert end_tokens(model, byte_tokenizer()) == [7, byte_tokenizer().eos_token_id]
     model.generation_config.eos_token_id = None
     assert end_tokens(model, byte_tokenizer()) == [byte_tokenizer().eos_token_id]
+
+
+def test_evaluation_and_chat_stop_at_every_end_token(tmp_path, model, ids):
+    """Whatever the model says ends its turn here, so that one token is all that is said."""
+    model.generation_config.eos_token_id = list(range(300))
+    model.generation_config.pad_token_id = None
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    said = []
+    evaluator = Evaluator(model, byte_tokenizer(), CONFIG, lambda name, text, answers: said.append(text) or 0.0)
+    sample = Sample("task", 0, 45, tuple(ids[0].tolist()), ("x",), ("exact",), max_new_tokens=10)
+    evaluator.rows(sample, [Mode("chunked", 0.3)])
+    reader = Reader(str(tmp_path), "A text that is long enough to be compressed.")
+    said.append(reader.answer("What?", max_new_tokens=10))
+    assert len(said) == 2 and all(len(text) <= 1 for text in said)
