@@ -12,7 +12,7 @@ on() {  # on NUMBER_OF_GPUS SCRIPT ARGUMENT...
 }
 
 "$PYTHON" -m pytest -q -m gpu tests/multi_gpu
-for exchange in kept heads; do
+for exchange in gather_kept head_groups; do
     on 2 benchmark_steps --num-tokens 131072 --retention 0.125 --csv "$OUT/exchanges.csv" -- \
         +recipe=step_1b5 parallel.sp_size=2 parallel.exchange=$exchange
 done

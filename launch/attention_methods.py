@@ -8,8 +8,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from lrsa_ds.attention.fa4 import why_not_fa4
 from lrsa_ds.partition import PartitionTable
+from lrsa_ds.registry import KERNELS
 
 AttentionFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 NSA_BLOCK = 64  # keys of a block that a query selects, as in the paper of native sparse attention (arXiv 2502.11089)
@@ -31,7 +31,8 @@ def dense_fa4(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor
 
 def dense_methods(device: torch.device, dtype: torch.dtype, dim: int) -> dict[str, AttentionFunction]:
     methods = {"dense cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION), "dense flash": sdpa(SDPBackend.FLASH_ATTENTION)}
-    return methods | ({"dense fa4": dense_fa4} if why_not_fa4(device, dtype, dim) is None else {})
+    reason = KERNELS["fa4"].why_not(device, dtype, dim)
+    return methods if reason else methods | {"dense fa4": dense_fa4}
 
 
 def has_nsa() -> bool:

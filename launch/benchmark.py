@@ -31,11 +31,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache  
 
 from launch.attention_methods import dense_methods, has_nsa, nsa  # noqa: E402
 from lrsa_ds import LagKVCache, LRSAConfig, apply_lrsa, lrsa_attention, prefill  # noqa: E402
-from lrsa_ds.attention.backends import choose_backend  # noqa: E402
 from lrsa_ds.attention.buffered import buffered_layout, select_and_gather  # noqa: E402
+from lrsa_ds.attention.kernels.kernel import choose_kernel  # noqa: E402
 from lrsa_ds.config import require_one_of  # noqa: E402
 from lrsa_ds.errors import LRSAError  # noqa: E402
 from lrsa_ds.partition import partition_table  # noqa: E402
+from lrsa_ds.registry import KERNELS  # noqa: E402
 
 # Shapes of models whose weights do not matter: (hidden, intermediate, layers, query heads, KV heads).
 SHAPES = {"tiny": (64, 128, 2, 4, 2), "1.5b": (1536, 8960, 28, 12, 2), "8b": (4096, 14336, 32, 32, 8)}
@@ -111,12 +112,19 @@ def settings_of(options: argparse.Namespace, retention: float) -> LRSAConfig:
     return LRSAConfig(sink_size=options.sink_size, lag_size=options.lag_size, retention=retention)
 
 
+def fast_kernels(device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
+    """Names of the kernels to time: all but the readable ones, and those that this GPU cannot run."""
+    fast = [name for name in KERNELS if not KERNELS[name].is_readable]
+    cannot = [name for name in fast if KERNELS[name].runs_on(device) and KERNELS[name].why_not(device, dtype, head_dim)]
+    return [name for name in fast if name not in cannot]
+
+
 def attention_methods(options: argparse.Namespace, num_tokens: int, device: torch.device) -> list[tuple]:
     """Name, settings of LRSA if it is LRSA, and function of all that is timed."""
     dense = dense_methods(device, torch.bfloat16, options.heads[2])
     methods = [(name, None, attend) for name, attend in dense.items()]
     for config in (settings_of(options, retention) for retention in options.retention):
-        for backend in ("flex", "fa4") if "dense fa4" in dense else ("flex",):
+        for backend in fast_kernels(device, torch.bfloat16, options.heads[2]):
             chosen = replace(config, backend=backend)
             methods.append((f"LRSA {backend}", chosen, lambda q, k, v, c=chosen: lrsa_attention(q, k, v, c)))
         if has_nsa():
@@ -145,7 +153,8 @@ def attention_rows(options: argparse.Namespace, num_tokens: int, device: torch.d
 
         add(name, config, "forward+backward", measure(both, options.repetitions, device))
     for config in (settings_of(options, retention) for retention in options.retention):
-        layout = buffered_layout((num_tokens,), config, device, choose_backend(config, device, k.dtype, dim))
+        kernel = choose_kernel(config, device, k.dtype, dim)
+        layout = buffered_layout((num_tokens,), config, device, kernel.skips_queries_ahead)
         with torch.no_grad():
             selection = measure(lambda layout=layout: select_and_gather(k, v, layout), options.repetitions, device)
         add("LRSA", config, "select and gather", selection)

@@ -1,5 +1,6 @@
 """Long-context post-training of language models on exactly the KV cache that inference will keep."""
 
+import lrsa_ds.parallel.strategies  # noqa: F401  fills the table of what parallel.exchange may name
 from lrsa_ds.attention import SelectionRule, lrsa_attention, register_selection, select_kept
 from lrsa_ds.cache import LagKVCache
 from lrsa_ds.config import LRSAConfig

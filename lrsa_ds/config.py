@@ -15,9 +15,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from lrsa_ds.errors import LRSAError
-from lrsa_ds.registry import SELECTION_RULES
+from lrsa_ds.registry import EXCHANGES, KERNELS, SELECTION_RULES
 
-BACKENDS = ("auto", "chunked", "flex", "fa4")
+AUTO = "auto"  # of the kernels the fastest that is possible
 # Our names of the columns of a row, see lrsa_ds/data/shapes.py.
 COLUMNS = ("messages", "conversations", "tools", "system", "prompt", "completion", "instruction", "input", "output")
 COLUMNS += ("context", "question", "answer", "answers", "answer_start", "text", "input_ids", "labels", "task")
@@ -96,7 +96,7 @@ class LRSAConfig:
             f"attention.value_weight={self.value_weight} has no effect with attention.selection={self.selection}: "
             "leave it at 1.0.",
         )
-        require_one_of("attention.backend", self.backend, BACKENDS)
+        require_one_of("attention.backend", self.backend, (AUTO, *KERNELS))
         require(
             self.num_kept >= 1 or rule.keeps_nothing,
             f"attention.retention={self.retention} keeps nothing of a partition of attention.lag_size={self.lag_size} "
@@ -291,12 +291,12 @@ class ParallelConfig:
     """How the ranks are arranged; `timeout` is in seconds, 0 for none."""
 
     sp_size: int = 1
-    exchange: str = "kept"
+    exchange: str = "gather_kept"
     timeout: float = 1800.0
 
     def __post_init__(self):
         require_whole("parallel.sp_size", self.sp_size, 1)
-        require_one_of("parallel.exchange", self.exchange, ("kept", "heads"))
+        self.exchange = EXCHANGES.name_of(self.exchange)
         require(self.timeout >= 0, f"parallel.timeout={self.timeout} is not valid: give seconds, or 0 for none.")
 
 

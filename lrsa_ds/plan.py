@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from lrsa_ds.adapters import check_peft
-from lrsa_ds.attention.backends import choose_backend
+from lrsa_ds.attention.kernels.kernel import choose_kernel
 from lrsa_ds.checkpoint import ResumePoint, check_resume
 from lrsa_ds.config import TrainConfig, require
 from lrsa_ds.data.procedure import Procedure, RunData, prepare_data
@@ -14,10 +14,10 @@ from lrsa_ds.liger import check_liger
 from lrsa_ds.metrics import check_wandb
 from lrsa_ds.model import check_supported, empty_model
 from lrsa_ds.output import check_output
-from lrsa_ds.parallel.heads import check_heads
 from lrsa_ds.parallel.mesh import check_world
-from lrsa_ds.parallel.stretches import check_stretches
-from lrsa_ds.parallel.ulysses import check_dense_heads
+from lrsa_ds.parallel.strategy import Sharing
+from lrsa_ds.parallel.ulysses import check_dense
+from lrsa_ds.registry import EXCHANGES
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,8 @@ def _check_backend(config: TrainConfig, structure: torch.nn.Module, dtype: torch
     head_dim = getattr(architecture, "head_dim", None)
     head_dim = head_dim or architecture.hidden_size // architecture.num_attention_heads
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    choose_backend(config.attention.at_step(0), device, dtype, head_dim)
+    merges_parts = config.parallel.sp_size > 1 and EXCHANGES[config.parallel.exchange].merges_parts
+    choose_kernel(config.attention.at_step(0), device, dtype, head_dim, needs_lse_gradient=merges_parts)
 
 
 def _check_parallel(config: TrainConfig, structure: torch.nn.Module) -> None:
@@ -82,13 +83,10 @@ def _check_parallel(config: TrainConfig, structure: torch.nn.Module) -> None:
         return
     architecture = structure.config.get_text_config()
     check_world(size)
-    exchange, retentions = config.parallel.exchange, {*attention.retentions, *config.eval.retentions}
-    if exchange == "heads" or 1.0 in retentions:
-        check_heads(architecture.num_attention_heads, size)
     row = config.seq_len * config.optim.micro_batch
-    for retention in retentions:
+    heads = architecture.num_attention_heads, architecture.num_key_value_heads
+    strategy = EXCHANGES[config.parallel.exchange]
+    for retention in sorted({*attention.retentions, *config.eval.retentions}, reverse=True):
         settings = attention.with_retention(retention)
-        if settings.is_dense:
-            check_dense_heads(architecture.num_key_value_heads, size)
-        else:
-            check_stretches(row, size, settings, "seq_len * optim.micro_batch", exchange)
+        check = check_dense if settings.is_dense else strategy.check
+        check(Sharing(size, row, "seq_len * optim.micro_batch", *heads, settings))

@@ -45,7 +45,8 @@ class Registry(Generic[Entry]):
         known = isinstance(name, str)
         name = self._former.get(name, name) if known else name
         if not known or name not in self._entries:
-            raise LRSAError(f"{self.key}={name!r} is not valid: choose one of {', '.join(self)}{self.advice}.")
+            former = f" (formerly {', '.join(self._former)})" if self._former else ""
+            raise LRSAError(f"{self.key}={name!r} is not valid: choose one of {', '.join(self)}{former}{self.advice}.")
         return name
 
     def __getitem__(self, name: Any) -> Entry:
@@ -55,4 +56,6 @@ class Registry(Generic[Entry]):
         return iter(self._entries)
 
 
+KERNELS: Registry[Any] = Registry("attention.backend")
+EXCHANGES: Registry[Any] = Registry("parallel.exchange")
 SELECTION_RULES: Registry[Any] = Registry("attention.selection", ", or a rule added by lrsa_ds.register_selection")

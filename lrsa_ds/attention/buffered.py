@@ -5,11 +5,11 @@ from functools import lru_cache
 
 import torch
 
-from lrsa_ds.attention.backends import KERNELS
-from lrsa_ds.attention.blocks import BLOCK, Copies, copy_history, padded_buffer_size, queries_ahead
 from lrsa_ds.attention.fused_buffer import fused_buffers
-from lrsa_ds.attention.interval import Ahead, Intervals
 from lrsa_ds.attention.kept_buffer import buffer_positions, gather_kept
+from lrsa_ds.attention.kernels.blocks import BLOCK, Copies, copy_history, padded_buffer_size, queries_ahead
+from lrsa_ds.attention.kernels.interval import Ahead, Intervals
+from lrsa_ds.attention.kernels.kernel import Kernel
 from lrsa_ds.attention.selection.fused_lagkv import HAS_TRITON
 from lrsa_ds.attention.selection.select import has_fused_path
 from lrsa_ds.config import LRSAConfig
@@ -23,13 +23,13 @@ def buffered_attention(
     config: LRSAConfig,
     document_lengths: tuple[int, ...],
     scale: float | None,
-    backend: str,
+    kernel: Kernel,
     layer: int = 0,
 ) -> torch.Tensor:
-    """The same function as `chunked_attention`, on one of `KERNELS`."""
-    layout = buffered_layout(document_lengths, config, q.device, backend)
+    """The same function as `chunked_attention`, on one of the kernels."""
+    layout = buffered_layout(document_lengths, config, q.device, kernel.skips_queries_ahead)
     k, v = select_and_gather(k, v, layout, layer)
-    return KERNELS[backend](q, k, v, layout.intervals, scale)[0]
+    return kernel.attend(q, k, v, layout.intervals, scale)[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,11 +55,11 @@ def select_and_gather(
 
 @lru_cache(maxsize=64)
 def buffered_layout(
-    document_lengths: tuple[int, ...], config: LRSAConfig, device: torch.device, backend: str
+    document_lengths: tuple[int, ...], config: LRSAConfig, device: torch.device, skips_queries_ahead: bool = False
 ) -> BufferedLayout:
     table = partition_table(document_lengths, config, align=BLOCK)
-    # FlexAttention would have to begin at the first query, and be slower for keys that are no whole blocks.
-    ahead = queries_ahead(table) if backend == "fa4" else 0
+    # A kernel that has to begin at the first query would be slower for keys that are no whole blocks.
+    ahead = queries_ahead(table) if skips_queries_ahead else 0
     chunks, copies = copy_history(table.chunks, table, ahead)
     hist_lo, hist_hi, win_lo = intervals_of(chunks, device)
     own = torch.arange(table.num_tokens, dtype=torch.int32, device=device)

@@ -9,8 +9,8 @@ from functools import lru_cache
 
 import torch
 
-from lrsa_ds.attention.blocks import Copies, padded_buffer_size
 from lrsa_ds.attention.kept_buffer import buffer_plan
+from lrsa_ds.attention.kernels.blocks import Copies, padded_buffer_size
 from lrsa_ds.attention.selection.fused_lagkv import HAS_TRITON
 from lrsa_ds.attention.selection.rule import Partitions
 from lrsa_ds.partition import PartitionTable

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import torch
 
-from lrsa_ds.attention.backends import choose_backend
 from lrsa_ds.attention.buffered import buffered_attention
 from lrsa_ds.attention.chunked import chunked_attention
+from lrsa_ds.attention.kernels.kernel import choose_kernel
 from lrsa_ds.config import LRSAConfig, require
 from lrsa_ds.partition import partition_table
 
@@ -50,11 +50,8 @@ def lrsa_attention(
     )
     lengths = (num_tokens,) if document_lengths is None else tuple(map(int, document_lengths))
     require(sum(lengths) == num_tokens, f"document_lengths sum to {sum(lengths)}, and there are {num_tokens} tokens.")
-    # Without a history the loop is one plain causal call per document, and SDPA's dense kernels are the fastest.
     has_history = not config.is_dense and max(lengths) > config.dense_prefix_size
-    backend = (
-        choose_backend(config, q.device, q.dtype, q.shape[3]) if has_history or config.backend != "auto" else "chunked"
-    )
-    if backend == "chunked":
+    kernel = choose_kernel(config, q.device, q.dtype, q.shape[3], has_history)
+    if kernel.is_readable:
         return chunked_attention(q, k, v, partition_table(lengths, config), scale, layer)
-    return buffered_attention(q, k, v, config, lengths, scale, backend, layer)
+    return buffered_attention(q, k, v, config, lengths, scale, kernel, layer)

@@ -7,15 +7,13 @@ import torch
 from lrsa_ds.attention import AttentionFunction, lrsa_attention
 from lrsa_ds.config import LRSAConfig
 from lrsa_ds.parallel.exchange import SequenceGroup
-from lrsa_ds.parallel.heads import heads_attention
-from lrsa_ds.parallel.kept import kept_attention
 from lrsa_ds.parallel.ulysses import ulysses_attention
 
 
 def attention_function(group: SequenceGroup | None) -> AttentionFunction:
     """A function with the signature of `lrsa_attention`, for a whole sequence or for this rank's shard of it.
 
-    Under sequence parallelism dense attention (retention 1) is DeepSpeed's Ulysses, LRSA one of our own exchanges.
+    Under sequence parallelism dense attention (retention 1) is DeepSpeed's Ulysses, LRSA the strategy of the group.
     """
     return lrsa_attention if group is None else partial(_shared, group)
 
@@ -30,8 +28,7 @@ def _shared(
     scale: float | None = None,
     layer: int = 0,
 ) -> torch.Tensor:
-    sparse = kept_attention if group.exchange == "kept" else heads_attention
-    attend = ulysses_attention if config.is_dense else sparse
+    attend = ulysses_attention if config.is_dense else group.strategy.attend
     output = attend(q, k, v, config, document_lengths, group, scale, layer)
     group.traffic.count_ulysses(q, k, output, group.size, is_real=config.is_dense)
     return output

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
+from lrsa_ds.parallel.strategy import Strategy
 from lrsa_ds.parallel.traffic import Traffic
 
 
@@ -19,7 +20,7 @@ class SequenceGroup:
     process_group: dist.ProcessGroup
     size: int
     index: int
-    exchange: str = "kept"  # what they send each other, "kept" or "heads" (see `stretches.py`)
+    strategy: Strategy  # who holds which tokens, and how they attend
     traffic: Traffic = field(default_factory=Traffic)
 
 

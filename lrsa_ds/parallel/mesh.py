@@ -11,10 +11,10 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from lrsa_ds.attention.blocks import BLOCK
+from lrsa_ds.attention.kernels.blocks import BLOCK
 from lrsa_ds.config import require
 from lrsa_ds.parallel.exchange import SequenceGroup
-from lrsa_ds.parallel.stretches import held, num_stretches
+from lrsa_ds.registry import EXCHANGES
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,14 @@ class Mesh:
         """What the number of tokens of a row has to be a multiple of: ranks share it evenly, GPUs in whole blocks."""
         if self.sequence is None:
             return 1
-        stretches = self.sp_size * num_stretches(self.sequence.exchange)
+        stretches = self.sp_size * self.sequence.strategy.num_stretches
         return stretches * (BLOCK if self.device.type == "cuda" else 1)
 
     def held(self, num_tokens: int) -> tuple[slice, ...]:
         """The tokens of a row that this rank holds; `row_multiple` divides their number."""
         if self.sequence is None:
             return (slice(0, num_tokens),)
-        return held(num_tokens, self.sp_size, self.sp_rank, self.sequence.exchange)
+        return self.sequence.strategy.held(num_tokens, self.sp_size, self.sp_rank)
 
     @property
     def dp_size(self) -> int:
@@ -111,10 +111,10 @@ def check_world(sp_size: int) -> None:
     )
 
 
-def start_mesh(sp_size: int = 1, timeout: timedelta | None = None, exchange: str = "kept") -> Mesh:
+def start_mesh(sp_size: int = 1, timeout: timedelta | None = None, exchange: str = "gather_kept") -> Mesh:
     """Starts the process group: NCCL on CUDA, gloo on the CPU. Without a launcher the run has one process.
 
-    Each `sp_size` consecutive ranks share their sequences, in the way that `exchange` names (see `stretches.py`). A
+    Each `sp_size` consecutive ranks share their sequences, in the way that `exchange` names (see `strategies.py`). A
     collective may take as long as `timeout`, or else as torch.distributed sets it.
     """
     if "RANK" not in os.environ:
@@ -146,11 +146,12 @@ def _share_cores() -> None:
 
 
 def _sequence_group(size: int, exchange: str) -> SequenceGroup | None:
+    strategy = EXCHANGES[exchange]
     if size == 1:
         return None
     # Every rank takes part in making every group.
     groups = [dist.new_group(range(first, first + size)) for first in range(0, dist.get_world_size(), size)]
-    return SequenceGroup(groups[dist.get_rank() // size], size, dist.get_rank() % size, exchange)
+    return SequenceGroup(groups[dist.get_rank() // size], size, dist.get_rank() % size, strategy)
 
 
 def stop_mesh() -> None:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from lrsa_ds.attention.blocks import Copies, copy_history, in_blocks, padded_buffer_size
 from lrsa_ds.attention.kept_buffer import gather_kept
+from lrsa_ds.attention.kernels.blocks import Copies, copy_history, in_blocks, padded_buffer_size
 from lrsa_ds.attention.selection.rule import Partitions
 from lrsa_ds.attention.selection.select import fast_select_partitions, select_partitions
 from lrsa_ds.config import LRSAConfig

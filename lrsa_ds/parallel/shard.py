@@ -10,8 +10,8 @@ from functools import lru_cache
 
 import torch
 
-from lrsa_ds.attention.blocks import BLOCK
-from lrsa_ds.attention.interval import Intervals
+from lrsa_ds.attention.kernels.blocks import BLOCK
+from lrsa_ds.attention.kernels.interval import Intervals
 from lrsa_ds.config import LRSAConfig
 from lrsa_ds.parallel.pieces import SharedBuffer, halo_size, share_buffer
 from lrsa_ds.partition import cut, intervals_of, partition_table

@@ -8,7 +8,8 @@ from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 from lrsa_ds.attention import lrsa_attention
 from lrsa_ds.config import LRSAConfig, require
 from lrsa_ds.parallel.exchange import SequenceGroup
-from lrsa_ds.parallel.stretches import num_stretches, token_order
+from lrsa_ds.parallel.head_groups import check_heads
+from lrsa_ds.parallel.strategy import Sharing
 
 
 def check_dense_heads(num_kv_heads: int, size: int) -> None:
@@ -19,6 +20,12 @@ def check_dense_heads(num_kv_heads: int, size: int) -> None:
         "model, or is a multiple of them; LRSA alone has no such limit: leave 1.0 out of attention.retention and "
         "eval.retentions.",
     )
+
+
+def check_dense(sharing: Sharing) -> None:
+    """Raises LRSAError for a sharing that dense attention cannot do."""
+    check_heads(sharing.num_heads, sharing.size)
+    check_dense_heads(sharing.num_kv_heads, sharing.size)
 
 
 def ulysses_attention(
@@ -42,9 +49,7 @@ def ulysses_attention(
     Returns:
         [1, H, n, D].
     """
-    order = None  # of the tokens, where the ranks hold others than consecutive ones
-    if num_stretches(group.exchange) > 1:
-        order = token_order(group.size * q.shape[2], group.size, group.exchange, q.device)
+    order = group.strategy.token_order(group.size * q.shape[2], group.size, q.device)
     exchange = _ulysses(q.shape[1], k.shape[1], q.shape[3], group)
     # DeepSpeed gathers the positions for kernels that find the documents by them; ours are told the lengths.
     positions = torch.zeros(1, q.shape[2], dtype=torch.int64, device=q.device)

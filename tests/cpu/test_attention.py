@@ -4,16 +4,17 @@ import pytest
 import torch
 
 from lrsa_ds import LRSAConfig, lrsa_attention, select_kept
-from lrsa_ds.attention import blocks
-from lrsa_ds.attention.blocks import BLOCK, block_cover, interval_rows
 from lrsa_ds.attention.buffered import buffered_attention, buffered_layout, select_and_gather
 from lrsa_ds.attention.chunked import chunked_attention
-from lrsa_ds.attention.fa4 import RELEASE
-from lrsa_ds.attention.flex import _block_mask
-from lrsa_ds.attention.interval import Ahead, interval_attention
+from lrsa_ds.attention.kernels import blocks
+from lrsa_ds.attention.kernels.blocks import BLOCK, block_cover, interval_rows
+from lrsa_ds.attention.kernels.fa4 import RELEASE
+from lrsa_ds.attention.kernels.flex import _block_mask
+from lrsa_ds.attention.kernels.interval import Ahead, interval_attention
 from lrsa_ds.errors import LRSAError
 from lrsa_ds.partition import _build as layout_of
 from lrsa_ds.partition import partition_table
+from lrsa_ds.registry import KERNELS
 from tests.helpers import ROOT, assert_close
 
 
@@ -103,7 +104,7 @@ def test_flex_is_the_same_function(layout):
     config = LRSAConfig(**{key: value for key, value in layout.items() if key != "lengths"})
     inputs = [x.detach() for x in random_qkv(sum(lengths))]
     expected = chunked_attention(*inputs, partition_table(lengths, config))
-    actual = buffered_attention(*inputs, config, lengths, None, "flex")
+    actual = buffered_attention(*inputs, config, lengths, None, KERNELS["flex"])
     assert_close(actual, expected, 1e-5, "output")
 
 
@@ -123,7 +124,7 @@ def test_history_and_window_are_two_intervals(layout, queries_a_copy):
     lengths = layout["lengths"]
     config = LRSAConfig(**{key: value for key, value in layout.items() if key != "lengths"})
     inputs = random_qkv(sum(lengths), 4, 2)
-    actual = buffered_attention(*inputs, config, lengths, None, "chunked")
+    actual = buffered_attention(*inputs, config, lengths, None, KERNELS["chunked"])
     assert_same_function(actual, chunked_attention(*inputs, partition_table(lengths, config)), inputs, 1e-5)
 
 
@@ -132,7 +133,7 @@ def test_history_and_window_are_two_intervals(layout, queries_a_copy):
 def test_block_mask_covers_exactly(lengths, lag_size, retention, sink_size, queries_a_copy):
     """Every block with a visible pair is listed, and no block listed as full holds an invisible pair."""
     config = LRSAConfig(sink_size=sink_size, lag_size=lag_size, retention=retention)
-    layout = buffered_layout(lengths, config, torch.device("cpu"), "flex")
+    layout = buffered_layout(lengths, config, torch.device("cpu"))
     buffer_size, num_tokens = layout.copies.size, sum(lengths)
     mask = _block_mask(layout.intervals, num_tokens, buffer_size + num_tokens)
     q, kv = torch.arange(num_tokens)[:, None], torch.arange(buffer_size + num_tokens)[None]
@@ -159,7 +160,7 @@ def test_block_mask_covers_exactly(lengths, lag_size, retention, sink_size, quer
 def test_one_long_document_meets_mostly_full_blocks():
     """The alignment of the kept buffer is worth its gaps: the history is nearly free of partly covered blocks."""
     config = LRSAConfig(sink_size=16, lag_size=1024, retention=0.125)
-    layout = buffered_layout((16384,), config, torch.device("cpu"), "flex")
+    layout = buffered_layout((16384,), config, torch.device("cpu"))
     mask = _block_mask(layout.intervals, 16384, layout.copies.size + 16384)
     # The block with the sink and both borders of the window; more only where two chunks meet, in one block of eight.
     assert (mask.kv_num_blocks <= 3).float().mean() >= 7 / 8
@@ -169,7 +170,7 @@ def test_one_long_document_meets_mostly_full_blocks():
 def test_blocks_may_begin_where_the_chunks_of_the_longest_document_do(lengths, ahead, queries_a_copy):
     """The function stays, the queries ahead see each other alone, and all blocks are seen in full but for two a row."""
     config = LRSAConfig(sink_size=16, lag_size=256, retention=0.5)
-    layout = buffered_layout(lengths, config, torch.device("cpu"), "fa4")
+    layout = buffered_layout(lengths, config, torch.device("cpu"), skips_queries_ahead=True)
     window, first_key = layout.intervals.also, layout.copies.size
     assert layout.intervals.ahead == Ahead(ahead, first_key) and (first_key + ahead) % BLOCK == 0
     assert (window.lo[:ahead] >= first_key).all() and (window.hi[:ahead] <= first_key + ahead).all()
@@ -186,12 +187,13 @@ def test_blocks_may_begin_where_the_chunks_of_the_longest_document_do(lengths, a
 @pytest.mark.parametrize("num_tokens,ahead", [(8192, 0), (16384, 16)])
 def test_short_sequences_have_no_queries_ahead(num_tokens, ahead):
     config = LRSAConfig(sink_size=16, lag_size=1024, retention=0.125)
-    assert buffered_layout((num_tokens,), config, torch.device("cpu"), "fa4").intervals.ahead.count == ahead
+    layout = buffered_layout((num_tokens,), config, torch.device("cpu"), skips_queries_ahead=True)
+    assert layout.intervals.ahead.count == ahead
 
 
 def test_no_query_reads_a_copy_that_is_not_its_own(queries_a_copy):
     lengths, config = (1000, 3000, 96), LRSAConfig(sink_size=16, lag_size=128, retention=0.25)
-    layout = buffered_layout(lengths, config, torch.device("cpu"), "flex")
+    layout = buffered_layout(lengths, config, torch.device("cpu"))
     wanted, _, _ = layout.table.intervals()
     slots, offsets = layout.copies.slots(torch.device("cpu")), layout.copies.offsets()
     assert len(slots) == layout.copies.size and len(offsets) == {1: 8, 128: 8, 256: 8}.get(queries_a_copy, 1)

@@ -4,15 +4,16 @@ import pytest
 import torch
 
 from lrsa_ds import LRSAConfig
-from lrsa_ds.attention.blocks import BLOCK
-from lrsa_ds.attention.flex import flex_interval_attention
-from lrsa_ds.attention.interval import Intervals, interval_attention, merge
+from lrsa_ds.attention.kernels.blocks import BLOCK
+from lrsa_ds.attention.kernels.flex import flex_interval_attention
+from lrsa_ds.attention.kernels.interval import Intervals, interval_attention, merge
 from lrsa_ds.errors import LRSAError
-from lrsa_ds.parallel.heads import check_heads
+from lrsa_ds.parallel.head_groups import check_heads
 from lrsa_ds.parallel.shard import shard_layout
-from lrsa_ds.parallel.stretches import check_stretches
+from lrsa_ds.parallel.strategy import Sharing
 from lrsa_ds.parallel.ulysses import check_dense_heads
 from lrsa_ds.partition import partition_table
+from lrsa_ds.registry import EXCHANGES
 from tests.helpers import assert_close
 
 
@@ -129,12 +130,18 @@ def test_another_layout_takes_one_of_few_buffer_sizes():
 
 def test_what_cannot_be_shared():
     config = LRSAConfig(sink_size=16, lag_size=64, retention=0.25)
-    check_stretches(1024, 7, config, "seq_len", "heads")
-    check_stretches(1024, 3, config, "seq_len", "kept")
-    with pytest.raises(LRSAError, match=r"parallel.sp_size=8 .*heads cuts seq_len = 1,024 .* = 144: give at most 7"):
-        check_stretches(1024, 8, config, "seq_len", "heads")
+
+    def check(size, exchange):
+        EXCHANGES[exchange].check(Sharing(size, 1024, "seq_len", 4 * size, size, config))
+
+    check(7, "head_groups")
+    check(3, "gather_kept")
+    with pytest.raises(
+        LRSAError, match=r"sp_size=8 .*head_groups cuts seq_len = 1,024 .* = 144: give at most 7"
+    ):
+        check(8, "heads")  # its name in earlier releases
     with pytest.raises(LRSAError, match=r"parallel.sp_size=4 .*kept cuts .* into stretches of 128, .* at most 3"):
-        check_stretches(1024, 4, config, "seq_len", "kept")
+        check(4, "kept")
     with pytest.raises(LRSAError, match=r"parallel.sp_size=4 does not divide the 6 query heads .* 1, 2, 3, 6"):
         check_heads(6, 4)
     check_dense_heads(2, 4)

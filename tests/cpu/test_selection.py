@@ -14,7 +14,7 @@ from lrsa_ds.config import AttentionConfig, ModelConfig, TrainConfig
 from lrsa_ds.errors import LRSAError
 from lrsa_ds.evaluate.config import CacheConfig
 from lrsa_ds.partition import partition_table
-from lrsa_ds.registry import SELECTION_RULES
+from lrsa_ds.registry import KERNELS, SELECTION_RULES
 from tests.cpu.test_attention import LAYOUTS, assert_same_function, random_qkv
 from tests.cpu.test_cache import STEPS, logits_of_training, logits_with_cache, tokens
 from tests.cpu.test_model import tiny
@@ -110,7 +110,7 @@ def test_every_rule_through_the_kept_buffer(rule, layout):
     lengths = layout["lengths"]
     config = LRSAConfig(**{key: value for key, value in layout.items() if key != "lengths"}, selection=rule)
     inputs = random_qkv(sum(lengths))
-    actual = buffered_attention(*inputs, config, lengths, None, "chunked", layer=1)
+    actual = buffered_attention(*inputs, config, lengths, None, KERNELS["chunked"], layer=1)
     expected = chunked_attention(*inputs, partition_table(lengths, config), layer=1)
     assert_same_function(actual, expected, inputs, 1e-5)
 

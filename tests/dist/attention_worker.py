@@ -11,14 +11,14 @@ from dataclasses import replace
 import torch
 
 from lrsa_ds import LRSAConfig
-from lrsa_ds.attention import blocks
 from lrsa_ds.attention.chunked import chunked_attention
-from lrsa_ds.attention.interval import interval_attention
-from lrsa_ds.parallel import heads, kept
+from lrsa_ds.attention.kernels import blocks
+from lrsa_ds.attention.kernels.interval import interval_attention
+from lrsa_ds.parallel import gather_kept, head_groups
 from lrsa_ds.parallel.attention import attention_function
 from lrsa_ds.parallel.mesh import Mesh, start_mesh, stop_mesh
-from lrsa_ds.parallel.stretches import num_stretches
 from lrsa_ds.partition import partition_table
+from lrsa_ds.registry import EXCHANGES, KERNELS
 
 RULES = ("lagkv", "key_norm", "random", "window")
 LAYER = 3
@@ -31,18 +31,18 @@ def random_case(draw: random.Random, size: int, exchange: str, rule: str) -> tup
         sink_size=draw.randrange(0, 9), lag_size=lag, retention=draw.uniform(1.01 / lag, 1), selection=rule
     )
     least = config.dense_prefix_size
-    num_tokens = size * num_stretches(exchange) * draw.randrange(least, 4 * least)
+    num_tokens = size * EXCHANGES[exchange].num_stretches * draw.randrange(least, 4 * least)
     cuts = sorted(draw.sample(range(1, num_tokens), draw.randrange(0, 5)))
     lengths = [b - a for a, b in zip([0, *cuts], [*cuts, num_tokens], strict=True)]
     kv_heads = draw.choice([1, 2, 3, 4])
-    heads = kv_heads * draw.choice([1, 2]) * (size if exchange == "heads" else draw.choice([1, size]))
+    heads = kv_heads * draw.choice([1, 2]) * (size if exchange == "head_groups" else draw.choice([1, size]))
     return config, lengths, heads, kv_heads
 
 
 def worst_errors(mesh: Mesh, exchange: str, num_cases: int) -> list[tuple[str, float]]:
     """Random cases, each with its worst relative error over output and gradients."""
     size = mesh.sp_size
-    mesh = replace(mesh, sequence=replace(mesh.sequence, exchange=exchange))
+    mesh = replace(mesh, sequence=replace(mesh.sequence, strategy=EXCHANGES[exchange]))
     attend = attention_function(mesh.sequence)
     torch.manual_seed(size)  # the same sequence on every rank
     draw, results = random.Random(size), []
@@ -70,13 +70,14 @@ def worst_errors(mesh: Mesh, exchange: str, num_cases: int) -> list[tuple[str, f
 
 def main():
     mesh = start_mesh(int(sys.argv[1]))
-    plain = {exchange: worst_errors(mesh, exchange, 20) for exchange in ("kept", "heads")}
+    plain = {exchange: worst_errors(mesh, exchange, 20) for exchange in ("gather_kept", "head_groups")}
     # As GPUs see it, with the kept buffer in whole blocks and several copies of it. The readable kernel takes the place
     # of FlexAttention, which has no backward pass on the CPU.
-    for module in (heads, kept):
-        module.choose_backend, module.KERNELS = lambda *_: "flex", {"flex": interval_attention}
+    kernel = replace(KERNELS["flex"], attend=interval_attention)
+    for module in (head_groups, gather_kept):
+        module.choose_kernel = lambda *_, **__: kernel
     blocks.queries_a_copy = lambda table: 1
-    by_blocks = {exchange: worst_errors(mesh, exchange, 8) for exchange in ("kept", "heads")}
+    by_blocks = {exchange: worst_errors(mesh, exchange, 8) for exchange in ("gather_kept", "head_groups")}
     if mesh.is_main:
         print(json.dumps({"plain": plain, "by blocks": by_blocks}))
     stop_mesh()

@@ -21,7 +21,7 @@ from lrsa_ds.data.packing import IGNORE, Example, collate, pack
 from lrsa_ds.data.stream import StepData
 from lrsa_ds.loss import TargetLoss
 from lrsa_ds.model import enable_checkpointing, layer_classes
-from lrsa_ds.parallel import exchange, heads, kept
+from lrsa_ds.parallel import exchange, gather_kept, head_groups
 from lrsa_ds.parallel.mesh import rank, start_mesh, stop_mesh
 from lrsa_ds.parallel.zero import make_engine
 from lrsa_ds.selftest import keep_gradients
@@ -95,11 +95,11 @@ def without_halo():
         return whole(group, cargo, [part * 0 for part in parts] if cargo == "halo" else parts, shapes)
 
     whole = exchange.start
-    heads.start = kept.start = receive_zeros
+    head_groups.start = gather_kept.start = receive_zeros
     try:
         yield
     finally:
-        heads.start = kept.start = whole
+        head_groups.start = gather_kept.start = whole
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -108,7 +108,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--stage", type=int, default=3)
     parser.add_argument("--micro-batch", type=int, default=1)
     parser.add_argument("--sp-size", type=int, default=1)
-    parser.add_argument("--exchange", default="kept")
+    parser.add_argument("--exchange", default="gather_kept")
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--kv-heads", type=int, default=2)
     parser.add_argument("--retention", type=float, default=0.25)

@@ -8,6 +8,7 @@ import pytest
 from tests.helpers import ROOT, run_ranks
 
 pytestmark = pytest.mark.dist
+EXCHANGES = ["gather_kept", "head_groups"]
 LENGTHS = [160, 70, 50, 31, 110, 45, 155]  # of the worker's documents
 
 SHARED = [
@@ -27,12 +28,12 @@ PARITY = [
     (2, ["--stage", 2, "--tied"]),
     (2, ["--stage", 1, "--micro-batch", 2]),
     # Sequence parallelism; four sequences, so the fewer replicas, the more micro-batches in a step.
-    *((size, [*options, "--exchange", exchange]) for size, options in SHARED for exchange in ("kept", "heads")),
+    *((size, [*options, "--exchange", exchange]) for size, options in SHARED for exchange in EXCHANGES),
     # Rules that go by the layer, and that keep nothing; `attention_worker.py` has every rule.
     *(
         (2, ["--sp-size", 2, "--selection", rule, "--exchange", exchange, "--checkpointing"])
         for rule in ("random", "window")
-        for exchange in ("kept", "heads")
+        for exchange in EXCHANGES
     ),
     # Only where heads are dealt out do the ranks have to divide them.
     (2, ["--sp-size", 2, "--heads", 3, "--kv-heads", 1, "--checkpointing"]),
@@ -42,7 +43,7 @@ PARITY = [
     (4, ["--sp-size", 4, "--retention", 1.0, "--micro-batch", 2, "--checkpointing"]),
 ]
 WRONG_SCALE = [(2, ["--break-scale"]), (2, ["--sp-size", 2, "--break-scale"])]
-NO_HALO = [(2, ["--sp-size", 2, "--break-halo", "--exchange", exchange]) for exchange in ("kept", "heads")]
+NO_HALO = [(2, ["--sp-size", 2, "--break-halo", "--exchange", exchange]) for exchange in EXCHANGES]
 BAD_LOSS = [
     (2, ["--bad-loss", "--checkpointing"]),
     (4, ["--bad-loss", "--checkpointing", "--sp-size", 2]),
@@ -106,7 +107,7 @@ def attention_errors(size):
     return output_of("attention_worker.py", size, size)
 
 
-@pytest.mark.parametrize("exchange", ["kept", "heads"])
+@pytest.mark.parametrize("exchange", EXCHANGES)
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_sequence_parallel_attention_on_random_layouts(size, exchange):
     """Odd lengths, documents cut anywhere, KV heads fewer than ranks: the output and every gradient."""
@@ -115,7 +116,7 @@ def test_sequence_parallel_attention_on_random_layouts(size, exchange):
     assert max(error for _, error in cases) < 1e-6, max(cases, key=lambda case: case[1])
 
 
-@pytest.mark.parametrize("exchange", ["kept", "heads"])
+@pytest.mark.parametrize("exchange", EXCHANGES)
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_sequence_parallel_attention_as_gpu_kernels_see_it(size, exchange):
     """The same with the kept buffer in whole blocks, and several copies of it."""
@@ -124,7 +125,7 @@ def test_sequence_parallel_attention_as_gpu_kernels_see_it(size, exchange):
     assert max(error for _, error in cases) < 1e-5, max(cases, key=lambda case: case[1])
 
 
-@pytest.mark.parametrize("exchange", ["kept", "heads"])
+@pytest.mark.parametrize("exchange", EXCHANGES)
 def test_what_travels(exchange):
     """Bytes of a step against those worked out by hand, and the kept KV against r of what dense Ulysses sends."""
     size, heads, kv_heads, dim, tokens, micro_batches = 2, 4, 2, 8, 160, 4
@@ -134,14 +135,15 @@ def test_what_travels(exchange):
     for direction in ("forward", "backward"):
         sent = {name.removeprefix(f"sent_bytes_{direction}_"): value for name, value in traffic.items()}
         all_queries = heads * tokens / size * others * per_head
-        assert sent["queries"] == sent["outputs"] == sent["lse"] * dim == (all_queries if exchange == "heads" else 0)
+        deals_out_heads = exchange == "head_groups"
+        assert sent["queries"] == sent["outputs"] == sent["lse"] * dim == (all_queries if deals_out_heads else 0)
         # Of every sequence the last S + 2L = 36 tokens of the first rank's keys and values, halved by the mean of
         # ranks; with two stretches on each rank also those of the second rank's second one.
-        assert sent["halo"] == 2 * kv_heads * 36 * per_head / size * (2 if exchange == "kept" else 1)
+        assert sent["halo"] == 2 * kv_heads * 36 * per_head / size * (2 if exchange == "gather_kept" else 1)
         ulysses_kv = traffic[f"ulysses_bytes_{direction}_kv"]
         assert ulysses_kv == 2 * kv_heads * tokens / size * others * per_head
         # To every rank go all heads, or those of the rank.
-        assert 0 < sent["kept"] <= 0.25 * 1.1 * ulysses_kv * (size if exchange == "kept" else 1)
+        assert 0 < sent["kept"] <= 0.25 * 1.1 * ulysses_kv * (size if exchange == "gather_kept" else 1)
         assert traffic[f"ulysses_bytes_{direction}"] == ulysses_kv + 2 * all_queries
         assert sent["kv"] == 0
 

@@ -6,18 +6,18 @@ import pytest
 import torch
 
 from lrsa_ds import LRSAConfig, lrsa_attention
-from lrsa_ds.attention import blocks
-from lrsa_ds.attention.blocks import padded_buffer_size
 from lrsa_ds.attention.buffered import buffered_layout
 from lrsa_ds.attention.chunked import chunked_attention
-from lrsa_ds.attention.fa4 import why_not_fa4
 from lrsa_ds.attention.fused_buffer import fused_buffers
 from lrsa_ds.attention.kept_buffer import buffer_plan, gather_kept
+from lrsa_ds.attention.kernels import blocks
+from lrsa_ds.attention.kernels.blocks import padded_buffer_size
 from lrsa_ds.attention.selection.lagkv import lag_scores
 from lrsa_ds.attention.selection.rule import Partitions
 from lrsa_ds.attention.selection.select import fast_select_partitions, has_fused_path, select_partitions
 from lrsa_ds.notices import say_once
 from lrsa_ds.partition import partition_table
+from lrsa_ds.registry import KERNELS
 from tests.helpers import relative_error
 
 pytestmark = pytest.mark.gpu
@@ -35,7 +35,7 @@ def queries_ahead(monkeypatch):
 
 def compare(backend, lengths, heads=4, kv_heads=2, dim=64, dtype=torch.bfloat16, **settings):
     """Relative errors of output and gradients of q, k, v; the oracle selects from the same tensors, in fp32."""
-    reason = why_not_fa4(torch.device("cuda"), dtype, dim) if backend == "fa4" else None
+    reason = KERNELS[backend].why_not(torch.device("cuda"), dtype, dim)
     if reason:
         pytest.skip(reason)
     config = LRSAConfig(**settings, backend=backend)
@@ -154,7 +154,7 @@ def test_several_copies_of_the_history(backend, lengths, several_copies, poison_
 @pytest.mark.parametrize("lengths,dim", [((2000,), 64), ((700, 17, 1283), 80)])
 def test_fused_buffers_are_the_same_function(dtype, tolerance, lengths, dim, several_copies, poison_empty):
     config = LRSAConfig(sink_size=5, lag_size=100, retention=0.33)
-    layout = buffered_layout(lengths, config, torch.device("cuda"), "flex")
+    layout = buffered_layout(lengths, config, torch.device("cuda"))
     assert len(layout.copies.parts) > 1
     k, v = (torch.randn(2, sum(lengths), 3, dim, device="cuda", dtype=dtype).transpose(1, 2) for _ in range(2))
     buffers = fused_buffers(*(x.requires_grad_() for x in (k, v)), layout.table, layout.copies)

@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from lrsa_ds import LagKVCache, LRSAConfig, apply_lrsa, prefill
-from lrsa_ds.attention.backends import KERNELS
-from lrsa_ds.attention.fa4 import why_not_fa4
-from lrsa_ds.attention.interval import Intervals, interval_attention, merge
+from lrsa_ds.attention.kernels.interval import Intervals, interval_attention, merge
+from lrsa_ds.registry import KERNELS
 from tests.cpu.test_model import tiny
 from tests.helpers import relative_error
 
@@ -17,7 +16,7 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 5e-3), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("num_queries,num_keys,heads,kv_heads", [(40, 300, 4, 2), (1000, 777, 3, 1), (513, 4096, 8, 8)])
 def test_kernels_are_the_same_function(backend, dtype, tolerance, num_queries, num_keys, heads, kv_heads, poison_empty):
-    reason = why_not_fa4(torch.device("cuda"), dtype, 64) if backend == "fa4" else None
+    reason = KERNELS[backend].why_not(torch.device("cuda"), dtype, 64)
     if reason:
         pytest.skip(reason)
     shapes = [(1, heads, num_queries, 64)] + 2 * [(1, kv_heads, num_keys, 64)]
@@ -30,7 +29,7 @@ def test_kernels_are_the_same_function(backend, dtype, tolerance, num_queries, n
     everything = Intervals(torch.zeros_like(lo), torch.full_like(hi, num_keys))
     upstream = torch.randn(shapes[0], device="cuda", dtype=dtype)
     results = []
-    for attend in (KERNELS[backend], interval_attention):
+    for attend in (KERNELS[backend].attend, interval_attention):
         merged = merge(attend(*inputs, everything, 0.1), attend(*inputs, intervals, 0.1), dtype)
         results.append((merged, *torch.autograd.grad(merged, inputs, upstream)))
     errors = [relative_error(a, b) for a, b in zip(*results, strict=True)]

@@ -8,7 +8,9 @@ from tests.helpers import free_port
 pytestmark = pytest.mark.gpu(devices=2)
 
 
-@pytest.mark.parametrize("attention,exchange", [("lrsa", "kept"), ("lrsa", "heads"), ("dense", "kept")])
+@pytest.mark.parametrize(
+    "attention,exchange", [("lrsa", "gather_kept"), ("lrsa", "head_groups"), ("dense", "gather_kept")]
+)
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_selftest_on_two_gpus(attention, exchange, dtype):
     retention = [] if attention == "dense" else ["attention.retention=0.125"]

@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import torch
 
-from lrsa_ds.attention.interval import Intervals
+from lrsa_ds.attention.kernels.interval import Intervals
 from lrsa_ds.partition import Chunk, PartitionTable, cut
 
 BLOCK = 128

@@ -9,8 +9,8 @@ from functools import lru_cache
 import torch
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from lrsa_ds.attention.blocks import BLOCK, as_lists, block_cover, interval_rows
-from lrsa_ds.attention.interval import Intervals
+from lrsa_ds.attention.kernels.blocks import BLOCK, as_lists, block_cover, interval_rows
+from lrsa_ds.attention.kernels.interval import Intervals
 
 
 def flex_interval_attention(

@@ -14,12 +14,13 @@ from functools import lru_cache
 
 import torch
 
-from lrsa_ds.attention.backends import KERNELS, choose_backend
-from lrsa_ds.attention.interval import merge
+from lrsa_ds.attention.kernels.interval import merge
+from lrsa_ds.attention.kernels.kernel import choose_kernel
 from lrsa_ds.config import LRSAConfig, require
 from lrsa_ds.parallel.exchange import Exchange, SequenceGroup, start, start_even
 from lrsa_ds.parallel.pieces import select_pieces
 from lrsa_ds.parallel.shard import ShardLayout, shard_layout
+from lrsa_ds.parallel.strategy import Sharing, Strategy, check_stretches
 
 
 def check_heads(num_heads: int, size: int) -> None:
@@ -28,8 +29,13 @@ def check_heads(num_heads: int, size: int) -> None:
     require(
         num_heads % size == 0,
         f"parallel.sp_size={size} does not divide the {num_heads} query heads of the model, which "
-        f"parallel.exchange=heads and retention 1 (dense attention) deal out; valid here: {valid}.",
+        f"parallel.exchange=head_groups and retention 1 (dense attention) deal out; valid here: {valid}.",
     )
+
+
+def check(sharing: Sharing) -> None:
+    check_heads(sharing.num_heads, sharing.size)
+    check_stretches(sharing, HEAD_GROUPS)
 
 
 def heads_attention(
@@ -51,8 +57,8 @@ def heads_attention(
     Returns:
         [1, H, n, D].
     """
-    backend = choose_backend(config, q.device, q.dtype, q.shape[3])
-    attend, by_blocks = KERNELS[backend], backend != "chunked"
+    kernel = choose_kernel(config, q.device, q.dtype, q.shape[3], needs_lse_gradient=True)
+    attend, by_blocks = kernel.attend, kernel.wants_whole_blocks
     layout = shard_layout(tuple(document_lengths), config, group.size, group.index, by_blocks, q.device)
     heads = HeadGroups(q.shape[1], k.shape[1], group)
     halo_k, halo_v = exchange_halo(k, v, layout, group)
@@ -60,7 +66,7 @@ def heads_attention(
     if not any(layout.buffer.num_sent):  # every document is short: the window is all there is
         return attend(q, k, v, layout.window, scale)[0]
     queries = heads.send_queries(q)
-    kept = heads.send_kept(*select_pieces(k, v, layout.buffer.own, config, layer, by_blocks), layout)
+    kept = heads.send_kept(*select_pieces(k, v, layout.buffer.own, config, layer, fast=not kernel.is_readable), layout)
     window = attend(q, k, v, layout.window, scale)
     history = attend(heads.receive_queries(queries), *heads.receive_kept(kept, layout), layout.history, scale)
     return heads.merge(window, heads.return_outputs(*history), q.dtype)
@@ -154,3 +160,8 @@ class HeadGroups:
 def _on_device(indices: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """Indexing with a list would copy it to the GPU each time, and wait until the GPU has nothing left to do."""
     return torch.tensor(indices, device=device)
+
+
+HEAD_GROUPS = Strategy(
+    name="head_groups", owners=lambda size: tuple(range(size)), attend=heads_attention, check=check, merges_parts=True
+)

@@ -11,27 +11,20 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lrsa_ds.attention.blocks import BLOCK, as_lists, block_cover, interval_rows
-from lrsa_ds.attention.interval import Intervals, sees
+from lrsa_ds.attention.kernels.blocks import BLOCK, as_lists, block_cover, interval_rows
+from lrsa_ds.attention.kernels.interval import Intervals, sees
 
 if TYPE_CHECKING:
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
 
-HEAD_DIMS = (64, 128)
 RELEASE = "4.0.0b36"  # whose functions are called below the public one; the same in pyproject.toml
 
 
-def why_not_fa4(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """What stands against flash-attn-4 for such tensors, or None."""
-    if device.type != "cuda":
-        return f"it needs a CUDA device, and this is {device}"
+def what_fa4_misses(device: torch.device) -> str | None:
+    """What stands against flash-attn-4 on a CUDA device, whatever the tensors, or None."""
     capability = torch.cuda.get_device_capability(device)
     if capability[0] != 9:
         return f"it is used on Hopper (compute capability 9.0), and this GPU has {capability[0]}.{capability[1]}"
-    if dtype not in (torch.bfloat16, torch.float16):
-        return f"it computes in bf16 or fp16, not in {str(dtype).removeprefix('torch.')}"
-    if head_dim not in HEAD_DIMS:
-        return f"head dims {' and '.join(map(str, HEAD_DIMS))} are supported, not {head_dim}"
     if (installed := _installed_release()) != RELEASE:
         return f"flash-attn-4 {RELEASE} is needed (pip install 'lrsa-ds[fa4]'), and {installed or 'none'} is installed"
     return None
@@ -48,7 +41,7 @@ def _installed_release() -> str | None:
 def fa4_interval_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, intervals: Intervals, scale: float | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same function as `interval_attention`. Shapes as there; see `why_not_fa4` for what it takes."""
+    """The same function as `interval_attention`. Shapes as there; the table says what it takes."""
     return _Attention.apply(q, k, v, intervals, scale)
 
 
@@ -63,7 +56,7 @@ class _Attention(torch.autograd.Function):
     def forward(ctx, q, k, v, intervals, scale):
         from flash_attn.cute.interface import _flash_attn_fwd
 
-        from lrsa_ds.attention.fa4_mask import interval_kernels, interval_mask
+        from lrsa_ds.attention.kernels.fa4_mask import interval_kernels, interval_mask
 
         layout = _block_layout(intervals, k.shape[2])
         scale = q.shape[3] ** -0.5 if scale is None else scale
@@ -92,7 +85,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, grad_out, grad_lse):
         from flash_attn.cute.interface import _flash_attn_bwd
 
-        from lrsa_ds.attention.fa4_mask import interval_kernels, interval_mask
+        from lrsa_ds.attention.kernels.fa4_mask import interval_kernels, interval_mask
 
         q, k, v, out, lse = ctx.saved_tensors
         layout = ctx.layout

@@ -5,9 +5,11 @@
 3. All-to-all of the kept KV: every rank receives all of it.
 4. Attention of the rank's own queries, all heads, over [copies of the kept buffer | halos and stretches].
 
-Ranks hold two stretches each (`stretches.py`), an early and a late one, which see as much history together as those of
-any other rank. The result is that of one rank. Shapes: H query heads, G KV heads, n tokens of the rank, N of the
-sequence, M keys beside the history, D head dim, P ranks.
+Rank s holds two of 2P equal stretches, the s-th and the s-th from the end, so that the queries of all ranks see as much
+history: late tokens see more than early ones. The result is that of one rank.
+
+Shapes: H query heads, G KV heads, n tokens of the rank, N of the sequence, M keys beside the history, D head dim, P
+ranks.
 """
 
 from dataclasses import dataclass, replace
@@ -15,14 +17,24 @@ from functools import lru_cache, partial
 
 import torch
 
-from lrsa_ds.attention.backends import KERNELS, choose_backend
-from lrsa_ds.attention.blocks import BLOCK
-from lrsa_ds.attention.interval import Intervals
+from lrsa_ds.attention.kernels.blocks import BLOCK
+from lrsa_ds.attention.kernels.interval import Intervals
+from lrsa_ds.attention.kernels.kernel import choose_kernel
 from lrsa_ds.config import LRSAConfig
 from lrsa_ds.parallel.exchange import SequenceGroup, start, start_to_all
 from lrsa_ds.parallel.pieces import SharedBuffer, halo_size, select_pieces, share_buffer
-from lrsa_ds.parallel.stretches import held, owners
+from lrsa_ds.parallel.strategy import Sharing, Strategy, check_stretches, held
 from lrsa_ds.partition import cut, intervals_of, partition_table
+
+
+def early_and_late(size: int) -> tuple[int, ...]:
+    """The rank that holds each stretch: from the first rank to the last, and back."""
+    ranks = tuple(range(size))
+    return ranks + ranks[::-1]
+
+
+def check(sharing: Sharing) -> None:
+    check_stretches(sharing, GATHER_KEPT)
 
 
 def kept_attention(
@@ -44,17 +56,17 @@ def kept_attention(
     Returns:
         [1, H, n, D].
     """
-    backend = choose_backend(config, q.device, q.dtype, q.shape[3])
-    by_blocks = backend != "chunked"
+    kernel = choose_kernel(config, q.device, q.dtype, q.shape[3])
+    by_blocks = kernel.wants_whole_blocks
     layout = kept_layout(tuple(document_lengths), config, group.size, group.index, by_blocks, q.device)
     k, v = with_halos(k, v, layout, group)
     buffer = layout.buffer
     if any(buffer.num_sent):  # else every document is short: the window is all there is
-        both = torch.stack([x[0] for x in select_pieces(k, v, buffer.own, config, layer, by_blocks)])
+        both = torch.stack([x[0] for x in select_pieces(k, v, buffer.own, config, layer, fast=not kernel.is_readable)])
         shapes = [(2, k.shape[1], count, k.shape[3]) for count in buffer.num_sent]
         history = buffer.history(start_to_all(group, "kept", both, shapes).finish())
         k, v = (torch.cat([x[None], local], dim=2) for x, local in zip(history, (k, v), strict=True))
-    return KERNELS[backend](q, k, v, layout.intervals, scale)[0]
+    return kernel.attend(q, k, v, layout.intervals, scale)[0]
 
 
 def with_halos(
@@ -93,7 +105,8 @@ def kept_layout(
 ) -> KeptLayout:
     """The layout of rank `index` of `size`, with keys in whole blocks where a kernel likes it so."""
     table = partition_table(document_lengths, config, align=BLOCK if by_blocks else 1)
-    mine, holders = held(table.num_tokens, size, index, "kept"), owners(size, "kept")
+    holders = early_and_late(size)
+    mine = held(holders, table.num_tokens, index)
     length = mine[0].stop - mine[0].start
     halo = halo_size(config, length, by_blocks)
     numbers = [part.start // length for part in mine]
@@ -133,3 +146,6 @@ def _local_position(first: int, last: int, stretches: tuple[slice, ...], halo: i
             return before + first - part.start
         before += part.stop - part.start
     raise ValueError(f"token {last} is in none of {stretches}")
+
+
+GATHER_KEPT = Strategy(name="gather_kept", owners=early_and_late, attend=kept_attention, check=check)

@@ -1,0 +1,26 @@
+"""Kernels of interval attention: the table, the readable one first and the fastest last.
+
+To add a kernel, write a file with a function like `interval_attention` and add it here with its traits.
+"""
+
+import torch
+
+from lrsa_ds.attention.kernels.fa4 import fa4_interval_attention, what_fa4_misses
+from lrsa_ds.attention.kernels.flex import flex_interval_attention
+from lrsa_ds.attention.kernels.interval import interval_attention
+from lrsa_ds.attention.kernels.kernel import Kernel
+from lrsa_ds.registry import KERNELS
+
+KERNELS.add("chunked", Kernel(attend=interval_attention, is_readable=True, wants_whole_blocks=False))
+KERNELS.add("flex", Kernel(attend=flex_interval_attention, devices=("cuda",)))
+KERNELS.add(
+    "fa4",
+    Kernel(
+        attend=fa4_interval_attention,
+        skips_queries_ahead=True,
+        devices=("cuda",),
+        dtypes=(torch.bfloat16, torch.float16),
+        head_dims=(64, 128),
+        what_is_missing=what_fa4_misses,
+    ),
+)

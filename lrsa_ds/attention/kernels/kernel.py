@@ -1,0 +1,104 @@
+"""What the code that calls a kernel of interval attention has to know of it, and the choice of one."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from lrsa_ds.attention.kernels.interval import Intervals
+from lrsa_ds.config import AUTO, LRSAConfig, require
+from lrsa_ds.notices import say_once
+from lrsa_ds.registry import KERNELS
+
+# From q [B, H, N, D], k and v [B, G, M, D], intervals and scale to output [B, H, N, D] and log-sum-exp [B, H, N].
+IntervalAttention = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, Intervals, float | None], tuple[torch.Tensor, torch.Tensor]
+]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Kernel:
+    """A kernel and its traits.
+
+    Args:
+        attend: the same function as `interval_attention`.
+        is_readable: whether it is there to be read and compared with. A whole sequence is then attended chunk by chunk,
+            without a kept buffer, and the selection is that in PyTorch.
+        wants_whole_blocks: whether it is faster where keys, kept buffer and halos come in whole blocks.
+        skips_queries_ahead: whether it may begin its blocks behind the `Intervals.ahead`.
+        has_lse_gradient: whether gradients flow through the log-sum-exp, by which two parts are merged.
+        devices: types of devices that it runs on; None: all.
+        dtypes, head_dims: those that it takes; None: all.
+        what_is_missing: what else stands against it on a device of the right type, such as a package; None: nothing.
+    """
+
+    attend: IntervalAttention
+    is_readable: bool = False
+    wants_whole_blocks: bool = True
+    skips_queries_ahead: bool = False
+    has_lse_gradient: bool = True
+    devices: tuple[str, ...] | None = None
+    dtypes: tuple[torch.dtype, ...] | None = None
+    head_dims: tuple[int, ...] | None = None
+    what_is_missing: Callable[[torch.device], str | None] = lambda device: None
+
+    def runs_on(self, device: torch.device) -> bool:
+        return self.devices is None or device.type in self.devices
+
+    def why_not(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+        """What stands against the kernel for such tensors, or None."""
+        if not self.runs_on(device):
+            return f"it needs a {' or '.join(map(str.upper, self.devices))} device, and this is {device}"
+        if (missing := self.what_is_missing(device)) is not None:
+            return missing
+        if self.dtypes is not None and dtype not in self.dtypes:
+            return f"it computes in {' or '.join(map(_name, self.dtypes))}, not in {_name(dtype)}"
+        if self.head_dims is not None and head_dim not in self.head_dims:
+            return f"head dims {' and '.join(map(str, self.head_dims))} are supported, not {head_dim}"
+        return None
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def choose_kernel(
+    config: LRSAConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    has_history: bool = True,
+    needs_lse_gradient: bool = False,
+) -> Kernel:
+    """The kernel for such tensors; "auto" is the last one of the table that can take them.
+
+    Args:
+        has_history: whether some query has a history. Without one a readable kernel is the fastest: it makes one plain
+            causal call for each document, for which SDPA has dense kernels.
+        needs_lse_gradient: whether the caller merges by the log-sum-exp.
+
+    Raises:
+        LRSAError: the kernel that the settings name cannot.
+    """
+
+    def reason(kernel: Kernel) -> str | None:
+        if needs_lse_gradient and not kernel.has_lse_gradient:
+            return "it gives no gradient through the log-sum-exp, by which this exchange merges history and window"
+        return kernel.why_not(device, dtype, head_dim)
+
+    names = list(KERNELS)
+    able = [name for name in names if reason(KERNELS[name]) is None]
+    if config.backend != AUTO:
+        require(
+            config.backend in able,
+            f"{KERNELS.key}={config.backend} is not possible: {reason(KERNELS[config.backend])}; use "
+            f"{', '.join([AUTO, *able])}.",
+        )
+        return KERNELS[config.backend]
+    if not has_history:
+        return KERNELS[[name for name in able if KERNELS[name].is_readable][-1]]
+    for name in names[names.index(able[-1]) + 1 :]:
+        if KERNELS[name].runs_on(device):
+            why = reason(KERNELS[name])
+            say_once(f"{KERNELS.key}={AUTO} is {able[-1]} here, since {name} is not possible: {why}.")
+    return KERNELS[able[-1]]
