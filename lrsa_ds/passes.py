@@ -30,18 +30,19 @@ def read_pass(inputs: dict[str, Any], new_cache: Callable[[], LagKVCache]) -> di
     if tokens is None:
         return inputs
     num_rows, num_tokens = tokens.shape[:2]
+    cache = inputs.get("past_key_values")
+    num_seen = 0 if cache is None else cache.get_seq_length()
     require(
         num_rows > 0 and num_tokens > 0,
-        f"a pass over input_ids {[num_rows, num_tokens]} has no tokens: give at least one in each row, such as "
-        "tokenizer.bos_token_id.",
+        f"a pass over input_ids {[num_rows, num_tokens]} behind {num_seen} seen tokens has no tokens: give at least "
+        "one in each row, such as tokenizer.bos_token_id; `generate` takes the whole text, not what the cache lacks.",
     )
-    cache = inputs.get("past_key_values")
     if cache is None and inputs.get("use_cache"):
         cache = new_cache()
     if isinstance(cache, LagKVCache):
-        check_follows(inputs, cache.get_seq_length(), num_rows, num_tokens)
+        check_follows(inputs, num_seen, num_rows, num_tokens)
         return inputs | {"attention_mask": None, "past_key_values": cache}
-    if cache is not None and cache.get_seq_length():
+    if num_seen:
         return inputs  # refused by the attention, which names the cache that is needed
     lengths = inputs.get("document_lengths")
     if lengths is None:
@@ -74,16 +75,22 @@ def check_follows(inputs: dict[str, Any], num_seen: int, num_rows: int, num_toke
             f"attention_mask {list(mask.shape)} does not fit: the cache has seen {num_seen} tokens and the pass brings "
             f"{num_tokens}, in {num_rows} rows; give one of {[num_rows, total]}, or none.",
         )
-    if positions is not None and not bool((positions == torch.arange(num_seen, total, device=positions.device)).all()):
+    positions = None if positions is None else positions.cpu()
+    if num_tokens > 1:
+        told = {name: x for name, x in inputs.items() if name != "attention_mask"} | {"position_ids": positions}
+        given = inputs.get("document_lengths") or document_lengths(told, num_rows, num_tokens) or (num_tokens,)
+        require(
+            len(given) == 1,
+            f"a cache holds one document in each row, and the pass has documents of {given} tokens: give one, or "
+            "use_cache=False in training.",
+        )
+    if positions is not None and not bool((positions == torch.arange(num_seen, total)).all()):
         first, last = positions.flatten()[[0, -1]].tolist()
         raise LRSAError(
             f"the tokens of the pass have position_ids {first} to {last}, and the cache has seen {num_seen} tokens, so "
             f"they stand at {num_seen} to {total - 1}: give `generate` the whole text and a cache that has not seen "
             "its last token, as after lrsa_ds.prefill(model, ids[:, :-1], cache), and another text another cache."
         )
-    documents = {name: x for name, x in inputs.items() if name not in ("attention_mask", "position_ids")}
-    given = inputs.get("document_lengths") or document_lengths(documents, num_rows, num_tokens) or (num_tokens,)
-    require(len(given) == 1, f"a cache holds one document in each row, and the pass has documents of {given} tokens.")
 
 
 def check_unpadded(mask: torch.Tensor) -> None:

@@ -251,9 +251,7 @@ def _renders(text: str, content: str) -> bool:
     """Whether `content` stands in `text`, apart from white space, or as JSON writes it."""
     stripped = content.strip()
     return (
-        stripped in text
-        or json.dumps(stripped, ensure_ascii=False)[1:-1] in text
-        or _dense(stripped) in _dense(text)
+        stripped in text or json.dumps(stripped, ensure_ascii=False)[1:-1] in text or _dense(stripped) in _dense(text)
     )
 
 

@@ -113,9 +113,23 @@ def test_the_tokens_since_the_cache_with_the_mask_of_all(model, ids):
         model(ids[:, 40:], attention_mask=mask[:, :44], past_key_values=behind(model, ids[:, :40]))
 
 
+def test_only_the_tokens_since_the_cache_without_a_mask_are_refused(model, ids):
+    for num_seen in (20, 40):  # transformers would take the last tokens of ids for all of the text
+        with pytest.raises(LRSAError, match=r"cache has seen 20 tokens|behind 40 seen tokens has no tokens"):
+            model.generate(ids[:, 30:], past_key_values=behind(model, ids[:, :num_seen]), **GREEDY)
+
+
+def test_embeddings_in_the_place_of_tokens(model, ids):
+    embeddings = model.get_input_embeddings()(ids)
+    expected = greedy(model, ids)[:, 45:]
+    assert torch.equal(model.generate(inputs_embeds=embeddings, **GREEDY), expected)
+    cache = behind(model, ids[:, :-1])
+    assert torch.equal(model.generate(inputs_embeds=embeddings, past_key_values=cache, **GREEDY), expected)
+
+
 def test_an_empty_prompt_is_refused(model, ids):
     for call in (lambda: model.generate(ids[:, :0], **GREEDY), lambda: model(ids[:, :0]), lambda: model(ids[:0])):
-        with pytest.raises(LRSAError, match="has no tokens: give at least one in each row"):
+        with pytest.raises(LRSAError, match="behind 0 seen tokens has no tokens: give at least one"):
             call()
 
 

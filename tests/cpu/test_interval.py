@@ -136,9 +136,7 @@ def test_what_cannot_be_shared():
 
     check(7, "head_groups")
     check(3, "gather_kept")
-    with pytest.raises(
-        LRSAError, match=r"sp_size=8 .*head_groups cuts seq_len = 1,024 .* = 144: give at most 7"
-    ):
+    with pytest.raises(LRSAError, match=r"sp_size=8 .*head_groups cuts seq_len = 1,024 .* = 144: give at most 7"):
         check(8, "heads")  # its name in earlier releases
     with pytest.raises(LRSAError, match=r"parallel.sp_size=4 .*kept cuts .* into stretches of 128, .* at most 3"):
         check(4, "kept")

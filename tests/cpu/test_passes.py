@@ -234,11 +234,13 @@ def test_a_cache_holds_one_document():
         dict(document_lengths=(30, 10)),
         dict(cu_seq_lens_q=cumulative((30, 10))),
         dict(seq_idx=numbers((30, 10), 0)),
+        dict(position_ids=restarting((30, 10))),
     ):
-        with pytest.raises(LRSAError, match=r"one document in each row, .*documents of \(30, 10\) tokens"):
-            model(ids, past_key_values=LagKVCache(CONFIG), **given)
-    with pytest.raises(LRSAError, match="have position_ids 0 to 9, and the cache has seen 0 tokens"):
-        model(ids, past_key_values=LagKVCache(CONFIG), position_ids=restarting((30, 10)))
+        for cache in (dict(past_key_values=LagKVCache(CONFIG)), dict(use_cache=True)):
+            with pytest.raises(LRSAError, match=r"one document in each row, .*documents of \(30, 10\) tokens"):
+                model(ids, **cache, **given)
+    with pytest.raises(LRSAError, match="have position_ids 3 to 42, and the cache has seen 0 tokens"):
+        model(ids, past_key_values=LagKVCache(CONFIG), position_ids=torch.arange(3, 43)[None])
 
 
 def test_a_mask_that_nobody_reads_is_refused():
