@@ -3,7 +3,7 @@
 import torch
 from omegaconf import Node, OmegaConf
 
-from launch.naming import run_name
+from launch.naming import evaluation_name, run_name
 
 # Sentences about the keys that were picked by accelerator, by key.
 PICKS: dict[str, str] = {}
@@ -12,6 +12,7 @@ PICKS: dict[str, str] = {}
 def register_resolver() -> None:
     OmegaConf.register_new_resolver("gpu_or_cpu", _gpu_or_cpu, replace=True)
     OmegaConf.register_new_resolver("run_name", run_name, replace=True)
+    OmegaConf.register_new_resolver("evaluation_name", evaluation_name, replace=True)
 
 
 def _gpu_or_cpu(on_gpu, on_cpu, *, _node_: Node):

@@ -1,20 +1,36 @@
-"""`run_name: ${run_name:BASE}` in a configuration: BASE, attention and length, such as "qa_smollm2-lrsa-0.125-8192".
+"""Names of runs in a configuration, so that runs which compare two settings have two names.
 
-Without BASE it is the model's name. So runs that compare two settings have two names.
+`${run_name:BASE}` is BASE, attention and length, such as "qa_smollm2-lrsa-0.125-8192"; without BASE it begins with the
+model's name. `${evaluation_name:}` is "evaluate" and the model's name.
 """
 
+import re
 from pathlib import Path
 
 from omegaconf import Container, ListConfig, OmegaConf
 
+# Parts of a path that tell no model from another: what a run exports, and the time of a run.
+ALIKE = re.compile(r"model|best|[\d_-]+")
+
 
 def run_name(base: str = "", *, _root_: Container) -> str:
-    def value(key: str):
-        # A key that is missing or wrong gets an error of its own later, which says more.
-        return OmegaConf.select(_root_, key, throw_on_missing=False)
+    attention = _attention(_value(_root_, "attention.kind"), _value(_root_, "attention.retention"))
+    return f"{base or _model(_root_)}-{attention}-{_value(_root_, 'seq_len')}"
 
-    base = base or Path(str(value("model.name") or value("model.random.model_type") or "model")).name
-    return f"{base}-{_attention(value('attention.kind'), value('attention.retention'))}-{value('seq_len')}"
+
+def evaluation_name(*, _root_: Container) -> str:
+    return f"evaluate-{_model(_root_)}"
+
+
+def _value(root: Container, key: str):
+    # A key that is missing or wrong gets an error of its own later, which says more.
+    return OmegaConf.select(root, key, throw_on_missing=False)
+
+
+def _model(root: Container) -> str:
+    """The last part of the model's name that tells it from others, or the type of a random one."""
+    parts = Path(str(_value(root, "model.name") or _value(root, "model.random.model_type") or "model")).parts
+    return next((part for part in reversed(parts) if not ALIKE.fullmatch(part) and part != "/"), "model")
 
 
 def _attention(kind: object, retention: object) -> str:

@@ -11,13 +11,13 @@ from lrsa_ds.config import TrainConfig, require
 from lrsa_ds.data.procedure import Procedure, RunData, prepare_data
 from lrsa_ds.data.tokenizer import Tokenizer, load_tokenizer
 from lrsa_ds.liger import check_liger
-from lrsa_ds.metrics import check_wandb
 from lrsa_ds.model import check_supported, empty_model
 from lrsa_ds.output import check_output
 from lrsa_ds.parallel.mesh import check_world
 from lrsa_ds.parallel.strategy import Sharing
 from lrsa_ds.parallel.ulysses import check_dense
 from lrsa_ds.registry import EXCHANGES
+from lrsa_ds.wandb_thread import check_wandb
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from lrsa_ds.labels import retention_name
 RESULTS = "results.jsonl"
 PARTS = "results.rank*.jsonl"
 KEY = ("task", "length", "index", "prefill", "retention")
+NUM_SHOWN = 3  # samples of each task, length and cache whose answers W&B shows
 Z = 1.96  # of a 95 % interval
 
 
@@ -87,6 +88,13 @@ def summary(rows: list[dict]) -> list[dict]:
         row["cache_factor"] = measured_factor(mine)
         found.append(row | {"mean": mean, "low": low, "high": high})
     return found
+
+
+def shown_predictions(rows: list[dict]) -> list[dict]:
+    """What was said to the first samples of each task, length and cache, beside the right answers."""
+    names = ("task", "length", "index", "prefill", "retention", "answers", "prediction")
+    first = [row for row in rows if row["index"] < NUM_SHOWN and "prediction" in row]
+    return [{name: row[name] for name in names} | row["scores"] for row in first]
 
 
 def measured_factor(rows: list[dict]) -> float | None:

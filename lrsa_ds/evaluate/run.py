@@ -15,12 +15,23 @@ from lrsa_ds.data.tokenizer import Tokenizer, load_tokenizer
 from lrsa_ds.evaluate.config import EvaluateConfig
 from lrsa_ds.evaluate.evaluator import Evaluator, Mode, Sample, modes
 from lrsa_ds.evaluate.report import draw_results, results_table
-from lrsa_ds.evaluate.results import PARTS, RESULTS, cache_name, collect, key_of, part_of, read_results, summary
+from lrsa_ds.evaluate.results import (
+    PARTS,
+    RESULTS,
+    cache_name,
+    collect,
+    key_of,
+    part_of,
+    read_results,
+    shown_predictions,
+    summary,
+)
 from lrsa_ds.journal import JSONLines, Progress
-from lrsa_ds.metrics import RunLogger, check_wandb
+from lrsa_ds.metrics import RunLogger
 from lrsa_ds.model import apply_lrsa, check_supported, empty_model, load_model
 from lrsa_ds.parallel.mesh import Mesh, start_mesh, stop_mesh
 from lrsa_ds.provenance import provenance
+from lrsa_ds.wandb_thread import check_wandb
 
 Score = Callable[[str, str, Sequence[str]], float]
 SETTINGS = "config.yaml"
@@ -200,4 +211,4 @@ def _report(config: EvaluateConfig, samples: list[dict], directory: Path, logger
     table = results_table(rows)
     logger.message(table)
     (directory / "results.txt").write_text(table + "\n", encoding="utf-8")
-    logger.results(rows, draw_results(rows, samples, directory, config.run_name))
+    logger.results(rows, shown_predictions(samples), draw_results(rows, samples, directory, config.run_name))

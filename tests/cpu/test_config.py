@@ -33,8 +33,9 @@ def composed(*overrides) -> TrainConfig:
 
 def test_the_evaluation_composes_to_the_defaults_of_the_code():
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = typed_config(compose("evaluate", ["model.name=some/model"]), EvaluateConfig)
-        assert config == EvaluateConfig(model=config.model, data=config.data)
+        config = typed_config(compose("evaluate", ["model.name=some/Qwen2.5-7B"]), EvaluateConfig)
+        named = EvaluateConfig(model=config.model, data=config.data, run_name="evaluate-Qwen2.5-7B")
+        assert config == named
         with pytest.raises(LRSAError, match=r"cache.retention is not a key .*retentions.* Did you mean retentions\?"):
             typed_config(compose("evaluate", ["model.name=a/b", "+cache.retention=1"]), EvaluateConfig)
 
@@ -69,6 +70,8 @@ def test_recipes_compose(recipe):
         (["attention=dense"], "SmolLM2-135M-Instruct-dense-8192"),
         (["attention=lrsa_mixed", "seq_len=4096"], "SmolLM2-135M-Instruct-lrsa-mixed-4096"),
         (["model=hub", "model.name=Qwen/Qwen2.5-7B"], "Qwen2.5-7B-lrsa-0.125-8192"),
+        (["model=hub", "model.name=outputs/mine/2026-11-25_18-00-00/model"], "mine-lrsa-0.125-8192"),
+        (["model=hub", "model.name=/data/best"], "data-lrsa-0.125-8192"),
         (["model=tiny_qwen2", "attention.retention=0.5"], "qwen2-lrsa-0.5-8192"),
         (["+recipe=smoke", "attention=dense"], "smoke-dense-1024"),
         (["+recipe=smoke", "run_name=mine"], "mine"),

@@ -17,7 +17,7 @@ LAYERS = (
     ("passes",),
     ("adapters", "generation"),
     ("model",),
-    ("checkpoint", "data", "journal", "liger", "loss", "metrics", "report"),
+    ("checkpoint", "data", "journal", "liger", "loss", "metrics", "report", "wandb_thread"),
     ("output", "profiling", "saving"),
     ("sweep",),
     ("inference",),
@@ -36,7 +36,7 @@ PACKAGES = ("lrsa_ds", "recipes", "launch")
 ONLY_IN = {
     "hydra": ("launch/",),
     "omegaconf": ("launch/", "lrsa_ds/config.py"),
-    "wandb": ("lrsa_ds/metrics.py",),
+    "wandb": ("lrsa_ds/wandb_thread.py",),
     "transformers": (
         "lrsa_ds/model.py",
         "lrsa_ds/adapters.py",
@@ -158,7 +158,7 @@ def test_allowed_imports_are_not_reported(tmp_path):
         "lrsa_ds/__init__.py": "from lrsa_ds.model import apply_lrsa",
         "lrsa_ds/attention/lrsa.py": "import torch\nfrom lrsa_ds.config import x\nfrom .. import errors",
         "lrsa_ds/data/sources.py": "import transformers",
-        "lrsa_ds/metrics.py": "import wandb",
+        "lrsa_ds/wandb_thread.py": "import wandb",
         "recipes/qa.py": "from lrsa_ds import LRSAConfig",
         "launch/train.py": "import hydra\nfrom recipes import qa",
     }.items():

@@ -10,7 +10,8 @@ import pytest
 
 from lrsa_ds.config import LogConfig
 from lrsa_ds.errors import LRSAError
-from lrsa_ds.metrics import RunLogger, check_wandb
+from lrsa_ds.metrics import RunLogger
+from lrsa_ds.wandb_thread import check_wandb
 from tests.helpers import ROOT, metrics_of, wandb_history, wandb_records
 
 KEY = "a" * 40
@@ -29,7 +30,7 @@ def fresh_wandb(monkeypatch, tmp_path):
         monkeypatch.delenv(name)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "wandb_config"))
-    # As metrics.py sets them, but undone after the test.
+    # As wandb_thread.py sets them, but undone after the test.
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
     yield
@@ -169,9 +170,9 @@ UNREACHABLE = """
 import sys
 import termios
 from pathlib import Path
-from lrsa_ds import metrics
+from lrsa_ds import metrics, wandb_thread
 from lrsa_ds.config import LogConfig
-metrics.INIT_SECONDS = 5
+wandb_thread.INIT_SECONDS = 5
 logger = metrics.RunLogger(Path(sys.argv[1]), LogConfig(), {}, {}, "my_run", 50)
 for step in range(50):
     logger.step({"step": step + 1, "loss": 1.0})
