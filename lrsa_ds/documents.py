@@ -21,7 +21,7 @@ def document_lengths(inputs: Mapping[str, Any], num_rows: int, num_tokens: int) 
     """Tokens of each document, in order; None if every row is one document, with or without padding on its right.
 
     Args:
-        inputs: keyword arguments of the pass; those that say nothing of documents are not read.
+        inputs: keyword arguments of the pass; those that say nothing of documents are not read. The mask is 2D.
 
     Returns:
         The lengths sum to N if they are the same in every row, else to R * N: those of the first row, of the second,
@@ -31,7 +31,9 @@ def document_lengths(inputs: Mapping[str, Any], num_rows: int, num_tokens: int) 
         LRSAError: padding on the left or between the tokens of a document, a document in several pieces, positions that
             jump, or two inputs that disagree.
     """
-    inputs = {name: x.cpu() if isinstance(x, torch.Tensor) else x for name, x in inputs.items() if _is_read(name)}
+    inputs = {name: torch.as_tensor(x).cpu() for name, x in inputs.items() if _is_read(name) and x is not None}
+    if not inputs:
+        return None
     bounds = _cumulative(inputs, num_rows * num_tokens)
     real = _real_tokens(inputs.get("attention_mask"), bounds, num_rows, num_tokens)
     found = _document_starts(inputs, bounds, real)
@@ -62,9 +64,9 @@ def _is_read(name: str) -> bool:
     return name in ("attention_mask", "position_ids", "seq_idx") or name.startswith(CUMULATIVE)
 
 
-def _cumulative(inputs: Mapping[str, Any], num_all: int) -> list[int] | None:
+def _cumulative(inputs: Mapping[str, torch.Tensor], num_all: int) -> list[int] | None:
     """The cumulative lengths without empty documents, or None if there are none."""
-    given = {name: x for name, x in inputs.items() if name.startswith(CUMULATIVE) and x is not None}
+    given = {name: x for name, x in inputs.items() if name.startswith(CUMULATIVE)}
     if not given:
         return None
     (first_name, bounds), *others = ((name, sorted(set(x.tolist()))) for name, x in given.items())
@@ -87,7 +89,6 @@ def _real_tokens(mask: torch.Tensor | None, bounds: list[int] | None, num_rows: 
         require(bool(real[:, 0].all()), f"{CUMULATIVE}_lens end at {bounds[-1]} and leave a row without tokens.")
     if mask is None:
         return real
-    require(mask.ndim == 2, "LRSA attention makes its own mask: a 4D attention_mask is not supported.")
     require(
         mask.shape == (num_rows, num_tokens),
         f"attention_mask {list(mask.shape)} does not fit the {num_rows} x {num_tokens} tokens of the pass.",
@@ -109,7 +110,7 @@ def _real_tokens(mask: torch.Tensor | None, bounds: list[int] | None, num_rows: 
 
 
 def _document_starts(
-    inputs: Mapping[str, Any], bounds: list[int] | None, real: torch.Tensor
+    inputs: Mapping[str, torch.Tensor], bounds: list[int] | None, real: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     """For each input that tells of documents, the tokens with which one starts, [R, N]."""
     found = {}

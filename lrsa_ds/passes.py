@@ -30,6 +30,11 @@ def read_pass(inputs: dict[str, Any], new_cache: Callable[[], LagKVCache]) -> di
     if tokens is None:
         return inputs
     num_rows, num_tokens = tokens.shape[:2]
+    mask = inputs.get("attention_mask")
+    require(
+        mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 2),
+        "LRSA attention makes its own mask: a 4D attention_mask is not supported.",
+    )
     cache = inputs.get("past_key_values")
     num_seen = 0 if cache is None else cache.get_seq_length()
     require(
@@ -47,8 +52,8 @@ def read_pass(inputs: dict[str, Any], new_cache: Callable[[], LagKVCache]) -> di
     lengths = inputs.get("document_lengths")
     if lengths is None:
         lengths = document_lengths(inputs, num_rows, num_tokens)
-    elif inputs.get("attention_mask") is not None:  # the other inputs may be those of a shard
-        document_lengths({"attention_mask": inputs.get("attention_mask")}, num_rows, num_tokens)
+    else:  # the other inputs may be those of a shard
+        document_lengths({"attention_mask": mask}, num_rows, num_tokens)
     positions = inputs.get("position_ids")
     if lengths is not None and positions is None:  # what is kept depends on them: they are those of inference
         _check_sum(lengths, num_rows, num_tokens)
@@ -68,7 +73,6 @@ def check_follows(inputs: dict[str, Any], num_seen: int, num_rows: int, num_toke
     mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
     total = num_seen + num_tokens
     if mask is not None:
-        require(mask.ndim == 2, "LRSA attention makes its own mask: a 4D attention_mask is not supported.")
         check_unpadded(mask)
         require(
             mask.shape == (num_rows, total),
