@@ -35,7 +35,10 @@ from launch.checkout import CONF, register_checkout  # noqa: E402
 from launch.schema import register_schema  # noqa: E402
 from launch.sentences import hydra_sentence  # noqa: E402
 from lrsa_ds.config import TrainConfig, require, typed_config  # noqa: E402
+from lrsa_ds.directory import SWEEP, check_directory, mark_directory  # noqa: E402
 from lrsa_ds.errors import LRSAError  # noqa: E402
+from lrsa_ds.inputs import check_inputs  # noqa: E402
+from lrsa_ds.lock import locked  # noqa: E402
 from lrsa_ds.sweep import Job, Runner, draw_sweep, job_directory, job_name, result, results, sweep_table  # noqa: E402
 
 BASIC = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
@@ -158,15 +161,20 @@ def main() -> int:
             "a sweep needs --multirun with values such as optim.lr=1e-5,2e-5, or a ready one such as +sweep=lr.",
         )
         slots_of(options.at_once, options.gpus_per_job)
-        directory = sweep_directory(base_config(typed))
+        config = base_config(typed)
+        directory = sweep_directory(config)
+        check_inputs(directory, config.model, config.data)
+        check_directory(directory, SWEEP)
         ours = vars(options) | {"typed": typed, "directory": str(directory)}
         os.environ[VARIABLE] = json.dumps(ours)
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(task)()
-        make_runner(ours).run_all(QUEUE)
+        with locked(directory):
+            mark_directory(directory, SWEEP)
+            hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(task)()
+            make_runner(ours).run_all(QUEUE)
+            return report(directory)
     except (LRSAError, HydraException, OmegaConfBaseException) as error:
         print(f"error: {hydra_sentence(error)}", file=sys.stderr, flush=True)
         return 2
-    return report(directory)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ tensors; `trainer.json` says the rest.
 
 import json
 import os
-import shutil
+import re
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -17,6 +17,8 @@ from deepspeed import DeepSpeedEngine
 
 from lrsa_ds.config import ModelConfig, TrainConfig, require
 from lrsa_ds.data.stream import reread
+from lrsa_ds.directory import STEP_FILES, UNIVERSAL_FILES, remove_files
+from lrsa_ds.errors import LRSAError
 from lrsa_ds.parallel.mesh import Mesh
 
 DIRECTORY = "checkpoints"
@@ -70,14 +72,27 @@ class ResumePoint:
     changed: str | None = None
 
 
-def find_checkpoint(output: Path) -> ResumePoint | None:
-    """The newest whole checkpoint of a run, if there is any."""
+def whole_checkpoints(output: Path) -> list[Path]:
+    """The whole checkpoints of a run, the newest last; what else lies beside them is none."""
     found = [path for path in (output / DIRECTORY).glob("step_*") if (path / TRAINER).is_file()]
-    whole = [path for path in found if path.suffix != PARTIAL]
+    whole = [path for path in found if re.fullmatch(r"step_\d+", path.name)]
+    return sorted(whole, key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def find_checkpoint(output: Path) -> ResumePoint | None:
+    """The newest whole checkpoint of a run, if there is any.
+
+    Raises:
+        LRSAError: its `trainer.json` is not one of ours.
+    """
+    whole = whole_checkpoints(output)
     if not whole:
         return None
-    newest = max(whole, key=lambda path: int(path.name.removeprefix("step_")))
-    return ResumePoint(directory=newest, **json.loads((newest / TRAINER).read_text(encoding="utf-8")))
+    path = whole[-1] / TRAINER
+    try:
+        return ResumePoint(directory=whole[-1], **json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise LRSAError(f"{path} is not of a checkpoint, or damaged ({error}): choose another output_dir.") from error
 
 
 def check_resume(point: ResumePoint, config: TrainConfig, data: str) -> ResumePoint:
@@ -87,7 +102,7 @@ def check_resume(point: ResumePoint, config: TrainConfig, data: str) -> ResumePo
         LRSAError: they are not those of the checkpoint; names what differs. Other data, and other settings of them, may
             be accepted by `checkpoint.accept_data_change`.
     """
-    differing = _differing(point, config)
+    differing = differing_settings(point.settings, config)
     of_data = [key for key in differing if _is_below(key, DATA_SETTINGS)]
     accept = config.checkpoint.accept_data_change
     place = f"output_dir={point.directory.parent.parent} holds step {point.step} of a run"
@@ -108,11 +123,11 @@ def check_resume(point: ResumePoint, config: TrainConfig, data: str) -> ResumePo
     return replace(point, position=reread(point.position), changed=changed)
 
 
-def _differing(point: ResumePoint, config: TrainConfig) -> dict[str, str]:
-    """What to say of each setting that is another one now, and must not be; by key."""
-    # A key that the release which wrote the checkpoint did not have is at its default.
+def differing_settings(settings: dict, config: TrainConfig) -> dict[str, str]:
+    """What to say of each setting of a run that is another one now, and must not be; by key."""
+    # A key that the release which wrote them did not have is at its default.
     defaults = plain_settings(TrainConfig(model=ModelConfig(name="")))
-    there, here = _flat(defaults) | _flat(point.settings), _flat(plain_settings(config))
+    there, here = _flat(defaults) | _flat(settings), _flat(plain_settings(config))
     return {
         key: f"{key}={here.get(key)!r} (was {there.get(key)!r})"
         for key in sorted(there | here)
@@ -140,7 +155,8 @@ def _flat(settings: dict, prefix: str = "") -> dict[str, Any]:
 def remove_partial(checkpoints: Path) -> None:
     """Removes what is not whole."""
     for path in checkpoints.glob(f"*{PARTIAL}"):
-        shutil.rmtree(path)
+        if re.fullmatch(r"step_\d+", path.stem):
+            remove_files(path, STEP_FILES)
 
 
 def load_checkpoint(engine: DeepSpeedEngine, point: ResumePoint, mesh: Mesh) -> None:
@@ -173,7 +189,7 @@ def _convert(point: ResumePoint, zero_stage: int) -> str | None:
     if final.exists():
         return None
     partial = final.with_name(UNIVERSAL + PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)
+    remove_files(partial, UNIVERSAL_FILES)
     workers = str(max(1, min(8, os.cpu_count() or 1)))
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
     command += ["--input_folder", str(source), "--output_folder", str(partial)]

@@ -112,6 +112,17 @@ class Progress:
             self._bar.close()
 
 
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a metrics file, without a torn last line; none if there is no file."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:  # the run was killed while it wrote
+            break
+    return rows
+
+
 def keep_rows_until(path: Path, step: int, may_write: bool) -> list[dict]:
     """The rows of a metrics file that a run which goes on after `step` keeps: what was recorded up to there.
 
@@ -119,13 +130,7 @@ def keep_rows_until(path: Path, step: int, may_write: bool) -> list[dict]:
     """
     if not path.exists():
         return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:  # the run was killed while it wrote
-            break
-    kept = [row for row in rows if _step_of(row) <= step]
+    kept = [row for row in read_rows(path) if _step_of(row) <= step]
     if may_write:
         partial = path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")

@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -10,38 +11,35 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from lrsa_ds.adapters import BASE, base_name, base_weights, merge_adapters, save_adapters
-from lrsa_ds.checkpoint import ResumePoint, find_checkpoint
-from lrsa_ds.config import TrainConfig, require
-from lrsa_ds.directory import follow_umask
+from lrsa_ds.checkpoint import ResumePoint, differing_settings, find_checkpoint
+from lrsa_ds.config import TrainConfig, load_settings, require
+from lrsa_ds.directory import (
+    MODEL_FILES,
+    TRAIN,
+    check_directory,
+    follow_umask,
+    mark_directory,
+    remove_files,
+    remove_run,
+    replace_folder,
+)
 from lrsa_ds.errors import LRSAError
+from lrsa_ds.inputs import check_inputs
+from lrsa_ds.journal import read_rows
+from lrsa_ds.lock import check_lock
 from lrsa_ds.parallel.mesh import Mesh
 
 COMPLETED = "COMPLETED"
-MODEL_DIRECTORY = "model"
-# What a run writes into its directory: all that is removed when a run there is started anew.
 STOPPED = "STOPPED"
+MODEL_DIRECTORY = "model"
 BEST_DIRECTORY = "best"
-RUN_FILES = (
-    COMPLETED,
-    STOPPED,
-    "config.yaml",
-    "metrics.jsonl",
-    "predictions.jsonl",
-    "evaluation.txt",
-    "evaluation.png",
-    "wandb_run.txt",
-    "trace.json",
-    MODEL_DIRECTORY,
-    BEST_DIRECTORY,
-    "checkpoints",
-    "ranks",
-    "wandb",
-)
+# What a run that goes on finds of no use.
+OF_THE_MOMENT = (STOPPED, "ranks", *(f"{name}.partial" for name in (MODEL_DIRECTORY, BEST_DIRECTORY)))
 WRAPPER_PREFIX = "lm."
 
 
 def check_output(config: TrainConfig, num_parameters: int, bytes_per_parameter: int) -> ResumePoint | None:
-    """Refuses a directory that holds another run, cannot be written, or has no room for the exported model.
+    """Refuses a directory that is not ours, holds another run, cannot be written, or has no room for the model.
 
     Returns:
         The checkpoint from which the run goes on, if the directory holds one.
@@ -49,20 +47,38 @@ def check_output(config: TrainConfig, num_parameters: int, bytes_per_parameter: 
     if config.output_dir is None:
         return None
     directory = Path(config.output_dir).expanduser()
-    point = None
+    check_inputs(directory, config.model, config.data)
+    point = None if config.checkpoint.overwrite else find_checkpoint(directory)
+    # Checkpoints that were copied into a directory of their own, or are older than the mark, may be gone on from.
+    check_directory(directory, TRAIN, may_adopt=point is not None and not (directory / COMPLETED).exists())
+    check_lock(directory)
     if not config.checkpoint.overwrite:
-        require(
-            not (directory / COMPLETED).exists(),
-            f"output_dir={directory} holds a finished run: choose another, or set checkpoint.overwrite=true.",
-        )
-        point = find_checkpoint(directory)
-        require(
-            point is None or config.checkpoint.resume == "auto",
-            f"output_dir={directory} holds checkpoints of an unfinished run: set checkpoint.resume=auto to go on, or "
-            "checkpoint.overwrite=true to throw them away.",
-        )
+        _check_unfinished(directory, config, point)
     check_room(directory, num_parameters * bytes_per_parameter if config.checkpoint.export else 0)
     return point
+
+
+def _check_unfinished(directory: Path, config: TrainConfig, point: ResumePoint | None) -> None:
+    """Whether the same command goes on in `directory`; `point` is the checkpoint that it holds."""
+    require(
+        not (directory / COMPLETED).exists(),
+        f"output_dir={directory} holds a finished run: choose another, or set checkpoint.overwrite=true.",
+    )
+    settings = directory / "config.yaml"
+    is_begun = any(row["kind"] != "start" for row in read_rows(directory / "metrics.jsonl"))
+    what = "checkpoints of an unfinished run" if point else "an unfinished run, which left no checkpoint"
+    require(
+        config.checkpoint.resume == "auto" or not (point or is_begun),
+        f"output_dir={directory} holds {what}: set checkpoint.resume=auto to go on, or "
+        "checkpoint.overwrite=true to throw it away.",
+    )
+    if is_begun and point is None and settings.exists():
+        differing = differing_settings(load_settings(settings), config)
+        require(
+            not differing,
+            f"output_dir={directory} holds {what}, with other settings, {', '.join(differing.values())}: restore them, "
+            "choose another output_dir, or set checkpoint.overwrite=true to start anew.",
+        )
 
 
 def check_room(directory: Path, needed: int) -> None:
@@ -80,23 +96,21 @@ def check_room(directory: Path, needed: int) -> None:
     )
 
 
-def open_output(config: TrainConfig, mesh: Mesh, going_on: bool) -> Path:
-    """The directory of this run, the same on every rank and, unless it goes on, empty of an earlier run's files.
+def enter_output(directory: Path, config: TrainConfig, check: Callable[[], ResumePoint | None]) -> ResumePoint | None:
+    """Marks the directory that this run has taken, and removes what an earlier run there has left.
 
-    Without `output_dir` it is `outputs/<run_name>/<time>`, and rank 0's clock decides.
+    With `checkpoint.overwrite` these are all its files; of a run that goes on, what only served it while it ran.
+
+    Args:
+        check: what `prepare` has checked of the directory, asked again: another run may have been there since.
+
+    Returns:
+        What `check` returned: the checkpoint from which the run goes on.
     """
-    default = Path("outputs") / config.run_name / time.strftime("%Y-%m-%d_%H-%M-%S")
-    directory = Path(config.output_dir).expanduser() if config.output_dir else default
-    if mesh.is_main:
-        directory.mkdir(parents=True, exist_ok=True)
-        for name in (STOPPED, "ranks") if going_on else RUN_FILES:
-            path = directory / name
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-    # The others hear of the directory when it is clear: they begin to write into it at once.
-    return Path(mesh.from_main(str(directory)))
+    point = check()
+    mark_directory(directory, TRAIN)
+    remove_run(directory, TRAIN, only=None if config.checkpoint.overwrite else OF_THE_MOMENT)
+    return point
 
 
 def export_model(engine: DeepSpeedEngine, tokenizer, config: TrainConfig, final: Path, mesh: Mesh) -> None:
@@ -114,6 +128,7 @@ def export_model(engine: DeepSpeedEngine, tokenizer, config: TrainConfig, final:
     weights = {name.removeprefix(WRAPPER_PREFIX): tensor for name, tensor in weights.items()}
     partial = final.with_name(f"{final.name}.partial")
     try:
+        foreign = remove_files(partial, MODEL_FILES)
         if lora.rank and lora.export == "adapter":
             base = base_name(config.model)
             if base is None:
@@ -125,10 +140,9 @@ def export_model(engine: DeepSpeedEngine, tokenizer, config: TrainConfig, final:
             _save_model(lm, weights, partial)
         tokenizer.save_pretrained(partial)
         follow_umask(partial)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
+        replace_folder(partial, final, MODEL_FILES, foreign)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove_files(partial, MODEL_FILES)
         raise LRSAError(f"the model could not be written to {final}: {error}; the run is not complete.") from error
 
 

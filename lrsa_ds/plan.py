@@ -1,6 +1,6 @@
 """All that can be known of a run, and all that can be wrong with it, before a process group starts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -53,7 +53,7 @@ def prepare(config: TrainConfig, procedure: Procedure) -> Plan:
     _check_backend(config, structure, dtype)
     _check_parallel(config, structure)
     num_parameters = sum(p.numel() for p in structure.parameters())
-    resume = check_output(config, num_parameters, dtype.itemsize)
+    check_output(config, num_parameters, dtype.itemsize)
     tokenizer = load_tokenizer(config.model)
     vocabulary = structure.get_input_embeddings().num_embeddings
     require(
@@ -61,9 +61,18 @@ def prepare(config: TrainConfig, procedure: Procedure) -> Plan:
         f"model.tokenizer has {len(tokenizer)} tokens, and the model knows {vocabulary}: they do not belong together.",
     )
     data = prepare_data(procedure, config, tokenizer)
-    if resume is not None:
-        resume = check_resume(resume, config, data.fingerprint())
-    return Plan(dtype, num_parameters, tokenizer, data, resume)
+    plan = Plan(dtype, num_parameters, tokenizer, data, resume=None)
+    return replace(plan, resume=find_resume(config, plan))
+
+
+def find_resume(config: TrainConfig, plan: Plan) -> ResumePoint | None:
+    """The checkpoint from which the run goes on, if its directory holds one.
+
+    Raises:
+        LRSAError: the directory is not free for this run, or holds another one.
+    """
+    point = check_output(config, plan.num_parameters, plan.dtype.itemsize)
+    return None if point is None else check_resume(point, config, plan.data.fingerprint())
 
 
 def _check_backend(config: TrainConfig, structure: torch.nn.Module, dtype: torch.dtype) -> None:

@@ -20,10 +20,11 @@ from lrsa_ds.liger import apply_liger
 from lrsa_ds.loss import TargetLoss
 from lrsa_ds.metrics import PREDICTIONS, RunLogger
 from lrsa_ds.model import apply_lrsa, enable_checkpointing, layer_classes, load_model
+from lrsa_ds.occupy import occupy
 from lrsa_ds.parallel.mesh import Mesh, start_mesh, stop_mesh
 from lrsa_ds.parallel.watch import Watch
 from lrsa_ds.parallel.zero import deepspeed_config, make_engine
-from lrsa_ds.plan import Plan, prepare
+from lrsa_ds.plan import Plan, find_resume, prepare
 from lrsa_ds.profiling import StepProfiler
 from lrsa_ds.provenance import provenance
 from lrsa_ds.report import draw_evaluation, evaluation_table
@@ -44,13 +45,25 @@ def train(config: TrainConfig, procedure: Procedure, notes: list[str]) -> None:
     # Our own watch, which names the rank that hangs, is to speak before torch's, which does not.
     patience = timedelta(seconds=3 * config.parallel.timeout) if config.parallel.timeout else timedelta(days=30)
     mesh = start_mesh(config.parallel.sp_size, patience, config.parallel.exchange)
-    plan = replace(plan, resume=mesh.from_main(plan.resume))
     torch.manual_seed(config.seed)
-    directory = output.open_output(config, mesh, going_on=plan.resume is not None)
+
+    def enter(directory: Path) -> checkpoint.ResumePoint | None:
+        return output.enter_output(directory, config, lambda: find_resume(config, plan))
+
+    with occupy(config.output_dir, config.run_name, mesh, enter) as (directory, resume):
+        _train_in(directory, config, replace(plan, resume=resume), mesh, stop, notes)
+    stop_mesh()
+
+
+def _train_in(
+    directory: Path, config: TrainConfig, plan: Plan, mesh: Mesh, stop: StopRequest, notes: list[str]
+) -> None:
+    """The run in its directory, which no other run enters meanwhile."""
     settings = asdict(config) | {"output_dir": str(directory)}
     first_step = plan.resume.step if plan.resume else 0
-    earlier = keep_rows_until(directory / "metrics.jsonl", first_step, mesh.is_main)
-    keep_rows_until(directory / PREDICTIONS, first_step, mesh.is_main)
+    kept_until = first_step if plan.resume else -1  # without a checkpoint what came before the first step is done again
+    earlier = keep_rows_until(directory / "metrics.jsonl", kept_until, mesh.is_main)
+    keep_rows_until(directory / PREDICTIONS, kept_until, mesh.is_main)
     if mesh.is_main:
         save_settings(settings, directory / "config.yaml")
     watch = Watch(directory, mesh, config.parallel.timeout)
@@ -68,7 +81,6 @@ def train(config: TrainConfig, procedure: Procedure, notes: list[str]) -> None:
         watch.close()
     if mesh.is_main:
         output.mark(directory, output.COMPLETED)
-    stop_mesh()
 
 
 class _Run:

@@ -20,7 +20,8 @@ import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 
-from lrsa_ds.checkpoint import DIRECTORY, PARTIAL, SAVED, TRAINER, remove_partial
+from lrsa_ds.checkpoint import DIRECTORY, PARTIAL, SAVED, TRAINER, remove_partial, whole_checkpoints
+from lrsa_ds.directory import STEP_FILES, remove_files, replace_folder
 from lrsa_ds.errors import LRSAError
 from lrsa_ds.parallel.mesh import Mesh
 
@@ -37,6 +38,7 @@ class _Writing:
     trainer: dict
     partial: Path
     started: float
+    foreign: list[Path]  # what somebody else has put into `partial`
     waited: float = 0.0  # seconds that the training stood still for it
     thread: threading.Thread | None = None
     error: Exception | None = None
@@ -95,10 +97,8 @@ class CheckpointSaver:
         """
         started = time.perf_counter()
         partial = self.output / DIRECTORY / f"step_{trainer['step']:06d}{PARTIAL}"
-        problem = self.mesh.from_main(_make_room(partial, self.num_bytes) if self.mesh.is_main else None)
-        if problem is not None:
-            raise LRSAError(problem)
-        writing = self._writing = _Writing(trainer, partial, started)
+        foreign = self.mesh.on_main(lambda: _make_room(partial, self.num_bytes))
+        writing = self._writing = _Writing(trainer, partial, started, foreign)
         self._files.copy_to_host = self._in_background()
         try:
             self.engine.save_checkpoint(str(partial), tag=SAVED, save_latest=False)
@@ -138,9 +138,8 @@ class CheckpointSaver:
         if self.mesh.is_main:
             text = json.dumps(writing.trainer, indent=1) + "\n"
             (writing.partial / TRAINER).write_text(text, encoding="utf-8")
-            if writing.final.exists():  # the same step once more, after a stop at its end
-                shutil.rmtree(writing.final)
-            os.replace(writing.partial, writing.final)
+            # There may be one of the same step, after a stop at its end.
+            replace_folder(writing.partial, writing.final, STEP_FILES, writing.foreign)
             _prune(self.output, self.keep)
         dist.barrier()
         now = time.perf_counter()
@@ -198,24 +197,28 @@ def on_host(state: Any) -> Any:
     return copy.deepcopy(state)
 
 
-def _make_room(partial: Path, num_bytes: int) -> str | None:
-    """Removes what a killed run left behind and makes the directory; returns what is wrong, if anything is."""
+def _make_room(partial: Path, num_bytes: int) -> list[Path]:
+    """Removes what a killed run left behind and makes the directory; returns the files in it that are not ours.
+
+    Raises:
+        LRSAError: there is no room.
+    """
     try:
         remove_partial(partial.parent)
-        partial.mkdir(parents=True)
+        foreign = remove_files(partial, STEP_FILES)
+        partial.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(partial).free
     except OSError as error:
-        return f"the checkpoint {partial.with_suffix('')} could not be written: {error.strerror}."
-    if free >= num_bytes:
-        return None
-    partial.rmdir()
-    return (
-        f"the checkpoint {partial.with_suffix('')} needs {num_bytes / 1e9:.2f} GB and {free / 1e9:.2f} GB are free: "
-        "make room and start the same command again; earlier checkpoints are whole."
-    )
+        raise LRSAError(f"the checkpoint {partial.with_suffix('')} could not be written: {error.strerror}.") from error
+    if free < num_bytes:
+        remove_files(partial, STEP_FILES)
+        raise LRSAError(
+            f"the checkpoint {partial.with_suffix('')} needs {num_bytes / 1e9:.2f} GB and {free / 1e9:.2f} GB are "
+            "free: make room and start the same command again; earlier checkpoints are whole."
+        )
+    return foreign
 
 
 def _prune(output: Path, keep: int) -> None:
-    whole = sorted(p for p in (output / DIRECTORY).glob("step_*") if p.suffix != PARTIAL)
-    for path in whole[:-keep]:
-        shutil.rmtree(path)
+    for path in whole_checkpoints(output)[:-keep]:
+        remove_files(path, STEP_FILES)

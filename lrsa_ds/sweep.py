@@ -22,7 +22,8 @@ import psutil
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from lrsa_ds.config import LRSAError
+from lrsa_ds.directory import TRAIN, check_directory, mark_directory
+from lrsa_ds.errors import LRSAError
 from lrsa_ds.labels import SMALLER
 from lrsa_ds.output import COMPLETED
 
@@ -86,12 +87,18 @@ class Runner:
     def run(self, job: Job, slot: int = 0, number: str = "") -> bool:
         """Runs one job to its end, unless it is done already. Returns whether it is complete."""
         label = f"{number}{job.name}"
+        try:
+            check_directory(job.directory, TRAIN)
+        except LRSAError as error:
+            print(f"{label}: failed: {error}", flush=True)
+            return False
         if (job.directory / COMPLETED).exists():
             is_same = json.loads((job.directory / JOB).read_text())["overrides"] == job.overrides
             other = f"failed: {job.directory} holds a finished run of other settings: choose another output_dir"
             print(f"{label}: {'done before' if is_same else other}", flush=True)
             return is_same
         job.directory.mkdir(parents=True, exist_ok=True)
+        mark_directory(job.directory, TRAIN)
         (job.directory / JOB).write_text(json.dumps({"swept": job.swept, "overrides": job.overrides}, indent=1) + "\n")
         print(f"{label}: starts, log in {job.directory / LOG}", flush=True)
         started = time.monotonic()

@@ -4,6 +4,7 @@ import os
 import queue
 import shutil
 import threading
+import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -106,14 +107,23 @@ class WandbThread(threading.Thread):
             wandb.teardown()
 
     def _start_run(self, wandb: ModuleType):
-        earlier, problem = set(self._output_dir.glob("wandb/run-*")), None
+        # A run that goes on is the same run there.
+        known = self._output_dir / RUN_ID_FILE
+        if known.exists():
+            self._identity |= {"id": known.read_text().strip(), "resume": "allow"}
+        else:
+            self._identity["id"] = uuid.uuid4().hex[:8]
+        attempts = f"wandb/run-*-{self._identity['id']}"
+        earlier, problem = set(self._output_dir.glob(attempts)), None
         try:
             run = self._init(wandb, self._mode)
         except (wandb.Error, TimeoutError) as error:
             if self._mode != "online":
                 raise
             problem = first_line(error)
-            for empty in set(self._output_dir.glob("wandb/run-*")) - earlier:  # what the attempt left behind
+            wandb.teardown()  # its process would call the run's own identity "in use"
+            # What this attempt left behind, in which nothing is recorded. No other directory of W&B is ever removed.
+            for empty in set(self._output_dir.glob(attempts)) - earlier:
                 shutil.rmtree(empty, ignore_errors=True)
             run = self._init(wandb, "offline")
         run.define_metric("train/step")
@@ -136,11 +146,6 @@ class WandbThread(threading.Thread):
             )
 
     def _init(self, wandb: ModuleType, mode: str):
-        # A run that goes on is the same run there.
-        known = self._output_dir / RUN_ID_FILE
-        identity = dict(self._identity)
-        if known.exists():
-            identity |= {"id": known.read_text().strip(), "resume": "allow"}
         settings = wandb.Settings(
             init_timeout=INIT_SECONDS,
             finish_timeout=FINISH_SECONDS,
@@ -151,6 +156,6 @@ class WandbThread(threading.Thread):
             disable_code=True,
             save_code=False,
         )
-        run = wandb.init(mode=mode, dir=self._output_dir, reinit="create_new", settings=settings, **identity)
-        known.write_text(run.id + "\n")
+        run = wandb.init(mode=mode, dir=self._output_dir, reinit="create_new", settings=settings, **self._identity)
+        (self._output_dir / RUN_ID_FILE).write_text(run.id + "\n")
         return run

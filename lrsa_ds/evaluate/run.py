@@ -1,8 +1,7 @@
 """An evaluation from configuration to pictures: each rank answers its share of the samples, and any may be stopped."""
 
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Protocol
@@ -12,11 +11,11 @@ import torch.distributed as dist
 
 from lrsa_ds.config import LogConfig, LRSAConfig, load_settings, require, require_compression, save_settings
 from lrsa_ds.data.tokenizer import Tokenizer, load_tokenizer
+from lrsa_ds.directory import EVALUATE, check_directory, mark_directory, remove_run
 from lrsa_ds.evaluate.config import EvaluateConfig
 from lrsa_ds.evaluate.evaluator import Evaluator, Mode, Sample, modes
 from lrsa_ds.evaluate.report import draw_results, results_table
 from lrsa_ds.evaluate.results import (
-    PARTS,
     RESULTS,
     cache_name,
     collect,
@@ -26,9 +25,12 @@ from lrsa_ds.evaluate.results import (
     shown_predictions,
     summary,
 )
+from lrsa_ds.inputs import check_inputs
 from lrsa_ds.journal import JSONLines, Progress
+from lrsa_ds.lock import check_lock
 from lrsa_ds.metrics import RunLogger
 from lrsa_ds.model import apply_lrsa, check_supported, empty_model, load_model
+from lrsa_ds.occupy import occupy
 from lrsa_ds.parallel.mesh import Mesh, start_mesh, stop_mesh
 from lrsa_ds.provenance import provenance
 from lrsa_ds.wandb_thread import check_wandb
@@ -64,35 +66,58 @@ def evaluate(
     wanted = modes(config.cache.prefill, config.cache.retentions)
     settings = asdict(config)
     _check_lengths(config, trained, wanted)
-    directory = _directory(config)
-    _check_directory(directory, settings, config.overwrite)
+    _check_directory(config, settings)
     tokenizer = load_tokenizer(config.model)
     samples = make_samples(config, tokenizer)
     samples.check()
     # Ranks meet at the end of the work only, and some may be long done by then.
     mesh = start_mesh(timeout=timedelta(days=7))
-    directory = Path(mesh.from_main(str(directory)))
-    done = _open(directory, settings, config.overwrite, mesh)
-    quiet = replace(config.log, progress=False)  # the logger's progress is that of training steps
     num_parameters = sum(p.numel() for p in structure.parameters())
-    about = provenance(mesh.world_size, num_parameters, mesh.device_name)
-    logger = RunLogger(directory, quiet, settings, about, config.run_name, 0, enabled=mesh.is_main)
+    plan = _Plan(config, config.cache.attention(trained, 1.0), wanted, num_parameters, tokenizer, samples, score)
+
+    def enter(directory: Path) -> None:
+        _enter(directory, config, settings)
+
+    with occupy(config.output_dir, config.run_name, mesh, enter) as (directory, _):
+        _evaluate_in(directory, plan, mesh)
+    stop_mesh()
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is known of an evaluation before it takes its directory; `attention` keeps everything."""
+
+    config: EvaluateConfig
+    attention: LRSAConfig
+    wanted: list[Mode]
+    num_parameters: int
+    tokenizer: Tokenizer
+    samples: SampleSource
+    score: Score
+
+
+def _evaluate_in(directory: Path, plan: _Plan, mesh: Mesh) -> None:
+    """The evaluation in its directory, which no other run enters meanwhile."""
+    config, samples, attention = plan.config, plan.samples, plan.attention
+    done = {key_of(row) for row in read_results(directory)}
+    quiet = replace(config.log, progress=False)  # the logger's progress is that of training steps
+    about = provenance(mesh.world_size, plan.num_parameters, mesh.device_name)
+    logger = RunLogger(directory, quiet, asdict(config), about, config.run_name, 0, enabled=mesh.is_main)
     failed = True
     try:
-        attention = config.cache.attention(trained, 1.0)
-        missing = _missing(samples, wanted, done)
-        for line in _description(config, attention, wanted, samples, missing, directory, mesh):
+        missing = _missing(samples, plan.wanted, done)
+        for line in _description(config, attention, plan.wanted, samples, missing, directory, mesh):
             logger.message(line)
         if missing:
             model = apply_lrsa(load_model(config.model, _dtype(config)), attention).to(mesh.device).eval()
-            _work(Evaluator(model, tokenizer, attention, score), samples, missing, directory, mesh, config.log)
+            evaluator = Evaluator(model, plan.tokenizer, attention, plan.score)
+            _work(evaluator, samples, missing, directory, mesh, config.log)
         dist.barrier()
         if mesh.is_main:
             _report(config, collect(directory), directory, logger)
         failed = False
     finally:
         logger.close(failed=failed)
-    stop_mesh()
 
 
 def _check_lengths(config: EvaluateConfig, trained: dict | None, wanted: list[Mode]) -> None:
@@ -108,19 +133,17 @@ def _dtype(config: EvaluateConfig) -> torch.dtype:
     return {"auto": automatic, "bf16": torch.bfloat16, "fp32": torch.float32}[config.model.dtype]
 
 
-def _directory(config: EvaluateConfig) -> Path:
-    default = Path("outputs") / config.run_name / time.strftime("%Y-%m-%d_%H-%M-%S")
-    return Path(config.output_dir).expanduser() if config.output_dir else default
-
-
-def _check_directory(directory: Path, settings: dict, overwrite: bool) -> None:
-    """Refuses a directory whose results belong to another configuration, and names the keys that differ."""
-    if overwrite or not (directory / SETTINGS).exists():
+def _check_directory(config: EvaluateConfig, settings: dict) -> None:
+    """Refuses a directory that is not ours, or whose results belong to another configuration; names what differs."""
+    if config.output_dir is None:
         return
-    require(
-        (directory / RESULTS).exists() or any(directory.glob(PARTS)),
-        f"output_dir={directory} holds something else than an evaluation: choose another directory.",
-    )
+    directory = Path(config.output_dir).expanduser()
+    check_inputs(directory, config.model, config.data, longbench=config.longbench, ruler=config.ruler)
+    # One that is older than the mark and holds nothing else is gone on with.
+    check_directory(directory, EVALUATE, may_adopt=not config.overwrite and (directory / RESULTS).exists())
+    check_lock(directory)
+    if config.overwrite or not (directory / SETTINGS).exists():
+        return
     there = load_settings(directory / SETTINGS)
     differing = [key for key in settings if key not in MAY_DIFFER and _fixed(settings[key]) != _fixed(there.get(key))]
     require(
@@ -141,17 +164,14 @@ def _fixed(value):
     return value
 
 
-def _open(directory: Path, settings: dict, overwrite: bool, mesh: Mesh) -> set[tuple]:
-    """Makes the directory and returns the keys of the rows that it holds, on every rank."""
-    if mesh.is_main:
-        directory.mkdir(parents=True, exist_ok=True)
-        if overwrite:
-            for path in (directory / RESULTS, directory / "metrics.jsonl", *directory.glob(PARTS)):
-                path.unlink(missing_ok=True)
-        save_settings(settings | {"output_dir": str(directory)}, directory / SETTINGS)
-        collect(directory)
-    dist.barrier()
-    return {key_of(row) for row in read_results(directory)}
+def _enter(directory: Path, config: EvaluateConfig, settings: dict) -> None:
+    """Makes the directory that this evaluation has taken ready: its rows are in one file."""
+    _check_directory(config, settings)
+    mark_directory(directory, EVALUATE)
+    if config.overwrite:
+        remove_run(directory, EVALUATE)
+    save_settings(settings | {"output_dir": str(directory)}, directory / SETTINGS)
+    collect(directory)
 
 
 def _missing(samples: SampleSource, wanted: list[Mode], done: set[tuple]) -> list[tuple[tuple, list[Mode]]]:

@@ -3,6 +3,7 @@
 import os
 import socket
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -13,6 +14,7 @@ import torch.distributed as dist
 
 from lrsa_ds.attention.kernels.blocks import BLOCK
 from lrsa_ds.config import require
+from lrsa_ds.errors import LRSAError
 from lrsa_ds.parallel.exchange import SequenceGroup
 from lrsa_ds.registry import EXCHANGES
 
@@ -86,6 +88,29 @@ class Mesh:
         holder = [value]
         dist.broadcast_object_list(holder, src=0, device=self.device)
         return holder[0]
+
+    def on_main(self, action: Callable[[], Any]) -> Any:
+        """What `action` returns on rank 0, on every rank.
+
+        Raises:
+            LRSAError: on every rank, what `action` has raised.
+        """
+        value = problem = None
+        if self.is_main:
+            try:
+                value = action()
+            except LRSAError as error:
+                problem = str(error)
+        value, problem = self.from_main((value, problem))
+        if problem is not None:
+            raise LRSAError(problem)
+        return value
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks, in their order, on every rank."""
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
 
 
 def local_rank() -> int:

@@ -10,14 +10,17 @@ ROOT = Path(__file__).resolve().parents[2]
 # Who may import whom inside lrsa_ds: a module imports from its own layer and from those before it, never from a later
 # one. A new module gets a place here.
 LAYERS = (
-    ("errors", "labels", "notices", "registry", "signals"),
+    ("errors", "labels", "lock", "notices", "registry", "signals"),
     ("config", "directory", "hub", "partition"),
     ("attention",),
     ("cache", "compression", "documents", "parallel", "provenance"),
     ("passes",),
     ("adapters", "generation"),
     ("model",),
-    ("checkpoint", "data", "journal", "liger", "loss", "metrics", "report", "wandb_thread"),
+    (
+        *("checkpoint", "console", "data", "inputs", "journal", "liger", "loss", "metrics", "occupy", "report"),
+        "wandb_thread",
+    ),
     ("output", "profiling", "saving"),
     ("sweep",),
     ("inference",),

@@ -1,0 +1,52 @@
+"""What a command reads must not lie where it writes: checked before it writes anything."""
+
+import os
+from collections.abc import Iterator
+from glob import glob
+from pathlib import Path
+
+from lrsa_ds.config import DataConfig, ModelConfig, require
+from lrsa_ds.hub import looks_local
+
+
+def check_inputs(directory: Path, model: ModelConfig, data: DataConfig | None = None, **more: str | None) -> None:
+    """Refuses an output directory in which inputs lie, or are behind links.
+
+    Args:
+        more: further paths or patterns, by the key that holds them.
+
+    Raises:
+        LRSAError: names the key.
+    """
+    paths = {"model.name": model.name, "model.tokenizer": model.tokenizer, **more}
+    if data is not None:
+        paths |= {"data.name": data.name, "data.path": data.path, "data.validation_path": data.validation_path}
+    for key, value in paths.items():
+        if value is None or (key in ("model.name", "model.tokenizer", "data.name") and not looks_local(value)):
+            continue
+        for place in _places(value):
+            behind = "" if str(place) == value else f", with {place},"
+            require(
+                not _is_inside(place, directory),
+                f"{key}={value!r}{behind} lies in output_dir={directory}, where a run replaces and removes files: "
+                "choose another output_dir.",
+            )
+
+
+def _places(value: str) -> Iterator[Path]:
+    """What a path or a pattern stands for, and the links in a folder, which may lead anywhere."""
+    place = Path(value).expanduser()
+    if not place.exists():
+        yield from map(Path, glob(str(place), recursive=True))
+        return
+    yield place
+    if place.is_dir():
+        yield from (path for path in place.iterdir() if path.is_symlink())
+
+
+def _is_inside(path: Path, directory: Path) -> bool:
+    """Whether `path`, by its name or behind links, is `directory` or lies below it; both as files, not as names."""
+    if not directory.exists():
+        return False
+    everywhere = (Path(os.path.abspath(path)), path.resolve())
+    return any(place.exists() and place.samefile(directory) for one in everywhere for place in (one, *one.parents))
