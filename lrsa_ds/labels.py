@@ -24,3 +24,9 @@ def factor_name(factors: Iterable[float | None]) -> str:
         return "-"
     ends = dict.fromkeys(f"{end:.2f}" if end < 10 else f"{end:.1f}" for end in (min(known), max(known)))
     return "–".join(ends) + "x"
+
+
+def cache_tick(rows: list[dict], retention: float) -> str:
+    """For an axis: the name of a cache, and below it how many times smaller it was in these rows."""
+    factors = (row.get("cache_factor") for row in rows if row["retention"] == retention)
+    return retention_name(retention) + ("" if retention == 1 else f"\n({factor_name(factors)})")

@@ -5,7 +5,7 @@ import textwrap
 from pathlib import Path
 
 from lrsa_ds.errors import LRSAError
-from lrsa_ds.labels import SMALLER, factor_name, retention_name
+from lrsa_ds.labels import SMALLER, cache_tick, factor_name, retention_name
 
 COLUMNS = 100  # of a line of the table, unless the name of a task alone is longer
 PANELS_PER_LINE = 4
@@ -178,7 +178,8 @@ def _draw_panel(panel, rows: list[dict], task: str) -> None:
             )
     retentions = _retentions(rows)
     panel.set_xscale("log", base=2)
-    panel.set_xticks(retentions, [_tick(rows, task, retention) for retention in retentions], minor=False)
+    mine = [row for row in rows if row["task"] == task]
+    panel.set_xticks(retentions, [cache_tick(mine, retention) for retention in retentions], minor=False)
     panel.minorticks_off()
     # The dense cache on the left, as in the table's first line; room at both ends for the markers.
     panel.set_xlim(retentions[0] * 1.2, retentions[-1] / 1.2)
@@ -189,11 +190,3 @@ def _draw_panel(panel, rows: list[dict], task: str) -> None:
     panel.tick_params(labelsize=8.5)
     panel.grid(alpha=0.25, linewidth=0.6)
     panel.spines[["top", "right"]].set_visible(False)
-
-
-def _tick(rows: list[dict], task: str, retention: float) -> str:
-    """The name of a cache, and below it how many times smaller it was for this task."""
-    if retention == 1:
-        return retention_name(retention)
-    mine = [row.get("cache_factor") for row in rows if (row["task"], row["retention"]) == (task, retention)]
-    return f"{retention_name(retention)}\n({factor_name(mine)})"

@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 
 from lrsa_ds.directory import TRAIN, check_directory, mark_directory
 from lrsa_ds.errors import LRSAError
-from lrsa_ds.labels import SMALLER
+from lrsa_ds.labels import SMALLER, factor_name
 from lrsa_ds.output import COMPLETED
 
 JOB, LOG = "job.json", "log.txt"
@@ -257,6 +257,7 @@ def draw_sweep(rows: list[dict], path: Path, title: str) -> None:
     figure = Figure(figsize=(max(5.2, 3.4 * len(keys)), 5.4), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+    score = f"exact %, cache {factor_name(row.get('cache_factor') for row in rows)} smaller"
     panels = figure.subplots(2, len(keys), squeeze=False, sharex="col", sharey="row")
     for column, key in enumerate(keys):
         values = sorted({row["swept"].get(key, "-") for row in rows}, key=_as_number)
@@ -264,9 +265,7 @@ def draw_sweep(rows: list[dict], path: Path, title: str) -> None:
         for row in rows:
             others = {k: v for k, v in row["swept"].items() if k != key}
             lines.setdefault(job_name(others) if others else "", []).append(row)
-        for line, (name, label) in zip(
-            panels[:, column], (("score", "exact %, smallest cache"), ("step_seconds", "s/step")), strict=True
-        ):
+        for line, (name, label) in zip(panels[:, column], (("score", score), ("step_seconds", "s/step")), strict=True):
             for other, mine in lines.items():
                 points = [(values.index(row["swept"].get(key, "-")), row.get(name, math.nan)) for row in mine]
                 line.plot(*zip(*sorted(points), strict=True), marker="o", markersize=4, linewidth=1.5, label=other)

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from lrsa_ds.errors import LRSAError
 from lrsa_ds.evaluate.results import cache_name, measured_factor
-from lrsa_ds.labels import SMALLER, factor_name, retention_name
+from lrsa_ds.labels import SMALLER, cache_tick, factor_name
 
 CACHES_PER_BLOCK = 4
 WIDTH, TITLE_WIDTH = 18, 28  # of a column of the table and of its first one: a line stays within 100 columns
@@ -23,7 +23,7 @@ CACHES = {
     "after": "prefilled densely, compressed afterwards",
 }
 METRICS = {
-    "exact": "answers that are right but for case, punctuation, articles and spaces",
+    "exact": "answers that are right apart from case, punctuation, articles and spaces",
     "f1": "F1 of the words of the answer",
     "recall": "the right answers that stand in what was said",
     "hit": "samples with one of the right answers in what was said",
@@ -154,7 +154,7 @@ def _scores(rows: list[dict], title: str) -> Figure:
                 handles[prefill] = _errorbar(panel, line, prefill)
         retentions = sorted({row["retention"] for row in rows})
         panel.set_xscale("log", base=2)
-        panel.set_xticks(retentions, [_tick(mine, retention) for retention in retentions])
+        panel.set_xticks(retentions, [cache_tick(mine, retention) for retention in retentions])
         panel.minorticks_off()
         panel.set_xlim(retentions[-1] * 1.25, retentions[0] / 1.25)
         panel.set_ylim(-4, 104)
@@ -187,12 +187,6 @@ def _errorbar(panel, line: list[dict], prefill: str):
         elinewidth=0.8,
         capsize=2,
     )
-
-
-def _tick(rows: list[dict], retention: float) -> str:
-    """The name of a cache, and below it how many times smaller it was."""
-    factor = factor_name(row["cache_factor"] for row in rows if row["retention"] == retention)
-    return retention_name(retention) if retention == 1 else f"{retention_name(retention)}\n({factor})"
 
 
 def _title(samples: list[dict], prefill: str, retention: float) -> str:
