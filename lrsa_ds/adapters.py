@@ -2,6 +2,8 @@
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -59,6 +61,22 @@ def add_adapters(model: PreTrainedModel, lora: LoraConfig) -> None:
         inject_adapter_in_model(_peft_config(lora), model, ADAPTER)
     except ValueError as error:
         raise LRSAError(f"model.lora.targets={lora.targets!r}: {str(error).splitlines()[0]}") from error
+
+
+@contextmanager
+def adapters_disabled(model: PreTrainedModel) -> Iterator[None]:
+    """While it lasts, the model computes as if it had no adapters; for passes without gradients."""
+    from peft.tuners.lora import LoraLayer
+
+    # They are scaled to nothing rather than switched off: every module is still called, in the order that ZeRO-3 knows.
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        layer.scale_layer(0.0)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.unscale_layer()
 
 
 def _peft_config(lora: LoraConfig):

@@ -228,6 +228,31 @@ class AttentionConfig:
 
 
 @dataclass(kw_only=True)
+class ObjectiveConfig:
+    """What is minimised; `weight`, `temperature` and `teacher` are those of distillation.
+
+    Args:
+        kind: a name in the table of `lrsa_ds.objectives`.
+        weight: share of the divergence from the teacher in the loss; the rest is that of the target loss.
+        teacher: "self" (the dense pass of the model as it is) or "start" (that of its start weights).
+    """
+
+    kind: str = "target_loss"
+    weight: float = 0.5
+    temperature: float = 1.0
+    teacher: str = "self"
+
+    def __post_init__(self):
+        require(
+            0 < self.weight <= 1,
+            f"objective.weight={self.weight} is not valid: give a number above 0 and at most 1 "
+            "(objective=target_loss trains without a teacher).",
+        )
+        require(self.temperature > 0, f"objective.temperature={self.temperature} is not valid: give a number above 0.")
+        require_one_of("objective.teacher", self.teacher, ("self", "start"))
+
+
+@dataclass(kw_only=True)
 class DataConfig:
     """Where examples come from and how they are laid out; see README, "Your own data"."""
 
@@ -425,6 +450,7 @@ class TrainConfig:
     loss_chunk_size: int = 2048
     model: ModelConfig
     attention: AttentionConfig = field(default_factory=AttentionConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)

@@ -29,7 +29,7 @@ def check_liger(model: ModelConfig, model_type: str) -> None:
 
 
 def apply_liger(model: PreTrainedModel) -> None:
-    """Puts the kernels into the model, in place. Its loss stays that of `loss.py`, which knows the targets."""
+    """Puts the kernels into the model, in place. Its loss stays that of the objective, which knows the targets."""
     from transformers.integrations.liger import apply_liger_kernel
 
     apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})

@@ -125,7 +125,8 @@ def export_model(engine: DeepSpeedEngine, tokenizer, config: TrainConfig, final:
     if not mesh.is_main:
         return
     lm, lora = engine.module.lm, config.model.lora
-    weights = {name.removeprefix(WRAPPER_PREFIX): tensor for name, tensor in weights.items()}
+    # The objective may hold other weights too.
+    weights = {n.removeprefix(WRAPPER_PREFIX): x for n, x in weights.items() if n.startswith(WRAPPER_PREFIX)}
     partial = final.with_name(f"{final.name}.partial")
     try:
         foreign = remove_files(partial, MODEL_FILES)

@@ -12,6 +12,7 @@ from lrsa_ds.data.procedure import Procedure, RunData, prepare_data
 from lrsa_ds.data.tokenizer import Tokenizer, load_tokenizer
 from lrsa_ds.liger import check_liger
 from lrsa_ds.model import check_supported, empty_model
+from lrsa_ds.objectives import check_objective
 from lrsa_ds.output import check_output
 from lrsa_ds.parallel.mesh import check_world
 from lrsa_ds.parallel.strategy import Sharing
@@ -29,11 +30,12 @@ class Plan:
     tokenizer: Tokenizer
     data: RunData
     resume: ResumePoint | None
+    num_frozen: int = 0
 
     @property
     def checkpoint_bytes(self) -> int:
-        """A checkpoint's size at most: the weights, and in fp32 a copy of them and two moments."""
-        return self.num_parameters * (self.dtype.itemsize + 12)
+        """A checkpoint's size at most: the weights, in fp32 a copy of them and two moments, and what is frozen."""
+        return self.num_parameters * (self.dtype.itemsize + 12) + self.num_frozen * self.dtype.itemsize
 
 
 def prepare(config: TrainConfig, procedure: Procedure) -> Plan:
@@ -47,11 +49,12 @@ def prepare(config: TrainConfig, procedure: Procedure) -> Plan:
     check_peft(config.model.lora)
     dtype = {"auto": torch.bfloat16 if use_cuda else torch.float32, "bf16": torch.bfloat16, "fp32": torch.float32}
     dtype = dtype[config.model.dtype]
+    objective = check_objective(config)
     structure = empty_model(config.model)
     check_supported(structure)
     check_liger(config.model, structure.config.model_type)
     _check_backend(config, structure, dtype)
-    _check_parallel(config, structure)
+    _check_parallel(config, structure, objective.retentions)
     num_parameters = sum(p.numel() for p in structure.parameters())
     check_output(config, num_parameters, dtype.itemsize)
     tokenizer = load_tokenizer(config.model)
@@ -61,7 +64,8 @@ def prepare(config: TrainConfig, procedure: Procedure) -> Plan:
         f"model.tokenizer has {len(tokenizer)} tokens, and the model knows {vocabulary}: they do not belong together.",
     )
     data = prepare_data(procedure, config, tokenizer)
-    plan = Plan(dtype, num_parameters, tokenizer, data, resume=None)
+    num_frozen = num_parameters * objective.num_frozen_copies(config)
+    plan = Plan(dtype, num_parameters, tokenizer, data, resume=None, num_frozen=num_frozen)
     return replace(plan, resume=find_resume(config, plan))
 
 
@@ -85,8 +89,9 @@ def _check_backend(config: TrainConfig, structure: torch.nn.Module, dtype: torch
     choose_kernel(config.attention.at_step(0), device, dtype, head_dim, needs_lse_gradient=merges_parts)
 
 
-def _check_parallel(config: TrainConfig, structure: torch.nn.Module) -> None:
-    """Whether the sequences of the run can be shared as `parallel.sp_size` asks, in training and in evaluation."""
+def _check_parallel(config: TrainConfig, structure: torch.nn.Module, others: tuple[float, ...]) -> None:
+    """Whether the sequences of the run can be shared as `parallel.sp_size` asks, in training, also in the
+    passes of `others`, the retentions of the objective, and in evaluation."""
     size, attention = config.parallel.sp_size, config.attention
     if size == 1:
         return
@@ -95,7 +100,7 @@ def _check_parallel(config: TrainConfig, structure: torch.nn.Module) -> None:
     row = config.seq_len * config.optim.micro_batch
     heads = architecture.num_attention_heads, architecture.num_key_value_heads
     strategy = EXCHANGES[config.parallel.exchange]
-    for retention in sorted({*attention.retentions, *config.eval.retentions}, reverse=True):
+    for retention in sorted({*attention.retentions, *others, *config.eval.retentions}, reverse=True):
         settings = attention.with_retention(retention)
         check = check_dense if settings.is_dense else strategy.check
         check(Sharing(size, row, "seq_len * optim.micro_batch", *heads, settings))

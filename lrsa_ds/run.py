@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,9 +18,9 @@ from lrsa_ds.errors import Stopped
 from lrsa_ds.evaluation import Evaluation, Moment, evaluate
 from lrsa_ds.journal import keep_rows_until
 from lrsa_ds.liger import apply_liger
-from lrsa_ds.loss import TargetLoss
 from lrsa_ds.metrics import PREDICTIONS, RunLogger
 from lrsa_ds.model import apply_lrsa, enable_checkpointing, layer_classes, load_model
+from lrsa_ds.objectives import check_objective, make_objective
 from lrsa_ds.occupy import occupy
 from lrsa_ds.parallel.mesh import Mesh, start_mesh, stop_mesh
 from lrsa_ds.parallel.watch import Watch
@@ -214,22 +215,29 @@ class _Run:
 
 
 def build_engine(config: TrainConfig, plan: Plan, mesh: Mesh) -> Engine:
-    """The model with LRSA attention and its loss, in DeepSpeed's engine."""
+    """The model with LRSA attention and its objective, in DeepSpeed's engine."""
     point = plan.resume
     universal = point is not None and checkpoint.needs_conversion(point, mesh)
     if universal:
         checkpoint.convert_checkpoint(point, config.zero.stage, mesh)
-    sharded = deepspeed_config(config, plan.dtype) if config.zero.stage == 3 else None
-    model = apply_lrsa(load_model(config.model, plan.dtype, sharded), config.attention.at_step(0))
-    if config.model.liger_kernel:
-        apply_liger(model)
+    model = _start_model(config, plan)
     if config.model.lora.rank:
         add_adapters(model, config.model.lora)
     freeze(model, config.model.freeze)
     if config.activation_checkpointing:
         enable_checkpointing(model)
-    loss = TargetLoss(model, config.loss_chunk_size)
-    return make_engine(config, loss, plan.dtype, cosine_schedule(config.optim), layer_classes(model), universal)
+    objective = make_objective(config, model, partial(_start_model, config, plan))
+    return make_engine(config, objective, plan.dtype, cosine_schedule(config.optim), layer_classes(model), universal)
+
+
+def _start_model(config: TrainConfig, plan: Plan) -> torch.nn.Module:
+    """The model with LRSA attention before any training; random weights are the same each time."""
+    sharded = deepspeed_config(config, plan.dtype) if config.zero.stage == 3 else None
+    torch.manual_seed(config.seed)
+    model = apply_lrsa(load_model(config.model, plan.dtype, sharded), config.attention.at_step(0))
+    if config.model.liger_kernel:
+        apply_liger(model)
+    return model
 
 
 def build_trainer(
@@ -284,6 +292,7 @@ def _describe(config: TrainConfig, plan: Plan, mesh: Mesh, directory: Path) -> l
         f"{config.run_name}: {plan.num_parameters / 1e6:,.1f}M parameters in {str(plan.dtype).removeprefix('torch.')} "
         f"on {mesh.world_size} × {mesh.device_name}, ZeRO stage {config.zero.stage}{shared}",
         f"attention: {kind}",
+        *filter(None, [check_objective(config).describe(config)]),
         *_compression_lines(config, plan),
         f"{optim.num_steps} steps of {sequences} × {config.seq_len:,} tokens, peak learning rate {optim.lr:g}",
         f"output: {directory}",

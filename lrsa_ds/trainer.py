@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import astuple
+from typing import Any
 
 import psutil
 import torch
@@ -40,8 +41,8 @@ def held_of(row: PackedSequence, mesh: Mesh) -> PackedSequence:
     return shard(row, mesh.held(len(row.labels)), is_first=mesh.sp_rank == 0)
 
 
-def forward(engine: Engine, batch: PackedSequence, attention: LRSAConfig, num_slots: int, mesh: Mesh) -> torch.Tensor:
-    """One pass of the model with its loss over this rank's shard of a row; see `TargetLoss.forward`."""
+def forward(engine: Engine, batch: PackedSequence, attention: LRSAConfig, num_slots: int, mesh: Mesh) -> Any:
+    """One pass of the objective over this rank's shard of a row; returns what `Objective.forward` does."""
     return engine(
         input_ids=batch.input_ids[None].to(mesh.device, non_blocking=True),
         position_ids=batch.position_ids[None].to(mesh.device, non_blocking=True),
@@ -113,9 +114,10 @@ class Trainer:
         require(num_targets > 0, f"step {step + 1} has no target token: look at the answers of the data.")
         attention = self.config.attention.at_step(step)
         compressed = self._compression(rows, attention)
-        local_loss, num_skipped = 0.0, 0
+        local_loss, local_logged, num_skipped = 0.0, 0.0, 0
         for batch, num_slots in zip(batches, slots, strict=True):
-            loss = forward(self.engine, batch, attention, max(1, int(num_slots)), mesh) / num_targets
+            total, logged = forward(self.engine, batch, attention, max(1, int(num_slots)), mesh)
+            loss = total / num_targets
             bad = self._replicas_with_bad_loss(loss)
             if bad:
                 self._report_bad_loss(step, batch, bad)
@@ -124,8 +126,10 @@ class Trainer:
                 if mesh.dp_rank in bad:
                     padding = padding_sequence(sum(batch.document_lengths), pad_id=0)
                     batch = held_of(padding, mesh)
-                loss = forward(self.engine, batch, attention, max(1, int(num_slots)), mesh) / num_targets
+                total, logged = forward(self.engine, batch, attention, max(1, int(num_slots)), mesh)
+                loss = total / num_targets
             local_loss = local_loss + loss.detach()
+            local_logged = local_logged + logged / num_targets
             self.engine.backward(loss * self.scale)
             self.engine.step()
         return {
@@ -138,6 +142,7 @@ class Trainer:
             "num_target_tokens": int(num_targets),
             **compressed,
             "peak_memory_gb": mesh.max([peak_memory_gb(mesh.device)])[0],
+            **self._logged(local_logged),
             **({"num_skipped_rows": num_skipped} if num_skipped else {}),
             **self._traffic(),
         }
@@ -159,6 +164,11 @@ class Trainer:
             if len(reasons) > MOST_REASONS:
                 print(f"left out: {len(reasons) - MOST_REASONS} more rows", flush=True)
         return {"num_left_out_rows": len(reasons)} if reasons else {}
+
+    def _logged(self, local_sums: torch.Tensor) -> dict[str, float]:
+        """What the objective logs beside the loss, from this rank's sums over targets of the step."""
+        names = self.engine.module.logged
+        return dict(zip(names, self.mesh.sum(local_sums.tolist()), strict=True)) if names else {}
 
     def _replicas_with_bad_loss(self, loss: torch.Tensor) -> list[int]:
         """Which replicas have a loss that is not finite; the same on every rank."""

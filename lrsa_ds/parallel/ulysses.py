@@ -18,7 +18,7 @@ def check_dense_heads(num_kv_heads: int, size: int) -> None:
         num_kv_heads % size == 0 or size % num_kv_heads == 0,
         f"parallel.sp_size={size} under dense attention needs a number that divides the {num_kv_heads} KV heads of the "
         "model, or is a multiple of them; LRSA alone has no such limit: leave 1.0 out of attention.retention and "
-        "eval.retentions.",
+        "eval.retentions, and do without objective=distill, whose teacher is dense.",
     )
 
 

@@ -16,8 +16,8 @@ from lrsa_ds.adapters import add_adapters, base_name, freeze, merge_adapters, sa
 from lrsa_ds.config import LoraConfig, ModelConfig
 from lrsa_ds.data.tokenizer import byte_tokenizer
 from lrsa_ds.errors import LRSAError
-from lrsa_ds.loss import TargetLoss
 from lrsa_ds.model import load_model
+from lrsa_ds.objectives import TargetLoss
 from lrsa_ds.output import _save_model
 from tests.cpu.test_model import FAMILIES, SIZES, tiny
 from tests.helpers import assert_close

@@ -90,7 +90,7 @@ def test_group_choices_compose(choice):
 def test_numbers_of_a_choice_are_the_defaults_of_the_code():
     """A default that is written twice must not drift apart."""
     code, files = TrainConfig(model=composed().model), composed()
-    for group in ("parallel", "zero", "optim", "eval", "log", "checkpoint", "attention"):
+    for group in ("parallel", "zero", "optim", "eval", "log", "checkpoint", "attention", "objective"):
         assert getattr(code, group) == getattr(files, group), group
 
 

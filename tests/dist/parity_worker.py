@@ -16,11 +16,19 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lrsa_ds import LRSAConfig, apply_lrsa
-from lrsa_ds.config import AttentionConfig, ModelConfig, OptimConfig, ParallelConfig, TrainConfig, ZeroConfig
+from lrsa_ds.config import (
+    AttentionConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    ParallelConfig,
+    TrainConfig,
+    ZeroConfig,
+)
 from lrsa_ds.data.packing import IGNORE, Example, collate, pack
 from lrsa_ds.data.stream import StepData
-from lrsa_ds.loss import TargetLoss
 from lrsa_ds.model import enable_checkpointing, layer_classes
+from lrsa_ds.objectives import make_objective
 from lrsa_ds.parallel import exchange, gather_kept, head_groups
 from lrsa_ds.parallel.mesh import rank, start_mesh, stop_mesh
 from lrsa_ds.parallel.zero import make_engine
@@ -31,6 +39,7 @@ from tests.helpers import relative_error
 SEQ_LEN, NUM_SEQUENCES = 160, 4
 # A token that stands nowhere but where a test puts it, and the sequence where it does.
 BAD_TOKEN, BAD_SEQUENCE = 96, 2
+WEIGHT, TEMPERATURE = 0.7, 1.5  # of distillation
 SIZES = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
 
 
@@ -58,6 +67,10 @@ def make_model(options):
         tie_word_embeddings=options.tied,
     )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if options.teacher:  # sharper attention, so that a dense pass predicts something else
+        with torch.no_grad():
+            for matrix in (p for p in model.parameters() if p.dim() > 1):
+                matrix.mul_(6)
     settings = dict(sink_size=4, lag_size=16, retention=options.retention, selection=options.selection)
     return apply_lrsa(model, LRSAConfig(**settings)).train()
 
@@ -70,14 +83,27 @@ def reference(options, optim):
     if options.bad_loss:
         batch.labels[BAD_SEQUENCE * SEQ_LEN :][:SEQ_LEN] = IGNORE  # it counts among the targets, and gives no loss
 
-    def forward():
-        logits = model(
+    teacher = make_model(options) if options.teacher == "start" else model
+
+    def logits_of(model, **settings):
+        return model(
             batch.input_ids[None],
             position_ids=batch.position_ids[None],
             document_lengths=batch.document_lengths,
             use_cache=False,
+            **settings,
         ).logits[0]
+
+    def forward():
+        logits = logits_of(model)
         loss = torch.nn.functional.cross_entropy(logits, batch.labels, ignore_index=IGNORE, reduction="sum")
+        if options.teacher:
+            with torch.no_grad():
+                dense = LRSAConfig(sink_size=4, lag_size=16, retention=1.0)
+                expected = (logits_of(teacher, lrsa_config=dense) / TEMPERATURE).softmax(-1)
+            difference = expected.log() - (logits / TEMPERATURE).log_softmax(-1)
+            divergence = (expected * difference).sum(-1)[batch.labels != IGNORE].sum()
+            loss = (1 - WEIGHT) * loss + WEIGHT * TEMPERATURE**2 * divergence
         return loss / num_targets
 
     loss = forward()
@@ -102,6 +128,12 @@ def without_halo():
         head_groups.start = gather_kept.start = whole
 
 
+def objective_of(options) -> ObjectiveConfig:
+    if options.teacher is None:
+        return ObjectiveConfig()
+    return ObjectiveConfig(kind="distill", weight=WEIGHT, temperature=TEMPERATURE, teacher=options.teacher)
+
+
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--family", default="qwen2")
@@ -118,6 +150,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--break-scale", action="store_true")
     parser.add_argument("--break-halo", action="store_true")
     parser.add_argument("--bad-loss", action="store_true")
+    parser.add_argument("--teacher", choices=("self", "start"))
     return parser.parse_args(arguments)
 
 
@@ -126,6 +159,8 @@ def check(options: argparse.Namespace) -> dict:
     grad_accum = NUM_SEQUENCES // (mesh.dp_size * options.micro_batch)
     config = TrainConfig(
         seq_len=SEQ_LEN,
+        loss_chunk_size=7,
+        objective=objective_of(options),
         model=ModelConfig(random={"model_type": options.family}, tokenizer="bytes"),
         attention=AttentionConfig(sink_size=4, lag_size=16, retention=options.retention, selection=options.selection),
         parallel=ParallelConfig(sp_size=options.sp_size, exchange=options.exchange),
@@ -145,8 +180,8 @@ def check(options: argparse.Namespace) -> dict:
             model.get_input_embeddings().weight[BAD_TOKEN] = torch.nan
     if options.checkpointing:
         enable_checkpointing(model)
-    loss = TargetLoss(model, chunk_size=7)
-    engine = make_engine(config, loss, torch.float32, cosine_schedule(config.optim), layer_classes(model))
+    objective = make_objective(config, model, load_start=lambda: make_model(options))
+    engine = make_engine(config, objective, torch.float32, cosine_schedule(config.optim), layer_classes(model))
     gradients = keep_gradients(engine, deepspeed.utils.safe_get_full_grad)
     per_rank = NUM_SEQUENCES // mesh.dp_size
     everything = sequences()
@@ -170,6 +205,7 @@ def check(options: argparse.Namespace) -> dict:
         "num_target_tokens": rows[0]["num_target_tokens"],
         "num_skipped_rows": [row.get("num_skipped_rows", 0) for row in rows],
         "second_loss_error": abs(rows[1]["loss"] - second) / second,
+        "logged": {name: rows[0].get(name) for name in ("target_loss", "divergence")},
         "traffic": {name: value for name, value in rows[0].items() if "_bytes_" in name},
     }
 

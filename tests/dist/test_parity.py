@@ -42,6 +42,20 @@ PARITY = [
     (2, ["--sp-size", 2, "--retention", 1.0, "--kv-heads", 1]),
     (4, ["--sp-size", 4, "--retention", 1.0, "--micro-batch", 2, "--checkpointing"]),
 ]
+DISTILL = [
+    (1, ["--teacher", "self", "--micro-batch", 2]),
+    (2, ["--teacher", "self", "--tied", "--checkpointing"]),
+    (2, ["--teacher", "start", "--micro-batch", 2, "--checkpointing"]),
+    (2, ["--teacher", "start", "--stage", 2, "--tied"]),
+    (2, ["--teacher", "self", "--stage", 1, "--family", "llama"]),
+    (2, ["--teacher", "self", "--sp-size", 2, "--checkpointing", "--exchange", "gather_kept"]),
+    (2, ["--teacher", "self", "--sp-size", 2, "--checkpointing", "--exchange", "head_groups"]),
+    (2, ["--teacher", "start", "--sp-size", 2, "--stage", 2]),
+    # A dense student too, which then differs from its teacher from the second step on.
+    (2, ["--teacher", "start", "--retention", 1.0, "--sp-size", 2]),
+    (4, ["--teacher", "start", "--sp-size", 2, "--kv-heads", 1, "--checkpointing"]),
+    (4, ["--teacher", "self", "--sp-size", 4, "--micro-batch", 2, "--tied"]),
+]
 WRONG_SCALE = [(2, ["--break-scale"]), (2, ["--sp-size", 2, "--break-scale"])]
 NO_HALO = [(2, ["--sp-size", 2, "--break-halo", "--exchange", exchange]) for exchange in EXCHANGES]
 BAD_LOSS = [
@@ -60,7 +74,7 @@ def output_of(worker, world_size, *arguments):
 @cache
 def results_of(world_size):
     """All cases of so many ranks by their options, from one start of the processes."""
-    cases = [options for size, options in (*PARITY, *WRONG_SCALE, *NO_HALO, *BAD_LOSS) if size == world_size]
+    cases = [options for size, options in (*PARITY, *DISTILL, *WRONG_SCALE, *NO_HALO, *BAD_LOSS) if size == world_size]
     results = output_of("parity_worker.py", world_size, json.dumps(cases))
     return {str(options): result for options, result in zip(cases, results, strict=True)}
 
@@ -69,7 +83,7 @@ def measured(world_size, options):
     return results_of(world_size)[str(options)]
 
 
-@pytest.mark.parametrize("world_size,options", PARITY)
+@pytest.mark.parametrize("world_size,options", [*PARITY, *DISTILL])
 def test_loss_and_gradients(world_size, options):
     result = measured(world_size, options)
     assert result["loss_error"] < 1e-6
@@ -79,6 +93,15 @@ def test_loss_and_gradients(world_size, options):
     # However many ranks share a sequence, each of its tokens counts once.
     assert result["num_tokens"] == sum(LENGTHS)
     assert result["num_target_tokens"] == 100
+
+
+@pytest.mark.parametrize("world_size,options", DISTILL)
+def test_what_distillation_logs_is_the_same_on_any_number_of_ranks(world_size, options):
+    """At the first step both teachers are the same model, and the parts make up the loss."""
+    logged = measured(world_size, options)["logged"]
+    assert logged["divergence"] > 0.02 or 1.0 in options
+    if not {"--family", "--tied", "--kv-heads", 1.0} & set(options):
+        assert logged == pytest.approx(measured(1, DISTILL[0][1])["logged"], rel=1e-5)
 
 
 @pytest.mark.parametrize("world_size,options", WRONG_SCALE)

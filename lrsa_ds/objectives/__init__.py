@@ -1,0 +1,33 @@
+"""What a model is trained for: one class each, chosen by `objective`."""
+
+from collections.abc import Callable
+
+from torch import nn
+
+from lrsa_ds.config import TrainConfig
+from lrsa_ds.objectives.distill import Distill
+from lrsa_ds.objectives.objective import Batch, Objective
+from lrsa_ds.objectives.target_loss import TargetLoss
+from lrsa_ds.registry import Registry
+
+__all__ = ["OBJECTIVES", "Batch", "Objective", "TargetLoss", "check_objective", "make_objective"]
+
+OBJECTIVES: Registry[type[Objective]] = Registry("objective.kind")
+OBJECTIVES.add("target_loss", TargetLoss)
+OBJECTIVES.add("distill", Distill)
+
+
+def check_objective(config: TrainConfig) -> type[Objective]:
+    """The class of the objective of a run.
+
+    Raises:
+        LRSAError: there is none of that name, or its settings cannot be honoured.
+    """
+    objective = OBJECTIVES[config.objective.kind]
+    objective.check(config)
+    return objective
+
+
+def make_objective(config: TrainConfig, lm: nn.Module, load_start: Callable[[], nn.Module]) -> Objective:
+    """The objective around `lm`; `load_start` gives a copy of the model as it was before any training."""
+    return check_objective(config).of_run(config, lm, load_start)

@@ -1,0 +1,130 @@
+"""What an objective is: a batch, what the model computes on it, and what is logged.
+
+Shapes: N tokens, T target slots, C hidden size, M logged sums.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from lrsa_ds.attention import AttentionFunction, lrsa_attention
+from lrsa_ds.config import LRSAConfig, TrainConfig
+from lrsa_ds.data.packing import IGNORE
+from lrsa_ds.model import output_layer
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One row of packed documents, or this rank's shard of it.
+
+    Args:
+        input_ids, position_ids: [1, N], packed documents with positions that restart.
+        labels: [1, N], the token that each position has to predict, or IGNORE.
+        document_lengths: of the whole row, also where this rank holds only a shard of it.
+        lrsa_config: the attention of the pass.
+        num_slots: at least the number of targets, and the same on every rank: under ZeRO-3 each use of the output
+            layer is a collective, so every rank must use it equally often.
+        attend: the attention function of the pass; another one where this rank holds only a shard of the row.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    labels: torch.Tensor
+    document_lengths: tuple[int, ...]
+    lrsa_config: LRSAConfig
+    num_slots: int
+    attend: AttentionFunction = lrsa_attention
+
+    def targets(self) -> torch.Tensor:
+        """Positions of the targets in the shard, at most T."""
+        return (self.labels[0] != IGNORE).nonzero()[:, 0]
+
+    def slots(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions [T] and labels [T] of all slots; those beyond the targets repeat position 0, with IGNORE."""
+        targets = self.targets()
+        positions = nn.functional.pad(targets, (0, self.num_slots - len(targets)))
+        beyond = torch.arange(self.num_slots, device=positions.device) >= len(targets)
+        return positions, self.labels[0][positions].masked_fill(beyond, IGNORE)
+
+
+class Objective(nn.Module, ABC):
+    """A causal language model together with what it is trained for: what DeepSpeed wraps.
+
+    A subclass computes `losses`, and has a line in the table of `lrsa_ds.objectives`. Logits are computed at target
+    positions only, `chunk_size` at a time, and recomputed in the backward pass.
+
+    Attributes:
+        lm: the model that is trained and exported.
+        logged: names of what is logged beside the loss; each is divided by the number of targets of the step.
+        retentions: of passes beside that under the settings of `attention`, so that they can be checked up front.
+    """
+
+    logged: tuple[str, ...] = ()
+    retentions: tuple[float, ...] = ()
+
+    def __init__(self, lm: nn.Module, chunk_size: int):
+        super().__init__()
+        self.lm = lm
+        self.chunk_size = chunk_size
+
+    @classmethod
+    @abstractmethod
+    def check(cls, config: TrainConfig) -> None:
+        """Raises LRSAError if `config.objective` asks for what cannot be had beside the rest of `config`."""
+
+    @classmethod
+    def of_run(cls, config: TrainConfig, lm: nn.Module, load_start: Callable[[], nn.Module]) -> "Objective":
+        """The objective of a run around `lm`; `load_start` gives a copy of the model before any training."""
+        return cls(lm, config.loss_chunk_size)
+
+    @classmethod
+    def describe(cls, config: TrainConfig) -> str:
+        """What a run says of the objective when it starts; empty for nothing."""
+        return ""
+
+    @classmethod
+    def num_frozen_copies(cls, config: TrainConfig) -> int:
+        """Copies of the model that are held, and stored in checkpoints, beside the one that is trained."""
+        return 0
+
+    @abstractmethod
+    def losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sums over the targets of the batch, in fp32: what is minimised, and, detached, what is logged, [M]."""
+
+    def forward(self, **batch) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """In training `losses`; in evaluation `statistics`. Takes the fields of `Batch`."""
+        return self.losses(Batch(**batch)) if self.training else self.statistics(Batch(**batch))
+
+    def statistics(self, batch: Batch) -> torch.Tensor:
+        """[targets, 3]: for each target in order its negative log-likelihood, whether the likeliest token is the target
+        (1.0 or 0.0), and the likeliest token, which fp32 holds exactly."""
+        positions, labels = batch.slots()
+        hidden = hidden_states(self.lm, batch, batch.lrsa_config)[positions]
+        return torch.cat([self._statistics(h, y) for h, y in self.in_chunks(hidden, labels)])[: len(batch.targets())]
+
+    def _statistics(self, hidden_TC: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
+        logits = output_layer(self.lm)(hidden_TC).float()
+        nll = cross_entropy(logits, labels_T, ignore_index=IGNORE, reduction="none")
+        likeliest = logits.argmax(-1)
+        return torch.stack([nll, (likeliest == labels_T).float(), likeliest.float()], dim=1)
+
+    def in_chunks(self, *slots: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+        """Tensors over the T slots, `chunk_size` slots at a time."""
+        return zip(*(x.split(self.chunk_size) for x in slots), strict=True)
+
+
+def hidden_states(lm: nn.Module, batch: Batch, lrsa_config: LRSAConfig) -> torch.Tensor:
+    """What the decoder of `lm` makes of the batch under `lrsa_config`, before the output layer: [N, C]."""
+    decoder = lm.get_decoder()
+    return decoder(
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        use_cache=False,
+        document_lengths=batch.document_lengths,
+        lrsa_config=lrsa_config,
+        attend=batch.attend,
+    ).last_hidden_state[0]
