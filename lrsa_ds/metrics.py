@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 from lrsa_ds.config import LogConfig
-from lrsa_ds.journal import JSONLines, Progress, print_above
+from lrsa_ds.journal import JSONLines, Progress, print_above, read_rows
 from lrsa_ds.wandb_thread import WandbThread, check_wandb
 
 PREDICTIONS = "predictions.jsonl"
@@ -46,12 +46,10 @@ class RunLogger:
         mode = check_wandb(log)
         self._file = JSONLines(Path(output_dir) / "metrics.jsonl")
         self._file.write({"kind": "start", **about})
-        self._predictions = Path(output_dir) / PREDICTIONS
+        self._output_dir = Path(output_dir)
         self._shows_progress = log.progress
         self._progress = Progress(num_steps) if log.progress else None
         self._evaluation: Progress | None = None
-        self._eval_rows: list[dict] = []
-        self._prediction_rows: list[dict] = []
         self._wandb = None
         if mode != "disabled":
             identity = {"project": log.project, "name": log.name or run_name, "group": log.group, "tags": log.tags}
@@ -107,14 +105,14 @@ class RunLogger:
             return
         for row in rows:
             self._file.write({"kind": "eval", **row})
-        file = JSONLines(self._predictions)
+        file = JSONLines(self._output_dir / PREDICTIONS)
         for row in predictions:
             file.write({"kind": "prediction", **row})
         file.close()
-        self._eval_rows.extend(rows)
-        self._prediction_rows.extend(predictions)
         if self._wandb:
-            tables = {"evaluation": list(self._eval_rows), "predictions": list(self._prediction_rows)}
+            # From the files: a run that was resumed shows what it found before, too.
+            tables = {"evaluation": self._recorded("metrics.jsonl", "eval")}
+            tables["predictions"] = self._recorded(PREDICTIONS, "prediction")
             self._wandb.send(lambda wandb, run: run.log(_evaluation_log(wandb, rows, tables, picture)))
 
     def results(self, rows: list[dict], predictions: list[dict], pictures: dict[str, Path]) -> None:
@@ -147,6 +145,10 @@ class RunLogger:
         if self._wandb:
             values = {"train/step": step, "train/checkpoint_seconds": waited}
             self._wandb.send(lambda wandb, run: run.log(values))
+
+    def _recorded(self, file: str, kind: str) -> list[dict]:
+        rows = [row for row in read_rows(self._output_dir / file) if row["kind"] == kind]
+        return [{name: value for name, value in row.items() if name != "kind"} for row in rows]
 
     def message(self, text: str) -> None:
         """Prints to stdout, above the progress bar if there is one."""

@@ -16,7 +16,7 @@ from lrsa_ds.data.procedure import Procedure
 from lrsa_ds.data.stream import TrainStream, make_loader
 from lrsa_ds.errors import Stopped
 from lrsa_ds.evaluation import Evaluation, Moment, evaluate
-from lrsa_ds.journal import keep_rows_until
+from lrsa_ds.journal import keep_rows_until, read_rows
 from lrsa_ds.liger import apply_liger
 from lrsa_ds.metrics import PREDICTIONS, RunLogger
 from lrsa_ds.model import apply_lrsa, enable_checkpointing, layer_classes, load_model
@@ -159,8 +159,7 @@ class _Run:
     def summarize(self) -> None:
         """The share of the tokens trained on, over all steps, that were in documents too short for LRSA."""
         config = self.config
-        rows = keep_rows_until(self.directory / "metrics.jsonl", config.optim.num_steps, may_write=False)
-        steps = [row for row in rows if "num_short_tokens" in row]
+        steps = [row for row in read_rows(self.directory / "metrics.jsonl") if "num_short_tokens" in row]
         if steps:
             share = sum(row["num_short_tokens"] for row in steps) / sum(row["num_tokens"] for row in steps)
             self.logger.summary({"step": config.optim.num_steps, "short_token_share": share})

@@ -132,6 +132,20 @@ def test_offline_run_holds_config_rows_table_and_picture(tmp_path, capsys):
     assert capsys.readouterr().out.startswith("W&B is offline; to send this run later: wandb sync ")
 
 
+def test_tables_of_a_resumed_run_hold_what_was_found_before(tmp_path):
+    before = make_logger(tmp_path)
+    before.evaluation([eval_row("before")], [prediction_row("before", "?")], None)
+    before.close()
+    after = make_logger(tmp_path, wandb="offline")
+    after.evaluation([eval_row("after", step=3)], [prediction_row("after", "42")], None)
+    after.close()
+    row = wandb_history(wandb_records(tmp_path))[-1]
+    files = next(tmp_path.glob("wandb/offline-run-*")) / "files"
+    for name in ("evaluation", "predictions"):
+        table = json.loads((files / row[f"{name}/path"]).read_text())
+        assert [values[0] for values in table["data"]] == ["before", "after"]
+
+
 def test_failed_run_is_marked_so(tmp_path):
     logger = make_logger(tmp_path, wandb="offline")
     logger.close(failed=True)
