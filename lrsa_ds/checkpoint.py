@@ -35,6 +35,7 @@ MAY_CHANGE = (
     "attention.backend",
     "data.num_workers",
     "data.on_bad_row",
+    "data.report",
     "parallel",
     "zero.offload_optimizer",
     "zero.offload_param",

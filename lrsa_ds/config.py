@@ -7,7 +7,7 @@ any process group starts.
 
 import difflib
 import re
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -253,10 +253,45 @@ class ObjectiveConfig:
 
 
 @dataclass(kw_only=True)
+class SourceConfig:
+    """One source of a mixture: files (`path`) or a data set of the hub (`name`), and how often its rows are drawn."""
+
+    path: Any = None
+    validation_path: Any = None
+    name: str | None = None
+    subset: str | None = None
+    split: str = "train"
+    validation_split: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    weight: float | None = None
+
+    def __post_init__(self):
+        require(
+            (self.path is None) != (self.name is None), "data.sources: give path or name in each source, one of both."
+        )
+        weight = self.weight
+        require(weight is None or weight > 0, f"data.sources: weight={weight} is not valid: give a number above 0.")
+
+
+def _source(value: Any) -> SourceConfig:
+    """A source as the configuration has it, with its keys and their types checked."""
+    if isinstance(value, SourceConfig):
+        return value
+    require(isinstance(value, dict), f"data.sources: {value!r} is not valid: give objects such as {{path: a.jsonl}}.")
+    for key in value:
+        require_one_of("data.sources: key", key, tuple(f.name for f in fields(SourceConfig)))
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SourceConfig), value))
+    except OmegaConfBaseException as error:
+        raise LRSAError(f"data.sources: {error.full_key}: {str(error.msg).splitlines()[0]}.") from error
+
+
+@dataclass(kw_only=True)
 class DataConfig:
     """Where examples come from and how they are laid out; see README, "Your own data"."""
 
     source: str = "stdlib_qa"
+    sources: list[Any] = field(default_factory=list)
     path: Any = None
     validation_path: Any = None
     name: str | None = None
@@ -270,11 +305,16 @@ class DataConfig:
     context_length: int | None = None
     chat_template: bool = True
     on_bad_row: str = "error"
+    too_long: str = "cut"
+    report: str = "sample"
     num_workers: int = 0
 
     def __post_init__(self):
-        require_one_of("data.source", self.source, ("stdlib_qa", "files", "hub"))
+        require_one_of("data.source", self.source, ("stdlib_qa", "files", "hub", "mixture"))
+        self._check_sources()
         require_one_of("data.on_bad_row", self.on_bad_row, ("error", "skip"))
+        require_one_of("data.too_long", self.too_long, ("cut", "drop", "error"))
+        require_one_of("data.report", self.report, ("sample", "all"))
         for key in ("path", "validation_path"):
             require_paths(f"data.{key}", getattr(self, key))
         require_whole("data.num_examples", self.num_examples, 1)
@@ -309,6 +349,29 @@ class DataConfig:
         require(self.tasks != [], "data.tasks=[] is not valid: choose among signature, passkey, lookup.")
         if self.context_length is not None:
             require_whole("data.context_length", self.context_length, 64)
+
+    def _check_sources(self) -> None:
+        self.sources = [_source(source) for source in self.sources]
+        require(
+            (self.source == "mixture") == (self.sources != []),
+            "data=mixture needs data.sources, which nothing else reads: such as '[{path: a.jsonl}, {path: b.jsonl}]'.",
+        )
+        require(
+            len({source.weight is None for source in self.sources}) < 2,
+            "data.sources: give a weight in every source, or in none: then every row is seen once in an epoch.",
+        )
+        require(
+            self.source != "mixture" or not self.streaming,
+            "data=mixture needs the numbers of rows, which data.streaming=true does not know: set it to false.",
+        )
+        for source in self.sources:
+            self.of_source(source)
+
+    def of_source(self, source: SourceConfig) -> "DataConfig":
+        """These settings for one source of the mixture alone."""
+        own = {f.name: getattr(source, f.name) for f in fields(source) if f.name != "weight"}
+        own["columns"] = source.columns or self.columns
+        return replace(self, source="hub" if source.path is None else "files", sources=[], **own)
 
 
 @dataclass(kw_only=True)
@@ -353,6 +416,7 @@ class OptimConfig:
 
     lr: float = 1e-5
     num_steps: int = 1000
+    num_epochs: float | None = None
     warmup_steps: int = 20
     grad_accum: int = 1
     micro_batch: int = 1
@@ -366,6 +430,10 @@ class OptimConfig:
     def __post_init__(self):
         require(self.lr > 0, f"optim.lr={self.lr} is not valid: give a number above 0.")
         require_whole("optim.num_steps", self.num_steps, 1)
+        epochs = self.num_epochs
+        require(
+            epochs is None or epochs > 0, f"optim.num_epochs={epochs} is not valid: give a number above 0, or null."
+        )
         require_whole("optim.warmup_steps", self.warmup_steps, 0)
         require_whole("optim.grad_accum", self.grad_accum, 1)
         require_whole("optim.micro_batch", self.micro_batch, 1)
@@ -475,6 +543,10 @@ class TrainConfig:
             f"data.context_length={context_length} is longer than seq_len={self.seq_len}: give at most seq_len.",
         )
         self._check_that_lrsa_does_something()
+        require(
+            self.optim.num_epochs is None or not self.data.streaming,
+            "optim.num_epochs needs the number of rows, which data.streaming=true does not know: set optim.num_steps.",
+        )
         require(
             self.optim.warmup_steps <= self.optim.num_steps,
             f"optim.warmup_steps={self.optim.warmup_steps} is more than optim.num_steps={self.optim.num_steps}.",

@@ -18,10 +18,12 @@ def check_inputs(directory: Path, model: ModelConfig, data: DataConfig | None = 
     Raises:
         LRSAError: names the key.
     """
-    paths = {"model.name": model.name, "model.tokenizer": model.tokenizer, **more}
-    if data is not None:
-        paths |= {"data.name": data.name, "data.path": data.path, "data.validation_path": data.validation_path}
-    for key, value in paths.items():
+    paths = [("model.name", model.name), ("model.tokenizer", model.tokenizer), *more.items()]
+    for source in [] if data is None else [data, *data.sources]:
+        paths.append(("data.name", source.name))
+        for key, value in (("data.path", source.path), ("data.validation_path", source.validation_path)):
+            paths += [(key, item) for item in (value if isinstance(value, list) else [value])]
+    for key, value in paths:
         if value is None or (key in ("model.name", "model.tokenizer", "data.name") and not looks_local(value)):
             continue
         for place in _places(value):

@@ -131,6 +131,15 @@ class RunLogger:
             tables = {"results": rows, "predictions": predictions}
             self._wandb.send(lambda wandb, run: run.log(_results_log(wandb, rows, tables, pictures)))
 
+    def data(self, row: dict) -> None:
+        """Records what is in the training data, before the first step.
+
+        Raises:
+            LRSAError: the disk is full, or the file is not writable any more.
+        """
+        if self._enabled:
+            self._file.write({"kind": "data", **row})
+
     def checkpoint(self, step: int, path: Path, waited: float, took: float) -> None:
         """Records a whole checkpoint: seconds that the training waited for it, and those until it was whole.
 

@@ -1,20 +1,22 @@
 """All that can be known of a run, and all that can be wrong with it, before a process group starts."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
 from lrsa_ds.adapters import check_peft
 from lrsa_ds.attention.kernels.kernel import choose_kernel
-from lrsa_ds.checkpoint import ResumePoint, check_resume
+from lrsa_ds.checkpoint import ResumePoint, check_resume, find_checkpoint
 from lrsa_ds.config import TrainConfig, require
 from lrsa_ds.data.procedure import Procedure, RunData, prepare_data
+from lrsa_ds.data.survey import SAMPLED_TOKENS, DataReport, steps_of_epochs, survey
 from lrsa_ds.data.tokenizer import Tokenizer, load_tokenizer
 from lrsa_ds.liger import check_liger
 from lrsa_ds.model import check_supported, empty_model
 from lrsa_ds.objectives import check_objective
 from lrsa_ds.output import check_output
-from lrsa_ds.parallel.mesh import check_world
+from lrsa_ds.parallel.mesh import check_world, world_size
 from lrsa_ds.parallel.strategy import Sharing
 from lrsa_ds.parallel.ulysses import check_dense
 from lrsa_ds.registry import EXCHANGES
@@ -23,12 +25,14 @@ from lrsa_ds.wandb_thread import check_wandb
 
 @dataclass(frozen=True)
 class Plan:
-    """What `prepare` has found out."""
+    """What `prepare` has found out; `config` is the configuration with what it left to the data."""
 
+    config: TrainConfig
     dtype: torch.dtype
     num_parameters: int
     tokenizer: Tokenizer
     data: RunData
+    report: DataReport
     resume: ResumePoint | None
     num_frozen: int = 0
 
@@ -64,8 +68,12 @@ def prepare(config: TrainConfig, procedure: Procedure) -> Plan:
         f"model.tokenizer has {len(tokenizer)} tokens, and the model knows {vocabulary}: they do not belong together.",
     )
     data = prepare_data(procedure, config, tokenizer)
+    config = _with_steps(config, data)
+    compressed = [config.attention.at_step(i) for i in range(len(config.attention.retentions))]
+    short = max(0 if settings.is_dense else settings.dense_prefix_size for settings in compressed)
+    report = survey(data, short, None if config.data.report == "all" else SAMPLED_TOKENS)
     num_frozen = num_parameters * objective.num_frozen_copies(config)
-    plan = Plan(dtype, num_parameters, tokenizer, data, resume=None, num_frozen=num_frozen)
+    plan = Plan(config, dtype, num_parameters, tokenizer, data, report, resume=None, num_frozen=num_frozen)
     return replace(plan, resume=find_resume(config, plan))
 
 
@@ -77,6 +85,27 @@ def find_resume(config: TrainConfig, plan: Plan) -> ResumePoint | None:
     """
     point = check_output(config, plan.num_parameters, plan.dtype.itemsize)
     return None if point is None else check_resume(point, config, plan.data.fingerprint())
+
+
+def _with_steps(config: TrainConfig, data: RunData) -> TrainConfig:
+    """The configuration with the steps that `optim.num_epochs` makes; a run that is resumed has counted them before."""
+    optim = config.optim
+    if optim.num_epochs is None:
+        return config
+    is_new = config.output_dir is None or config.checkpoint.overwrite
+    point = None if is_new else find_checkpoint(Path(config.output_dir).expanduser())
+    earlier = point.settings["optim"] if point else {}
+    if earlier.get("num_epochs") == optim.num_epochs:
+        num_steps = earlier["num_steps"]
+    else:
+        num_replicas = world_size() // config.parallel.sp_size
+        num_steps = steps_of_epochs(data, optim.num_epochs, num_replicas * optim.micro_batch * optim.grad_accum)
+    require(
+        optim.warmup_steps <= num_steps,
+        f"optim.num_epochs={optim.num_epochs} makes {num_steps} steps, fewer than optim.warmup_steps="
+        f"{optim.warmup_steps}: lower it.",
+    )
+    return replace(config, optim=replace(optim, num_steps=num_steps))
 
 
 def _check_backend(config: TrainConfig, structure: torch.nn.Module, dtype: torch.dtype) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from lrsa_ds import checkpoint, output
 from lrsa_ds.adapters import add_adapters, freeze
-from lrsa_ds.compression import Compression, held_sentence, short_documents_sentence
+from lrsa_ds.compression import held_sentence, short_documents_sentence
 from lrsa_ds.config import TrainConfig, save_settings
 from lrsa_ds.data.procedure import Procedure
 from lrsa_ds.data.stream import TrainStream, make_loader
@@ -42,6 +42,7 @@ def train(config: TrainConfig, procedure: Procedure, notes: list[str]) -> None:
         Stopped: a signal has ended the run after a checkpoint.
     """
     plan = prepare(config, procedure)
+    config = plan.config
     stop = StopRequest()
     # Our own watch, which names the rank that hangs, is to speak before torch's, which does not.
     patience = timedelta(seconds=3 * config.parallel.timeout) if config.parallel.timeout else timedelta(days=30)
@@ -75,6 +76,7 @@ def _train_in(
     try:
         for note in [*notes, *_describe(config, plan, mesh, directory)] if mesh.is_main else []:
             logger.message(note)
+        logger.data(plan.report.row())
         _Run(config, plan, mesh, directory, logger, watch, stop).all([row for row in earlier if row["kind"] == "eval"])
         failed = False
     finally:
@@ -262,19 +264,15 @@ def _report(config: TrainConfig, rows: list[dict], new: Evaluation, directory: P
 
 
 def _compression_lines(config: TrainConfig, plan: Plan) -> list[str]:
-    """What the cache will hold of a whole sequence, and whether the held-out examples are long enough for LRSA."""
+    """What the cache will hold of a whole sequence, and whether the documents are long enough for LRSA."""
     attention = config.attention
     every = [attention.with_retention(r) for r in dict.fromkeys(attention.retentions)]
     compressed = [each for each in every if not each.is_dense]
     if not compressed:
         return []
     lines = [f"cache: {held_sentence(config.seq_len, compressed)}"]
-    if config.data.source != "stdlib_qa":  # whose examples are as long as the configuration says
-        lengths = [len(example.input_ids) for example in plan.data.validation_examples()]
-        share = Compression.of(lengths, compressed[0]).short_share
-        sentence = short_documents_sentence(share, compressed[0], "the tokens of the held-out examples")
-        lines += [f"warning: {sentence}"] if sentence else []
-    return lines
+    sentence = short_documents_sentence(plan.report.share_short, compressed[0], "the tokens of the training data")
+    return [*lines, f"warning: {sentence}"] if sentence else lines
 
 
 def _describe(config: TrainConfig, plan: Plan, mesh: Mesh, directory: Path) -> list[str]:
@@ -294,6 +292,7 @@ def _describe(config: TrainConfig, plan: Plan, mesh: Mesh, directory: Path) -> l
         *filter(None, [check_objective(config).describe(config)]),
         *_compression_lines(config, plan),
         f"{optim.num_steps} steps of {sequences} × {config.seq_len:,} tokens, peak learning rate {optim.lr:g}",
+        *plan.report.lines(sequences, optim.num_steps),
         f"output: {directory}",
     ]
     if plan.resume is not None:

@@ -13,7 +13,7 @@ from typing import Any
 from lrsa_ds.config import DataConfig
 from lrsa_ds.data.encoder import Encoder
 from lrsa_ds.data.files import find_files
-from lrsa_ds.data.sources import Rows
+from lrsa_ds.data.mixture import open_rows
 from lrsa_ds.data.stores import rows_of
 from lrsa_ds.data.tokenizer import Tokenizer
 from lrsa_ds.errors import LRSAError
@@ -73,7 +73,7 @@ class FileSamples:
 def qa_entries(data: DataConfig, seed: int, num_samples: int) -> dict[str, list[Entry]]:
     """The rows that a training run with this `data` would hold out, scored as SQuAD scores."""
     entries = []
-    for held_out in Rows(data, seed, num_samples).validation():
+    for held_out in open_rows(data, seed, num_samples).validation():
         row = held_out.content
         if "text" in row or "input_ids" in row:
             kind = "plain text" if "text" in row else "tokenized"

@@ -4,11 +4,13 @@ The loss is on what the assistant says (the answer, the completion, the assistan
 ends its turn; of plain text, on every token.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from lrsa_ds.config import TrainConfig
+from lrsa_ds.data.cutting import TooLong
 from lrsa_ds.data.encoder import Encoder
+from lrsa_ds.data.mixture import Mixture, open_rows
 from lrsa_ds.data.packing import Example, LeftOut
 from lrsa_ds.data.shapes import ToRow
 from lrsa_ds.data.sources import Row, Rows
@@ -49,16 +51,18 @@ class QAData:
 
     Attributes:
         pad_id: the token of padding.
+        num_rows: training rows of an epoch, or None if that is not known.
+        num_bad_rows: those among them of which it is known that they cannot be used.
     """
 
     def __init__(self, config: TrainConfig, tokenizer: Tokenizer, to_row: ToRow | None = None):
         data = config.data
         self.seq_len = config.seq_len
         self.pad_id: int = tokenizer.pad_token_id
-        self.encoder = Encoder(tokenizer, config.seq_len, data.chat_template)
+        self.encoder = Encoder(tokenizer, config.seq_len, data.chat_template, data.too_long == "cut")
         self.num_validation = config.eval.num_examples
-        self.on_bad_row = data.on_bad_row
-        self.rows: Rows | None = None
+        self.on_bad_row, self.too_long = data.on_bad_row, data.too_long
+        self.rows: Rows | Mixture | None = None
         self.generated: dict[str, StdlibQA] = {}
         if data.source == "stdlib_qa":
             self.num_generated = data.num_examples
@@ -66,7 +70,20 @@ class QAData:
             for split in ("train", "validation"):
                 self.generated[split] = StdlibQA(split, config.seed, data.tasks, length, tokenizer, self.encoder.length)
         else:
-            self.rows = Rows(data, config.seed, config.eval.num_examples, to_row)
+            self.rows = open_rows(data, config.seed, config.eval.num_examples, to_row)
+
+    @property
+    def num_rows(self) -> int | None:
+        return self.num_generated if self.rows is None else self.rows.num_trained
+
+    @property
+    def num_bad_rows(self) -> int:
+        return 0 if self.rows is None else self.rows.num_bad
+
+    def row_order(self, epoch: int) -> Iterable[int] | None:
+        """The numbers of the rows in the order of the epoch, where the rows are the same in each."""
+        order = None if self.rows is None else self.rows.order(epoch)
+        return None if order is None else order.tolist()
 
     def examples_of_rows(self, epoch: int, first: int = 0) -> Iterator[list[Example]]:
         """The examples of every training row, in the order of the epoch, from row `first` on: as on every rank."""
@@ -84,15 +101,22 @@ class QAData:
         return {place: self._examples(row) for place, row in self.rows.at(epoch, rows).items()}
 
     def _examples(self, row: Row) -> list[Example]:
-        """The examples of a row; of one that cannot be used, none where it is to be left out."""
+        """The examples of a row; none, with the reason, where it is to be left out."""
         try:
             if isinstance(row.content, LRSAError):
                 raise row.content
             return self.encoder.examples(row.content, row.index, row.place)
+        except TooLong as error:
+            if self.too_long == "drop":
+                return LeftOut(str(error), is_too_long=True)
+            return self._bad(error)
         except LRSAError as error:
-            if self.on_bad_row == "error":
-                raise
-            return LeftOut(str(error))
+            return self._bad(error)
+
+    def _bad(self, error: LRSAError) -> LeftOut:
+        if self.on_bad_row == "error":
+            raise error
+        return LeftOut(str(error))
 
     def fingerprint(self) -> str:
         """What the training rows are, so that a run which goes on notices when they have changed."""

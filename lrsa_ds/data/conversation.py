@@ -1,5 +1,6 @@
 """A canonical row as a conversation: what is said, which turns are trained, and what may be cut when it is too long."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -50,6 +51,21 @@ class Conversation:
         longest = max(others, key=lambda i: len(self.messages[i]["content"]), default=0)
         length = len(self.messages[longest]["content"]) if others else 0
         return Cuttable(longest, 0, length, KEPT_OF_PROMPT)
+
+    def answers_in(self, cuttable: Cuttable, turns: Iterable[int]) -> list[tuple[int, int]]:
+        """Where the answers of these turns stand in the text that may be shortened: characters from its beginning.
+
+        The place that the row gives, or else that of the same words, where there are such.
+        """
+        if cuttable.spared is not None:
+            return [cuttable.spared]
+        text, places = self.text_of(cuttable), []
+        for turn in turns:
+            answer = self.messages[turn]["content"].strip()
+            start = text.find(answer) if answer else -1
+            if start >= 0:
+                places.append((start, start + len(answer)))
+        return list(dict.fromkeys(places))
 
     def text_of(self, cuttable: Cuttable) -> str:
         return self.messages[cuttable.message]["content"][cuttable.start : cuttable.stop]

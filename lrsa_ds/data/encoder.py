@@ -8,7 +8,7 @@ otherwise (the history without its reasoning, say) becomes an example of its own
 from typing import Any, NamedTuple
 
 from lrsa_ds.data.conversation import Conversation, chat_conversation, plain_conversation
-from lrsa_ds.data.cutting import kept_parts
+from lrsa_ds.data.cutting import TooLong, is_spared, kept_parts
 from lrsa_ds.data.packing import IGNORE, Example
 from lrsa_ds.data.shapes import canonical
 from lrsa_ds.data.shorten import shortened, token_ends, tokens_of
@@ -49,11 +49,13 @@ class Encoder:
         tokenizer: any; its chat template is used if it has one and `chat_template` is true.
         seq_len: the most tokens of an example.
         chat_template: False writes "{context}\\n\\nQuestion: {question}\\nAnswer: {answer}" even if there is one.
+        may_cut: False refuses a row that would lose tokens.
     """
 
-    def __init__(self, tokenizer: Tokenizer, seq_len: int, chat_template: bool = True):
+    def __init__(self, tokenizer: Tokenizer, seq_len: int, chat_template: bool = True, may_cut: bool = True):
         self.tokenizer = tokenizer
         self.seq_len = seq_len
+        self.may_cut = may_cut
         self.special = SpecialTokens(tokenizer)
         self.use_template = chat_template and tokenizer.chat_template is not None
         self.frame = ChatTemplate(tokenizer, self.special) if self.use_template else PlainText()
@@ -69,10 +71,10 @@ class Encoder:
             if "text" in row:
                 return self._text_examples(row, index)
             if "input_ids" in row:
-                return tokenized_examples(row, index, self.seq_len, len(self.tokenizer))
+                return tokenized_examples(row, index, self.seq_len, len(self.tokenizer), self.may_cut)
             return self._examples(self._conversation(row), index, self.seq_len)
         except LRSAError as error:
-            raise LRSAError(f"{place}: {error}") from error
+            raise type(error)(f"{place}: {error}") from error
 
     def uncut(self, row: dict[str, Any], index: int) -> Example:
         """The last example of a canonical row, however long."""
@@ -105,7 +107,8 @@ class Encoder:
         turns, found = self.frame.turns(conversation), []
         while turns:
             encoded = self._fitting(conversation, turns, limit)
-            found.append(Example(encoded.ids, encoded.labels, conversation.task, index))
+            cut = {"num_cut": encoded.num_cut, "answer_lost": encoded.answer_lost}
+            found.append(Example(encoded.ids, encoded.labels, conversation.task, index, **cut))
             turns = [turn for turn in turns if turn.message not in encoded.trained]
         return found[::-1]
 
@@ -115,10 +118,13 @@ class Encoder:
         needed = len(tokens.ids)
         if limit is None or needed <= limit:
             return tokens
+        if not self.may_cut:
+            raise TooLong.of(needed, limit)
         cuttable = conversation.cuttable_before(turns[-1].message)
         text = conversation.text_of(cuttable)
         ends = token_ends(self.tokenizer, text)
-        spared = None if cuttable.spared is None else tokens_of(ends, cuttable.spared)
+        answers = conversation.answers_in(cuttable, [turn.message for turn in turns])
+        spared = [tokens_of(ends, place) for place in answers]
         keep, left = min(cuttable.keep, len(ends)), len(ends)
         while len(tokens.ids) > limit:
             left -= len(tokens.ids) - limit
@@ -127,9 +133,12 @@ class Encoder:
                     f"its question and answer alone need {needed - len(ends) + keep} tokens, more than "
                     f"seq_len={limit}: raise seq_len or leave the row out."
                 )
-            shorter = conversation.with_text(cuttable, shortened(text, ends, kept_parts(len(ends), left, spared)))
+            parts = kept_parts(len(ends), left, spared)
+            rest = shortened(text, ends, parts)
+            shorter = conversation.with_text(cuttable, rest)
             tokens = self._encoded([self.frame.turn(shorter, turn.message) for turn in turns])
-        return tokens
+        lost = [place for place in spared if not is_spared(parts, place)]
+        return tokens._replace(num_cut=needed - len(tokens.ids), answer_lost=bool(lost))
 
     def _encoded(self, turns: list[Turn]) -> "_Encoded":
         """The last turn, with those before it that generation sees as they stand in its prompt."""
@@ -228,6 +237,8 @@ class _Encoded(NamedTuple):
     labels: list[int]
     num_prompt: int
     trained: set[int]
+    num_cut: int = 0
+    answer_lost: bool = False
 
 
 def _start_of_text(tokenizer: Tokenizer) -> list[int]:

@@ -21,6 +21,7 @@ class Example:
     `labels[i] == input_ids[i]` where token i has to be predicted, else `IGNORE`. Token 0 is never a target: nothing
     stands before it. `task` names the kind of question, `index` the row or the number of the example in its source.
     `place` is where a training stream has it from: epoch, row in the order of the epoch, and number within the row.
+    `num_cut` tokens were taken out of it to fit, and `answer_lost` tells whether the answer stood among them.
     """
 
     input_ids: list[int]
@@ -28,14 +29,20 @@ class Example:
     task: str
     index: int
     place: tuple[int, int, int] | None = None
+    num_cut: int = 0
+    answer_lost: bool = False
 
 
 class LeftOut(list[Example]):
-    """No examples: those of a row that is left out, with the reason, one sentence that names the row."""
+    """No examples: those of a row that is left out, with the reason, one sentence that names the row.
 
-    def __init__(self, reason: str):
+    `is_too_long` tells a row that could be used but for its length, and that `data.too_long=drop` leaves out.
+    """
+
+    def __init__(self, reason: str, is_too_long: bool = False):
         super().__init__()
         self.reason = reason
+        self.is_too_long = is_too_long
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,11 @@ from lrsa_ds.data.tokenizer import Tokenizer
 
 
 class RunData(TrainingRows, Protocol):
-    """The data of a run: what `TrainingRows` has, and the two below. Pickled when `data.num_workers` is 1."""
+    """The data of a run: what `TrainingRows` has, and the two below. Pickled when `data.num_workers` is 1.
+
+    Data may also have what helps the report before training (see `lrsa_ds.data.survey`): `num_rows` and `num_bad_rows`
+    of an epoch, and `row_order(epoch)`, the indices of its rows in their order, if every epoch has the same rows.
+    """
 
     def validation_examples(self) -> list[Example]:
         """What answers are scored on, at least one; the same on every rank. `Example.task` groups the scores."""

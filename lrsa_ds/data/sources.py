@@ -102,6 +102,25 @@ class Rows:
         """Every training row from the `first` on, each once, in the order of this epoch."""
         return self.source.epoch(epoch, first)
 
+    @property
+    def num_trained(self) -> int | None:
+        """Training rows, bad ones included; None for a stream, which does not know."""
+        return self.source.num_trained
+
+    @property
+    def num_all(self) -> int | None:
+        """All rows of the source, those held out included; None for a stream."""
+        return self.source.num_all
+
+    @property
+    def num_bad(self) -> int:
+        """Training rows of which it is known that they cannot be used."""
+        return self.source.num_bad
+
+    def order(self, epoch: int) -> np.ndarray | None:
+        """The numbers of the training rows in the order of this epoch, unless they are streamed."""
+        return self.source.order(epoch)
+
     def at(self, epoch: int, places: list[int]) -> dict[int, Row]:
         """The rows at these places in the order of this epoch, by place; without those that lie beyond its end.
 
@@ -120,9 +139,22 @@ class _Stored:
     def __init__(self, opened: Store, rows: Rows):
         self.opened, self.seed, self.read_row = opened, rows.seed, rows.read_row
         self.trained = np.arange(len(opened))
+        self._last_order: tuple[int, np.ndarray] | None = None
 
-    def __len__(self) -> int:
+    @property
+    def num_trained(self) -> int:
         return len(self.trained)
+
+    @property
+    def num_all(self) -> int:
+        return len(self.opened)
+
+    @property
+    def num_bad(self) -> int:
+        return sum(index in self.opened.bad for index in self.trained.tolist()) if self.opened.bad else 0
+
+    def order(self, epoch: int) -> np.ndarray:
+        return self._order(epoch)
 
     def row(self, index: int) -> Row:
         place = Place(self.opened, index)
@@ -154,11 +186,15 @@ class _Stored:
         return {place: self.row(int(order[place])) for place in places if place < len(order)}
 
     def _order(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self.seed, epoch + 1]).permutation(self.trained)
+        if self._last_order is None or self._last_order[0] != epoch:
+            self._last_order = epoch, np.random.default_rng([self.seed, epoch + 1]).permutation(self.trained)
+        return self._last_order[1]
 
 
 class _Streamed:
     """Training rows that are read one after the other. The first are checked at once."""
+
+    num_trained, num_all, num_bad = None, None, 0
 
     def __init__(self, opened: RowStream, rows: Rows):
         self.opened, self.seed, self.read_row = opened, rows.seed, rows.read_row
@@ -178,6 +214,9 @@ class _Streamed:
             return Row(index, self.read_row(raw), place)
         except LRSAError as error:
             return Row(index, LRSAError(f"{place}: {error}"), place)
+
+    def order(self, epoch: int) -> None:
+        return None
 
     def good_rows(self) -> Iterator[Row]:
         rows = (self._row(index, handle) for index, handle in enumerate(self.opened.handles(None, 0)))

@@ -62,12 +62,12 @@ def reread(position: dict) -> dict:
 class StepData:
     """This rank's packed sequences of one optimizer step, and where the stream stands after it (on all ranks).
 
-    `left_out` are the reasons why rows were left out that were read for it, the same on all ranks.
+    `left_out` are the rows that were read for it and left out, the same on all ranks.
     """
 
     sequences: list[PackedSequence]
     position: dict
-    left_out: list[str] = field(default_factory=list)
+    left_out: list[LeftOut] = field(default_factory=list)
 
 
 class SequenceOrder:
@@ -77,7 +77,7 @@ class SequenceOrder:
         self.data = data
         self.packer = Packer(data.seq_len)
         self.epoch, self.row = position.epoch, position.row
-        self.left_out: list[str] = []
+        self.left_out: list[LeftOut] = []
         examples = self._examples([place for places in (*position.open, *position.ready) for place in places])
         self.packer.open = [[examples[tuple(place)] for place in places] for places in position.open]
         self.ready = deque([examples[tuple(place)] for place in places] for places in position.ready)
@@ -123,12 +123,12 @@ class SequenceOrder:
 
     def _pack(self, examples: list[Example], epoch: int, row: int) -> None:
         if isinstance(examples, LeftOut):
-            self.left_out.append(examples.reason)
+            self.left_out.append(examples)
         for number, example in enumerate(examples):
             self.ready.extend(self.packer.add(replace(example, place=(epoch, row, number))))
 
-    def take_left_out(self) -> list[str]:
-        """Why rows were left out since the last time."""
+    def take_left_out(self) -> list[LeftOut]:
+        """The rows that were left out since the last time."""
         taken, self.left_out = self.left_out, []
         return taken
 

@@ -54,6 +54,7 @@ NEEDED = {
     "model=hub": ["model.name=some/model"],
     "data=hub": ["data.name=some/data"],
     "data=files": ["data.path=rows.jsonl"],
+    "data=mixture": ["data.sources=[{path: rows.jsonl}]"],
 }
 
 
@@ -249,6 +250,12 @@ def test_a_resolved_configuration_reads_back(tmp_path):
         (["data.columns.context.x=1"], "data.columns.context: .*write 'data.columns={key: value}'"),
         (["data.columns=[context]"], "data.columns: .*write 'data.columns={key: value}'"),
         (["data.columns=null"], "data.columns: .*write 'data.columns={key: value}'"),
+        (["data=mixture", "data.sources=[{pth: a}]"], "data.sources: key='pth' .*path, validation_path, name"),
+        (["data=mixture", "data.sources=[{path: a, weight: x}]"], "data.sources: weight: .*'x'"),
+        (["data=mixture", "data.sources=[3]"], "data.sources: 3 is not valid: give objects"),
+        (["data=mixture", "data.sources=[]"], "data=mixture needs data.sources"),
+        (["data.too_long=keep"], "data.too_long='keep' .*cut, drop, error"),
+        (["optim.num_epochs=0"], "optim.num_epochs=0.0 is not valid"),
         (["eval.retentions=0.5"], r"eval.retentions: .*write 'eval.retentions=\[value,value\]'"),
         (["eval.retentions=[some]"], r"eval.retentions\[0\]: .*write 'eval.retentions=\["),
         (["log.tags={a: b}"], r"log.tags: .*write 'log.tags=\["),

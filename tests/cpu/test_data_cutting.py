@@ -19,14 +19,23 @@ def test_both_ends_stay():
 def test_the_place_of_the_answer_is_spared_wherever_it_stands(num_tokens, room):
     for start in range(num_tokens):
         for stop in range(start + 1, min(start + room, num_tokens) + 1):
-            parts = kept_parts(num_tokens, room, range(start, stop))
+            parts = kept_parts(num_tokens, room, [range(start, stop)])
             places = [i for part in parts for i in part]
             assert len(places) == room and places == sorted(set(places)) and 0 <= places[0] <= places[-1] < num_tokens
             assert is_spared(parts, range(start, stop))
 
 
 def test_a_place_longer_than_the_room_is_cut():
-    assert kept_parts(60, 6, range(20, 40)) == [range(3), range(57, 60)]
+    assert kept_parts(60, 6, [range(20, 40)]) == [range(3), range(57, 60)]
+
+
+def test_several_places_are_spared():
+    places = [range(10, 13), range(30, 34), range(50, 51)]
+    for room in (8, 9, 20, 40, 59):
+        parts = kept_parts(60, room, places)
+        assert sum(map(len, parts)) == room and all(is_spared(parts, place) for place in places)
+    parts = kept_parts(60, 5, places)  # the first and the last fit
+    assert [is_spared(parts, place) for place in places] == [True, False, True]
 
 
 def test_rows_of_tokens():
@@ -39,6 +48,7 @@ def test_rows_of_tokens():
     assert whole.input_ids == ids and whole.labels == [*[IGNORE] * 15, *ids[15:]] and whole.index == 4
     (cut,) = examples(ids, [*[IGNORE] * 15, *ids[15:]], 11)
     assert cut.input_ids == [10, 11, 12, 22, 23, 24, *ids[15:]] and cut.labels == [*[IGNORE] * 6, *ids[15:]]
+    assert (whole.num_cut, cut.num_cut) == (0, 9)
     pieces = examples(ids, ids, 8)
     assert [p.input_ids for p in pieces] == [ids[:8], ids[8:16], ids[16:]]
     assert [p.labels for p in pieces] == [[IGNORE, *p.input_ids[1:]] for p in pieces]

@@ -12,6 +12,7 @@ import torch
 from lrsa_ds.config import AttentionConfig, DataConfig, EvalConfig, ModelConfig, TrainConfig
 from lrsa_ds.data.packing import IGNORE, LeftOut, pack
 from lrsa_ds.data.stream import TrainStream, make_loader
+from lrsa_ds.data.survey import survey
 from lrsa_ds.data.tokenizer import load_tokenizer
 from lrsa_ds.errors import LRSAError
 from recipes import load_procedure
@@ -226,6 +227,89 @@ def test_a_row_that_is_too_long_may_be_left_out(rows_file):
     (left_out,) = (row for row in rows if isinstance(row, LeftOut))
     assert left_out.reason.startswith(f"{rows_file}, line 8: its question and answer alone need")
     assert len(rows) == 39 and sum(map(len, rows)) == 38
+
+
+WORDS = [str(i) for i in range(700)]
+SECRET = "the word is xyzzy"
+
+
+def long_rows(kind):
+    """Twenty rows with a secret at twenty depths of a text that is far too long, and the answer that is asked for."""
+    for depth in range(20):
+        words = [*WORDS[: 35 * depth], SECRET, *WORDS[35 * depth :]]
+        text = " ".join(words)
+        if kind == "answer_start":
+            answers = {"text": [SECRET], "answer_start": [text.index(SECRET)]}
+            yield {"context": text, "question": "Which?", "answers": answers}
+        elif kind == "question":
+            yield {"context": text, "question": "Which?", "answer": SECRET}
+        elif kind == "prompt":
+            yield {"prompt": text, "completion": SECRET}
+        else:
+            said = [
+                ("system", "Be kind."),
+                ("user", text),
+                ("assistant", SECRET),
+                ("user", "End?"),
+                ("assistant", "699"),
+            ]
+            yield {"messages": [{"role": role, "content": content} for role, content in said]}
+
+
+@pytest.mark.parametrize("chat_template", [True, False])
+@pytest.mark.parametrize("kind", ["answer_start", "question", "prompt", "messages"])
+def test_cuts_spare_the_answer(kind, chat_template):
+    tokenizer = CHATML if chat_template or kind == "messages" else PLAIN
+    for row in long_rows(kind):
+        (example,) = encode(row, tokenizer, 600)
+        text = tokenizer.decode(example.input_ids)
+        assert len(example.input_ids) == len(example.labels) <= 600 and example.num_cut > 1000
+        assert text.count(SECRET) == 2 and not example.answer_lost
+        assert "0 1 2" in text and "698 699" in text
+
+
+def test_an_answer_that_no_cut_can_spare_is_counted():
+    context = " ".join(WORDS)
+    row = {"context": context, "question": "Which?", "answer": context[800:1200]}
+    (example,) = encode(row, CHATML, 600)
+    assert example.answer_lost and example.num_cut > 0
+    (example,) = encode({**row, "answer": "Not there."}, CHATML, 600)
+    assert not example.answer_lost and example.num_cut > 0
+
+
+@pytest.mark.parametrize("kind", ["question", "tokens"])
+def test_rows_that_are_too_long_are_dropped_or_refused(tmp_path, kind):
+    path = tmp_path / "rows.jsonl"
+    rows = [{**QA, "answer": f"{i}."} for i in range(20)]
+    rows[6] |= {"context": " ".join(WORDS)}
+    if kind == "tokens":
+        rows = [{"input_ids": [5] * (2000 if i == 6 else 90), "labels": [-100] * (1990 if i == 6 else 80) + [5] * 10}
+                for i in range(20)]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"source": "files", "path": str(path)}
+
+    def report(**more):
+        return survey(prepare(config(1024, 1, **settings, **more), CHATML), short_length=0)
+
+    cut, dropped = report(), report(too_long="drop")
+    assert (cut.num_read, cut.num_examples, cut.num_cut_examples, cut.num_too_long_rows) == (19, 19, 1, 0)
+    assert (dropped.num_read, dropped.num_examples, dropped.num_cut_examples, dropped.num_too_long_rows) == (
+        19,
+        18,
+        0,
+        1,
+    )
+    assert cut.num_cut_tokens > 900 and cut.num_rows == dropped.num_rows == 19
+    with pytest.raises(LRSAError, match=r"rows.jsonl, line 7: it has .* more than seq_len=1024, and data.too_long"):
+        report(too_long="error")
+    assert report(too_long="error", on_bad_row="skip").num_bad_rows == 1
+
+
+def test_rows_that_are_known_to_be_bad_are_counted_beyond_the_sample(rows_file):
+    rows_file.write_text(rows_file.read_text() + '{"text": 3}\n' * 7)
+    data = prepare(config(1024, 2, source="files", path=str(rows_file), on_bad_row="skip"), CHATML)
+    report = survey(data, short_length=0, limit=1)
+    assert not report.is_whole and (report.num_rows, report.num_bad_rows) == (45, 7)
 
 
 @pytest.mark.parametrize("seq_len", [300, 1024, 8192])

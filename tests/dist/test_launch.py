@@ -1,6 +1,7 @@
 """The commands as users type them: real processes under the deepspeed launcher, and what they leave behind."""
 
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -157,18 +158,23 @@ def test_your_own_file(tmp_path):
     output = tmp_path / "run"
     done = train_alone(
         "+recipe=smoke", "data=files", f"data.path={data}", f"output_dir={output}", "log.wandb=disabled",
-        "optim.num_steps=3", "data.columns={context: 'my passage'}",
+        "optim.num_epochs=0.5", "data.columns={context: 'my passage'}",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert {row["task"] for row in rows_of(output, "eval")} == {"qa"}
     steps = rows_of(output, "train")
     assert steps[0]["num_target_tokens"] > 0
+    (report,) = rows_of(output, "data")
+    assert (report["num_rows"], report["num_read"], report["is_whole"]) == (20, 20, True)
+    assert len(steps) == math.ceil(report["num_sequences"] / 2)
+    assert f"data: counted over all 20 rows: 20 documents of {report['num_tokens']:,} tokens" in done.stdout
+    assert f"{len(steps)} steps are {len(steps) / report['num_sequences']:.2f} epochs" in done.stdout
     (summary,) = rows_of(output, "summary")
     short, total = (sum(row[name] for row in steps) for name in ("num_short_tokens", "num_tokens"))
     assert summary["short_token_share"] == short / total and 0.1 < short / total < 0.5
     too_short = "in documents of at most sink_size + 2 * lag_size = 144 tokens, of which LRSA compresses nothing"
     before, after = [line for line in done.stdout.splitlines() if too_short in line]
-    assert before.startswith("warning: ") and "of the held-out examples" in before
+    assert before.startswith("warning: ") and "of the training data" in before
     assert after.startswith(f"{100 * short / total:.1f} % of the tokens trained on")
 
 

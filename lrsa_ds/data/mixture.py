@@ -1,0 +1,102 @@
+"""Rows of several sources, mixed by weights, in an order that is found again at any place."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from lrsa_ds.config import DataConfig
+from lrsa_ds.data.shapes import ToRow
+from lrsa_ds.data.sources import Row, Rows
+
+
+def open_rows(data: DataConfig, seed: int, num_validation: int, to_row: ToRow | None = None) -> "Rows | Mixture":
+    """The rows that `data` names, of one source or of several; see `Rows`."""
+    kind = Mixture if data.source == "mixture" else Rows
+    return kind(data, seed, num_validation, to_row)
+
+
+class Mixture:
+    """The rows of `data.sources`; what it offers is what `Rows` offers.
+
+    An epoch has as many rows as all sources together, in shares that follow the weights. A source whose share is larger
+    than itself is begun anew, in another order, and one whose share is smaller goes on in the next epoch where it
+    stopped: no row of a source is seen again before all others of it were. Without weights every row is seen once.
+
+    Validation rows are shared out by the same weights, at least one for each source.
+    """
+
+    def __init__(self, data: DataConfig, seed: int, num_validation: int, to_row: ToRow | None = None):
+        self.seed = seed
+        weights = [source.weight for source in data.sources]
+        self.has_weights = None not in weights
+        counts = shares(num_validation, weights if self.has_weights else [1.0] * len(weights))
+        self.sources = [
+            Rows(data.of_source(source), seed + number, max(1, count), to_row)
+            for number, (source, count) in enumerate(zip(data.sources, counts, strict=True))
+        ]
+        sizes = [source.num_trained for source in self.sources]
+        self.num_trained = sum(sizes)
+        self.num_of_source = shares(self.num_trained, weights) if self.has_weights else sizes
+        # A row's number is unique among all sources: those of a source follow those of the one before.
+        self.first_number = np.concatenate([[0], np.cumsum([source.num_all for source in self.sources])]).tolist()
+        self._weights = weights
+        self._last_order: tuple[int, np.ndarray, np.ndarray] | None = None
+
+    @property
+    def num_bad(self) -> int:
+        return sum(source.num_bad for source in self.sources)
+
+    def validation(self) -> list[Row]:
+        return [self._numbered(i, row) for i, source in enumerate(self.sources) for row in source.validation()]
+
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[Row]:
+        for place in range(first, self.num_trained):
+            yield self._row(epoch, place)
+
+    def at(self, epoch: int, places: list[int]) -> dict[int, Row]:
+        return {place: self._row(epoch, place) for place in places if place < self.num_trained}
+
+    def order(self, epoch: int) -> np.ndarray | None:
+        """As of `Rows`; None with weights, where an epoch does not have the rows of another one."""
+        if self.has_weights:
+            return None
+        sources, draws = self._draws(epoch)
+        orders = [source.order(epoch) + self.first_number[i] for i, source in enumerate(self.sources)]
+        numbers = np.empty(len(sources), dtype=np.int64)
+        for i, order in enumerate(orders):
+            numbers[sources == i] = order[draws[sources == i] % len(order)]
+        return numbers
+
+    def fingerprint(self) -> str:
+        parts = [f"{source.fingerprint()}, weight {w}" for source, w in zip(self.sources, self._weights, strict=True)]
+        return "; ".join(parts)
+
+    def _row(self, epoch: int, place: int) -> Row:
+        sources, draws = self._draws(epoch)
+        number, draw = int(sources[place]), int(draws[place])
+        source = self.sources[number]
+        times, at = divmod(draw, source.num_trained)
+        return self._numbered(number, source.at(times, [at])[at])
+
+    def _numbered(self, number: int, row: Row) -> Row:
+        return row._replace(index=self.first_number[number] + row.index)
+
+    def _draws(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of each place in the order of the epoch: the source, and how many rows were drawn from it before."""
+        if self._last_order is None or self._last_order[0] != epoch:
+            sources = np.repeat(np.arange(len(self.sources)), self.num_of_source)
+            sources = np.random.default_rng([self.seed, epoch + 1, len(self.sources)]).permutation(sources)
+            draws = np.empty(len(sources), dtype=np.int64)
+            for number, count in enumerate(self.num_of_source):
+                draws[sources == number] = epoch * count + np.arange(count)
+            self._last_order = epoch, sources, draws
+        return self._last_order[1:]
+
+
+def shares(total: int, weights: list[float]) -> list[int]:
+    """`total` in whole parts that follow the weights, by the largest remainder; they sum to `total`."""
+    exact = np.array(weights, dtype=float) / sum(weights) * total
+    parts = np.floor(exact).astype(int)
+    largest = np.argsort(parts - exact, kind="stable")[: total - parts.sum()]
+    parts[largest] += 1
+    return parts.tolist()
