@@ -37,11 +37,6 @@ class Compression:
         """How many times smaller the caches are."""
         return self.num_tokens / self.num_held
 
-    @property
-    def short_share(self) -> float:
-        """Share of the tokens in documents that are too short."""
-        return self.num_short / self.num_tokens
-
 
 def short_documents_sentence(share: float, config: LRSAConfig, of_what: str) -> str | None:
     """Says that documents are too short for LRSA, or nothing if none is. `of_what`: "the tokens trained on"."""

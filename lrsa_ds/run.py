@@ -161,7 +161,8 @@ class _Run:
     def summarize(self) -> None:
         """The share of the tokens trained on, over all steps, that were in documents too short for LRSA."""
         config = self.config
-        steps = [row for row in read_rows(self.directory / "metrics.jsonl") if "num_short_tokens" in row]
+        steps = [row for row in read_rows(self.directory / "metrics.jsonl") if row["kind"] == "train"]
+        steps = [row for row in steps if "num_short_tokens" in row]  # not where the attention was dense
         if steps:
             share = sum(row["num_short_tokens"] for row in steps) / sum(row["num_tokens"] for row in steps)
             self.logger.summary({"step": config.optim.num_steps, "short_token_share": share})
