@@ -12,6 +12,7 @@ from lrsa_ds import checkpoint, output
 from lrsa_ds.adapters import add_adapters, freeze
 from lrsa_ds.compression import held_sentence, short_documents_sentence
 from lrsa_ds.config import TrainConfig, save_settings
+from lrsa_ds.data.ends import set_ends
 from lrsa_ds.data.procedure import Procedure
 from lrsa_ds.data.stream import TrainStream, make_loader
 from lrsa_ds.errors import Stopped
@@ -223,6 +224,7 @@ def build_engine(config: TrainConfig, plan: Plan, mesh: Mesh) -> Engine:
     if universal:
         checkpoint.convert_checkpoint(point, config.zero.stage, mesh)
     model = _start_model(config, plan)
+    set_ends(model, plan.tokenizer, config.model, config.data.chat_template)
     if config.model.lora.rank:
         add_adapters(model, config.model.lora)
     freeze(model, config.model.freeze)

@@ -52,8 +52,9 @@ class Entry:
 class FileSamples:
     """Samples of tasks whose rows are given; at most `num_samples` of each, drawn by the seed."""
 
-    def __init__(self, tokenizer: Tokenizer, entries: dict[str, list[Entry]]):
+    def __init__(self, tokenizer: Tokenizer, entries: dict[str, list[Entry]], chat_template: bool = True):
         self.tokenizer = tokenizer
+        self.chat_template = chat_template
         self.entries = entries
 
     def sample(self, task: str, length: int, index: int) -> Sample:
@@ -63,7 +64,7 @@ class FileSamples:
             LRSAError: the row does not fit, and its task does not allow to cut it.
         """
         entry = self.entries[task][index]
-        encoder = Encoder(self.tokenizer, length)
+        encoder = Encoder(self.tokenizer, length, self.chat_template)
         if not entry.may_be_cut and (needed := encoder.length(entry.row)) > length:
             raise LRSAError(f"lengths={length} is too short for {task}, whose facts may not be cut: give {needed}.")
         identity = dict(task=task, index=index, length=length)

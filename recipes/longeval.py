@@ -117,8 +117,9 @@ GENERATED: dict[str, Task] = {
 class GeneratedSamples:
     """Samples of the tasks that are made up here, for one tokenizer and seed."""
 
-    def __init__(self, tokenizer: Tokenizer, seed: int, num_depths: int):
+    def __init__(self, tokenizer: Tokenizer, seed: int, num_depths: int, chat_template: bool = True):
         self.tokenizer = tokenizer
+        self.chat_template = chat_template
         self.seed = seed
         self.num_depths = num_depths
         self.haystack = Haystack(tokenizer)
@@ -135,7 +136,7 @@ class GeneratedSamples:
         if task == "signature":
             return self._signature(length, index)
         depth = (index % self.num_depths) / max(1, self.num_depths - 1)
-        encoder, margin = Encoder(self.tokenizer, length), MARGIN
+        encoder, margin = self._encoder(length), MARGIN
         while True:
             rng = random.Random(f"{task} {self.seed} {length} {index}")
             question = GENERATED[task].ask(depth, self.haystack, rng)
@@ -155,20 +156,23 @@ class GeneratedSamples:
                 return to_sample(encoder, row, question.answers, settings.metrics, **identity)
             margin += excess
 
+    def _encoder(self, length: int) -> Encoder:
+        return Encoder(self.tokenizer, length, self.chat_template)
+
     def _signature(self, length: int, index: int) -> Sample:
-        encoder = Encoder(self.tokenizer, length)
+        encoder = self._encoder(length)
         row = self.signatures(length).row(0, index, "signature")
         identity = dict(task="signature", index=index, length=length)
         return to_sample(encoder, row, [row["answer"]], ("exact", "f1"), **identity)
 
     def _signatures(self, length: int) -> StdlibQA:
-        encoder = Encoder(self.tokenizer, length)
+        encoder = self._encoder(length)
         return StdlibQA("validation", self.seed, ["signature"], length, self.tokenizer, encoder.length)
 
     def _text(self, length: int, index: int) -> Sample:
         rng = random.Random(f"perplexity {self.seed} {length} {index}")
         text = self.haystack.text(length + length // 4 + 2000, [], rng)
-        ids = Encoder(self.tokenizer, length).examples({"text": text})[0].input_ids
+        ids = self._encoder(length).examples({"text": text})[0].input_ids
         return Sample("perplexity", index, length, tuple(ids), (), ("nll",), 0)
 
 

@@ -20,8 +20,8 @@ class Samples:
             files |= longbench_entries(config.longbench, *options)
         if "ruler" in config.tasks:
             files |= ruler_entries(config.ruler, *options)
-        self.files = FileSamples(tokenizer, files)
-        self.generated = GeneratedSamples(tokenizer, config.seed, config.num_depths)
+        self.files = FileSamples(tokenizer, files, config.data.chat_template)
+        self.generated = GeneratedSamples(tokenizer, config.seed, config.num_depths, config.data.chat_template)
         self.counts = {task: config.num_samples for task in config.tasks if task not in ("qa", "longbench", "ruler")}
         self.counts |= {task: len(entries) for task, entries in files.items()}
 

@@ -21,6 +21,8 @@ from lrsa_ds.errors import LRSAError
 # Characters before an answer that are tokenized together with it, and tokens of them that have to come out alike.
 WINDOW_CHARACTERS = 512
 WINDOW_TOKENS = 8
+# A text with so many characters for every token that there is room for is cut before it is rendered for the first time.
+LONG_TEXT = 8
 
 
 class Prompt(NamedTuple):
@@ -114,31 +116,39 @@ class Encoder:
 
     def _fitting(self, conversation: Conversation, turns: list[Turn], limit: int | None) -> "_Encoded":
         """As `_encoded`, with as much cut as `limit` asks for."""
-        tokens = self._encoded(turns)
-        needed = len(tokens.ids)
-        if limit is None or needed <= limit:
-            return tokens
-        if not self.may_cut:
-            raise TooLong.of(needed, limit)
         cuttable = conversation.cuttable_before(turns[-1].message)
         text = conversation.text_of(cuttable)
+        is_long = limit is not None and self.may_cut and len(text) > LONG_TEXT * limit
+        encoded = None if is_long else self._encoded(turns)
+        if encoded is not None and (limit is None or len(encoded.ids) <= limit):
+            return encoded
+        if not self.may_cut:
+            raise TooLong.of(len(encoded.ids), limit)
         ends = token_ends(self.tokenizer, text)
         answers = conversation.answers_in(cuttable, [turn.message for turn in turns])
         spared = [tokens_of(ends, place) for place in answers]
-        keep, left = min(cuttable.keep, len(ends)), len(ends)
-        while len(tokens.ids) > limit:
-            left -= len(tokens.ids) - limit
+        parts, left = [range(len(ends))], len(ends)
+
+        def cut() -> _Encoded:
+            shorter = conversation.with_text(cuttable, shortened(text, ends, parts))
+            return self._encoded([self.frame.turn(shorter, turn.message) for turn in turns])
+
+        if encoded is None:
+            left = min(left, limit)
+            parts = kept_parts(len(ends), left, spared)
+            encoded = cut()
+        others, keep = len(encoded.ids) - left, min(cuttable.keep, len(ends))
+        while len(encoded.ids) > limit:
+            left -= len(encoded.ids) - limit
             if left < keep:
                 raise LRSAError(
-                    f"its question and answer alone need {needed - len(ends) + keep} tokens, more than "
-                    f"seq_len={limit}: raise seq_len or leave the row out."
+                    f"its question and answer alone need {others + keep} tokens, more than seq_len={limit}: "
+                    "raise seq_len or leave the row out."
                 )
             parts = kept_parts(len(ends), left, spared)
-            rest = shortened(text, ends, parts)
-            shorter = conversation.with_text(cuttable, rest)
-            tokens = self._encoded([self.frame.turn(shorter, turn.message) for turn in turns])
-        lost = [place for place in spared if not is_spared(parts, place)]
-        return tokens._replace(num_cut=needed - len(tokens.ids), answer_lost=bool(lost))
+            encoded = cut()
+        lost = any(not is_spared(parts, place) for place in spared)
+        return encoded._replace(num_cut=others + len(ends) - len(encoded.ids), answer_lost=lost)
 
     def _encoded(self, turns: list[Turn]) -> "_Encoded":
         """The last turn, with those before it that generation sees as they stand in its prompt."""
@@ -199,7 +209,7 @@ class Encoder:
             LRSAError: none is right.
         """
         prompt, whole = self._tokens([text, text + answer])
-        for before in (text, "", "\n", text[-1:]):
+        for before in (text, "", "\n", "x", text[-1:]):
             known, found = self._tokens([before, before + answer])
             target = found[len(known) :]
             if found[: len(known)] == known and self._decoded(prompt + target) == self._decoded(whole):

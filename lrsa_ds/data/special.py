@@ -13,7 +13,7 @@ class SpecialTokens:
 
     A tokenizer looks for its added tokens first and tokenizes what stands between them piece by piece. So a text that
     is split where a *border* token begins has the same tokens as the whole. A border is an added token that neither
-    swallows the white space before it nor waits for the normalizer; a slow tokenizer promises none.
+    swallows the white space before it nor waits for a normalizer; a slow tokenizer promises none.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -21,7 +21,8 @@ class SpecialTokens:
         special = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
         self._special = _any_of(special)
         self._added = _any_of({token.content for token in added} - special)
-        borders = {token.content for token in added if not (token.lstrip or token.normalized or token.single_word)}
+        normalizes = tokenizer.is_fast and tokenizer.backend_tokenizer.normalizer is not None
+        borders = [t.content for t in added if not (t.lstrip or t.single_word or (t.normalized and normalizes))]
         self._borders = frozenset(borders if tokenizer.is_fast else ())
         self._border = _any_of(self._borders)
 

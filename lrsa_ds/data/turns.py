@@ -75,37 +75,37 @@ class ChatTemplate:
             LRSAError: as `turn`; or the template leaves out a message, its reasoning or its calls of tools, or the
                 tools of the row: the sentence names it.
         """
-        self._check_prompt(conversation)
-        turns = [self.turn(conversation, message) for message in conversation.trained]
+        last = conversation.trained[-1]
+        prompt = self._render(conversation, last, generate=True) if last > 0 else None
+        if prompt is not None:
+            self._check_prompt(conversation, prompt)
+        turns = [self.turn(conversation, message) for message in conversation.trained[:-1]]
+        turns.append(self.turn(conversation, last, prompt))
         for turn in turns:
             _check_answer(turn, conversation.messages[turn.message])
         return turns
 
-    def turn(self, conversation: Conversation, message: int) -> Turn:
-        """The turn that `messages[message]`, of the assistant, is.
+    def turn(self, conversation: Conversation, message: int, prompt: str | None = None) -> Turn:
+        """The turn that `messages[message]`, of the assistant, is; `prompt` is its prompt where that is known.
 
         Raises:
             LRSAError: the template refuses the messages, or it renders the turn in a way that cannot continue its own
                 generation prompt.
         """
         finished = self._render(conversation, message + 1)
-        prompt = self._prompt(conversation, message, finished)
-        content = conversation.messages[message]
+        prompt = prompt or self._prompt(conversation, message, finished)
         after = self._after_content(conversation, message, finished)
-        end = self.special.last(after) if content.get("tool_calls") else self.special.first(after)
+        end = self.special.first(after)
         stop = len(finished) - len(after) + (end.start() if end else len(after.rstrip()))
         if finished.startswith(prompt):
             answer = finished[len(prompt) : stop]
         else:
-            answer = _behind_reasoning_tag(prompt, finished[:stop], content)
+            answer = _behind_reasoning_tag(prompt, finished[:stop], conversation.messages[message])
         return Turn(message, prompt, answer, end.group(), after[end.end() :]) if end else Turn(message, prompt, answer)
 
-    def _check_prompt(self, conversation: Conversation) -> None:
+    def _check_prompt(self, conversation: Conversation, prompt: str) -> None:
         """Raises unless all that stands before the last trained turn is in its prompt."""
         last = conversation.trained[-1]
-        if last == 0:
-            return
-        prompt = self._render(conversation, last, generate=True)
         for number, message in enumerate(conversation.messages[:last], start=1):
             for call in message.get("tool_calls") or ():
                 _require_call(call, prompt, number)
@@ -159,8 +159,9 @@ class ChatTemplate:
         if message > 0:
             return self._render(conversation, message, generate=True)
         # Templates do not render an empty conversation: take what is rendered up to the end of the generation prompt.
-        head, found, _ = finished.partition(self._generation_prompt)
-        if not self._generation_prompt or not found:
+        asked = self._generation_prompt
+        head, found, _ = finished.partition(asked) if asked else ("", "", "")
+        if not found:
             raise LRSAError("its first message is the assistant's, behind no prompt: set train to false on it.")
         return head + found
 
@@ -179,14 +180,16 @@ class ChatTemplate:
             return None
 
     def _after_content(self, conversation: Conversation, message: int, finished: str) -> str:
-        """What the template renders behind the content of the last of these messages, which is the assistant's."""
-        calls = conversation.messages[message].get("tool_calls")
-        if not calls and self._usual_end is not None and finished.endswith(self._usual_end):
+        """What the template renders behind the content, and the calls of tools, of the last of these messages."""
+        if self._usual_end is not None and finished.endswith(self._usual_end):
             return self._usual_end
         messages = list(conversation.messages[: message + 1])
+        if messages[message].get("tool_calls"):
+            end = self.special.last(finished)
+            return finished[end.start() :] if end else ""
         messages[message] = {**messages[message], "content": _PLACEHOLDER}
-        marked = replace(conversation, messages=tuple(messages))
-        _, found, after = self._render(marked, message + 1).rpartition(_PLACEHOLDER)
+        marked = self._render(replace(conversation, messages=tuple(messages)), message + 1)
+        _, found, after = marked.rpartition(_PLACEHOLDER)
         if not found or not finished.endswith(after):
             raise LRSAError(f"the chat template drops or changes message {message + 1} of the role assistant.")
         return after
@@ -225,8 +228,10 @@ def _behind_reasoning_tag(prompt: str, finished: str, message: dict[str, Any]) -
 
 def _check_answer(turn: Turn, message: dict[str, Any]) -> None:
     number = turn.message + 1
-    answer = _dense(turn.answer)
-    if not (answer.endswith(_dense(message["content"])) or message.get("tool_calls")):
+    # The content may begin in the prompt, with a reasoning tag.
+    answer, content = _dense(turn.prompt[-64:] + turn.answer), _dense(message["content"])
+    is_last = bool(turn.end) and not message.get("tool_calls")
+    if not (answer.endswith(content) if is_last else content in answer):
         raise LRSAError(
             f"the chat template changes the content of message {number}, which starts with "
             f"{message['content'].strip()[:40]!r}."

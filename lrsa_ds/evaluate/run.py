@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from lrsa_ds.config import LogConfig, LRSAConfig, load_settings, require, require_compression, save_settings
+from lrsa_ds.data.ends import set_ends
 from lrsa_ds.data.tokenizer import Tokenizer, load_tokenizer
 from lrsa_ds.directory import EVALUATE, check_directory, mark_directory, remove_run
 from lrsa_ds.evaluate.config import EvaluateConfig
@@ -110,6 +111,7 @@ def _evaluate_in(directory: Path, plan: _Plan, mesh: Mesh) -> None:
             logger.message(line)
         if missing:
             model = apply_lrsa(load_model(config.model, _dtype(config)), attention).to(mesh.device).eval()
+            set_ends(model, plan.tokenizer, config.model, config.data.chat_template)
             evaluator = Evaluator(model, plan.tokenizer, attention, plan.score)
             _work(evaluator, samples, missing, directory, mesh, config.log)
         dist.barrier()
