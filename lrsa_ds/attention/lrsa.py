@@ -35,10 +35,11 @@ def lrsa_attention(
         layer: which layer of the model this is, for selection rules that go by it.
 
     Returns:
-        [B, H, N, D], in the dtype of `q`.
+        [B, H, N, D], in the dtype of `q`; under `torch.autocast` in its dtype, to which q, k and v are cast as for
+        torch's own attention.
 
     Raises:
-        LRSAError: shapes or document lengths do not fit, or the backend does not run on the device.
+        LRSAError: shapes, dtypes or document lengths do not fit, or the backend does not run on the device.
 
     Source: LRSA, arXiv 2506.11498; selection by LagKV, arXiv 2504.04704.
     """
@@ -48,6 +49,7 @@ def lrsa_attention(
         f"q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)} do not fit: [batch, heads, tokens, head dim] with "
         "as many tokens each, and query heads a multiple of KV heads.",
     )
+    q, k, v = _in_one_dtype(q, k, v)
     lengths = (num_tokens,) if document_lengths is None else tuple(map(int, document_lengths))
     require(sum(lengths) == num_tokens, f"document_lengths sum to {sum(lengths)}, and there are {num_tokens} tokens.")
     has_history = not config.is_dense and max(lengths) > config.dense_prefix_size
@@ -55,3 +57,16 @@ def lrsa_attention(
     if kernel.is_readable:
         return chunked_attention(q, k, v, partition_table(lengths, config), scale, layer)
     return buffered_attention(q, k, v, config, lengths, scale, kernel, layer)
+
+
+def _in_one_dtype(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Under autocast a rotary embedding gives queries and keys in fp32, and a linear layer gives values in bf16."""
+    device = tensors[0].device.type
+    if torch.is_autocast_enabled(device) and all(x.dtype != torch.float64 for x in tensors):
+        return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
+    dtypes = [str(x.dtype).removeprefix("torch.") for x in tensors]
+    require(
+        len(set(dtypes)) == 1,
+        f"q, k and v have the dtypes {', '.join(dtypes)}: give them in one, or attend under torch.autocast.",
+    )
+    return tensors

@@ -216,6 +216,22 @@ def test_dtypes(dtype, tolerance):
     assert_close(output, reference_attention(*wide, config, (150,)), tolerance, "output")
 
 
+def test_under_autocast_all_are_cast_as_for_the_attention_of_torch():
+    """A rotary embedding gives fp32 queries and keys there, and a linear layer bf16 values."""
+    config = LRSAConfig(sink_size=4, lag_size=16, retention=0.25, backend="chunked")
+    inputs = random_qkv(150)
+    low = [x.detach().bfloat16().requires_grad_() for x in inputs]
+    expected = lrsa_attention(*low, config)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = lrsa_attention(inputs[0], inputs[1], inputs[2].bfloat16(), config)
+    assert actual.dtype == torch.bfloat16 and torch.equal(actual, expected)
+    expected.float().square().sum().backward()
+    actual.float().square().sum().backward()
+    for given, cast in zip(inputs, low, strict=True):
+        assert given.grad.dtype == torch.float32
+        assert_close(given.grad, cast.grad.float(), 1e-6, "gradient")
+
+
 def test_retention_one_is_dense_attention():
     config = LRSAConfig(sink_size=4, lag_size=8, retention=1.0)
     inputs = random_qkv(77, dtype=torch.float64)
@@ -327,6 +343,9 @@ def test_bad_shapes():
         lrsa_attention(*random_qkv(20), LRSAConfig(), document_lengths=[10, 9])
     with pytest.raises(LRSAError, match="needs a CUDA device"):
         lrsa_attention(*random_qkv(20), LRSAConfig(backend="flex"))
+    q, k, v = random_qkv(20)
+    with pytest.raises(LRSAError, match="dtypes float32, float32, bfloat16: give them in one"):
+        lrsa_attention(q, k, v.bfloat16(), LRSAConfig())
 
 
 def test_the_release_of_flash_attn_4_is_the_one_that_is_installed():
