@@ -1,7 +1,8 @@
 """Hugging Face causal language models: loading them, and replacing their attention by LRSA.
 
-A model is changed through transformers' attention interface alone: `apply_lrsa` selects the attention function that is
-registered here under the name "lrsa", after checking that every layer is plain causal attention.
+A model is changed from outside its layers: `apply_lrsa` selects the attention function that is registered here under
+the name "lrsa", after checking that every layer is plain causal attention, and hooks on the decoder read what a pass is
+given.
 """
 
 import os
@@ -230,7 +231,7 @@ def _named(key: str, function, name: str, **kwargs):
     """Calls a transformers loader and turns what it raises for a bad name into one sentence that names the key."""
     try:
         return function(name, **kwargs)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise hub_error(key, name, error) from error
 
 

@@ -221,6 +221,7 @@ def test_bad_data(capfd, monkeypatch, tmp_path):
         (["attention.backend=flex"], "needs a CUDA device"),
         (["model.random.rope_parameters={rope_type: dynamic, factor: 4.0, rope_theta: 1e4}"], "rope_type=dynamic"),
         (["attention=dense", "model.random.rope_parameters={rope_type: dynamic, factor: 4.0}"], "rope_type=dynamic"),
+        (["model.random.rope_parameters={rope_type: longrope, rope_theta: 1e4}"], "model.random="),
         (["model.liger_kernel=true"], "model.liger_kernel=true needs a CUDA device"),
         (["attention.backend=fa4"], "attention.backend=fa4 is not possible: it needs a CUDA device"),
         (["model=hub", "model.name=/no/such/model"], "model.name"),
