@@ -14,6 +14,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout, installed or not
 
+import launch.interrupts  # noqa: F401
+
+# isort: split
 import torch
 
 import lrsa_ds

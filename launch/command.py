@@ -4,6 +4,7 @@ import atexit
 import gc
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -19,9 +20,13 @@ from launch.schema import register_schema
 from launch.sentences import hydra_sentence
 from lrsa_ds.config import TrainConfig, typed_config
 from lrsa_ds.errors import LRSAError, Stopped
-from lrsa_ds.parallel.mesh import local_rank, rank
+from lrsa_ds.exits import Exit
+from lrsa_ds.hub import NOT_WRITABLE
+from lrsa_ds.launcher import check_launcher
+from lrsa_ds.parallel.mesh import rank
+from lrsa_ds.voice import heard, say_for_all
 
-STOPPED, LOST = 75, 4
+WORD_SECONDS = 5.0  # for another rank to say why it has ended
 
 
 def leave(code: int) -> None:
@@ -36,7 +41,7 @@ def leave(code: int) -> None:
     os._exit(code)
 
 
-def _lost_a_rank(error: RuntimeError) -> bool:
+def _lost_a_rank(error: Exception) -> bool:
     """Whether a collective failed since a process at the other end is gone."""
     return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
@@ -45,19 +50,33 @@ def run_command(action: Callable[[Any], bool], name: str = "train", schema: type
     """Runs `action` on what `conf/<name>.yaml` and the command line compose, as an instance of `schema`.
 
     Returns:
-        The exit code: 0 if `action` returned true, 1 if not, 2 after an error that the user can mend, and 75 (try
-        again, in the words of sysexits.h) if a signal has stopped the run and the same command would go on; 4 if
-        another rank has ended.
+        The exit code. What there is to say is said once for all ranks of a host; see `lrsa_ds.voice`.
     """
     if not gc.isenabled():  # see no_gc.py
         gc.enable()
         gc.freeze()  # what was imported stays: no collection has to look at it
+    try:
+        return Exit.DONE if _composed_and_run(action, name, schema) else Exit.FAILED
+    except Stopped as stopped:
+        return say_for_all(str(stopped), Exit.STOPPED)
+    except (LRSAError, HydraException, OmegaConfBaseException) as error:
+        return say_for_all(f"error: {hydra_sentence(error, schema)}", Exit.REFUSED)
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename and error.errno in NOT_WRITABLE:
+            return say_for_all(f"error: {error.filename} cannot be written or read ({error.strerror}).", Exit.REFUSED)
+        if not _lost_a_rank(error):
+            return say_for_all(traceback.format_exc().rstrip(), Exit.FAILED)
+        code = heard(WORD_SECONDS)
+        lost = f"error: rank {rank()} lost another rank of the run, which ended without a word."
+        return say_for_all(lost, Exit.LOST) if code is None else code
+
+
+def _composed_and_run(action: Callable[[Any], bool], name: str, schema: type) -> bool:
+    check_launcher()
     # The deepspeed launcher appends --local_rank=N, which Hydra would refuse; the environment says the same.
     sys.argv = [argument for argument in sys.argv if not argument.startswith("--local_rank")]
     if {"-m", "--multirun"} & set(sys.argv):
-        if local_rank() == 0:
-            print("error: a sweep has a command of its own: python launch/sweep.py --multirun ...", file=sys.stderr)
-        return 2
+        raise LRSAError("a sweep has a command of its own: python launch/sweep.py --multirun ...")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, and leave as one sentence
     register_resolver()
     register_checkout()
@@ -70,24 +89,10 @@ def run_command(action: Callable[[Any], bool], name: str = "train", schema: type
             config = typed_config(composed, schema)
             check_fetched(config.model)
             succeeded = action(config)
-        except (LRSAError, Stopped) as error:  # on its way through Hydra it would print the overrides on every rank
+        except Exception as error:  # on its way through Hydra it would print the overrides on every rank
             failure = error
 
-    try:
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(task)()
-        if failure is not None:
-            raise failure
-    except Stopped as stopped:
-        if local_rank() == 0:
-            print(stopped, file=sys.stderr, flush=True)
-        return STOPPED
-    except RuntimeError as error:
-        if not _lost_a_rank(error):
-            raise
-        print(f"error: rank {rank()} lost another rank of the run, which ended first.", file=sys.stderr, flush=True)
-        return LOST
-    except (LRSAError, HydraException, OmegaConfBaseException) as error:
-        if local_rank() == 0:
-            print(f"error: {hydra_sentence(error, schema)}", file=sys.stderr, flush=True)
-        return 2
-    return 0 if succeeded else 1
+    hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(task)()
+    if failure is not None:
+        raise failure
+    return succeeded

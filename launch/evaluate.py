@@ -11,6 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout, installed or not
 
+import launch.interrupts
 import launch.no_gc  # noqa: F401
 from launch.command import leave, run_command
 from lrsa_ds.evaluate.config import EvaluateConfig

@@ -20,6 +20,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import launch.interrupts  # noqa: E402, F401
+
+# isort: split
 import hydra  # noqa: E402
 import torch  # noqa: E402
 from hydra import compose, initialize_config_dir  # noqa: E402
@@ -33,11 +36,13 @@ from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 from launch.accelerator import register_resolver  # noqa: E402
 from launch.checkout import CONF, register_checkout  # noqa: E402
 from launch.schema import register_schema  # noqa: E402
-from launch.sentences import hydra_sentence  # noqa: E402
+from launch.sentences import hydra_sentence, quoted  # noqa: E402
 from lrsa_ds.config import TrainConfig, require, typed_config  # noqa: E402
 from lrsa_ds.directory import SWEEP, check_directory, mark_directory  # noqa: E402
 from lrsa_ds.errors import LRSAError  # noqa: E402
+from lrsa_ds.exits import Exit  # noqa: E402
 from lrsa_ds.inputs import check_inputs  # noqa: E402
+from lrsa_ds.launcher import is_one_of_several  # noqa: E402
 from lrsa_ds.lock import locked  # noqa: E402
 from lrsa_ds.sweep import Job, Runner, draw_sweep, job_directory, job_name, result, results, sweep_table  # noqa: E402
 
@@ -119,18 +124,13 @@ def job_of(composed: DictConfig, overrides: list[str], swept_keys: list[str], ro
     return Job(directory, swept, kept + [f"{key}={quoted(value)}" for key, value in ours.items()])
 
 
-def quoted(value: object) -> str:
-    """A value as Hydra reads it back, whatever characters it has."""
-    return "'" + str(value).replace("\\", "\\\\").replace("'", "\\'") + "'"
-
-
 def make_runner(ours: dict) -> Runner:
     runner = Runner(ROOT, shlex.split(ours["launcher"]), slots_of(ours["at_once"], ours["gpus_per_job"]))
 
     def interrupt(*_) -> None:
         print("stopping the running jobs; the same command goes on", file=sys.stderr, flush=True)
         runner.stop()
-        os._exit(130)
+        os._exit(Exit.INTERRUPTED)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupt)
@@ -144,7 +144,7 @@ def report(directory: Path) -> int:
     print(f"\n{table}\n\nexact answers and answer tokens: mean over tasks, under the smallest cache; {directory}")
     (directory / "sweep.txt").write_text(table + "\n", encoding="utf-8")
     draw_sweep(rows, directory / "sweep.png", directory.name)
-    return int(any(row["status"] != "done" for row in rows))
+    return Exit.FAILED if any(row["status"] != "done" for row in rows) else Exit.DONE
 
 
 def main() -> int:
@@ -155,6 +155,10 @@ def main() -> int:
     register_checkout()
     register_schema("train", TrainConfig)
     try:
+        require(
+            not is_one_of_several(),
+            "a sweep starts its ranks itself: start it as one process, without torchrun, deepspeed, srun or mpirun.",
+        )
         has_values = any(flag in typed for flag in ("-m", "--multirun"))
         require(
             has_values or any(o.key_or_group == "sweep" for o in parsed(typed)),
@@ -174,7 +178,7 @@ def main() -> int:
             return report(directory)
     except (LRSAError, HydraException, OmegaConfBaseException) as error:
         print(f"error: {hydra_sentence(error)}", file=sys.stderr, flush=True)
-        return 2
+        return Exit.REFUSED
 
 
 if __name__ == "__main__":

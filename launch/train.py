@@ -5,6 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout, installed or not
 
+import launch.interrupts
 import launch.no_gc  # noqa: F401
 import recipes
 from launch.accelerator import PICKS

@@ -6,6 +6,7 @@ any process group starts.
 """
 
 import difflib
+import os
 import re
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -42,6 +43,16 @@ def require_paths(key: str, value: Any) -> None:
     paths = value if isinstance(value, list) else [value]
     valid = value is None or (paths != [] and all(isinstance(path, str) for path in paths))
     require(valid, f"{key}={value!r} is not valid: give a file, a directory or a glob pattern, or a list of these.")
+
+
+def expand_home(settings: Any, *names: str) -> None:
+    """Replaces the ~ at the beginning of these settings, paths or lists of paths, by the directory it stands for."""
+    for name in names:
+        value = getattr(settings, name)
+        if isinstance(value, str):
+            setattr(settings, name, os.path.expanduser(value))
+        elif isinstance(value, list):
+            setattr(settings, name, [os.path.expanduser(path) for path in value])
 
 
 def require_retention(key: str, value: Any) -> None:
@@ -169,6 +180,7 @@ class ModelConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self):
+        expand_home(self, "name", "tokenizer")
         self.random = self.random or None
         require(
             self.lora.rank == 0 or not self.freeze,
@@ -317,6 +329,7 @@ class DataConfig:
         require_one_of("data.report", self.report, ("sample", "all"))
         for key in ("path", "validation_path"):
             require_paths(f"data.{key}", getattr(self, key))
+        expand_home(self, "path", "validation_path", "name")
         require_whole("data.num_examples", self.num_examples, 1)
         require(
             self.num_workers in (0, 1),
@@ -528,6 +541,7 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self):
+        expand_home(self, "output_dir", "procedure")
         require_whole("seq_len", self.seq_len, 64)
         require_whole("seed", self.seed, 0)
         require_whole("loss_chunk_size", self.loss_chunk_size, 1)

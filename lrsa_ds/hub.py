@@ -1,5 +1,6 @@
 """One sentence for everything that can go wrong between a name and the files behind it."""
 
+import errno
 from pathlib import Path
 
 from huggingface_hub.errors import (
@@ -14,6 +15,8 @@ from huggingface_hub.errors import (
 
 from lrsa_ds.errors import LRSAError
 
+# Why a place cannot be written, although it is there.
+NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 # What to set instead, by key.
 _INSTEAD = {
     "model.name": "set model.name to a local directory (and model.tokenizer too if it holds no tokenizer)",
@@ -38,7 +41,26 @@ def resolve_name(key: str, name: str) -> str:
     path = Path(name).expanduser()
     if not path.exists():
         raise LRSAError(f"{key}={name!r} does not exist: give a directory that exists or a name of the hub.")
+    if not path.is_dir():
+        gguf = " and model.gguf_file" if key == "model.name" and path.suffix == ".gguf" else ""
+        raise LRSAError(f"{key}={name!r} is a file: give its directory, {path.parent},{gguf} or a name of the hub.")
     return str(path)
+
+
+def cache_error(error: BaseException, own: Path | None = None) -> LRSAError | None:
+    """The sentence for a cache that cannot be written, where that is what an error came of.
+
+    Args:
+        own: a place of the user that was read; an error there is none of the cache.
+    """
+    for found in _chain(error):
+        if isinstance(found, OSError) and found.errno in NOT_WRITABLE:
+            place = str(found.filename or "of the hub's libraries")
+            if own is None or not Path(place).is_relative_to(own):
+                return LRSAError(
+                    f"the cache {place} cannot be written ({found.strerror}): set HF_HOME to a directory that can be."
+                )
+    return None
 
 
 def hub_error(key: str, name: str, error: BaseException) -> LRSAError:
@@ -53,13 +75,18 @@ def hub_error(key: str, name: str, error: BaseException) -> LRSAError:
     from datasets.exceptions import DatasetNotFoundError
 
     chain = _chain(error)
+    if (unwritable := cache_error(error, Path(name) if looks_local(name) else None)) is not None:
+        return unwritable
     instead = _INSTEAD.get(key, f"set {key} to a local directory")
     if any(isinstance(e, GatedRepoError) for e in chain):
         return LRSAError(f"{key}={name!r} is gated on the hub: ask for access there and log in, or {instead}.")
     if any(isinstance(e, RevisionNotFoundError) for e in chain):
         return LRSAError(f"{key}={name!r} has no such revision on the hub: correct the revision, or {instead}.")
     if any(isinstance(e, (RepositoryNotFoundError, DatasetNotFoundError, HFValidationError)) for e in chain):
-        return LRSAError(f"{key}={name!r} is not on the hub, or private: correct the name, log in, or {instead}.")
+        return LRSAError(
+            f"{key}={name!r} is neither a directory here nor on the hub, or private: correct the name, log in, or "
+            f"{instead}."
+        )
     unreachable = (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, ConnectionError, TimeoutError)
     if any(isinstance(e, unreachable) for e in chain):
         return LRSAError(f"{key}={name!r} is not on this machine and the hub cannot be reached: {instead}.")

@@ -19,12 +19,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from lrsa_ds.errors import LRSAError
+from lrsa_ds.exits import Exit
+from lrsa_ds.voice import say_for_all
 
 LOCK = "run.lock"
 BEAT_SECONDS = 10.0
 # After so long without a beat a holder elsewhere counts as dead: longer than a file server caches times.
 PATIENCE_SECONDS = 60.0
-EXIT_CODE = 3  # of a run that has lost its lock
 
 
 @dataclass(frozen=True)
@@ -154,8 +155,7 @@ class RunLock:
 
     def _end(self) -> None:
         reason = f"another run has taken {self._path}, since this one gave no sign of life for {self._patience:g} s"
-        print(f"error: {reason}: it ends here.", file=sys.stderr, flush=True)
-        os._exit(EXIT_CODE)
+        os._exit(say_for_all(f"error: {reason}: it ends here.", Exit.HUNG))
 
 
 @contextmanager

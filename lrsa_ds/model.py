@@ -5,7 +5,6 @@ the name "lrsa", after checking that every layer is plain causal attention, and 
 given.
 """
 
-import os
 import warnings
 from inspect import signature
 from pathlib import Path
@@ -22,7 +21,7 @@ from lrsa_ds.attention.cached import cached_attention
 from lrsa_ds.cache import LagKVCache
 from lrsa_ds.config import LRSAConfig, ModelConfig, require
 from lrsa_ds.generation import use_lrsa_cache
-from lrsa_ds.hub import hub_error
+from lrsa_ds.hub import hub_error, resolve_name
 from lrsa_ds.passes import attend_rows, read_pass
 
 NAME = "lrsa"
@@ -201,7 +200,7 @@ def model_config(model: ModelConfig) -> PreTrainedConfig:
         config = model_config(adapters.base)
         config.lrsa = adapters.lrsa or getattr(config, "lrsa", None)
         return config
-    directory = Path(os.path.expanduser(model.name))
+    directory = Path(resolve_name("model.name", model.name))
     if directory.is_dir():
         _check_weights(directory, model.gguf_file)
     return _named("model.name", AutoConfig.from_pretrained, model.name, **_origin(model))

@@ -42,12 +42,13 @@ def train(config: TrainConfig, procedure: Procedure, notes: list[str]) -> None:
         LRSAError: anything that the user can mend.
         Stopped: a signal has ended the run after a checkpoint.
     """
+    stop = StopRequest()
     plan = prepare(config, procedure)
     config = plan.config
-    stop = StopRequest()
     # Our own watch, which names the rank that hangs, is to speak before torch's, which does not.
     patience = timedelta(seconds=3 * config.parallel.timeout) if config.parallel.timeout else timedelta(days=30)
-    mesh = start_mesh(config.parallel.sp_size, patience, config.parallel.exchange)
+    join = timedelta(seconds=config.parallel.timeout) if config.parallel.timeout else patience
+    mesh = start_mesh(config.parallel.sp_size, patience, config.parallel.exchange, join)
     torch.manual_seed(config.seed)
 
     def enter(directory: Path) -> checkpoint.ResumePoint | None:
@@ -79,6 +80,7 @@ def _train_in(
             logger.message(note)
         logger.data(plan.report.row())
         _Run(config, plan, mesh, directory, logger, watch, stop).all([row for row in earlier if row["kind"] == "eval"])
+        stop.accept()  # there is no step left that could fulfil a wish to stop
         failed = False
     finally:
         logger.close(failed=failed)
@@ -114,6 +116,9 @@ class _Run:
             checkpoint.load_checkpoint(self.engine, point, self.mesh)
         elif config.eval.before:
             self.evaluate("before", 0)
+        # The last step and where the data stand after it, and the last step that is in a checkpoint.
+        self.place = (point.step, point.position) if point else (0, {})
+        self.saved_step = self.place[0]
         self.profiler = StepProfiler(config.log.profile_steps if self.mesh.is_main else [], self.directory)
         self.stop.begin()
         save = config.checkpoint
@@ -126,11 +131,13 @@ class _Run:
         if config.eval.after:
             self.evaluate("after", config.optim.num_steps)
         if config.checkpoint.export:
+            self.stop_if_asked()
             self.export(output.MODEL_DIRECTORY)
 
     def after_step(self, metrics: dict, position: dict) -> None:
         """Logs a step; then evaluates, keeps the best model, writes a checkpoint, or stops, where that is due."""
         config, step = self.config, metrics["step"]
+        self.place = step, position
         is_last = step == config.optim.num_steps
         self.profiler.after(step)
         self.logger.step(metrics)
@@ -153,8 +160,19 @@ class _Run:
         if wants_stop:
             self._end(step)
 
+    def stop_if_asked(self) -> None:
+        """After the last step: stops as training does, after a checkpoint, where some rank was asked to."""
+        if not self.mesh.max([float(self.stop.is_set)])[0]:
+            return
+        self.stop.accept()
+        step, position = self.place
+        if self.saved_step != step:
+            self.save(step, position)
+            self.finish_saving()
+        self._end(step)
+
     def _end(self, step: int) -> None:
-        name = self.stop.signal_name or "a signal to another rank"
+        name = self.stop.reason or "a signal to another rank"
         if self.mesh.is_main:
             output.mark(self.directory, output.STOPPED)
         raise Stopped(f"stopped after step {step} by {name}: the same command goes on, in {self.directory}.")
@@ -182,6 +200,7 @@ class _Run:
             "data": self.plan.data.fingerprint(),
         }
         self.saver.start(trainer)
+        self.saved_step = step
 
     def finish_saving(self) -> None:
         self.watch.doing("finishing a checkpoint")
@@ -194,6 +213,8 @@ class _Run:
         def on_batch(done: int, total: int) -> None:
             self.watch.doing(f"evaluation ({when})")
             self.logger.evaluating(when, done, total)
+            if when == "after":
+                self.stop_if_asked()
 
         examples = self.plan.data.validation_examples()
         found = evaluate(self.engine, config, self.mesh, examples, tokenizer, Moment(when, step), on_batch)

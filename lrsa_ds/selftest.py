@@ -12,6 +12,7 @@ from lrsa_ds.data.procedure import Procedure
 from lrsa_ds.parallel.mesh import Mesh, start_mesh, stop_mesh
 from lrsa_ds.plan import Plan, prepare
 from lrsa_ds.run import build_engine, build_trainer
+from lrsa_ds.signals import StopRequest
 from lrsa_ds.trainer import Engine
 
 NUM_STEPS = 2
@@ -34,6 +35,7 @@ def selftest(config: TrainConfig, procedure: Procedure) -> bool:
     Raises:
         LRSAError: the configuration asks for no sequence parallelism, or anything that a run refuses.
     """
+    StopRequest()
     size = config.parallel.sp_size
     require(size > 1, "the self-test compares sequence parallelism with none: set parallel.sp_size to 2 or more.")
     config = replace(config, output_dir=None)

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1 as a wish to stop at the end of the step, and what to do if that end cannot come.
+"""SIGTERM, SIGUSR1, Ctrl-C and the end of the launcher: a wish to stop after the step, or now if no step can end.
 
 A launcher sends SIGTERM for two reasons: the job is to end (then a checkpoint is written first), or another rank of the
 job has died (then no step will ever end, and this process has to go at once).
@@ -8,26 +8,34 @@ import os
 import signal
 import socket
 import threading
+import time
+from contextlib import suppress
 
-import psutil
+from lrsa_ds.exits import Exit
+from lrsa_ds.launcher import Launcher, named
+from lrsa_ds.voice import heard, say_for_all
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 POLL_SECONDS = 0.5
-EXIT_CODE = 143  # of a process that SIGTERM has ended
-NOTHING_LOST = 75  # of one that may be started again as it is
+# A second Ctrl-C is one that comes later than this: torchrun passes on the first, which its ranks have had already.
+AGAIN_SECONDS = 1.0
+WORD_SECONDS = 2.0  # for a rank that has ended to have said why, on its way out
 
 
 class StopRequest:
-    """Knows whether a signal has asked this process to stop. Make one in the main thread, before anything long.
+    """Knows whether this process is asked to stop. Make one in the main thread, before anything long.
 
-    Until `begin` a signal ends the process at once: there is nothing yet to save. A thread of its own hears the
-    signals, since the main one may be deep in a collective for minutes.
+    Until `begin` the process ends at once: there is nothing yet to save. A thread of its own hears the signals, since
+    the main one may be deep in a collective for minutes.
     """
 
     def __init__(self):
-        self.signal_name: str | None = None
+        self.reason: str | None = None
         self._begun, self._accepted = threading.Event(), threading.Event()
+        self._interrupted: float | None = None
+        self._launcher = Launcher()
         self._heard, sender = socket.socketpair()
+        self._heard.settimeout(POLL_SECONDS)
         sender.setblocking(False)
         self._sender = sender
         for number in SIGNALS:
@@ -37,37 +45,50 @@ class StopRequest:
 
     @property
     def is_set(self) -> bool:
-        return self.signal_name is not None
+        return self.reason is not None
 
     def begin(self) -> None:
         """From now on a signal is a wish that the end of a step fulfils."""
         self._begun.set()
 
     def accept(self) -> None:
-        """All ranks have agreed to stop: from now on they may end one after the other."""
+        """All ranks have agreed to stop, or are done: from now on they may end one after the other."""
         self._accepted.set()
 
     def _listen(self) -> None:
         while True:
-            for number in self._heard.recv(64):
-                if number in SIGNALS:
-                    self.signal_name = signal.Signals(number).name
-            if self.is_set and not self._begun.is_set():
-                os._exit(NOTHING_LOST)
-            while self.is_set and not self._accepted.wait(POLL_SECONDS):
-                if _a_neighbour_died():
-                    os._exit(EXIT_CODE)
-            if self.is_set:
-                return
+            with suppress(TimeoutError):
+                for number in self._heard.recv(64):
+                    self._note(number)
+            if self.reason is None and self._launcher.is_gone():
+                self.reason = "the end of its launcher"
+            if self.is_set and not self._accepted.is_set():
+                self._act()
+
+    def _note(self, number: int) -> None:
+        if number not in SIGNALS:
+            return
+        self.reason = self.reason or signal.Signals(number).name
+        if number == signal.SIGINT:
+            now = time.monotonic()
+            self._interrupted = self._interrupted or now
+            if now - self._interrupted > AGAIN_SECONDS:
+                os._exit(
+                    say_for_all("interrupted twice: ended at once; earlier checkpoints are whole.", Exit.INTERRUPTED)
+                )
+
+    def _act(self) -> None:
+        missing = self._launcher.missing()
+        if missing:
+            code = heard(WORD_SECONDS)
+            os._exit(say_for_all(_lost(missing), Exit.LOST) if code is None else code)
+        if not self._begun.is_set():
+            sentence = f"stopped by {self.reason}: nothing is lost, the same command goes on or starts again."
+            os._exit(say_for_all(sentence, Exit.STOPPED))
 
 
-def _a_neighbour_died() -> bool:
-    """Whether the launcher on this host runs fewer processes than it has started."""
-    expected = int(os.environ.get("LOCAL_SIZE", 1))
-    if expected == 1:
-        return False
-    try:
-        neighbours = psutil.Process(os.getppid()).children()
-        return sum(n.status() != psutil.STATUS_ZOMBIE for n in neighbours) < expected
-    except psutil.NoSuchProcess:  # the launcher itself is gone
-        return True
+def _lost(ranks: list[int]) -> str:
+    return (
+        f"error: {named(ranks)} ended without a word, killed (for want of memory?) or crashed: all ranks end; the same "
+        "command goes on from the last checkpoint."
+    )

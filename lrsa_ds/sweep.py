@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 
 from lrsa_ds.directory import TRAIN, check_directory, mark_directory
 from lrsa_ds.errors import LRSAError
+from lrsa_ds.exits import Exit
 from lrsa_ds.labels import SMALLER, factor_name
 from lrsa_ds.output import COMPLETED
 
@@ -135,7 +136,7 @@ class Runner:
     def _start(self, job: Job, slot: int, log: IO) -> subprocess.Popen:
         with self.lock:
             if self.stopped.is_set():
-                sys.exit(130)
+                sys.exit(Exit.INTERRUPTED)
             process = subprocess.Popen(
                 self._command(job, slot),
                 env=os.environ | {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])},

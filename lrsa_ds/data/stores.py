@@ -20,7 +20,7 @@ from lrsa_ds.data.files import ContentDigest, is_parquet
 from lrsa_ds.data.jsonfiles import Found, SpanIndex, found_rows, place_in, place_of, read_span, rows_in, spans_of
 from lrsa_ds.data.shapes import ReadRow
 from lrsa_ds.errors import LRSAError
-from lrsa_ds.hub import first_line
+from lrsa_ds.hub import cache_error, first_line
 
 READ_ERRORS = (ValueError, OSError, DatasetsError, pyarrow.ArrowException)
 _BATCH = 64
@@ -165,7 +165,8 @@ class _ParquetStore:
         try:
             return datasets.load_dataset("parquet", data_files=patterns, split="train", columns=names)
         except READ_ERRORS as error:
-            raise LRSAError(f"{self.label} cannot be read ({first_line(error)}).") from error
+            reason = LRSAError(f"{self.label} cannot be read ({first_line(error)}).")
+            raise (cache_error(error) or reason) from error
 
     def __len__(self) -> int:
         return self._ends[-1]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from jinja2.exceptions import TemplateError
+from jinja2.exceptions import TemplateError, TemplateSyntaxError
 
 from lrsa_ds.data.conversation import Conversation
 from lrsa_ds.data.special import SpecialTokens
@@ -19,7 +19,7 @@ from lrsa_ds.data.tokenizer import Tokenizer
 from lrsa_ds.errors import LRSAError
 
 # What code in a template may raise apart from jinja's own errors, when it gets messages that it was not made for.
-TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError)
+TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError)
 # The names under which templates read what a model thinks before it answers.
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 _PLACEHOLDER = "xPLACEHOLDERx"
@@ -140,6 +140,11 @@ class ChatTemplate:
             return self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=generate, **options
             )
+        except TemplateSyntaxError as error:
+            raise LRSAError(
+                f"the chat template of the tokenizer is broken ({error.message}, line {error.lineno}): mend it, or set "
+                "data.chat_template=false."
+            ) from error
         except TEMPLATE_ERRORS as error:
             roles = ", ".join(message["role"] for message in messages)
             said = " ".join(str(error).split()).rstrip(".")

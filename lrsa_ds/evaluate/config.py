@@ -7,6 +7,7 @@ from lrsa_ds.config import (
     LogConfig,
     LRSAConfig,
     ModelConfig,
+    expand_home,
     require,
     require_one_of,
     require_retention,
@@ -83,6 +84,7 @@ class EvaluateConfig:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self):
+        expand_home(self, "output_dir", "longbench", "ruler")
         require_whole("seed", self.seed, 0)
         require_whole("num_samples", self.num_samples, 1)
         require_whole("num_depths", self.num_depths, 1)

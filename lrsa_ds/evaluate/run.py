@@ -34,6 +34,7 @@ from lrsa_ds.model import apply_lrsa, check_supported, empty_model, load_model
 from lrsa_ds.occupy import occupy
 from lrsa_ds.parallel.mesh import Mesh, start_mesh, stop_mesh
 from lrsa_ds.provenance import provenance
+from lrsa_ds.signals import StopRequest
 from lrsa_ds.wandb_thread import check_wandb
 
 Score = Callable[[str, str, Sequence[str]], float]
@@ -60,6 +61,7 @@ def evaluate(
     Raises:
         LRSAError: the configuration cannot be honoured, or `output_dir` holds the results of another one.
     """
+    StopRequest()
     check_wandb(config.log)
     structure = empty_model(config.model)
     check_supported(structure)

@@ -16,7 +16,10 @@ from lrsa_ds.attention.kernels.blocks import BLOCK
 from lrsa_ds.config import require
 from lrsa_ds.errors import LRSAError
 from lrsa_ds.parallel.exchange import SequenceGroup
+from lrsa_ds.parallel.rendezvous import meet
 from lrsa_ds.registry import EXCHANGES
+
+JOIN = timedelta(minutes=30)  # for all ranks to come, where no setting says it
 
 
 @dataclass(frozen=True)
@@ -136,11 +139,16 @@ def check_world(sp_size: int) -> None:
     )
 
 
-def start_mesh(sp_size: int = 1, timeout: timedelta | None = None, exchange: str = "gather_kept") -> Mesh:
+def start_mesh(
+    sp_size: int = 1, timeout: timedelta | None = None, exchange: str = "gather_kept", join: timedelta = JOIN
+) -> Mesh:
     """Starts the process group: NCCL on CUDA, gloo on the CPU. Without a launcher the run has one process.
 
     Each `sp_size` consecutive ranks share their sequences, in the way that `exchange` names (see `strategies.py`). A
-    collective may take as long as `timeout`, or else as torch.distributed sets it.
+    collective may take as long as `timeout`, or else as torch.distributed sets it; the ranks meet within `join`.
+
+    Raises:
+        LRSAError: the master port is taken, a rank does not come, or there is no GPU for this one.
     """
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
@@ -150,13 +158,21 @@ def start_mesh(sp_size: int = 1, timeout: timedelta | None = None, exchange: str
     use_cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank()) if use_cuda else torch.device("cpu")
     if use_cuda:
+        count = torch.cuda.device_count()
+        require(
+            local_rank() < count,
+            f"rank {rank()} (LOCAL_RANK={local_rank()}) has no GPU: {socket.gethostname()} shows {count}, so start at "
+            f"most {count} ranks there.",
+        )
         torch.cuda.set_device(device)
     else:
         # DeepSpeed would compile a shared-memory collective, for most of a minute, and leave its segments behind.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     _share_cores()
-    patience = {} if timeout is None else {"timeout": timeout}
-    deepspeed.init_distributed(dist_backend="nccl" if use_cuda else "gloo", verbose=False, **patience)
+    backend, patience = "nccl" if use_cuda else "gloo", {} if timeout is None else {"timeout": timeout}
+    place = {"store": meet(join), "rank": rank(), "world_size": world_size()}
+    dist.init_process_group(backend, **place, **patience)
+    deepspeed.init_distributed(dist_backend=backend, verbose=False, **patience)  # it takes what torch has started
     return Mesh(dist.get_rank(), dist.get_world_size(), local_rank(), device, _sequence_group(sp_size, exchange))
 
 

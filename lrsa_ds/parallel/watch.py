@@ -6,16 +6,18 @@ it. So a process that is stopped or gone can be told from one that is alive and 
 
 import json
 import os
-import sys
 import threading
 import time
 from contextlib import suppress
 from pathlib import Path
 
+from lrsa_ds.exits import Exit
+from lrsa_ds.launcher import named
 from lrsa_ds.parallel.mesh import Mesh
+from lrsa_ds.voice import heard, say_for_all
 
 DIRECTORY = "ranks"
-EXIT_CODE = 3
+WORD_SECONDS = 5.0  # for the rank that speaks to do so
 
 
 class Watch:
@@ -84,25 +86,21 @@ class Watch:
         silent = [r for r in range(self._world_size) if now[r] is None or now[r] == before[r]]
         alive = [r for r in range(self._world_size) if r not in silent]
         if self._rank == min(alive, default=self._rank):
-            print(f"error: {self._sentence(silent, alive, now)}", file=sys.stderr, flush=True)
+            say_for_all(f"error: {self._sentence(silent, alive, now)}", Exit.HUNG)
         else:
-            time.sleep(1)  # the launcher ends all when one ends: the one that speaks comes first
-        os._exit(EXIT_CODE)
+            heard(WORD_SECONDS)  # the launcher ends all when one ends: the one that speaks comes first
+        os._exit(Exit.HUNG)
 
     def _sentence(self, silent: list[int], alive: list[int], now: list[dict | None]) -> str:
         start = f"nothing has moved for {self._timeout:g} s (parallel.timeout) in {self._doing}: "
         if silent:
             verb = "gives" if len(silent) == 1 else "give"
-            return f"{start}{_ranks(silent)} {verb} no sign of life. All ranks end; the same command goes on."
+            return f"{start}{named(silent)} {verb} no sign of life. All ranks end; the same command goes on."
         by_deed: dict[str, list[int]] = {}
         for rank in alive:
             by_deed.setdefault(now[rank]["doing"], []).append(rank)
         if len(by_deed) == 1:
             return f"{start}all ranks are there and wait for each other. All ranks end; the same command goes on."
         fewest = min(by_deed, key=lambda deed: len(by_deed[deed]))
-        held_up = _ranks(by_deed[fewest])
+        held_up = named(by_deed[fewest])
         return f"{start}{held_up} is still at '{fewest}' while others wait. All ranks end; the same command goes on."
-
-
-def _ranks(ranks: list[int]) -> str:
-    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"

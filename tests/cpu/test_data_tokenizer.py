@@ -44,10 +44,10 @@ def test_neither_padding_nor_end_token(tmp_path):
     ("model", "sentence"),
     [
         ({"name": "./missing"}, "model.name='./missing' does not exist"),
-        ({"name": "~/missing_dir"}, "model.name='~/missing_dir' does not exist"),
+        ({"name": "~/missing_dir"}, "model.name='/.*/missing_dir' does not exist"),
         ({"name": "some/model", "tokenizer": "/a/b/c"}, "model.tokenizer='/a/b/c' does not exist"),
         ({"name": "some/model"}, "model.name='some/model' is not on this machine and the hub cannot be reached: set"),
-        ({"name": "not a name"}, "model.name='not a name' is not on the hub, or private"),
+        ({"name": "not a name"}, "model.name='not a name' is neither a directory here nor on the hub, or private"),
         ({"name": "{tmp}"}, "model.name='.*' cannot be loaded"),
         ({"name": "{tmp}", "gguf_file": "x.gguf"}, "model.gguf_file='x.gguf' is not in model.name"),
     ],

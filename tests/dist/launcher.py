@@ -22,12 +22,12 @@ ENV = {
 class Job:
     """A command in a session of its own."""
 
-    def __init__(self, command: list[str], cwd: Path = ROOT):
+    def __init__(self, command: list[str], cwd: Path = ROOT, env: dict[str, str] | None = None):
         self.command = command
         self.process = subprocess.Popen(
             command,
             cwd=cwd,
-            env=ENV,
+            env=ENV | (env or {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -71,8 +71,10 @@ class Job:
             time.sleep(0.002)
 
 
-def run(command: list[str], timeout: float = 240, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    return Job(command, cwd).finish(timeout)
+def run(
+    command: list[str], timeout: float = 240, cwd: Path = ROOT, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess:
+    return Job(command, cwd, env).finish(timeout)
 
 
 def launch_command(*arguments: str, script: str = "train", num_ranks: int = 2) -> list[str]:
@@ -82,6 +84,16 @@ def launch_command(*arguments: str, script: str = "train", num_ranks: int = 2) -
 
 def launch(*arguments: str, script: str = "train", num_ranks: int = 2) -> subprocess.CompletedProcess:
     return run(launch_command(*arguments, script=script, num_ranks=num_ranks))
+
+
+def torchrun_command(*arguments: str, num_ranks: int = 2) -> list[str]:
+    where = ["--nproc_per_node", str(num_ranks), "--master_port", str(free_port())]
+    return ["torchrun", *where, "launch/train.py", *arguments]
+
+
+def sentences(stderr: str) -> list[str]:
+    """What ranks have said: the lines that begin with "error: "."""
+    return [line for line in stderr.splitlines() if line.startswith("error: ")]
 
 
 def train_alone(*arguments: str) -> subprocess.CompletedProcess:

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lrsa_ds import LRSAConfig, apply_lrsa
 from lrsa_ds.config import typed_config
 from lrsa_ds.report import evaluation_table
+from lrsa_ds.signals import SIGNALS
 from tests.dist.launcher import launch, rows_of, run, train_alone
 from tests.helpers import ROOT, wandb_history, wandb_records
 
@@ -191,7 +193,13 @@ def refused(capfd, monkeypatch, *arguments: str, command: str = "train") -> str:
     }
     monkeypatch.setattr(sys, "argv", [f"{command}.py", *arguments])
     monkeypatch.chdir(ROOT)
-    assert run_command(*commands[command]) == 2
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        assert run_command(*commands[command]) == 2
+    finally:  # this process stays, and is no run
+        signal.set_wakeup_fd(-1)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     assert not torch.distributed.is_initialized()
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1

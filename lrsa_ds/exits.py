@@ -1,0 +1,15 @@
+"""How every command ends, in one place."""
+
+from enum import IntEnum
+
+
+class Exit(IntEnum):
+    """Exit codes of a rank, and of a command without a launcher; the README says what arrives through a launcher."""
+
+    DONE = 0
+    FAILED = 1  # a self-test or a job of a sweep that failed, or an error in this program (a traceback)
+    REFUSED = 2  # something the user can mend, said in one sentence
+    HUNG = 3  # nothing moved for parallel.timeout seconds, or so long that another run has taken the directory
+    LOST = 4  # another rank of the run ended without a word
+    STOPPED = 75  # by a signal, nothing is lost: "try again", in the words of sysexits.h
+    INTERRUPTED = 130  # a second Ctrl-C, which does not wait for a checkpoint
