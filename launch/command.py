@@ -10,14 +10,16 @@ from typing import Any
 
 import hydra
 import torch.distributed as dist
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from launch.accelerator import register_resolver
+from launch.accelerator import PICKS, register_resolver
 from launch.checkout import CONF, check_fetched, register_checkout
+from launch.defaults import fit_defaults
+from launch.mistakes import every_mistake
 from launch.schema import register_schema
-from launch.sentences import hydra_sentence
 from lrsa_ds.config import TrainConfig, typed_config
 from lrsa_ds.errors import LRSAError, Stopped
 from lrsa_ds.exits import Exit
@@ -59,8 +61,8 @@ def run_command(action: Callable[[Any], bool], name: str = "train", schema: type
         return Exit.DONE if _composed_and_run(action, name, schema) else Exit.FAILED
     except Stopped as stopped:
         return say_for_all(str(stopped), Exit.STOPPED)
-    except (LRSAError, HydraException, OmegaConfBaseException) as error:
-        return say_for_all(f"error: {hydra_sentence(error, schema)}", Exit.REFUSED)
+    except LRSAError as error:
+        return say_for_all(f"error: {error}", Exit.REFUSED)
     except Exception as error:
         if isinstance(error, OSError) and error.filename and error.errno in NOT_WRITABLE:
             return say_for_all(f"error: {error.filename} cannot be written or read ({error.strerror}).", Exit.REFUSED)
@@ -86,13 +88,18 @@ def _composed_and_run(action: Callable[[Any], bool], name: str, schema: type) ->
     def task(composed: DictConfig) -> None:
         nonlocal succeeded, failure
         try:
+            if schema is TrainConfig:
+                PICKS.update(fit_defaults(composed, HydraConfig.get().overrides.task))
             config = typed_config(composed, schema)
             check_fetched(config.model)
             succeeded = action(config)
         except Exception as error:  # on its way through Hydra it would print the overrides on every rank
             failure = error
 
-    hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(task)()
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(task)()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise every_mistake(error, sys.argv[1:], name, schema) from error
     if failure is not None:
         raise failure
     return succeeded

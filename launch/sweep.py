@@ -35,6 +35,7 @@ from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
 from launch.accelerator import register_resolver  # noqa: E402
 from launch.checkout import CONF, register_checkout  # noqa: E402
+from launch.defaults import fit_defaults  # noqa: E402
 from launch.schema import register_schema  # noqa: E402
 from launch.sentences import hydra_sentence, quoted  # noqa: E402
 from lrsa_ds.config import TrainConfig, require, typed_config  # noqa: E402
@@ -88,7 +89,9 @@ def base_config(typed: list[str]) -> TrainConfig:
     others = [o for o in parsed(typed) if not o.is_sweep_override()]
     fixed = [o.input_line for o in others if re.split("[./]", o.key_or_group)[0] not in ("hydra", "sweep")]
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return typed_config(compose("train", fixed))
+        composed = compose("train", fixed)
+        fit_defaults(composed, fixed)
+        return typed_config(composed)
 
 
 def sweep_directory(config: TrainConfig) -> Path:

@@ -34,6 +34,7 @@ MAY_CHANGE = (
     "loss_chunk_size",
     "attention.backend",
     "data.num_workers",
+    "eval.allow_fewer",
     "data.on_bad_row",
     "data.report",
     "parallel",

@@ -8,6 +8,7 @@ any process group starts.
 import difflib
 import os
 import re
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -15,7 +16,7 @@ from typing import Any, get_args, get_origin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from lrsa_ds.errors import LRSAError
+from lrsa_ds.errors import LRSAError, all_of
 from lrsa_ds.registry import EXCHANGES, KERNELS, SELECTION_RULES
 
 AUTO = "auto"  # of the kernels the fastest that is possible
@@ -24,10 +25,18 @@ COLUMNS = ("messages", "conversations", "tools", "system", "prompt", "completion
 COLUMNS += ("context", "question", "answer", "answers", "answer_start", "text", "input_ids", "labels", "task")
 
 
+# Set while all mistakes of a configuration are looked for: each is noted, and the checks go on.
+_NOTED: ContextVar[list[str] | None] = ContextVar("noted", default=None)
+
+
 def require(condition: bool, message: str) -> None:
     """Raises `LRSAError(message)` unless `condition` holds."""
-    if not condition:
+    if condition:
+        return
+    noted = _NOTED.get()
+    if noted is None:
         raise LRSAError(message)
+    noted.append(message)
 
 
 def require_one_of(key: str, value: Any, valid: tuple) -> None:
@@ -467,6 +476,7 @@ class EvalConfig:
     after: bool = True
     every: int = 0
     num_examples: int = 48
+    allow_fewer: bool = False
     retentions: list[float] = field(default_factory=lambda: [1.0, 0.5, 0.25, 0.125])
 
     def __post_init__(self):
@@ -603,11 +613,30 @@ def typed_config(composed: DictConfig, schema: type = TrainConfig) -> Any:
     try:
         values = OmegaConf.to_container(composed, resolve=True)
         # Merged as plain values: a DictConfig would bring its own, laxer flags along, and drop unknown keys silently.
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
-    except LRSAError:
-        raise
+        merged = OmegaConf.merge(OmegaConf.structured(schema), values)
+        try:
+            return OmegaConf.to_object(merged)
+        except LRSAError as error:
+            raise all_of([str(error), *_all_mistakes(merged)]) from None
     except OmegaConfBaseException as error:
         raise LRSAError(config_sentence(error, schema)) from error
+
+
+def _all_mistakes(merged: DictConfig) -> list[str]:
+    """What every group, and then the whole, has to say against the values of a configuration."""
+    noted: list[str] = []
+    token = _NOTED.set(noted)
+    try:
+        for node in [*(value for value in merged.values() if isinstance(value, DictConfig)), merged]:
+            try:
+                OmegaConf.to_object(node)
+            except LRSAError as error:
+                noted.append(str(error))
+            except Exception:  # a check that went on with the wrong value, which is noted
+                pass
+    finally:
+        _NOTED.reset(token)
+    return noted
 
 
 def save_settings(settings: dict, path: Path) -> None:

@@ -1,5 +1,9 @@
 """What ends a run with a single sentence instead of a traceback."""
 
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
 
 class LRSAError(ValueError):
     """Something the user can mend: the message is one sentence that names the key and the valid values."""
@@ -7,3 +11,45 @@ class LRSAError(ValueError):
 
 class Stopped(Exception):
     """A signal has asked the run to stop; it left a checkpoint, and the same command goes on from there."""
+
+
+class LRSAErrors(LRSAError):
+    """Several at once; `sentences` holds them."""
+
+    def __init__(self, sentences: Sequence[str]):
+        self.sentences = list(sentences)
+        super().__init__(" ".join(f"({number}) {sentence}" for number, sentence in enumerate(sentences, start=1)))
+
+
+def all_of(sentences: Sequence[str]) -> LRSAError:
+    """One error for several sentences, each once: of those that begin with the same key only the first."""
+    by_key: dict[str, str] = {}
+    for sentence in sentences:
+        by_key.setdefault(re.split("[=: ]", sentence, maxsplit=1)[0], sentence)
+    different = list(by_key.values())
+    return LRSAError(different[0]) if len(different) == 1 else LRSAErrors(different)
+
+
+def sentences_of(error: LRSAError) -> list[str]:
+    """What an error says, sentence by sentence."""
+    return error.sentences if isinstance(error, LRSAErrors) else [str(error)]
+
+
+class Problems:
+    """Collects what independent checks raise, so that the user sees all of it at once."""
+
+    def __init__(self) -> None:
+        self._sentences: list[str] = []
+
+    @contextmanager
+    def collect(self) -> Iterator[None]:
+        """Takes the `LRSAError` of one check."""
+        try:
+            yield
+        except LRSAError as error:
+            self._sentences += sentences_of(error)
+
+    def raise_all(self) -> None:
+        """Raises one `LRSAError` with everything that was collected, if anything was."""
+        if self._sentences:
+            raise all_of(self._sentences)

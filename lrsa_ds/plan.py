@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -12,6 +13,7 @@ from lrsa_ds.config import TrainConfig, require
 from lrsa_ds.data.procedure import Procedure, RunData, prepare_data
 from lrsa_ds.data.survey import SAMPLED_TOKENS, DataReport, steps_of_epochs, survey
 from lrsa_ds.data.tokenizer import Tokenizer, load_tokenizer
+from lrsa_ds.errors import Problems
 from lrsa_ds.liger import check_liger
 from lrsa_ds.model import check_supported, empty_model
 from lrsa_ds.objectives import check_objective
@@ -46,35 +48,60 @@ def prepare(config: TrainConfig, procedure: Procedure) -> Plan:
     """Checks everything that can be checked on one process, at the cost of reading the data's head.
 
     Raises:
-        LRSAError: the first thing that is wrong, in one sentence.
+        LRSAError: what is wrong, a sentence for each of the checks that do not depend on each other.
     """
-    use_cuda = torch.cuda.is_available()
-    check_wandb(config.log)
-    check_peft(config.model.lora)
-    dtype = {"auto": torch.bfloat16 if use_cuda else torch.float32, "bf16": torch.bfloat16, "fp32": torch.float32}
-    dtype = dtype[config.model.dtype]
+    problems = Problems()
+    for check, part in ((check_wandb, config.log), (check_peft, config.model.lora)):
+        with problems.collect():
+            check(part)
+    architecture = data = None
+    with problems.collect():
+        architecture = _architecture(config)
+    with problems.collect():
+        tokenizer = load_tokenizer(config.model)
+        data = prepare_data(procedure, config, tokenizer)
+    if architecture is None or data is None:
+        problems.raise_all()
+    dtype, num_parameters, num_frozen, vocabulary = architecture
+    with problems.collect():
+        check_output(config, num_parameters, dtype.itemsize)
+    with problems.collect():
+        require(
+            len(tokenizer) <= vocabulary,
+            f"model.tokenizer has {len(tokenizer)} tokens, and the model knows {vocabulary}: they do not belong "
+            "together.",
+        )
+    problems.raise_all()
+    config = _with_steps(config, data)
+    compressed = [config.attention.at_step(i) for i in range(len(config.attention.retentions))]
+    short = max(0 if settings.is_dense else settings.dense_prefix_size for settings in compressed)
+    report = survey(data, short, None if config.data.report == "all" else SAMPLED_TOKENS)
+    plan = Plan(config, dtype, num_parameters, tokenizer, data, report, resume=None, num_frozen=num_frozen)
+    return replace(plan, resume=find_resume(config, plan))
+
+
+class _Architecture(NamedTuple):
+    """What the run needs to know of its model; `num_frozen` are parameters of copies that are not trained."""
+
+    dtype: torch.dtype
+    num_parameters: int
+    num_frozen: int
+    vocabulary: int
+
+
+def _architecture(config: TrainConfig) -> _Architecture:
+    """The sizes of the model, once it is known that the run can train it."""
     objective = check_objective(config)
+    automatic = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    dtype = {"auto": automatic, "bf16": torch.bfloat16, "fp32": torch.float32}[config.model.dtype]
     structure = empty_model(config.model)
     check_supported(structure)
     check_liger(config.model, structure.config.model_type)
     _check_backend(config, structure, dtype)
     _check_parallel(config, structure, objective.retentions)
     num_parameters = sum(p.numel() for p in structure.parameters())
-    check_output(config, num_parameters, dtype.itemsize)
-    tokenizer = load_tokenizer(config.model)
-    vocabulary = structure.get_input_embeddings().num_embeddings
-    require(
-        len(tokenizer) <= vocabulary,
-        f"model.tokenizer has {len(tokenizer)} tokens, and the model knows {vocabulary}: they do not belong together.",
-    )
-    data = prepare_data(procedure, config, tokenizer)
-    config = _with_steps(config, data)
-    compressed = [config.attention.at_step(i) for i in range(len(config.attention.retentions))]
-    short = max(0 if settings.is_dense else settings.dense_prefix_size for settings in compressed)
-    report = survey(data, short, None if config.data.report == "all" else SAMPLED_TOKENS)
     num_frozen = num_parameters * objective.num_frozen_copies(config)
-    plan = Plan(config, dtype, num_parameters, tokenizer, data, report, resume=None, num_frozen=num_frozen)
-    return replace(plan, resume=find_resume(config, plan))
+    return _Architecture(dtype, num_parameters, num_frozen, structure.get_input_embeddings().num_embeddings)
 
 
 def find_resume(config: TrainConfig, plan: Plan) -> ResumePoint | None:

@@ -67,7 +67,8 @@ def _say(text: str) -> None:
     with suppress(OSError, ValueError):  # nobody reads any more
         sys.stdout.flush()
     with suppress(OSError, ValueError):
-        print(text, file=sys.stderr, flush=True)
+        over_bar = "\r\x1b[K" if sys.stderr.isatty() else ""  # a progress bar may stand in this line
+        print(f"{over_bar}{text}", file=sys.stderr, flush=True)
 
 
 @contextmanager

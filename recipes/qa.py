@@ -70,7 +70,7 @@ class QAData:
             for split in ("train", "validation"):
                 self.generated[split] = StdlibQA(split, config.seed, data.tasks, length, tokenizer, self.encoder.length)
         else:
-            self.rows = open_rows(data, config.seed, config.eval.num_examples, to_row)
+            self.rows = open_rows(data, config.seed, config.eval.num_examples, to_row, config.eval.allow_fewer)
 
     @property
     def num_rows(self) -> int | None:

@@ -9,10 +9,12 @@ from lrsa_ds.data.shapes import ToRow
 from lrsa_ds.data.sources import Row, Rows
 
 
-def open_rows(data: DataConfig, seed: int, num_validation: int, to_row: ToRow | None = None) -> "Rows | Mixture":
+def open_rows(
+    data: DataConfig, seed: int, num_validation: int, to_row: ToRow | None = None, allow_fewer: bool = False
+) -> "Rows | Mixture":
     """The rows that `data` names, of one source or of several; see `Rows`."""
     kind = Mixture if data.source == "mixture" else Rows
-    return kind(data, seed, num_validation, to_row)
+    return kind(data, seed, num_validation, to_row, allow_fewer)
 
 
 class Mixture:
@@ -25,13 +27,20 @@ class Mixture:
     Validation rows are shared out by the same weights, at least one for each source.
     """
 
-    def __init__(self, data: DataConfig, seed: int, num_validation: int, to_row: ToRow | None = None):
+    def __init__(
+        self,
+        data: DataConfig,
+        seed: int,
+        num_validation: int,
+        to_row: ToRow | None = None,
+        allow_fewer: bool = False,
+    ):
         self.seed = seed
         weights = [source.weight for source in data.sources]
         self.has_weights = None not in weights
         counts = shares(num_validation, weights if self.has_weights else [1.0] * len(weights))
         self.sources = [
-            Rows(data.of_source(source), seed + number, max(1, count), to_row)
+            Rows(data.of_source(source), seed + number, max(1, count), to_row, allow_fewer)
             for number, (source, count) in enumerate(zip(data.sources, counts, strict=True))
         ]
         sizes = [source.num_trained for source in self.sources]

@@ -14,6 +14,10 @@ from lrsa_ds.data.shapes import USED_COLUMNS, ToRow, row_reader
 from lrsa_ds.data.stores import READ_ERRORS, HubStore, Store, file_store
 from lrsa_ds.errors import LRSAError
 from lrsa_ds.hub import hub_error, resolve_name
+from lrsa_ds.notices import say_once
+
+# One in so many rows is held out where rows are few and their number is a default.
+ROWS_TO_ONE = 4
 
 
 class Place:
@@ -50,14 +54,22 @@ class Rows:
 
     Args:
         to_row: brings a row, as the file or the data set holds it, into one of the known shapes.
+        allow_fewer: whether at most a quarter of the rows is held out, at least one, where there are few.
 
     Raises:
         LRSAError: nothing to read, nothing readable, a bad row (with `data.on_bad_row=error`), or too few rows to hold
             any out. All rows are checked now, or, streaming, the first 1,000.
     """
 
-    def __init__(self, data: DataConfig, seed: int, num_validation: int, to_row: ToRow | None = None):
-        self.seed = seed
+    def __init__(
+        self,
+        data: DataConfig,
+        seed: int,
+        num_validation: int,
+        to_row: ToRow | None = None,
+        allow_fewer: bool = False,
+    ):
+        self.seed, self.allow_fewer = seed, allow_fewer
         self.read_row = row_reader(dict(data.columns), to_row)
         # What a function of the user's looks at is not known.
         self.columns = [*USED_COLUMNS, *data.columns.values()] if to_row is None else None
@@ -69,7 +81,7 @@ class Rows:
         if separate is None:
             other = "data.validation_path" if data.source == "files" else "data.validation_split"
             self.held_out = self.source.hold_out(num_validation, other)
-            self.num_held_out = num_validation
+            self.num_held_out = len(self.held_out)
         else:
             held = _Streamed(separate, self) if data.streaming else _Stored(separate, self)
             self.held_out = list(islice(held.good_rows(), num_validation))
@@ -137,7 +149,7 @@ class _Stored:
     """Training rows that are found by their number."""
 
     def __init__(self, opened: Store, rows: Rows):
-        self.opened, self.seed, self.read_row = opened, rows.seed, rows.read_row
+        self.opened, self.seed, self.read_row, self.allow_fewer = opened, rows.seed, rows.read_row, rows.allow_fewer
         self.trained = np.arange(len(opened))
         self._last_order: tuple[int, np.ndarray] | None = None
 
@@ -169,10 +181,12 @@ class _Stored:
         return (self.row(index) for index in range(len(self.opened)) if index not in self.opened.bad)
 
     def hold_out(self, count: int, other: str) -> list[Row]:
+        num_good = len(self.opened) - len(self.opened.bad)
+        if self.allow_fewer:
+            count = _fewer(num_good, count, self.opened.label)
         order = np.random.default_rng([self.seed, 0]).permutation(len(self.opened))
         good = (int(index) for index in order if int(index) not in self.opened.bad)
         held = list(islice(good, count))
-        num_good = len(self.opened) - len(self.opened.bad)
         _require_more(num_good, count, self.opened.label, other)
         self.trained = order[~np.isin(order, held)]
         return [self.row(index) for index in held]
@@ -197,7 +211,7 @@ class _Streamed:
     num_trained, num_all, num_bad = None, None, 0
 
     def __init__(self, opened: RowStream, rows: Rows):
-        self.opened, self.seed, self.read_row = opened, rows.seed, rows.read_row
+        self.opened, self.seed, self.read_row, self.allow_fewer = opened, rows.seed, rows.read_row, rows.allow_fewer
         self.num_skipped = 0
         for handle in islice(self.opened.handles(None, 0), self.opened.num_checked):
             content = self._row(0, handle).content
@@ -224,6 +238,8 @@ class _Streamed:
 
     def hold_out(self, count: int, other: str) -> list[Row]:
         """The first good rows; bad ones among them are not trained on either."""
+        if self.allow_fewer:
+            count = _fewer(sum(1 for _ in islice(self.good_rows(), ROWS_TO_ONE * count)), count, self.opened.label)
         found = list(islice(self.good_rows(), count + 1))
         _require_more(len(found), count, self.opened.label, other)
         self.num_skipped = found[count].index
@@ -238,6 +254,17 @@ class _Streamed:
         wanted = set(places)
         passed = islice(handles, max(wanted, default=-1) + 1)
         return {index: self._row(index, handle) for index, handle in passed if index in wanted}
+
+
+def _fewer(num_rows: int, num_validation: int, label: str) -> int:
+    """How many rows are held out where nobody has said it: at most one in `ROWS_TO_ONE`, and at least one."""
+    fewer = max(1, min(num_validation, num_rows // ROWS_TO_ONE))
+    if fewer < num_validation:
+        say_once(
+            f"eval.num_examples={num_validation} is a default, and {label} has {num_rows} rows: {fewer} of them are "
+            "held out."
+        )
+    return fewer
 
 
 def _require_more(num_rows: int, num_validation: int, label: str, other: str) -> None:

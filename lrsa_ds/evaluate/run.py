@@ -200,15 +200,18 @@ def _work(
     total = len(missing)
     progress = Progress(total, unit="sample") if mesh.is_main and log.progress else None
     file = JSONLines(part_of(directory, mesh.rank))
-    for number, (item, wanted) in enumerate(mine):
-        if progress:  # the others are about as far
-            progress.show({"step": min(number * mesh.world_size, total)})
-        for row in evaluator.rows(samples.sample(*item), wanted):
-            file.write(row)
-    file.close()
-    if progress:
-        progress.show({"step": total})
-        progress.close()
+    try:
+        for number, (item, wanted) in enumerate(mine):
+            if progress:  # the others are about as far
+                progress.show({"step": min(number * mesh.world_size, total)})
+            for row in evaluator.rows(samples.sample(*item), wanted):
+                file.write(row)
+        if progress:
+            progress.show({"step": total})
+    finally:  # an error is said below the bar
+        file.close()
+        if progress:
+            progress.close()
 
 
 def _description(

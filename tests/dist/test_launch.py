@@ -218,7 +218,7 @@ def test_bad_data(capfd, monkeypatch, tmp_path):
     data.write_text(good * 9 + json.dumps({"prompt": "a"}) + "\n")
     assert f"{data}, line 10: completion is missing" in refused(capfd, monkeypatch, *command)
     data.write_text(good * 4)
-    assert "eval.num_examples=4" in refused(capfd, monkeypatch, *command)
+    assert "eval.num_examples=4" in refused(capfd, monkeypatch, *command, "eval.num_examples=4")
 
 
 @pytest.mark.parametrize(

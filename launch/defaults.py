@@ -1,0 +1,38 @@
+"""Numbers that nobody has typed and that do not fit the others: lowered, and the user is told."""
+
+from collections.abc import Sequence
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig
+
+
+def fit_defaults(composed: DictConfig, overrides: Sequence[str]) -> dict[str, str]:
+    """Lowers defaults of files in `conf/` where what was typed leaves no room for them.
+
+    Args:
+        composed: a configuration of `launch/train.py`, changed in place.
+        overrides: what was typed. A value among it is never changed.
+
+    Returns:
+        A note for each key that was lowered.
+    """
+    notes = {}
+    steps, warmup = composed.optim.num_steps, composed.optim.warmup_steps
+    if 0 < steps < warmup and not _is_typed("optim.warmup_steps", overrides):
+        composed.optim.warmup_steps = fewer = max(1, steps // 10)
+        notes["optim.warmup_steps"] = (
+            f"optim.warmup_steps={fewer} (its default, {warmup}, is more than optim.num_steps={steps})"
+        )
+    if not _is_typed("eval.num_examples", overrides) and not _is_typed("eval.allow_fewer", overrides):
+        composed.eval.allow_fewer = True  # how many rows there are is known when the data are read
+    return notes
+
+
+def _is_typed(key: str, overrides: Sequence[str]) -> bool:
+    """Whether an override sets `key`, or a dictionary around it."""
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        if override.key_or_group == key:
+            return True
+        if key.startswith(f"{override.key_or_group}.") and isinstance(override.value(), dict):
+            return True
+    return False
