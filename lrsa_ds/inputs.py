@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from glob import glob
 from pathlib import Path
 
+from lrsa_ds.adapters import find_adapters
 from lrsa_ds.config import DataConfig, ModelConfig, require
 from lrsa_ds.hub import looks_local
 
@@ -19,6 +20,8 @@ def check_inputs(directory: Path, model: ModelConfig, data: DataConfig | None = 
         LRSAError: names the key.
     """
     paths = [("model.name", model.name), ("model.tokenizer", model.tokenizer), *more.items()]
+    if adapters := find_adapters(model):
+        paths.append(("model.name", adapters.base.name))
     for source in [] if data is None else [data, *data.sources]:
         paths.append(("data.name", source.name))
         for key, value in (("data.path", source.path), ("data.validation_path", source.validation_path)):

@@ -146,7 +146,10 @@ OF_DATA = ["data=files", "output_dir={t}/P", "data.path={t}/all.jsonl"]
         [*OF_MODELS, "model.name={t}/behind"],
         [*OF_MODELS, "model.name={t}/files"],
         [*OF_MODELS, "model.name={t}/outside", "model.tokenizer={t}/P/model"],
+        [*OF_MODELS, "model.name={t}/adapters"],
         [*OF_DATA, "data.path={t}/P/rows.jsonl"],
+        [*OF_DATA, "data.path=[{t}/all.jsonl,{t}/P/rows.jsonl]"],
+        ["data=mixture", "output_dir={t}/P", "data.sources=[{{path:{t}/all.jsonl}},{{path:{t}/P/data}}]"],
         [*OF_DATA, "data.path='{t}/P/*.jsonl'"],
         [*OF_DATA, "data.path={t}/P/data"],
         [*OF_DATA, "data.path={t}/linked"],
@@ -166,6 +169,9 @@ def test_inputs_where_the_run_would_write_are_refused(capfd, monkeypatch, tmp_pa
         (tmp_path / name).mkdir()
         for path in (place / target).iterdir():
             (tmp_path / name / path.name).symlink_to(path)
+    (tmp_path / "adapters").mkdir()
+    peft = {"peft_type": "LORA", "r": 4, "base_model_name_or_path": str(place / "model")}
+    (tmp_path / "adapters" / "adapter_config.json").write_text(json.dumps(peft))
     for is_marked in (False, True):
         if is_marked:
             for directory in (place, place / "model"):
