@@ -22,7 +22,7 @@ from lrsa_ds.data.tokenizer import Tokenizer
 
 
 class RunData(TrainingRows, Protocol):
-    """The data of a run: what `TrainingRows` has, and the two below. Pickled when `data.num_workers` is 1.
+    """The data of a run: what `TrainingRows` has, and the two below. `data.num_workers=1` hands it to another process.
 
     Data may also have what helps the report before training (see `lrsa_ds.data.survey`): `num_rows` and `num_bad_rows`
     of an epoch, and `row_order(epoch)`, the indices of its rows in their order, if every epoch has the same rows.
@@ -32,7 +32,8 @@ class RunData(TrainingRows, Protocol):
         """What answers are scored on, at least one; the same on every rank. `Example.task` groups the scores."""
 
     def fingerprint(self) -> str:
-        """What the training rows are: a run that is resumed refuses data with another fingerprint."""
+        """What the training rows are: a run that is resumed refuses data with another fingerprint,
+        unless `checkpoint.accept_data_change` is set."""
 
 
 class Procedure(Protocol):

@@ -80,7 +80,10 @@ def canonical(row: Any, columns: dict[str, str] | None = None) -> dict[str, Any]
     shape = _shape_of(named, columns or {})
     if shape is None:
         found = ", ".join(map(str, row)) or "none"
-        raise LRSAError(f"no known shape in its columns ({found}): use {ACCEPTED}, or map names with data.columns.")
+        raise LRSAError(
+            f"no known shape in its columns ({found}): use {ACCEPTED}, or "
+            "map names with 'data.columns={context: passage}'."
+        )
     task = named.get("task")
     found = shape.read(named)
     if not isinstance(task, str) or not task:
