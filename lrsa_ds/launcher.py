@@ -29,7 +29,9 @@ LAUNCHERS = {
 
 def is_one_of_several(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether a launcher, suited or not, has started other processes beside this one."""
-    return "RANK" in environment or _unsuited(environment) is not None
+    if "RANK" in environment:
+        return environment.get("WORLD_SIZE") != "1"
+    return _unsuited(environment) is not None
 
 
 def check_launcher(environment: Mapping[str, str] = os.environ) -> None:

@@ -62,4 +62,5 @@ def test_others_are_refused_by_name(environment, said):
 
 def test_who_has_others_beside_it():
     assert is_one_of_several(RANK) and is_one_of_several(SRUN)
+    assert not is_one_of_several(RANK | {"WORLD_SIZE": "1"})
     assert not is_one_of_several({}) and not is_one_of_several(SBATCH)
