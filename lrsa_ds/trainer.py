@@ -13,7 +13,7 @@ from deepspeed import DeepSpeedEngine as Engine
 
 from lrsa_ds.compression import Compression
 from lrsa_ds.config import LRSAConfig, OptimConfig, TrainConfig, require
-from lrsa_ds.data.packing import LeftOut, PackedSequence, collate, padding_sequence, shard
+from lrsa_ds.data.packing import PackedSequence, collate, padding_sequence, shard
 from lrsa_ds.data.stream import StepData
 from lrsa_ds.errors import LRSAError
 from lrsa_ds.parallel.attention import attention_function
@@ -96,7 +96,7 @@ class Trainer:
             self.doing(f"step {step + 1}: reading data")
             data = next(self.steps)
             self.doing(f"step {step + 1}: computing")
-            metrics = self.train_step(step, data.sequences) | self._left_out(data.left_out)
+            metrics = self.train_step(step, data.sequences) | self._changed_rows(data)
             seconds = time.perf_counter() - start
             metrics |= {"tokens_per_second": metrics["num_tokens"] / seconds, "step_seconds": seconds}
             on_step(metrics, data.position)
@@ -156,15 +156,20 @@ class Trainer:
         total = Compression(*self.mesh.sum(list(astuple(Compression.of(lengths, attention)))))
         return {"cache_factor": total.factor, "num_short_tokens": int(total.num_short)}
 
-    def _left_out(self, rows: list[LeftOut]) -> dict:
-        """Counts the rows that were left out of the data of this step, and names those that cannot be used."""
-        reasons = [row.reason for row in rows if not row.is_too_long]
+    def _changed_rows(self, data: StepData) -> dict:
+        """Counts the rows that this step leaves out or cuts, and names those that cannot be used."""
+        reasons = [row.reason for row in data.left_out if not row.is_too_long]
         if self.mesh.is_main:
             for reason in reasons[:MOST_REASONS]:
                 print(f"left out: {reason}", flush=True)
             if len(reasons) > MOST_REASONS:
                 print(f"left out: {len(reasons) - MOST_REASONS} more rows", flush=True)
-        return {"num_left_out_rows": len(rows)} if rows else {}
+        counts = {
+            "num_left_out_rows": len(data.left_out),
+            "num_cut_tokens": data.num_cut_tokens,
+            "num_lost_answers": data.num_lost_answers,
+        }
+        return {name: count for name, count in counts.items() if count}
 
     def _logged(self, local_sums: torch.Tensor) -> dict[str, float]:
         """What the objective logs beside the loss, from this rank's sums over targets of the step."""

@@ -131,8 +131,9 @@ class QAData:
     def check(self) -> None:
         """Encodes the validation rows and the first training row of a user's data."""
         if self.rows is not None:
-            for _ in self._validation_examples():
-                pass
+            num_usable = sum(1 for _ in self._validation_examples())
+            if num_usable == 0:
+                raise LRSAError("no validation row can be used: see data.on_bad_row, data.too_long and seq_len.")
         next(self.examples_of_rows(0), None)
 
     def _validation_examples(self) -> Iterator[Example]:

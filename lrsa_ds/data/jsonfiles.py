@@ -1,7 +1,7 @@
 """JSONL and JSON files, found row by row at their byte offsets; text stays the text that it is.
 
 A file is read in one of two layouts: a row a line, or the elements of an array, which is the whole file or the member
-`data` of one object (SQuAD's form). Memory is bounded by the largest row and 20 bytes for each row.
+`data` of one object (SQuAD's form). Memory is bounded by the largest row and 28 bytes for each row.
 """
 
 import codecs
@@ -25,19 +25,30 @@ _ARRAY_OF_OBJECTS = re.compile(r"\[\s*\{")
 
 
 class Span(NamedTuple):
-    """Where a row lies: bytes `start` to `stop` of a file; `part` counts the rows within, as of a SQuAD article."""
+    """Where a row lies: bytes `start` to `stop` of a file; `part` counts the rows within, as of a SQuAD article.
+
+    `number` is that of its line, or, in an array, of its element, as `unit` says.
+    """
 
     start: int
     stop: int
     part: int
+    number: int
+    unit: str
 
 
 class Found(NamedTuple):
     """A stretch of a file that holds a row, or an article of rows."""
 
-    place: str
+    path: str
+    unit: str
+    number: int
     start: int
     data: bytes
+
+    @property
+    def place(self) -> str:
+        return f"{self.path}, {self.unit} {self.number}"
 
 
 def found_rows(path: str, on_bytes: Callable[[bytes], None] = lambda data: None) -> Iterator[Found]:
@@ -71,7 +82,8 @@ def rows_in(found: Found) -> list[Any]:
     """
     row = _parsed(found.data, found.place)
     paragraphs = row.get("paragraphs") if isinstance(row, dict) else None
-    if not isinstance(paragraphs, list) or not all(isinstance(p, dict) and "qas" in p for p in paragraphs):
+    is_article = isinstance(paragraphs, list) and all(isinstance(p, dict) and "qas" in p for p in paragraphs)
+    if not paragraphs or not is_article:
         return [row]
     asked = [(paragraph.get("context"), qa) for paragraph in paragraphs for qa in paragraph["qas"] or ()]
     return [{**qa, "context": context} if isinstance(qa, dict) else qa for context, qa in asked]
@@ -81,7 +93,8 @@ def spans_of(found: Found, count: int | None = None) -> list[Span]:
     """Where the rows of a stretch lie; without their number, only an article is parsed to find it."""
     if count is None:
         count = len(rows_in(found)) if b'"paragraphs"' in found.data else 1
-    return [Span(found.start, found.start + len(found.data), part) for part in range(count)]
+    stop = found.start + len(found.data)
+    return [Span(found.start, stop, part, found.number, found.unit) for part in range(count)]
 
 
 def read_span(path: str, span: Span) -> Any:
@@ -93,46 +106,46 @@ def read_span(path: str, span: Span) -> Any:
     with open(path, "rb") as file:
         file.seek(span.start)
         data = file.read(span.stop - span.start)
-    rows = rows_in(Found(path, span.start, data))
+    rows = rows_in(Found(path, span.unit, span.number, span.start, data))
     if span.part >= len(rows):
         raise LRSAError(f"{path} has changed while it was read.")
     return rows[span.part]
 
 
 class SpanIndex:
-    """The spans of all rows of some files, in 20 bytes each."""
+    """The spans of all rows of some files, in 28 bytes each."""
 
     def __init__(self, files: list[str]):
         self.files = files
-        self._starts, self._stops, self._parts = array("q"), array("q"), array("i")
+        self._starts, self._stops, self._numbers, self._parts = array("q"), array("q"), array("q"), array("i")
         self._ends: list[int] = []  # of each file that is whole: the number of rows up to its end
+        self._units: list[str] = []
 
     def add(self, span: Span) -> None:
         """A row of the file that is being read."""
         self._starts.append(span.start)
         self._stops.append(span.stop)
         self._parts.append(span.part)
+        self._numbers.append(span.number)
+        self._unit = span.unit
 
     def end_file(self) -> None:
         self._ends.append(len(self._starts))
+        self._units.append(self._unit)
 
     def __len__(self) -> int:
         return len(self._starts)
 
     def __getitem__(self, index: int) -> tuple[str, Span]:
         file = bisect_right(self._ends, index)
-        return self.files[file], Span(self._starts[index], self._stops[index], self._parts[index])
+        numbers = self._starts[index], self._stops[index], self._parts[index], self._numbers[index]
+        return self.files[file], Span(*numbers, self._units[file])
 
 
 def place_of(path: str, span: Span) -> str:
-    """The file with the line or the row, and in an article the question, counted from 1; reads up to there."""
-    place = next((found.place for found in found_rows(path) if found.start == span.start), path)
-    return place_in(place, span)
-
-
-def place_in(place: str, span: Span) -> str:
-    """The place of a row, given that of its stretch."""
-    return f"{place}, question {span.part + 1}" if span.part else place
+    """The file with the line or the row, and in an article the question, counted from 1."""
+    question = f", question {span.part + 1}" if span.part else ""
+    return f"{path}, {span.unit} {span.number}{question}"
 
 
 def _lines(file: BinaryIO, path: str, on_bytes: Callable[[bytes], None]) -> Iterator[Found]:
@@ -141,7 +154,7 @@ def _lines(file: BinaryIO, path: str, on_bytes: Callable[[bytes], None]) -> Iter
         on_bytes(line)
         if line.strip():
             mark = len(_BOM) if start == 0 and line.startswith(_BOM) else 0
-            yield Found(f"{path}, line {number}", start + mark, line[mark:])
+            yield Found(path, "line", number, start + mark, line[mark:])
         start += len(line)
 
 
@@ -260,13 +273,12 @@ def _elements(text: _Text) -> Iterator[Found]:
     number = 0
     while (mark := text.skip(_BLANK_OR_COMMA)) != "]":
         number += 1
-        place, start = f"{text.path}, row {number}", text.start
+        found = Found(text.path, "row", number, text.start, b"")
         if not mark:
-            raise LRSAError(f"{place}: broken JSON (the array has no end).")
+            raise LRSAError(f"{found.place}: broken JSON (the array has no end).")
         try:
-            data = text.value().encode("utf-8")
+            yield found._replace(data=text.value().encode("utf-8"))
         except json.JSONDecodeError as error:
-            raise LRSAError(f"{place}: broken JSON ({error.msg}).") from None
-        yield Found(place, start, data)
+            raise LRSAError(f"{found.place}: broken JSON ({error.msg}).") from None
     while text.more():  # what stands behind the array belongs to the content of the file too
         text.place = len(text.text)

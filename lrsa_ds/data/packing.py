@@ -75,7 +75,12 @@ class Packer:
     def __init__(self, seq_len: int, num_open: int = 8):
         self.seq_len = seq_len
         self.num_open = num_open
-        self.open: list[list[Example]] = []
+        self.restore([])
+
+    def restore(self, sequences: list[list[Example]]) -> None:
+        """Takes the members of open sequences, in their order, as an earlier packer had them."""
+        self.open = sequences
+        self._room = [self.seq_len - sum(len(example.input_ids) for example in members) for members in sequences]
 
     def add(self, example: Example) -> list[list[Example]]:
         """Puts an example into a sequence, and returns the members of those that are closed now.
@@ -86,24 +91,28 @@ class Packer:
         length, closed = len(example.input_ids), []
         if length > self.seq_len:
             raise LRSAError(f"seq_len={self.seq_len} is too short for example {example.index} of {length} tokens.")
-        place = next((i for i, members in enumerate(self.open) if self._room(members) >= length), None)
+        place = next((i for i, room in enumerate(self._room) if room >= length), None)
         if place is None:
             if len(self.open) == self.num_open:
-                closed.append(self.open.pop(min(range(self.num_open), key=lambda i: self._room(self.open[i]))))
+                closed.append(self._close(self._room.index(min(self._room))))
             place = len(self.open)
             self.open.append([])
+            self._room.append(self.seq_len)
         self.open[place].append(example)
-        if self._room(self.open[place]) == 0:
-            closed.append(self.open.pop(place))
+        self._room[place] -= length
+        if self._room[place] == 0:
+            closed.append(self._close(place))
         return closed
+
+    def _close(self, place: int) -> list[Example]:
+        del self._room[place]
+        return self.open.pop(place)
 
     def flush(self) -> list[list[Example]]:
         """Closes all that are open."""
-        closed, self.open = self.open, []
+        closed = self.open
+        self.restore([])
         return closed
-
-    def _room(self, members: list[Example]) -> int:
-        return self.seq_len - sum(len(example.input_ids) for example in members)
 
 
 def pack(examples: Iterable[Example], seq_len: int, pad_id: int, num_open: int = 8) -> Iterator[PackedSequence]:

@@ -100,10 +100,7 @@ class FileStream:
     def read(self, handle: _Handle) -> Any:
         if isinstance(handle.at, int):
             return handle.row
-        try:
-            return read_span(handle.path, handle.at)
-        except LRSAError as error:
-            raise LRSAError(str(error).replace(handle.path, self.place(handle), 1)) from None
+        return read_span(handle.path, handle.at)
 
     def place(self, handle: _Handle) -> str:
         return f"{handle.path}, row {handle.at}" if isinstance(handle.at, int) else place_of(handle.path, handle.at)

@@ -175,9 +175,7 @@ def _instruction(row: dict) -> dict[str, Any]:
 
 
 def _question(row: dict) -> dict[str, Any]:
-    context = row["context"]
-    if isinstance(context, (list, tuple)) and context and all(isinstance(part, str) for part in context):
-        row = {**row, "context": "\n\n".join(context)}
+    row = {**row, "context": _passages(row["context"])}
     found = {"context": _text(row, "context", may_be_empty=True), "question": _text(row, "question")}
     key = _first_of(row, "answer", "answers")
     if key not in row:
@@ -196,6 +194,17 @@ def _question(row: dict) -> dict[str, Any]:
     if type(start) is int and start >= 0 and found["context"].startswith(answer, start):
         found["answer_start"] = start
     return found
+
+
+def _passages(context: Any) -> Any:
+    """A list of texts as one text, and so HotpotQA's pairs of a title and its sentences, as published or as columns."""
+    if isinstance(context, dict) and {"title", "sentences"} <= context.keys():
+        context = list(zip(context["title"], context["sentences"]))
+    if not isinstance(context, (list, tuple)) or not context:
+        return context
+    titled = [isinstance(p, (list, tuple)) and len(p) == 2 and isinstance(p[1], (list, tuple)) for p in context]
+    passages = [f"{title}\n{''.join(sentences)}" for title, sentences in context] if all(titled) else context
+    return "\n\n".join(passages) if all(isinstance(passage, str) for passage in passages) else context
 
 
 def _answers(value: Any) -> tuple[list[Any], list[int]]:

@@ -21,7 +21,7 @@ ROWS_TO_ONE = 4
 
 
 class Place:
-    """Where a row is, found when it is written into an error: that may take a second reading of a file."""
+    """Where a row is, put into words when it is written into an error."""
 
     def __init__(self, opened: Store | RowStream, at: Any):
         self._opened, self._at = opened, at

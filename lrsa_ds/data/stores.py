@@ -17,7 +17,7 @@ import pyarrow.parquet
 from datasets.exceptions import DatasetsError
 
 from lrsa_ds.data.files import ContentDigest, is_parquet
-from lrsa_ds.data.jsonfiles import Found, SpanIndex, found_rows, place_in, place_of, read_span, rows_in, spans_of
+from lrsa_ds.data.jsonfiles import Found, SpanIndex, found_rows, place_of, read_span, rows_in, spans_of
 from lrsa_ds.data.shapes import ReadRow
 from lrsa_ds.errors import LRSAError
 from lrsa_ds.hub import cache_error, first_line
@@ -67,7 +67,7 @@ def rows_of(path: str) -> Iterator[tuple[str, Any]]:
     for found in found_rows(path):
         rows = rows_in(found)
         for row, span in zip(rows, spans_of(found, len(rows)), strict=True):
-            yield place_in(found.place, span), row
+            yield place_of(found.path, span), row
 
 
 def refused(read_row: ReadRow, row: Any, place: str) -> LRSAError | None:
@@ -124,7 +124,7 @@ class _JSONStore:
             self._index.add(spans_of(found, 1)[0])
             return
         for row, span in zip(rows, spans_of(found, len(rows)), strict=True):
-            self._bad.add(len(self._index), refused(read_row, row, place_in(found.place, span)))
+            self._bad.add(len(self._index), refused(read_row, row, place_of(found.path, span)))
             self._index.add(span)
 
     def __len__(self) -> int:

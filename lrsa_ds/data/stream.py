@@ -62,12 +62,15 @@ def reread(position: dict) -> dict:
 class StepData:
     """This rank's packed sequences of one optimizer step, and where the stream stands after it (on all ranks).
 
-    `left_out` are the rows that were read for it and left out, the same on all ranks.
+    `left_out` are the rows that were read for it and left out; `num_cut_tokens` and `num_lost_answers` are sums over
+    the examples of the step (see `Example`). All three are the same on all ranks.
     """
 
     sequences: list[PackedSequence]
     position: dict
     left_out: list[LeftOut] = field(default_factory=list)
+    num_cut_tokens: int = 0
+    num_lost_answers: int = 0
 
 
 class SequenceOrder:
@@ -79,7 +82,7 @@ class SequenceOrder:
         self.epoch, self.row = position.epoch, position.row
         self.left_out: list[LeftOut] = []
         examples = self._examples([place for places in (*position.open, *position.ready) for place in places])
-        self.packer.open = [[examples[tuple(place)] for place in places] for places in position.open]
+        self.packer.restore([[examples[tuple(place)] for place in places] for places in position.open])
         self.ready = deque([examples[tuple(place)] for place in places] for places in position.ready)
         self.rows = data.examples_of_rows(self.epoch, self.row)
         self.is_empty = self.row == 0
@@ -101,10 +104,11 @@ class SequenceOrder:
                 found[place] = replace(rows[place[1]][place[2]], place=place)
         return found
 
-    def next(self) -> PackedSequence:
+    def next(self) -> list[Example]:
+        """The members of the next sequence."""
         while not self.ready:
             self._read_row()
-        return packed(self.ready.popleft(), self.data.seq_len, self.data.pad_id)
+        return self.ready.popleft()
 
     def _read_row(self) -> None:
         examples = next(self.rows, None)
@@ -174,7 +178,14 @@ class TrainStream(IterableDataset):
         while True:
             step = [order.next() for _ in range(self.world_size * self.sequences_per_rank)]
             mine = step[first : first + self.sequences_per_rank]
-            yield StepData(mine, asdict(order.position()), order.take_left_out())
+            examples = [example for members in step for example in members]
+            yield StepData(
+                sequences=[packed(members, self.data.seq_len, self.data.pad_id) for members in mine],
+                position=asdict(order.position()),
+                left_out=order.take_left_out(),
+                num_cut_tokens=sum(example.num_cut for example in examples),
+                num_lost_answers=sum(example.answer_lost for example in examples),
+            )
 
 
 def make_loader(stream: TrainStream, num_workers: int) -> DataLoader:

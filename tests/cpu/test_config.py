@@ -146,6 +146,7 @@ def test_every_list_can_be_set_from_the_command_line(name, key):
          "model.random", {"model_type": "llama"}),
         (["model=hub", "model.name=null", "model.tokenizer=bytes", "model.random.model_type=llama"],
          "model.random", {"model_type": "llama"}),
+        (["data=files", "data.path=[a.jsonl,my/*.jsonl]"], "data.path", ["a.jsonl", "my/*.jsonl"]),
         (["attention.retention=[0.5,1.0]"], "attention.retention", [0.5, 1.0]),
         (["eval.retentions=[0.5]"], "eval.retentions", [0.5]),
         (["eval.retentions.1=0.75"], "eval.retentions", [1.0, 0.75, 0.25, 0.125]),

@@ -8,7 +8,7 @@ from itertools import islice
 import pytest
 import torch
 
-from lrsa_ds.data.packing import IGNORE, Example, LeftOut, collate, pack, padding_sequence
+from lrsa_ds.data.packing import IGNORE, Example, LeftOut, collate, pack, packed, padding_sequence
 from lrsa_ds.data.stream import Position, SequenceOrder, TrainStream, make_loader, reread
 from lrsa_ds.errors import LRSAError
 
@@ -178,8 +178,7 @@ def test_over_changed_data_every_row_is_read_once_more_or_for_the_first_time():
         order = SequenceOrder(Longer(lengths), Position(**reread(position)))
         taken = []
         while order.epoch == 0 or order.ready:
-            taken.append(order.next())
-        assert all(len(sequence.input_ids) == 80 for sequence in taken)
+            taken.append(packed(order.next(), 80, PAD))
         seen = Counter(i for step in done for s in step.sequences for i in s.example_indices if i >= 0)
         again = Counter(i for sequence in taken for i in sequence.example_indices if i >= 0)
         groups = [[e.index for e in row] for row in Rows(lengths).examples_of_rows(0)]

@@ -238,6 +238,23 @@ ROWS = {
         {"context": ["One.", "Two."], "question": "Where?", "answers": ["in Rome"]},
         asked("One.\n\nTwo."),
     ),
+    "hotpotqa, as published": (
+        {
+            "context": [["A", ["One.", " Two."]], ["B", ["Three."]]],
+            "question": "Where?",
+            "answer": "in Rome",
+            "_id": "5",
+        },
+        asked("A\nOne. Two.\n\nB\nThree."),
+    ),
+    "hotpotqa, as columns": (
+        {
+            "context": {"title": ["A", "B"], "sentences": [["One.", " Two."], ["Three."]]},
+            "question": "Where?",
+            "answer": "in Rome",
+        },
+        asked("A\nOne. Two.\n\nB\nThree."),
+    ),
     "plain text with metadata": (
         {"text": "Once.", "meta": {"set": "x"}, "url": "u", "timestamp": "2020-01-01T00:00:00Z"},
         {"text": "Once.", "task": "text"},

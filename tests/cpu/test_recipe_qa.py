@@ -299,10 +299,22 @@ def test_rows_that_are_too_long_are_dropped_or_refused(tmp_path, kind):
         0,
         1,
     )
+    stream = TrainStream(prepare(config(1024, 1, **settings), CHATML), 1, 0, 1)
+    steps = islice(iter(stream), int(cut.num_sequences))
+    assert sum(step.num_cut_tokens for step in steps) == cut.num_cut_tokens
     assert cut.num_cut_tokens > 900 and cut.num_rows == dropped.num_rows == 19
     with pytest.raises(LRSAError, match=r"rows.jsonl, line 7: it has .* more than seq_len=1024, and data.too_long"):
         report(too_long="error")
     assert report(too_long="error", on_bad_row="skip").num_bad_rows == 1
+
+
+def test_no_validation_row_that_can_be_used_is_one_sentence(tmp_path):
+    path, long = tmp_path / "rows.jsonl", tmp_path / "long.jsonl"
+    path.write_text((json.dumps(QA) + "\n") * 4)
+    long.write_text(json.dumps({**QA, "context": " ".join(WORDS)}) + "\n")
+    settings = {"source": "files", "path": str(path), "validation_path": str(long), "too_long": "drop"}
+    with pytest.raises(LRSAError, match=r"no validation row can be used: see data.on_bad_row, data.too_long"):
+        prepare(config(1024, 1, **settings), CHATML)
 
 
 def test_rows_that_are_known_to_be_bad_are_counted_beyond_the_sample(rows_file):
