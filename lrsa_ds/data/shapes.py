@@ -26,9 +26,9 @@ from typing import Any, NamedTuple
 
 from lrsa_ds.config import COLUMNS
 from lrsa_ds.data.messages import check_answers, checked_text, normalise_messages, normalise_tools
+from lrsa_ds.data.packing import IGNORE
 from lrsa_ds.errors import LRSAError
 
-IGNORED_LABEL = -100
 # The task of a row that names none, by a key of its canonical form.
 _TASK_WITH = {"input_ids": "tokens", "messages": "chat", "question": "qa", "prompt": "completion", "text": "text"}
 # All columns that any shape looks at.
@@ -236,13 +236,13 @@ def _tokens(row: dict) -> dict[str, Any]:
     for place, (token, label) in enumerate(zip(ids, labels)):
         if token < 0:
             raise LRSAError(f"input_ids[{place}]={token} is no token.")
-        if label not in (token, IGNORED_LABEL):
+        if label not in (token, IGNORE):
             raise LRSAError(
-                f"labels[{place}]={label} is neither input_ids[{place}]={token} nor {IGNORED_LABEL}: give labels that "
+                f"labels[{place}]={label} is neither input_ids[{place}]={token} nor {IGNORE}: give labels that "
                 "are not shifted."
             )
     # Nothing stands before the first token, so that it cannot be predicted.
-    if all(label == IGNORED_LABEL for label in labels[1:]):
+    if all(label == IGNORE for label in labels[1:]):
         raise LRSAError("labels has no token to learn.")
     return {"input_ids": list(ids), "labels": list(labels)}
 

@@ -166,16 +166,13 @@ class _Stored:
         return sum(index in self.opened.bad for index in self.trained.tolist()) if self.opened.bad else 0
 
     def order(self, epoch: int) -> np.ndarray:
-        return self._order(epoch)
+        if self._last_order is None or self._last_order[0] != epoch:
+            self._last_order = epoch, np.random.default_rng([self.seed, epoch + 1]).permutation(self.trained)
+        return self._last_order[1]
 
     def row(self, index: int) -> Row:
-        place = Place(self.opened, index)
-        if index in self.opened.bad:
-            return Row(index, self.opened.bad[index], place)
-        try:
-            return Row(index, self.read_row(self.opened.read(index)), place)
-        except LRSAError as error:  # it was right when it was checked
-            return Row(index, LRSAError(f"{place}: {error}"), place)
+        bad = self.opened.bad.get(index)
+        return _row(self, index, index) if bad is None else Row(index, bad, Place(self.opened, index))
 
     def good_rows(self) -> Iterator[Row]:
         return (self.row(index) for index in range(len(self.opened)) if index not in self.opened.bad)
@@ -192,17 +189,12 @@ class _Stored:
         return [self.row(index) for index in held]
 
     def epoch(self, epoch: int, first: int) -> Iterator[Row]:
-        for index in self._order(epoch)[first:]:
+        for index in self.order(epoch)[first:]:
             yield self.row(int(index))
 
     def at(self, epoch: int, places: list[int]) -> dict[int, Row]:
-        order = self._order(epoch)
+        order = self.order(epoch)
         return {place: self.row(int(order[place])) for place in places if place < len(order)}
-
-    def _order(self, epoch: int) -> np.ndarray:
-        if self._last_order is None or self._last_order[0] != epoch:
-            self._last_order = epoch, np.random.default_rng([self.seed, epoch + 1]).permutation(self.trained)
-        return self._last_order[1]
 
 
 class _Streamed:
@@ -212,29 +204,21 @@ class _Streamed:
 
     def __init__(self, opened: RowStream, rows: Rows):
         self.opened, self.seed, self.read_row, self.allow_fewer = opened, rows.seed, rows.read_row, rows.allow_fewer
-        self.num_skipped = 0
-        for handle in islice(self.opened.handles(None, 0), self.opened.num_checked):
-            content = self._row(0, handle).content
-            if isinstance(content, LRSAError) and not rows.keep_bad:
-                raise content
-
-    def _row(self, index: int, handle: Any) -> Row:
-        place = Place(self.opened, handle)
-        try:
-            raw = self.opened.read(handle)
-        except LRSAError as error:
-            return Row(index, error, place)
-        try:
-            return Row(index, self.read_row(raw), place)
-        except LRSAError as error:
-            return Row(index, LRSAError(f"{place}: {error}"), place)
+        self.keep_bad, self.num_skipped = rows.keep_bad, 0
+        for _ in islice(self.good_rows(), self.opened.num_checked):
+            pass
 
     def order(self, epoch: int) -> None:
         return None
 
     def good_rows(self) -> Iterator[Row]:
-        rows = (self._row(index, handle) for index, handle in enumerate(self.opened.handles(None, 0)))
-        return (row for row in rows if not isinstance(row.content, LRSAError))
+        """The rows in the order of the source; a bad one is passed over where it may be, or raised."""
+        for index, handle in enumerate(self.opened.handles(None, 0)):
+            row = _row(self, index, handle)
+            if not isinstance(row.content, LRSAError):
+                yield row
+            elif not self.keep_bad:
+                raise row.content
 
     def hold_out(self, count: int, other: str) -> list[Row]:
         """The first good rows; bad ones among them are not trained on either."""
@@ -247,13 +231,13 @@ class _Streamed:
 
     def epoch(self, epoch: int, first: int) -> Iterator[Row]:
         handles = enumerate(self.opened.handles((self.seed, epoch), self.num_skipped))
-        return (self._row(index, handle) for index, handle in islice(handles, first, None))
+        return (_row(self, index, handle) for index, handle in islice(handles, first, None))
 
     def at(self, epoch: int, places: list[int]) -> dict[int, Row]:
         handles = enumerate(self.opened.handles((self.seed, epoch), self.num_skipped))
         wanted = set(places)
         passed = islice(handles, max(wanted, default=-1) + 1)
-        return {index: self._row(index, handle) for index, handle in passed if index in wanted}
+        return {index: _row(self, index, handle) for index, handle in passed if index in wanted}
 
 
 def _fewer(num_rows: int, num_validation: int, label: str) -> int:
@@ -265,6 +249,19 @@ def _fewer(num_rows: int, num_validation: int, label: str) -> int:
             "held out."
         )
     return fewer
+
+
+def _row(source: "_Stored | _Streamed", index: int, at: Any) -> Row:
+    """Row `index`, which the opened source has `at` a number or a handle."""
+    place = Place(source.opened, at)
+    try:
+        raw = source.opened.read(at)
+    except LRSAError as error:  # it has its place
+        return Row(index, error, place)
+    try:
+        return Row(index, source.read_row(raw), place)
+    except LRSAError as error:
+        return Row(index, LRSAError(f"{place}: {error}"), place)
 
 
 def _require_more(num_rows: int, num_validation: int, label: str, other: str) -> None:

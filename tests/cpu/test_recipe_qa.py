@@ -359,13 +359,18 @@ def test_run_data_is_picklable_and_reproducible(rows_file):
         assert original.pad_id == CHATML.pad_token_id
 
 
-@pytest.mark.parametrize("source", ["generated", "files", "streaming", "text"])
+@pytest.mark.parametrize("source", ["generated", "files", "streaming", "text", "tokens"])
 def test_training_data_go_on_where_they_were(rows_file, source):
     settings = {"num_examples": 30}
     if source != "generated":
         settings = {"source": "files", "path": str(rows_file), "streaming": source == "streaming"}
     if source == "text":
         rows_file.write_text("".join(json.dumps({"text": f"{i} " * (60 * i % 400 + 9)}) + "\n" for i in range(30)))
+    if source == "tokens":
+        rows = [
+            {"input_ids": [i] * (60 * i % 350 + 9), "labels": [-100] * 8 + [i] * (60 * i % 350 + 1)} for i in range(30)
+        ]
+        rows_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = prepare(config(400, **settings), CHATML)
     whole = list(islice(iter(TrainStream(data, 3, 0, 1)), 9))
     for num_done in (1, 4, 7):
