@@ -59,26 +59,39 @@ def check_output(config: TrainConfig, num_parameters: int, bytes_per_parameter: 
 
 
 def _check_unfinished(directory: Path, config: TrainConfig, point: ResumePoint | None) -> None:
-    """Whether the same command goes on in `directory`; `point` is the checkpoint that it holds."""
+    """Whether a run may go on in `directory`; `point` is the checkpoint that it holds."""
     require(
         not (directory / COMPLETED).exists(),
         f"output_dir={directory} holds a finished run: choose another, or set checkpoint.overwrite=true.",
     )
-    settings = directory / "config.yaml"
-    is_begun = any(row["kind"] != "start" for row in read_rows(directory / "metrics.jsonl"))
-    what = "checkpoints of an unfinished run" if point else "an unfinished run, which left no checkpoint"
     require(
-        config.checkpoint.resume == "auto" or not (point or is_begun),
-        f"output_dir={directory} holds {what}: set checkpoint.resume=auto to go on, or "
+        config.checkpoint.resume == "auto" or not (point or _is_begun(directory)),
+        f"output_dir={directory} holds an unfinished run: set checkpoint.resume=auto to go on, or "
         "checkpoint.overwrite=true to throw it away.",
     )
-    if is_begun and point is None and settings.exists():
-        differing = differing_settings(load_settings(settings), config)
-        require(
-            not differing,
-            f"output_dir={directory} holds {what}, with other settings, {', '.join(differing.values())}: restore them, "
-            "choose another output_dir, or set checkpoint.overwrite=true to start anew.",
-        )
+
+
+def _is_begun(directory: Path) -> bool:
+    """Whether a run has left rows of what it did."""
+    return any(row["kind"] in ("train", "eval", "checkpoint") for row in read_rows(directory / "metrics.jsonl"))
+
+
+def check_begun(config: TrainConfig) -> None:
+    """Raises LRSAError if the output directory holds rows of a run of other settings that has left no checkpoint."""
+    if config.output_dir is None or config.checkpoint.overwrite:
+        return
+    directory = Path(config.output_dir).expanduser()
+    if not _is_begun(directory) or not (directory / "config.yaml").exists():
+        return
+    differing = differing_settings(load_settings(directory / "config.yaml"), config)
+    if config.optim.num_epochs is not None and "optim.num_epochs" not in differing:
+        differing.pop("optim.num_steps", None)  # counted anew, maybe for another number of ranks
+    require(
+        not differing,
+        f"output_dir={directory} holds an unfinished run that left no checkpoint, with other settings, "
+        f"{', '.join(differing.values())}: restore them, choose another output_dir, or set checkpoint.overwrite=true "
+        "to start anew.",
+    )
 
 
 def check_room(directory: Path, needed: int) -> None:

@@ -17,7 +17,7 @@ from lrsa_ds.errors import Problems
 from lrsa_ds.liger import check_liger
 from lrsa_ds.model import check_supported, empty_model
 from lrsa_ds.objectives import check_objective
-from lrsa_ds.output import check_output
+from lrsa_ds.output import check_begun, check_output
 from lrsa_ds.parallel.mesh import check_world, world_size
 from lrsa_ds.parallel.strategy import Sharing
 from lrsa_ds.parallel.ulysses import check_dense
@@ -111,7 +111,10 @@ def find_resume(config: TrainConfig, plan: Plan) -> ResumePoint | None:
         LRSAError: the directory is not free for this run, or holds another one.
     """
     point = check_output(config, plan.num_parameters, plan.dtype.itemsize)
-    return None if point is None else check_resume(point, config, plan.data.fingerprint())
+    if point is None:
+        check_begun(config)
+        return None
+    return check_resume(point, config, plan.data.fingerprint())
 
 
 def _with_steps(config: TrainConfig, data: RunData) -> TrainConfig:

@@ -205,9 +205,9 @@ def test_an_unfinished_run_without_a_checkpoint(capfd, monkeypatch, finished, tm
     shutil.rmtree(output / "checkpoints")
     before = tree(output)
     said = refused(capfd, monkeypatch, *command(output, "eval.after=true", "optim.lr=1e-4"))
-    assert "left no checkpoint, with other settings, optim.lr=0.0001 (was 0.003)" in said
+    assert "that left no checkpoint, with other settings, optim.lr=0.0001 (was 0.003)" in said
     said = refused(capfd, monkeypatch, *command(output, "checkpoint.resume=never"))
-    assert "left no checkpoint: set checkpoint.resume=auto" in said
+    assert "holds an unfinished run: set checkpoint.resume=auto" in said
     assert tree(output) == before
 
 
