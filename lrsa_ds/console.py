@@ -10,7 +10,8 @@ from typing import TextIO
 from lrsa_ds.directory import CONSOLE
 from lrsa_ds.errors import LRSAError
 
-ERROR = "error: "
+# How the last words of a run begin (see `voice.py`): any rank may be the one that says them.
+LAST_WORDS = ("error: ", "stopped ", "interrupted ")
 
 
 class Tee:
@@ -21,13 +22,14 @@ class Tee:
         only: write only lines that begin so.
     """
 
-    def __init__(self, stream: TextIO, number: int, only: str = ""):
+    def __init__(self, stream: TextIO, number: int, only: str | tuple[str, ...] = ""):
         self._stream, self._number, self._only = stream, number, only
         self._line = ""
 
     def write(self, text: str) -> int:
         written = self._stream.write(text)
-        *lines, self._line = (line.rpartition("\r")[2] for line in (self._line + text).split("\n"))
+        redrawn = (self._line + text).replace("\x1b[K", "").split("\n")
+        *lines, self._line = (line.rpartition("\r")[2] for line in redrawn)
         kept = [line for line in lines if line.startswith(self._only)]
         if kept:
             self._append("".join(f"{line}\n" for line in kept))
@@ -46,7 +48,7 @@ class Tee:
 def keep_console(directory: Path, is_main: bool) -> None:
     """From now on, to the end of this process, `console.log` in `directory` receives what this rank says.
 
-    Of ranks other than the first it receives the sentences of errors alone. An earlier run's lines stay before it.
+    Of ranks other than the first it receives their last words alone. An earlier run's lines stay before it.
 
     Raises:
         LRSAError: the file cannot be opened.
@@ -61,4 +63,4 @@ def keep_console(directory: Path, is_main: bool) -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         stream = stream._stream if isinstance(stream, Tee) else stream
-        setattr(sys, name, Tee(stream, number, "" if is_main else ERROR))
+        setattr(sys, name, Tee(stream, number, "" if is_main else LAST_WORDS))

@@ -273,6 +273,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_samples(tmp_path)
     assert done.returncode == 2
     (sentence,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "is not finite at samples" in sentence and "optim.on_nan=skip" in sentence
+    assert (output / "console.log").read_text().splitlines().count(sentence) == 1
     assert "Traceback" not in done.stderr
 
 
