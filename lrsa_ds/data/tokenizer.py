@@ -1,5 +1,6 @@
 """The tokenizer of a run: from the model, from elsewhere, or the embedded one of single bytes."""
 
+import json
 from pathlib import Path
 
 import tokenizers
@@ -37,7 +38,7 @@ def load_tokenizer(model: ModelConfig) -> Tokenizer:
     if "gguf_file" in options and looks_local(name) and not (Path(path) / model.gguf_file).is_file():
         raise LRSAError(f"model.gguf_file={model.gguf_file!r} is not in model.name={name!r}: give a file of it.")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=model.trust_remote_code, **options)
+        tokenizer = _loader_for(path).from_pretrained(path, trust_remote_code=model.trust_remote_code, **options)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise hub_error(key, name, error) from error
     if tokenizer.pad_token_id is None:
@@ -46,6 +47,20 @@ def load_tokenizer(model: ModelConfig) -> Tokenizer:
         # Padding is never a target and stands in a document of its own, so any token serves.
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _loader_for(path: str) -> type:
+    """The class that reads the tokenizer in a directory as it was saved.
+
+    For some architectures (Qwen2) AutoTokenizer takes the class of the model, whatever the tokenizer says of itself,
+    and then splits text otherwise than it was split in training.
+    """
+    settings = Path(path) / "tokenizer_config.json"
+    if settings.is_file() and (Path(path) / "tokenizer.json").is_file():
+        named = json.loads(settings.read_text(encoding="utf-8")).get("tokenizer_class")
+        if named == PreTrainedTokenizerFast.__name__:
+            return PreTrainedTokenizerFast
+    return AutoTokenizer
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -7,6 +7,7 @@ from lrsa_ds.config import ModelConfig
 from lrsa_ds.data.tokenizer import load_tokenizer
 from lrsa_ds.errors import LRSAError
 from lrsa_ds.hub import hub_error
+from tests.chat_templates import tokenizer_of
 
 BYTES = ModelConfig(random={"model_type": "llama"}, tokenizer="bytes")
 
@@ -65,3 +66,12 @@ def test_hub_error_for_a_data_set_names_its_own_way_out():
         "data.name='a/b' is not on this machine and the hub cannot be reached: "
         "use data=files with data.path set to local JSONL or Parquet files."
     )
+
+
+def test_a_saved_tokenizer_splits_as_before_beside_any_model(tmp_path):
+    tokenizer = tokenizer_of("byte level")
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    text = "It is 345.\n\nParis"
+    ids = tokenizer(text).input_ids
+    assert load_tokenizer(ModelConfig(name=str(tmp_path)))(text).input_ids == ids
