@@ -12,12 +12,15 @@ from lrsa_ds.data.cutting import TooLong
 from lrsa_ds.data.encoder import Encoder
 from lrsa_ds.data.mixture import Mixture, open_rows
 from lrsa_ds.data.packing import Example, LeftOut
-from lrsa_ds.data.shapes import ToRow
+from lrsa_ds.data.shapes import ToRow, uncut_length
 from lrsa_ds.data.sources import Row, Rows
 from lrsa_ds.data.stdlib_docs import documents_fingerprint
 from lrsa_ds.data.stdlib_qa import MARGIN, StdlibQA
 from lrsa_ds.data.tokenizer import Tokenizer
 from lrsa_ds.errors import LRSAError
+
+# More than a chat template needs for itself, in tokens.
+FRAME_TOKENS = 1024
 
 
 def prepare(config: TrainConfig, tokenizer: Tokenizer, to_row: ToRow | None = None) -> "QAData":
@@ -129,11 +132,15 @@ class QAData:
         return list(self._validation_examples())
 
     def check(self) -> None:
-        """Encodes the validation rows and the first training row of a user's data."""
+        """Encodes the validation rows of a user's data, those that are most likely too long, and the first to train."""
         if self.rows is not None:
             num_usable = sum(1 for _ in self._validation_examples())
             if num_usable == 0:
                 raise LRSAError("no validation row can be used: see data.on_bad_row, data.too_long and seq_len.")
+            for row in self.rows.longest():
+                if isinstance(row.content, dict) and 4 * uncut_length(row.content) + FRAME_TOKENS <= self.seq_len:
+                    break  # a character has at most four bytes, and a byte is at most one token
+                self._examples(row)
         next(self.examples_of_rows(0), None)
 
     def _validation_examples(self) -> Iterator[Example]:

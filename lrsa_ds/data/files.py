@@ -102,4 +102,4 @@ def sampled_fingerprint(files: list[str]) -> str:
                 if stat.st_size <= _SAMPLED_BYTES:
                     break
         total += stat.st_size
-    return f"{len(files)} files of {total:,} bytes, last changed as before, {digest.hexdigest()[:12]}"
+    return f"{len(files)} files of {total:,} bytes, {digest.hexdigest()[:12]} by their times and samples"

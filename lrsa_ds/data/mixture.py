@@ -58,6 +58,9 @@ class Mixture:
     def validation(self) -> list[Row]:
         return [self._numbered(i, row) for i, source in enumerate(self.sources) for row in source.validation()]
 
+    def longest(self) -> list[Row]:
+        return [self._numbered(i, row) for i, source in enumerate(self.sources) for row in source.longest()]
+
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Row]:
         for place in range(first, self.num_trained):
             yield self._row(epoch, place)

@@ -91,6 +91,19 @@ def canonical(row: Any, columns: dict[str, str] | None = None) -> dict[str, Any]
     return {**found, "task": task}
 
 
+def uncut_length(row: dict[str, Any]) -> int:
+    """Characters, or tokens, of a canonical row that are never cut, however long it is."""
+    if "messages" in row:
+        lengths = [len(message["content"]) + len(message.get("reasoning_content", "")) for message in row["messages"]]
+        others = [n for n, message in zip(lengths, row["messages"]) if message["role"] != "assistant"]
+        beside = [row.get("tools", ""), *(message.get("tool_calls", "") for message in row["messages"])]
+        return sum(lengths) - max(others, default=0) + sum(len(str(value)) for value in beside)
+    if "input_ids" in row:
+        num_targets = sum(label != IGNORE for label in row["labels"])
+        return num_targets if num_targets < len(row["labels"]) else 0
+    return sum(len(row[key]) for key in ("question", "answer", "completion") if key in row)
+
+
 class _Shape(NamedTuple):
     """What a row of this shape has, and how it is read.
 

@@ -129,6 +129,10 @@ class Rows:
         """Training rows of which it is known that they cannot be used."""
         return self.source.num_bad
 
+    def longest(self) -> list[Row]:
+        """The rows that are most likely too long, whatever is cut; none of a stream, which has not met them yet."""
+        return self.source.longest()
+
     def order(self, epoch: int) -> np.ndarray | None:
         """The numbers of the training rows in the order of this epoch, unless they are streamed."""
         return self.source.order(epoch)
@@ -174,6 +178,9 @@ class _Stored:
         bad = self.opened.bad.get(index)
         return _row(self, index, index) if bad is None else Row(index, bad, Place(self.opened, index))
 
+    def longest(self) -> list[Row]:
+        return [self.row(index) for index in self.opened.longest]
+
     def good_rows(self) -> Iterator[Row]:
         return (self.row(index) for index in range(len(self.opened)) if index not in self.opened.bad)
 
@@ -210,6 +217,9 @@ class _Streamed:
 
     def order(self, epoch: int) -> None:
         return None
+
+    def longest(self) -> list[Row]:
+        return []
 
     def good_rows(self) -> Iterator[Row]:
         """The rows in the order of the source; a bad one is passed over where it may be, or raised."""

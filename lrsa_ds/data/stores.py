@@ -5,6 +5,7 @@ A store has a label for errors, a length, `read(index)` for a row as it was read
 in its place and is found in `bad`, so that the numbers of the others do not depend on it.
 """
 
+import heapq
 from bisect import bisect_right
 from collections.abc import Iterator
 from glob import escape
@@ -18,12 +19,13 @@ from datasets.exceptions import DatasetsError
 
 from lrsa_ds.data.files import ContentDigest, is_parquet
 from lrsa_ds.data.jsonfiles import Found, SpanIndex, found_rows, place_of, read_span, rows_in, spans_of
-from lrsa_ds.data.shapes import ReadRow
+from lrsa_ds.data.shapes import ReadRow, uncut_length
 from lrsa_ds.errors import LRSAError
 from lrsa_ds.hub import cache_error, first_line
 
 READ_ERRORS = (ValueError, OSError, DatasetsError, pyarrow.ArrowException)
 _BATCH = 64
+NUM_LONGEST = 32
 
 
 class Store(Protocol):
@@ -31,6 +33,7 @@ class Store(Protocol):
 
     label: str
     bad: dict[int, LRSAError]
+    longest: list[int]  # the rows with the most characters that no cut may take, longest first
 
     def __len__(self) -> int: ...
 
@@ -70,15 +73,6 @@ def rows_of(path: str) -> Iterator[tuple[str, Any]]:
             yield place_of(found.path, span), row
 
 
-def refused(read_row: ReadRow, row: Any, place: str) -> LRSAError | None:
-    """What `read_row` says against the row, with its place in front."""
-    try:
-        read_row(row)
-    except LRSAError as error:
-        return LRSAError(f"{place}: {error}")
-    return None
-
-
 def without_none(value: Any) -> Any:
     """A value that Arrow gave, without the None that it fills in where an object lacks a key that others have."""
     if isinstance(value, dict):
@@ -88,43 +82,56 @@ def without_none(value: Any) -> Any:
     return value
 
 
-class _Bad:
-    """Collects the errors of rows, or raises the first."""
+class _Checks:
+    """Reads every row once; keeps the errors, or raises the first, and the numbers of the longest rows."""
 
-    def __init__(self, keep: bool):
-        self.keep = keep
+    def __init__(self, read_row: ReadRow, keep_bad: bool):
+        self.read_row, self.keep_bad = read_row, keep_bad
         self.errors: dict[int, LRSAError] = {}
+        self._longest: list[tuple[int, int]] = []
 
-    def add(self, index: int, error: LRSAError | None) -> None:
-        if error is not None:
-            if not self.keep:
-                raise error
-            self.errors[index] = error
+    def check(self, index: int, row: Any, place: str) -> None:
+        try:
+            length = uncut_length(self.read_row(row))
+        except LRSAError as error:
+            self.add(index, LRSAError(f"{place}: {error}"))
+            return
+        add = heapq.heappush if len(self._longest) < NUM_LONGEST else heapq.heappushpop
+        add(self._longest, (length, index))
+
+    def add(self, index: int, error: LRSAError) -> None:
+        if not self.keep_bad:
+            raise error
+        self.errors[index] = error
+
+    @property
+    def longest(self) -> list[int]:
+        return [index for _, index in sorted(self._longest, reverse=True)]
 
 
 class _JSONStore:
     def __init__(self, label: str, files: list[str], read_row: ReadRow, keep_bad: bool):
         self.label, self.files = label, files
-        self._index, self._bad, digest = SpanIndex(files), _Bad(keep_bad), ContentDigest()
+        self._index, checks, digest = SpanIndex(files), _Checks(read_row, keep_bad), ContentDigest()
         for path in files:
             before = len(self._index)
             for found in found_rows(path, digest.update):
-                self._add(found, read_row)
+                self._add(found, checks)
             if len(self._index) == before:
                 raise LRSAError(f"{path} is empty: it has no rows.")
             self._index.end_file()
             digest.end_file()
-        self.bad, self._content = self._bad.errors, str(digest)
+        self.bad, self.longest, self._content = checks.errors, checks.longest, str(digest)
 
-    def _add(self, found: Found, read_row: ReadRow) -> None:
+    def _add(self, found: Found, checks: _Checks) -> None:
         try:
             rows = rows_in(found)
         except LRSAError as error:
-            self._bad.add(len(self._index), error)
+            checks.add(len(self._index), error)
             self._index.add(spans_of(found, 1)[0])
             return
         for row, span in zip(rows, spans_of(found, len(rows)), strict=True):
-            self._bad.add(len(self._index), refused(read_row, row, place_of(found.path, span)))
+            checks.check(len(self._index), row, place_of(found.path, span))
             self._index.add(span)
 
     def __len__(self) -> int:
@@ -145,16 +152,16 @@ class _ParquetStore:
 
     def __init__(self, label: str, files: list[str], read_row: ReadRow, columns: list[str] | None, keep_bad: bool):
         self.label, self.files = label, files
-        digest, bad = ContentDigest(), _Bad(keep_bad)
+        digest, checks = ContentDigest(), _Checks(read_row, keep_bad)
         self._ends: list[int] = []  # of each file: the number of rows up to its end
         count = 0
         for path in files:
             for number, row in enumerate(parquet_rows(path, columns), start=1):
-                bad.add(count, refused(read_row, row, f"{path}, row {number}"))
+                checks.check(count, row, f"{path}, row {number}")
                 count += 1
             self._ends.append(count)
             digest.update_file(path)
-        self.bad, self._content = bad.errors, str(digest)
+        self.bad, self.longest, self._content = checks.errors, checks.longest, str(digest)
         groups = [list(group) for _, group in groupby(files, lambda path: _used_schema(path, columns))]
         self._tables = [self._opened(group, columns) for group in groups]
         self._table_ends = list(accumulate(map(len, self._tables)))
@@ -217,13 +224,13 @@ class HubStore:
     """
 
     def __init__(self, label: str, rows: datasets.Dataset, identity: str, read_row: ReadRow, keep_bad: bool):
-        self.label, self._rows, self._identity, bad = label, rows, identity, _Bad(keep_bad)
+        self.label, self._rows, self._identity, checks = label, rows, identity, _Checks(read_row, keep_bad)
         index = 0
         for batch in rows.iter(batch_size=_BATCH):
             for row in _rows_of_batch(batch):
-                bad.add(index, refused(read_row, row, self.place(index)))
+                checks.check(index, row, self.place(index))
                 index += 1
-        self.bad = bad.errors
+        self.bad, self.longest = checks.errors, checks.longest
 
     def __len__(self) -> int:
         return len(self._rows)

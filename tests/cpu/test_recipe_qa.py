@@ -308,6 +308,24 @@ def test_rows_that_are_too_long_are_dropped_or_refused(tmp_path, kind):
     assert report(too_long="error", on_bad_row="skip").num_bad_rows == 1
 
 
+@pytest.mark.parametrize("kind", ["messages", "question", "completion"])
+def test_one_row_late_in_a_file_that_no_cut_makes_fit_is_named_at_once(tmp_path, kind):
+    def row(number):
+        answer = "word " * (80 if number == 1500 else number % 9 + 1)
+        if kind == "messages":
+            said = [("user", "Say it " * 60), ("assistant", answer), ("user", "Again."), ("assistant", answer)]
+            return {"messages": [{"role": role, "content": content} for role, content in said]}
+        if kind == "question":
+            return {"context": "long " * (number % 90), "question": answer, "answer": answer}
+        return {"prompt": "long " * (number % 90 + 1), "completion": answer * 2}
+
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row(i)) + "\n" for i in range(2000)))
+    with pytest.raises(LRSAError, match=r"rows.jsonl, line 1501: its question and answer alone need"):
+        prepare(config(512, 1, source="files", path=str(path)), CHATML)
+    assert prepare(config(512, 1, source="files", path=str(path), on_bad_row="skip"), CHATML).num_rows == 1999
+
+
 def test_no_validation_row_that_can_be_used_is_one_sentence(tmp_path):
     path, long = tmp_path / "rows.jsonl", tmp_path / "long.jsonl"
     path.write_text((json.dumps(QA) + "\n") * 4)
