@@ -40,8 +40,9 @@ def prepare(config: TrainConfig, tokenizer: Tokenizer, to_row: ToRow | None = No
 def encode(row: dict[str, Any], tokenizer: Tokenizer, seq_len: int, chat_template: bool = True) -> list[Example]:
     """One row (see `lrsa_ds.data.shapes`) as examples of at most `seq_len` tokens; index 0.
 
-    Only a `text` row gives more than one: its consecutive pieces. Of any other row that is too long, tokens are taken
-    out of the middle of the context, or of the longest message or prompt; never of the question or the answer.
+    A `text` row gives its consecutive pieces, and a conversation one example more for every turn that generation sees
+    otherwise than it stands in the history. What is too long loses tokens from the middle of the context, or of the
+    longest message or prompt; never from the question or the answer.
 
     Raises:
         LRSAError: a row of no known shape, refused by the chat template, or too long even without its context.

@@ -42,7 +42,6 @@ class Template:
     added: list[str] = field(default_factory=list)
 
 
-GENERATE = "{%- if add_generation_prompt -%}"
 IM = ["<|im_start|>", "<|im_end|>"]
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 CHATML_PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

@@ -28,3 +28,4 @@ def set_ends(model: PreTrainedModel, tokenizer: Tokenizer, source: ModelConfig, 
         settings.eos_token_id, settings.bos_token_id = None, tokenizer.bos_token_id
     ends = {*end_tokens(model, tokenizer), *trained_ends(tokenizer, chat_template)}
     settings.eos_token_id = sorted(ends) or None
+    settings._from_model_config = False  # or older versions of transformers read the model's settings in their place
