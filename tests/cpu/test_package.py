@@ -22,6 +22,7 @@ def test_a_wheel_holds_lrsa_ds_alone_and_works_where_it_is_unpacked(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         assert {n.split("/")[0] for n in archive.namelist() if ".dist-info/" not in n} == {"lrsa_ds"}
+        assert "lrsa_ds/py.typed" in archive.namelist()
         archive.extractall(tmp_path / "site")
     use = (
         "import lrsa_ds, lrsa_ds.run, lrsa_ds.evaluate.run, lrsa_ds.selftest, lrsa_ds.sweep, sys;"
