@@ -39,7 +39,7 @@ from launch.defaults import fit_defaults  # noqa: E402
 from launch.schema import register_schema  # noqa: E402
 from launch.sentences import hydra_sentence, quoted  # noqa: E402
 from lrsa_ds.config import TrainConfig, require, typed_config  # noqa: E402
-from lrsa_ds.directory import SWEEP, check_directory, mark_directory  # noqa: E402
+from lrsa_ds.directory import OUTPUTS, SWEEP, check_directory, mark_directory  # noqa: E402
 from lrsa_ds.errors import LRSAError  # noqa: E402
 from lrsa_ds.exits import Exit  # noqa: E402
 from lrsa_ds.inputs import check_inputs  # noqa: E402
@@ -95,7 +95,7 @@ def base_config(typed: list[str]) -> TrainConfig:
 
 
 def sweep_directory(config: TrainConfig) -> Path:
-    return Path(config.output_dir or f"outputs/{config.run_name}_sweep").expanduser().resolve()
+    return Path(config.output_dir or OUTPUTS / f"{config.run_name}_sweep").expanduser().resolve()
 
 
 def task(composed: DictConfig) -> float | None:

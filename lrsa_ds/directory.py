@@ -20,6 +20,7 @@ from lrsa_ds.lock import LOCK
 MARK = "lrsa_run.json"
 PROGRAM = "lrsa-ds"
 CONSOLE = "console.log"
+OUTPUTS = Path("outputs")  # below which a run without output_dir gets a directory
 # Paths below the folder that they belong to; one that ends in "/" is a folder, which goes when it is empty.
 _MODEL = (
     r"(config|generation_config|adapter_config|model\.safetensors\.index|lrsa)\.json"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lrsa_ds.console import keep_console
+from lrsa_ds.directory import OUTPUTS
 from lrsa_ds.errors import LRSAError
 from lrsa_ds.lock import RunLock, this_process
 from lrsa_ds.parallel.mesh import Mesh
@@ -31,7 +32,7 @@ def occupy(
 
     def take() -> tuple[str, Any]:
         nonlocal lock
-        directory = Path(output_dir).expanduser() if output_dir else Path("outputs") / run_name
+        directory = Path(output_dir).expanduser() if output_dir else OUTPUTS / run_name
         try:
             directory.mkdir(parents=True, exist_ok=True)
             directory = directory if output_dir else _new_directory(directory)

@@ -13,6 +13,7 @@ from lrsa_ds.config import TrainConfig, require
 from lrsa_ds.data.procedure import Procedure, RunData, prepare_data
 from lrsa_ds.data.survey import SAMPLED_TOKENS, DataReport, steps_of_epochs, survey
 from lrsa_ds.data.tokenizer import Tokenizer, load_tokenizer
+from lrsa_ds.dtypes import dtype_of
 from lrsa_ds.errors import Problems
 from lrsa_ds.liger import check_liger
 from lrsa_ds.model import check_supported, empty_model
@@ -92,8 +93,7 @@ class _Architecture(NamedTuple):
 def _architecture(config: TrainConfig) -> _Architecture:
     """The sizes of the model, once it is known that the run can train it."""
     objective = check_objective(config)
-    automatic = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    dtype = {"auto": automatic, "bf16": torch.bfloat16, "fp32": torch.float32}[config.model.dtype]
+    dtype = dtype_of(config.model.dtype)
     structure = empty_model(config.model)
     check_supported(structure)
     check_liger(config.model, structure.config.model_type)

@@ -15,6 +15,7 @@ from lrsa_ds.config import TrainConfig, save_settings
 from lrsa_ds.data.ends import set_ends
 from lrsa_ds.data.procedure import Procedure
 from lrsa_ds.data.stream import TrainStream, make_loader
+from lrsa_ds.dtypes import dtype_name
 from lrsa_ds.errors import Stopped
 from lrsa_ds.evaluation import Evaluation, Moment, evaluate
 from lrsa_ds.journal import keep_rows_until, read_rows
@@ -310,7 +311,7 @@ def _describe(config: TrainConfig, plan: Plan, mesh: Mesh, directory: Path) -> l
     sequences = mesh.dp_size * optim.micro_batch * optim.grad_accum
     shared = f", {mesh.sp_size} ranks to a sequence" if mesh.sp_size > 1 else ""
     lines = [
-        f"{config.run_name}: {plan.num_parameters / 1e6:,.1f}M parameters in {str(plan.dtype).removeprefix('torch.')} "
+        f"{config.run_name}: {plan.num_parameters / 1e6:,.1f}M parameters in {dtype_name(plan.dtype)} "
         f"on {mesh.world_size} × {mesh.device_name}, ZeRO stage {config.zero.stage}{shared}",
         f"attention: {kind}",
         *filter(None, [check_objective(config).describe(config)]),

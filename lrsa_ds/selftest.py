@@ -9,6 +9,7 @@ import torch
 
 from lrsa_ds.config import OptimConfig, TrainConfig, require
 from lrsa_ds.data.procedure import Procedure
+from lrsa_ds.dtypes import dtype_name
 from lrsa_ds.parallel.mesh import Mesh, start_mesh, stop_mesh
 from lrsa_ds.plan import Plan, prepare
 from lrsa_ds.run import build_engine, build_trainer
@@ -129,7 +130,7 @@ def _table(shared: Measured, alone: Measured, worst: float, name: str, size: int
 def _verdict(passed: bool, dtype: torch.dtype) -> str:
     of_loss, of_gradient = TOLERANCES[dtype]
     limits = (
-        f"{of_loss:.0e} of the losses and {of_gradient:.0e} of the gradients in {str(dtype).removeprefix('torch.')}"
+        f"{of_loss:.0e} of the losses and {of_gradient:.0e} of the gradients in {dtype_name(dtype)}"
     )
     if passed:
         return f"passed: the differences are within {limits}"

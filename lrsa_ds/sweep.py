@@ -6,7 +6,6 @@ import math
 import os
 import re
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from lrsa_ds.errors import LRSAError
 from lrsa_ds.exits import Exit
 from lrsa_ds.labels import SMALLER, factor_name
 from lrsa_ds.output import COMPLETED
+from lrsa_ds.parallel.rendezvous import free_port
 
 JOB, LOG = "job.json", "log.txt"
 MAX_NAME = 100  # characters of a directory's name, without the digest; file systems take 255
@@ -151,7 +151,7 @@ class Runner:
     def _command(self, job: Job, slot: int) -> list[str]:
         gpus = self.slots[slot]
         where = [] if gpus is None else ["--include", f"localhost:{','.join(map(str, gpus))}"]
-        launcher = ["deepspeed", *self.launcher_args, *where, "--master_port", str(_free_port())]
+        launcher = ["deepspeed", *self.launcher_args, *where, "--master_port", str(free_port())]
         return [*launcher, str(self.root / "launch" / "train.py"), *job.overrides]
 
     def stop(self) -> None:
@@ -175,12 +175,6 @@ def _is_alive(group: int) -> bool:
             if os.getpgid(process.pid) == group and process.info["status"] != psutil.STATUS_ZOMBIE:
                 return True
     return False
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _reason(log: Path) -> str:

@@ -105,7 +105,7 @@ class Trainer:
         """One optimizer step: `grad_accum` micro-batches of `micro_batch` sequences. Returns its metrics."""
         mesh, size = self.mesh, self.config.optim.micro_batch
         if mesh.sequence is not None:
-            mesh.sequence.traffic.take(1)  # what was sent since the last step, in an evaluation, belongs to none
+            mesh.sequence.traffic.clear()  # what an evaluation has sent since the last step belongs to no step
         rows = [collate(sequences[i : i + size], mesh.row_multiple) for i in range(0, len(sequences), size)]
         batches = [held_of(row, mesh) for row in rows]
         counts = [float(b.num_target_tokens) for b in batches]

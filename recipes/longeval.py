@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from lrsa_ds.data.encoder import Encoder
+from lrsa_ds.data.facts import PASSKEY_QUESTION, draw_passkey, number_fact, number_question
 from lrsa_ds.data.haystack import Haystack
 from lrsa_ds.data.stdlib_qa import StdlibQA
 from lrsa_ds.data.tokenizer import Tokenizer
@@ -51,20 +52,16 @@ class Task:
 
 
 def ask_passkey(depth: float, haystack: Haystack, rng: random.Random) -> Question:
-    key = "".join(rng.choices(string.digits, k=PASSKEY_DIGITS))
-    fact = f"The pass key is {key}. Remember it. {key} is the pass key.\n\n"
-    return Question("What is the pass key?", [key], [(fact, depth)])
+    key, fact = draw_passkey(PASSKEY_DIGITS, rng)
+    return Question(PASSKEY_QUESTION, [key], [(fact, depth)])
 
 
 def ask_needle(depth: float, haystack: Haystack, rng: random.Random, num_keys: int = 1) -> Question:
     keys = rng.sample(haystack.words, num_keys)
     values = rng.sample(range(10**6, 10**7), num_keys)
     depths = [depth, *(rng.random() for _ in keys[1:])]
-    facts = [
-        (f"The special number for {key} is {value}.\n\n", place)
-        for key, value, place in zip(keys, values, depths, strict=True)
-    ]
-    return Question(f"What is the special number for {keys[0]}?", [str(values[0])], facts)
+    facts = [(number_fact(key, value), place) for key, value, place in zip(keys, values, depths, strict=True)]
+    return Question(number_question(keys[0]), [str(values[0])], facts)
 
 
 def ask_needle_multikey(depth: float, haystack: Haystack, rng: random.Random) -> Question:

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import signal
-import socket
 import struct
 import subprocess
 import sys
@@ -13,6 +12,8 @@ import time
 from pathlib import Path
 
 import torch
+
+from lrsa_ds.parallel.rendezvous import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -33,12 +34,6 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float, name: str = "tensor") -> None:
     error = relative_error(actual, expected)
     assert error <= tolerance, f"{name}: relative error {error:.2e} is above {tolerance:.0e}"
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def run_ranks(script, world_size: int, *args, timeout: float = 240, env: dict | None = None) -> list[str]:

@@ -8,6 +8,7 @@ from lrsa_ds.attention.buffered import buffered_attention
 from lrsa_ds.attention.chunked import chunked_attention
 from lrsa_ds.attention.kernels.kernel import choose_kernel
 from lrsa_ds.config import LRSAConfig, require
+from lrsa_ds.dtypes import dtype_name
 from lrsa_ds.partition import partition_table
 
 
@@ -64,7 +65,7 @@ def _in_one_dtype(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     device = tensors[0].device.type
     if torch.is_autocast_enabled(device) and all(x.dtype != torch.float64 for x in tensors):
         return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
-    dtypes = [str(x.dtype).removeprefix("torch.") for x in tensors]
+    dtypes = [dtype_name(x.dtype) for x in tensors]
     require(
         len(set(dtypes)) == 1,
         f"q, k and v have the dtypes {', '.join(dtypes)}: give them in one, or attend under torch.autocast.",

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterator
 
+from lrsa_ds.data.facts import plain_words
 from lrsa_ds.data.stdlib_docs import load_documents
 from lrsa_ds.data.tokenizer import Tokenizer
 
@@ -19,8 +20,7 @@ class Haystack:
         documents = [d for d in load_documents() if d.is_validation]
         self.documents = [[f"{part.strip()}\n\n" for part in d.text.split("\n\n") if part.strip()] for d in documents]
         self.lengths = [self.count(parts) for parts in self.documents]
-        names = {document.name.split(".")[-1] for document in documents}
-        self.words = sorted(word for word in names if word.isascii() and word.isalpha() and 4 <= len(word) <= 9)
+        self.words = plain_words(document.name for document in documents)
 
     def count(self, texts: list[str]) -> list[int]:
         """Tokens of each text."""

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
+from lrsa_ds.data.facts import PASSKEY_QUESTION, draw_passkey, number_fact, number_question, plain_words
 from lrsa_ds.data.stdlib_docs import Document, load_documents
 from lrsa_ds.data.tokenizer import Tokenizer
 from lrsa_ds.errors import LRSAError
 
+PASSKEY_DIGITS = 32
 NUM_LOOKUP_KEYS = 16
 MIN_LOOKUP_KEYS = 2
 # Room for what the tokens of joined texts may differ from the sum of their parts.
@@ -67,8 +69,7 @@ class StdlibQA:
         self.frame_length = frame_length
         self.documents = [d for d in load_documents() if d.is_validation == (split == "validation")]
         self.lengths = self._count([d.text for d in self.documents])
-        words = {d.name.split(".")[-1] for d in self.documents}
-        self.words = sorted(w for w in words if w.isascii() and w.isalpha() and 4 <= len(w) <= 9)
+        self.words = plain_words(d.name for d in self.documents)
         self.signatures: list[Document] = []
         minimum = max(self._minimum_length(task) for task in dict.fromkeys(self.tasks))
         if context_length < minimum:
@@ -101,15 +102,13 @@ class StdlibQA:
             question = f"What is the signature of {asked.name}?"
             return _Question(question, asked.signature, [asked.header], asked.text[len(asked.header) :], asked.name)
         if task == "passkey":
-            key = "".join(rng.choices("0123456789", k=32))
-            return _Question(
-                "What is the pass key?", key, [f"The pass key is {key}. Remember it. {key} is the pass key.\n\n"]
-            )
+            key, fact = draw_passkey(PASSKEY_DIGITS, rng)
+            return _Question(PASSKEY_QUESTION, key, [fact])
         words = rng.sample(self.words, NUM_LOOKUP_KEYS)
         numbers = [str(rng.randrange(10**6, 10**7)) for _ in words]
-        facts = [f"The special number for {w} is {n}.\n\n" for w, n in zip(words, numbers, strict=True)]
-        # The first is asked: its place in the context is drawn later, and it is the last to be dropped.
-        return _Question(f"What is the special number for {words[0]}?", numbers[0], facts)
+        facts = [number_fact(word, number) for word, number in zip(words, numbers, strict=True)]
+        # The question asks for the first one: its place in the context is drawn later, and it is dropped last.
+        return _Question(number_question(words[0]), numbers[0], facts)
 
     def _fewer_keys(self, question: _Question, room: int) -> _Question:
         """As many of the 16 facts as fit, and at least two."""

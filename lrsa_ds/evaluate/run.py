@@ -6,13 +6,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Protocol
 
-import torch
 import torch.distributed as dist
 
 from lrsa_ds.config import LogConfig, LRSAConfig, load_settings, require, require_compression, save_settings
 from lrsa_ds.data.ends import set_ends
 from lrsa_ds.data.tokenizer import Tokenizer, load_tokenizer
 from lrsa_ds.directory import EVALUATE, check_directory, mark_directory, remove_run
+from lrsa_ds.dtypes import dtype_of
 from lrsa_ds.evaluate.config import EvaluateConfig
 from lrsa_ds.evaluate.evaluator import Evaluator, Mode, Sample, modes
 from lrsa_ds.evaluate.report import draw_results, results_table
@@ -112,7 +112,7 @@ def _evaluate_in(directory: Path, plan: _Plan, mesh: Mesh) -> None:
         for line in _description(config, attention, plan.wanted, samples, missing, directory, mesh):
             logger.message(line)
         if missing:
-            model = apply_lrsa(load_model(config.model, _dtype(config)), attention).to(mesh.device).eval()
+            model = apply_lrsa(load_model(config.model, dtype_of(config.model.dtype)), attention).to(mesh.device).eval()
             set_ends(model, plan.tokenizer, config.model, config.data.chat_template)
             evaluator = Evaluator(model, plan.tokenizer, attention, plan.score)
             _work(evaluator, samples, missing, directory, mesh, config.log)
@@ -130,11 +130,6 @@ def _check_lengths(config: EvaluateConfig, trained: dict | None, wanted: list[Mo
         attention = config.cache.attention(trained, mode.retention)
         for length in config.lengths if mode.prefill != "dense" and not attention.is_dense else ():
             require_compression("lengths", length, attention, "cache", "cache.prefill=[dense]")
-
-
-def _dtype(config: EvaluateConfig) -> torch.dtype:
-    automatic = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    return {"auto": automatic, "bf16": torch.bfloat16, "fp32": torch.float32}[config.model.dtype]
 
 
 def _check_directory(config: EvaluateConfig, settings: dict) -> None:

@@ -16,7 +16,7 @@ from lrsa_ds.attention.kernels.blocks import BLOCK
 from lrsa_ds.config import require
 from lrsa_ds.errors import LRSAError
 from lrsa_ds.parallel.exchange import SequenceGroup
-from lrsa_ds.parallel.rendezvous import meet
+from lrsa_ds.parallel.rendezvous import free_port, meet
 from lrsa_ds.registry import EXCHANGES
 
 JOIN = timedelta(minutes=30)  # for all ranks to come, where no setting says it
@@ -152,7 +152,7 @@ def start_mesh(
     """
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+        os.environ.setdefault("MASTER_PORT", str(free_port()))
     # DeepSpeed 0.19 calls collectives by names that newer torch releases warn about, at every call site.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
     use_cuda = torch.cuda.is_available()
@@ -198,9 +198,3 @@ def _sequence_group(size: int, exchange: str) -> SequenceGroup | None:
 def stop_mesh() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -16,6 +16,13 @@ NOTE_SECONDS = 20.0  # of waiting, before rank 0 says for whom
 LEAST_SECONDS = 1.0  # that torch's store takes for a timeout
 
 
+def free_port() -> int:
+    """A port of this machine that no program has taken yet."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def meet(patience: timedelta) -> dist.Store:
     """The store of the run, once every rank has come; rank 0 opens the master port.
 

@@ -12,14 +12,15 @@ CARGO = ("halo", "queries", "kept", "kv", "outputs", "lse")
 
 @dataclass
 class Traffic:
-    """Bytes sent to other ranks since the last `take`: keys are (cargo, pass). Recomputed passes count again."""
+    """Bytes sent to other ranks since the last `take` or `clear`, by (cargo, pass). Recomputed passes count again."""
 
     sent: Counter = field(default_factory=Counter)
     ulysses: Counter = field(default_factory=Counter)
 
     def take(self, num_layers: int) -> dict[str, float]:
         """Bytes of an average layer: `sent_bytes_<pass>[_<cargo>]`, and `ulysses_bytes_<pass>[_kv]` to compare with."""
-        sent, ulysses, self.sent, self.ulysses = self.sent, self.ulysses, Counter(), Counter()
+        sent, ulysses = self.sent, self.ulysses
+        self.clear()
         counts = {}
         for direction in PASSES:
             counts[f"sent_bytes_{direction}"] = sum(sent[cargo, direction] for cargo in CARGO)
@@ -27,6 +28,10 @@ class Traffic:
             counts[f"ulysses_bytes_{direction}"] = sum(ulysses[cargo, direction] for cargo in CARGO)
             counts[f"ulysses_bytes_{direction}_kv"] = ulysses["kv", direction]
         return {name: count / num_layers for name, count in counts.items()}
+
+    def clear(self) -> None:
+        """Forgets what was sent so far."""
+        self.sent, self.ulysses = Counter(), Counter()
 
     def count_ulysses(self, q: torch.Tensor, k: torch.Tensor, output: torch.Tensor, size: int, is_real: bool) -> None:
         """Counts what dense Ulysses sends for this attention, and again when its backward pass comes by.

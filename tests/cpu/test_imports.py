@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Who may import whom inside lrsa_ds: a module imports from its own layer and from those before it, never from a later
 # one. A new module gets a place here.
 LAYERS = (
-    ("errors", "exits", "labels", "notices", "registry", "launcher", "voice", "lock", "signals"),
+    ("dtypes", "errors", "exits", "labels", "notices", "registry", "launcher", "voice", "lock", "signals"),
     ("config", "directory", "hub", "partition"),
     ("attention",),
     ("cache", "compression", "documents", "parallel", "provenance"),

@@ -7,6 +7,7 @@ import torch
 
 from lrsa_ds.attention.kernels.interval import Intervals
 from lrsa_ds.config import AUTO, LRSAConfig, require
+from lrsa_ds.dtypes import dtype_name
 from lrsa_ds.notices import say_once
 from lrsa_ds.registry import KERNELS
 
@@ -52,14 +53,10 @@ class Kernel:
         if (missing := self.what_is_missing(device)) is not None:
             return missing
         if self.dtypes is not None and dtype not in self.dtypes:
-            return f"it computes in {' or '.join(map(_name, self.dtypes))}, not in {_name(dtype)}"
+            return f"it computes in {' or '.join(map(dtype_name, self.dtypes))}, not in {dtype_name(dtype)}"
         if self.head_dims is not None and head_dim not in self.head_dims:
             return f"head dims {' and '.join(map(str, self.head_dims))} are supported, not {head_dim}"
         return None
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def choose_kernel(
