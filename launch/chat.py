@@ -59,9 +59,12 @@ class Reader:
     def kept(self) -> str:
         cache = self.cache
         share = cache.get_seq_length() / cache.num_held
+        on_average = ", on average," if len(cache.config.layers) > 1 else ""
+        megabytes = cache.num_bytes / 1e6
         return (
-            f"read {cache.get_seq_length():,} tokens, kept {cache.num_held:,} of each layer and head "
-            f"({share:.1f} x less): {cache.num_bytes / 1e6:.1f} MB instead of {share * cache.num_bytes / 1e6:.1f} MB"
+            f"read {cache.get_seq_length():,} tokens, "
+            f"kept {round(cache.num_held):,}{on_average} of each layer and head "
+            f"({share:.1f} x less): {megabytes:.1f} MB instead of {share * megabytes:.1f} MB"
         )
 
     def answer(self, question: str, max_new_tokens: int) -> str:

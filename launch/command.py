@@ -3,6 +3,7 @@
 import atexit
 import gc
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -43,6 +44,16 @@ def leave(code: int) -> None:
     os._exit(code)
 
 
+def plain_keys(argument: str) -> str:
+    """An override whose value is a dictionary, its keys without the quotes that JSON and Python put around them.
+
+    Hydra takes 'attention.layers={0-1: 1.0}' and refuses the same with "0-1".
+    """
+    if not re.match(r"[+~]*[\w./@-]+=\{", argument):
+        return argument
+    return re.sub(r"""([{,]\s*)(["'])([\w.-]+)\2(?=\s*:)""", r"\1\3", argument)
+
+
 def _lost_a_rank(error: Exception) -> bool:
     """Whether a collective failed since a process at the other end is gone."""
     return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
@@ -76,7 +87,7 @@ def run_command(action: Callable[[Any], bool], name: str = "train", schema: type
 def _composed_and_run(action: Callable[[Any], bool], name: str, schema: type) -> bool:
     check_launcher()
     # The deepspeed launcher appends --local_rank=N, which Hydra would refuse; the environment says the same.
-    sys.argv = [argument for argument in sys.argv if not argument.startswith("--local_rank")]
+    sys.argv = [plain_keys(argument) for argument in sys.argv if not argument.startswith("--local_rank")]
     if {"-m", "--multirun"} & set(sys.argv):
         raise LRSAError("a sweep has a command of its own: python launch/sweep.py --multirun ...")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, and leave as one sentence

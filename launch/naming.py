@@ -14,7 +14,7 @@ ALIKE = re.compile(r"model|best|[\d_-]+")
 
 
 def run_name(base: str = "", *, _root_: Container) -> str:
-    attention = _attention(_value(_root_, "attention.kind"), _value(_root_, "attention.retention"))
+    attention = _attention(*(_value(_root_, f"attention.{key}") for key in ("kind", "retention", "layers")))
     return f"{base or _model(_root_)}-{attention}-{_value(_root_, 'seq_len')}"
 
 
@@ -33,7 +33,9 @@ def _model(root: Container) -> str:
     return next((part for part in reversed(parts) if not ALIKE.fullmatch(part) and part != "/"), "model")
 
 
-def _attention(kind: object, retention: object) -> str:
+def _attention(kind: object, retention: object, layers: object) -> str:
     if kind != "lrsa":
         return str(kind)
+    if layers:
+        return "lrsa-layers"
     return "lrsa-mixed" if isinstance(retention, ListConfig) else f"lrsa-{retention}"

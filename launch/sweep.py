@@ -35,6 +35,7 @@ from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
 from launch.accelerator import register_resolver  # noqa: E402
 from launch.checkout import CONF, register_checkout  # noqa: E402
+from launch.command import plain_keys  # noqa: E402
 from launch.defaults import fit_defaults  # noqa: E402
 from launch.schema import register_schema  # noqa: E402
 from launch.sentences import hydra_sentence, quoted  # noqa: E402
@@ -152,7 +153,7 @@ def report(directory: Path) -> int:
 
 def main() -> int:
     options, typed = arguments()
-    sys.argv = [sys.argv[0], *typed]
+    sys.argv = [sys.argv[0], *map(plain_keys, typed)]
     os.environ["HYDRA_FULL_ERROR"] = "1"
     register_resolver()
     register_checkout()

@@ -3,9 +3,9 @@
 import lrsa_ds.parallel.strategies  # noqa: F401  fills the table of what parallel.exchange may name
 from lrsa_ds.attention import SelectionRule, lrsa_attention, register_selection, select_kept
 from lrsa_ds.cache import LagKVCache
-from lrsa_ds.config import LRSAConfig
 from lrsa_ds.inference import load, prefill
-from lrsa_ds.model import apply_lrsa
+from lrsa_ds.lrsa_config import LRSAConfig
+from lrsa_ds.model import apply_lrsa, new_cache
 
 __version__ = "0.1.0"
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "apply_lrsa",
     "load",
     "lrsa_attention",
+    "new_cache",
     "prefill",
     "register_selection",
     "select_kept",

@@ -11,9 +11,10 @@ from transformers.cache_utils import DynamicLayer
 from lrsa_ds.attention.kept_buffer import gather_kept
 from lrsa_ds.attention.selection.rule import Partitions
 from lrsa_ds.attention.selection.select import fast_select_partitions
-from lrsa_ds.config import LRSAConfig, require
-from lrsa_ds.errors import LRSAError
-from lrsa_ds.partition import num_compressed_partitions
+from lrsa_ds.errors import LRSAError, require
+from lrsa_ds.layers import AnyConfig
+from lrsa_ds.lrsa_config import LRSAConfig
+from lrsa_ds.partition import mean_of, num_compressed_partitions
 
 
 class LagKVLayer(DynamicLayer):
@@ -87,22 +88,24 @@ class LagKVCache(Cache):
     by chunk. So a whole prompt may be given at once; `lrsa_ds.prefill` gives it in parts, with bounded memory.
 
     Args:
-        config: sink size, lag size, retention and selection rule.
+        config: sink size, lag size, retention and selection rule, of all layers or of each; `lrsa_ds.new_cache(model)`
+            takes those of a model.
 
     Raises:
         LRSAError: (while in use) another batch size, padding, a model without LRSA attention, or an attempt to crop.
     """
 
-    def __init__(self, config: LRSAConfig):
+    def __init__(self, config: AnyConfig):
         super().__init__(layer_class_to_replicate=self._next_layer)
         self.config = config
         self.is_attended_by_chunk = False  # set by the model for the time of a pass
 
     def _next_layer(self) -> LagKVLayer:
-        return LagKVLayer(self.config, index=len(self.layers))
+        index = len(self.layers)
+        return LagKVLayer(self.config.at_layer(index), index)
 
     @classmethod
-    def from_dense(cls, cache: DynamicCache, config: LRSAConfig) -> "LagKVCache":
+    def from_dense(cls, cache: DynamicCache, config: AnyConfig) -> "LagKVCache":
         """What is kept of a cache that was filled under dense attention: "prefill fully, then compress"."""
         compressed = cls(config)
         for index, layer in enumerate(cache.layers):
@@ -134,6 +137,7 @@ class LagKVCache(Cache):
         return sum(x.untyped_storage().nbytes() for x in tensors)
 
     @property
-    def num_held(self) -> int:
-        """Tokens of which a layer holds keys and values for each KV head."""
-        return self.layers[0].keys.shape[2] if self.layers and self.layers[0].keys is not None else 0
+    def num_held(self) -> float:
+        """Tokens of which a layer holds keys and values for each KV head; the mean over layers that differ."""
+        held = [layer.keys.shape[2] if layer.keys is not None else 0 for layer in self.layers]
+        return mean_of(held) if held else 0

@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from lrsa_ds.config import LRSAConfig
 from lrsa_ds.labels import retention_name
+from lrsa_ds.layers import AnyConfig
 from lrsa_ds.partition import num_held
 
 
@@ -23,7 +23,7 @@ class Compression:
     num_short: float = 0
 
     @classmethod
-    def of(cls, lengths: Iterable[int], config: LRSAConfig) -> "Compression":
+    def of(cls, lengths: Iterable[int], config: AnyConfig) -> "Compression":
         """That of documents of these lengths under attention that is not dense."""
         total = cls()
         for length in lengths:
@@ -38,7 +38,7 @@ class Compression:
         return self.num_tokens / self.num_held
 
 
-def short_documents_sentence(share: float, config: LRSAConfig, of_what: str) -> str | None:
+def short_documents_sentence(share: float, config: AnyConfig, of_what: str) -> str | None:
     """Says that documents are too short for LRSA, or nothing if none is. `of_what`: "the tokens trained on"."""
     if share == 0:
         return None
@@ -50,11 +50,12 @@ def short_documents_sentence(share: float, config: LRSAConfig, of_what: str) -> 
     )
 
 
-def held_sentence(num_tokens: int, configs: Iterable[LRSAConfig]) -> str:
+def held_sentence(num_tokens: int, configs: Iterable[AnyConfig]) -> str:
     """What caches hold after `num_tokens` tokens of one document, under each of these settings."""
     parts = [f"after {num_tokens:,} tokens it holds"]
     for config in configs:
         held = num_held(num_tokens, config)
         share = f"{100 * held / num_tokens:.1f} %, {num_tokens / held:.2f}x smaller"
-        parts.append(f"{held:,} entries at retention {retention_name(config.retention)} ({share})")
+        on_average = " on average" if len(config.layers) > 1 else ""
+        parts.append(f"{held:,.0f} entries{on_average} at retention {retention_name(config.retention)} ({share})")
     return f"{parts[0]} {', '.join(parts[1:])}"

@@ -1,51 +1,28 @@
 """Every setting of a run, typed, with its limits checked where it is declared.
 
-`LRSAConfig` is all that the attention needs. `TrainConfig` is a whole run; Hydra composes it from `conf/` and
-`typed_config` turns what Hydra composed into it, so that a typo or a wrong type ends the run in one sentence before
-any process group starts.
+`TrainConfig` is a whole run; Hydra composes it from `conf/` and `typed_config` turns what Hydra composed into it, so
+that a typo or a wrong type ends the run in one sentence before any process group starts.
 """
 
 import difflib
 import os
 import re
-from contextvars import ContextVar
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from lrsa_ds.errors import LRSAError, all_of
-from lrsa_ds.registry import EXCHANGES, KERNELS, SELECTION_RULES
+from lrsa_ds.errors import LRSAError, all_of, noting, require, require_one_of, require_whole
+from lrsa_ds.layers import AnyConfig, close_ranges, describe, read_ranges, uniform
+from lrsa_ds.lrsa_config import LRSAConfig, require_retention
+from lrsa_ds.registry import EXCHANGES
 
-AUTO = "auto"  # of the kernels the fastest that is possible
 # Our names of the columns of a row, see lrsa_ds/data/shapes.py.
 COLUMNS = ("messages", "conversations", "tools", "system", "prompt", "completion", "instruction", "input", "output")
 COLUMNS += ("context", "question", "answer", "answers", "answer_start", "text", "input_ids", "labels", "task")
-
-
-# Set while all mistakes of a configuration are looked for: each is noted, and the checks go on.
-_NOTED: ContextVar[list[str] | None] = ContextVar("noted", default=None)
-
-
-def require(condition: bool, message: str) -> None:
-    """Raises `LRSAError(message)` unless `condition` holds."""
-    if condition:
-        return
-    noted = _NOTED.get()
-    if noted is None:
-        raise LRSAError(message)
-    noted.append(message)
-
-
-def require_one_of(key: str, value: Any, valid: tuple) -> None:
-    require(value in valid, f"{key}={value!r} is not valid: choose one of {', '.join(map(str, valid))}.")
-
-
-def require_whole(key: str, value: Any, at_least: int) -> None:
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    require(whole and value >= at_least, f"{key}={value!r} is not valid: give a whole number of at least {at_least}.")
 
 
 def require_paths(key: str, value: Any) -> None:
@@ -62,95 +39,6 @@ def expand_home(settings: Any, *names: str) -> None:
             setattr(settings, name, os.path.expanduser(value))
         elif isinstance(value, list):
             setattr(settings, name, [os.path.expanduser(path) for path in value])
-
-
-def require_retention(key: str, value: Any) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    require(
-        number and 0 < value <= 1,
-        f"{key}={value!r} is not valid: give the share of each partition that is kept, above 0 and at most 1.",
-    )
-
-
-def require_weight(key: str, value: Any) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    require(
-        number and 0 <= value < 1e38,  # the score is in fp32
-        f"{key}={value!r} is not valid: give a number of at least 0 and below 1e38.",
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class LRSAConfig:
-    """What Lag-Relative Sparse Attention needs to know (LagKV, arXiv 2504.04704, section 3).
-
-    Args:
-        sink_size: tokens at the start of a document that stay visible to all of it (S).
-        lag_size: tokens of a partition, and of the lag reference that scores it (L).
-        retention: share of each partition that is kept, in (0, 1]; 1.0 is dense attention.
-        selection: the rule that chooses what is kept (see `lrsa_ds.attention.selection`).
-        value_weight: weight of the values' score beside that of the keys, at least 0 (`score_v_ratio` in the authors'
-            code), for rules that score both.
-        backend: "chunked" (readable, any device), "flex" (FlexAttention, CUDA), "fa4" (flash-attn-4, Hopper) or "auto",
-            which is the fastest that the device, the dtype and the head dim allow.
-
-    Raises:
-        LRSAError: a value out of its range, or a retention so small that nothing of a partition is kept.
-    """
-
-    sink_size: int = 16
-    lag_size: int = 1024
-    retention: float = 0.25
-    selection: str = "lagkv"
-    value_weight: float = 1.0
-    backend: str = "auto"
-
-    def __post_init__(self):
-        require_whole("attention.sink_size", self.sink_size, 0)
-        require_whole("attention.lag_size", self.lag_size, 2)
-        require_retention("attention.retention", self.retention)
-        rule = SELECTION_RULES[self.selection]
-        require_weight("attention.value_weight", self.value_weight)
-        require(
-            self.value_weight == 1 or "value_weight" in rule.reads,
-            f"attention.value_weight={self.value_weight} has no effect with attention.selection={self.selection}: "
-            "leave it at 1.0.",
-        )
-        require_one_of("attention.backend", self.backend, (AUTO, *KERNELS))
-        require(
-            self.num_kept >= 1 or rule.keeps_nothing,
-            f"attention.retention={self.retention} keeps nothing of a partition of attention.lag_size={self.lag_size} "
-            f"tokens: give at least {1 / self.lag_size:.4g}.",
-        )
-
-    @property
-    def num_kept(self) -> int:
-        """K, the number of keys and values kept of each partition: int(r * L), as in LagKV; 0 under some rules."""
-        if self.retention < 1 and SELECTION_RULES[self.selection].keeps_nothing:
-            return 0
-        return int(self.retention * self.lag_size)
-
-    @property
-    def dense_prefix_size(self) -> int:
-        """S + 2L: the first tokens of a document, which attend to all before them, with a cache that holds them all.
-
-        A document of no more tokens is trained on as under dense attention, and its cache is compressed only once all
-        of these tokens were seen.
-        """
-        return self.sink_size + 2 * self.lag_size
-
-    @property
-    def is_dense(self) -> bool:
-        """Whether everything is kept, so that the attention is dense causal attention."""
-        return self.num_kept == self.lag_size
-
-    def saved(self) -> dict[str, Any]:
-        """The settings as a saved model remembers them: `LRSAConfig(**saved)` is this one.
-
-        Settings that the first release did not have stand there only where they differ from what it did.
-        """
-        added = {"selection": "lagkv", "value_weight": 1.0}
-        return {key: value for key, value in asdict(self).items() if key not in added or value != added[key]}
 
 
 @dataclass(kw_only=True)
@@ -209,7 +97,13 @@ class ModelConfig:
 
 @dataclass(kw_only=True)
 class AttentionConfig:
-    """LRSA or dense attention in training; `sink_size` and `lag_size` also serve the evaluation of a dense run."""
+    """LRSA or dense attention in training; `sink_size` and `lag_size` also serve the evaluation of a dense run.
+
+    Args:
+        retention: a number, or a list of which each step takes the next one.
+        layers: from ranges of layers to a retention of their own, 1.0 for dense attention, or None for `retention`; see
+            `lrsa_ds.layers`. `resolved` is needed before the settings reach a model.
+    """
 
     kind: str = "lrsa"
     sink_size: int = 16
@@ -217,10 +111,16 @@ class AttentionConfig:
     retention: Any = 0.125
     selection: str = "lagkv"
     value_weight: float = 1.0
+    layers: dict[Any, Any] = field(default_factory=dict)
     backend: str = "auto"
 
     def __post_init__(self):
         require_one_of("attention.kind", self.kind, ("lrsa", "dense"))
+        require(
+            self.kind == "lrsa" or not self.layers,
+            "attention.layers has no effect under dense attention: use attention=lrsa.",
+        )
+        self._ranges = read_ranges(self.layers)
         require(self.retentions != [], "attention.retention=[] is not valid: give a number in (0, 1], or a list.")
         for step in range(len(self.retentions)):
             self.at_step(step)
@@ -233,11 +133,51 @@ class AttentionConfig:
     def retentions(self) -> list:
         return list(self.retention) if isinstance(self.retention, (list, tuple)) else [self.retention]
 
-    def at_step(self, step: int) -> LRSAConfig:
-        """The attention of optimizer step `step` (counted from 0): a list of retentions is taken in turn."""
-        return self.with_retention(self.retentions[step % len(self.retentions)])
+    def resolved(self, num_layers: int) -> "AttentionConfig":
+        """The same for a model of so many layers, each of which has an entry in `layers` if any has.
 
-    def with_retention(self, retention: float) -> LRSAConfig:
+        Raises:
+            LRSAError: `layers` leaves a layer out, or names one beyond the model.
+        """
+        if not self.layers:
+            return self
+        ranges = close_ranges(self._ranges, num_layers)
+        return replace(self, layers={i: value for first, last, value in ranges for i in range(first, last + 1)})
+
+    def at_step(self, step: int) -> AnyConfig:
+        """The attention of optimizer step `step` (counted from 0): a list of retentions is taken in turn.
+
+        A step at 1.0 is dense in every layer. Otherwise each layer has the retention that `layers` gives it, or that of
+        the step.
+        """
+        retention = self.retentions[step % len(self.retentions)]
+        return self._by_layer(retention, lambda own: retention if own is None else own)
+
+    def with_retention(self, retention: float) -> AnyConfig:
+        """The attention under another cache: layers that `layers` makes dense stay so, unless all are to be dense."""
+        return self._by_layer(retention, lambda own: 1.0 if own == 1 else retention)
+
+    def evaluated(self, retentions: list[float]) -> list[tuple[float, AnyConfig]]:
+        """The caches of an evaluation with their names: these retentions, and what is trained where layers differ.
+
+        The latter is named by the mean share that it keeps.
+        """
+        caches = [(retention, self.with_retention(retention)) for retention in retentions]
+        trained = self.at_step(0)
+        is_new = self.layers and trained not in [config for _, config in caches]
+        return [*caches, (trained.share_kept, trained)] if is_new else caches
+
+    def described(self) -> str:
+        """Such as "retention 0.125"; with `layers` also what each layer keeps, step by step."""
+        if not self.layers:
+            return f"retention {self.retentions[0] if len(self.retentions) == 1 else self.retentions}"
+        return ", then ".join(dict.fromkeys(describe(self.at_step(step)) for step in range(len(self.retentions))))
+
+    def _by_layer(self, retention: float, choose: Callable[[float | None], float]) -> AnyConfig:
+        values = [choose(own) for *_, own in self._ranges] if self._ranges and retention != 1 else [retention]
+        return uniform([self._config(value) for value in values])
+
+    def _config(self, retention: float) -> LRSAConfig:
         return LRSAConfig(
             sink_size=self.sink_size,
             lag_size=self.lag_size,
@@ -578,16 +518,17 @@ class TrainConfig:
 
     def _check_that_lrsa_does_something(self) -> None:
         """Refuses LRSA on documents that are never long enough to be compressed: it would be dense attention."""
-        compressed = [r for r in self.attention.retentions if not self.attention.with_retention(r).is_dense]
+        steps = map(self.attention.at_step, range(len(self.attention.retentions)))
+        compressed = [attention for attention in steps if not attention.is_dense]
         if not compressed:
             return
         key, length = "seq_len", self.seq_len
         if self.data.source == "stdlib_qa" and self.data.context_length is not None:
             key, length = "data.context_length", self.data.context_length
-        require_compression(key, length, self.attention.with_retention(compressed[0]), "attention", "attention=dense")
+        require_compression(key, length, compressed[0], "attention", "attention=dense")
 
 
-def require_compression(key: str, length: int, config: LRSAConfig, group: str, instead: str) -> None:
+def require_compression(key: str, length: int, config: AnyConfig, group: str, instead: str) -> None:
     """Raises LRSAError if no document of `length` tokens would be compressed; names `key` and what would help.
 
     Args:
@@ -624,9 +565,7 @@ def typed_config(composed: DictConfig, schema: type = TrainConfig) -> Any:
 
 def _all_mistakes(merged: DictConfig) -> list[str]:
     """What every group, and then the whole, has to say against the values of a configuration."""
-    noted: list[str] = []
-    token = _NOTED.set(noted)
-    try:
+    with noting() as noted:
         for node in [*(value for value in merged.values() if isinstance(value, DictConfig)), merged]:
             try:
                 OmegaConf.to_object(node)
@@ -634,8 +573,6 @@ def _all_mistakes(merged: DictConfig) -> list[str]:
                 noted.append(str(error))
             except Exception:  # a check that went on with the wrong value, which is noted
                 pass
-    finally:
-        _NOTED.reset(token)
     return noted
 
 

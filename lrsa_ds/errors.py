@@ -1,8 +1,10 @@
-"""What ends a run with a single sentence instead of a traceback."""
+"""What ends a run with a single sentence instead of a traceback, and the checks that raise it."""
 
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
 
 
 class LRSAError(ValueError):
@@ -53,3 +55,37 @@ class Problems:
         """Raises one `LRSAError` with everything that was collected, if anything was."""
         if self._sentences:
             raise all_of(self._sentences)
+
+
+# Set while all mistakes of a configuration are looked for: each is noted, and the checks go on.
+_NOTED: ContextVar[list[str] | None] = ContextVar("noted", default=None)
+
+
+@contextmanager
+def noting() -> Iterator[list[str]]:
+    """While it holds, `require` adds what it would raise to the list, and goes on."""
+    noted: list[str] = []
+    token = _NOTED.set(noted)
+    try:
+        yield noted
+    finally:
+        _NOTED.reset(token)
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises `LRSAError(message)` unless `condition` holds."""
+    if condition:
+        return
+    noted = _NOTED.get()
+    if noted is None:
+        raise LRSAError(message)
+    noted.append(message)
+
+
+def require_one_of(key: str, value: Any, valid: tuple) -> None:
+    require(value in valid, f"{key}={value!r} is not valid: choose one of {', '.join(map(str, valid))}.")
+
+
+def require_whole(key: str, value: Any, at_least: int) -> None:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    require(whole and value >= at_least, f"{key}={value!r} is not valid: give a whole number of at least {at_least}.")

@@ -10,9 +10,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from lrsa_ds.config import LRSAConfig, TrainConfig
+from lrsa_ds.config import TrainConfig
 from lrsa_ds.data.packing import IGNORE, Example, PackedSequence, collate, pack, padding_sequence
 from lrsa_ds.data.tokenizer import Tokenizer
+from lrsa_ds.layers import AnyConfig
+from lrsa_ds.model import num_layers
 from lrsa_ds.parallel.mesh import Mesh
 from lrsa_ds.partition import cache_factor
 from lrsa_ds.predictions import ShownAnswers, prediction_row
@@ -69,9 +71,9 @@ def evaluate(
     batches += [idle] * (-len(batches) % mesh.dp_size)
     shown = ShownAnswers(examples)
     found = Evaluation([], [])
-    total, done = len(examples) * len(config.eval.retentions), 0
-    for retention in config.eval.retentions:
-        attention = config.attention.with_retention(retention)
+    caches = config.attention.resolved(num_layers(engine.module.lm)).evaluated(config.eval.retentions)
+    total, done = len(examples) * len(caches), 0
+    for retention, attention in caches:
         totals = torch.zeros(len(examples), 3, dtype=torch.float64)
         shown.clear()
         for first in range(0, len(batches), mesh.dp_size):
@@ -85,9 +87,9 @@ def evaluate(
         totals = torch.tensor(mesh.sum(totals.flatten().tolist())).view_as(totals)
         likeliest = shown.found(mesh.sum(shown.tokens_EM.flatten().tolist()))
         name = {"when": moment.when, "step": moment.step}
-        found.scores.extend(name | row for row in _score_rows(examples, attention, totals))
+        found.scores.extend(name | row for row in _score_rows(examples, retention, attention, totals))
         found.predictions.extend(
-            name | row for row in _prediction_rows(examples, attention, totals, likeliest, tokenizer)
+            name | row for row in _prediction_rows(examples, retention, attention, totals, likeliest, tokenizer)
         )
     on_batch(total, total)
     engine.train(was_training)
@@ -123,7 +125,7 @@ def _add_scores(totals_E3: torch.Tensor, examples_T: torch.Tensor, statistics_T3
     totals_E3.index_add_(0, examples_T, torch.stack([torch.ones_like(nll), correct, nll], dim=1))
 
 
-def _score_rows(examples: list[Example], attention: LRSAConfig, totals_E3: torch.Tensor) -> list[dict]:
+def _score_rows(examples: list[Example], retention: float, attention: AnyConfig, totals_E3: torch.Tensor) -> list[dict]:
     rows = []
     for task in sorted({example.task for example in examples}):
         mine = totals_E3[[example.task == task for example in examples]]
@@ -132,7 +134,7 @@ def _score_rows(examples: list[Example], attention: LRSAConfig, totals_E3: torch
         rows.append(
             {
                 "task": task,
-                "retention": attention.retention,
+                "retention": retention,
                 "cache_factor": cache_factor((len(e.input_ids) for e in examples if e.task == task), attention),
                 "exact_match": 100 * exact,
                 "token_accuracy": 100 * num_correct / num_tokens,
@@ -145,7 +147,8 @@ def _score_rows(examples: list[Example], attention: LRSAConfig, totals_E3: torch
 
 def _prediction_rows(
     examples: list[Example],
-    attention: LRSAConfig,
+    retention: float,
+    attention: AnyConfig,
     totals_E3: torch.Tensor,
     likeliest: dict[int, list[int]],
     tokenizer: Tokenizer,
@@ -153,7 +156,7 @@ def _prediction_rows(
     rows = []
     for number, tokens in likeliest.items():
         example, (num_tokens, num_correct, _) = examples[number], totals_E3[number].tolist()
-        row = {"task": example.task, "example": number, "retention": attention.retention}
+        row = {"task": example.task, "example": number, "retention": retention}
         row |= {"cache_factor": cache_factor([len(example.input_ids)], attention), "exact": num_tokens == num_correct}
         rows.append(row | prediction_row(tokenizer, example, tokens))
     return rows

@@ -7,9 +7,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lrsa_ds.cache import LagKVCache
-from lrsa_ds.config import LRSAConfig, ModelConfig, require, require_whole
+from lrsa_ds.config import ModelConfig, require, require_whole
 from lrsa_ds.data.tokenizer import load_tokenizer
-from lrsa_ds.model import apply_lrsa, load_model
+from lrsa_ds.layers import from_saved
+from lrsa_ds.model import apply_lrsa, load_model, new_cache
 from lrsa_ds.partition import room_in_chunk
 from lrsa_ds.passes import check_unpadded
 
@@ -41,10 +42,9 @@ def load(path: str, dtype: torch.dtype | str = "auto", device: torch.device | st
         f"{path} was saved without LRSA settings: load it with transformers, and call "
         "lrsa_ds.apply_lrsa(model, lrsa_ds.LRSAConfig(...)).",
     )
-    config = LRSAConfig(**settings)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = apply_lrsa(model, config).to(device).eval()
-    return Loaded(model, load_tokenizer(source), lambda: LagKVCache(config))
+    model = apply_lrsa(model, from_saved(settings)).to(device).eval()
+    return Loaded(model, load_tokenizer(source), lambda: new_cache(model))
 
 
 @torch.no_grad()

@@ -6,8 +6,10 @@ given.
 """
 
 import warnings
+from collections.abc import Mapping
 from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -19,16 +21,18 @@ from lrsa_ds.adapters import find_adapters, merge_saved
 from lrsa_ds.attention import AttentionFunction, lrsa_attention
 from lrsa_ds.attention.cached import cached_attention
 from lrsa_ds.cache import LagKVCache
-from lrsa_ds.config import LRSAConfig, ModelConfig, require
+from lrsa_ds.config import ModelConfig, require
 from lrsa_ds.generation import use_lrsa_cache
 from lrsa_ds.hub import hub_error, resolve_name
+from lrsa_ds.layers import AnyConfig, describe, from_saved, resolve
+from lrsa_ds.lrsa_config import LRSAConfig
 from lrsa_ds.passes import attend_rows, read_pass
 
 NAME = "lrsa"
 WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
 
 
-def apply_lrsa(model: PreTrainedModel, config: LRSAConfig) -> PreTrainedModel:
+def apply_lrsa(model: PreTrainedModel, config: AnyConfig, layers: Mapping[Any, Any] | None = None) -> PreTrainedModel:
     """Replaces the attention of every layer by LRSA under `config`, in place, and returns the model.
 
     The settings stay in `model.config.lrsa`, so that a saved model remembers them. A forward pass may pass
@@ -36,23 +40,43 @@ def apply_lrsa(model: PreTrainedModel, config: LRSAConfig) -> PreTrainedModel:
     `lrsa_attention` in its place: sequence parallelism). Without `document_lengths` they follow from what packing
     collators give: restarting `position_ids`, `cu_seq_lens_q` and `_k`, `seq_idx`, or a mask of document numbers.
 
+    Args:
+        layers: where layers are to differ from `config`: from ranges of layers to a retention, such as
+            {"0-1": 1.0, "2-": 0.1}, or from each layer to an `LRSAConfig`. All layers have to be named.
+
     Raises:
-        LRSAError: a layer is not plain causal attention; the sentence names the layer and why.
+        LRSAError: a layer is not plain causal attention; the sentence names the layer and why. Or `layers` leaves one
+            out, names one twice, or one that the model does not have.
     """
     check_supported(model)
-    model.config.lrsa = config.saved()
+    model.config.lrsa = resolve(config, layers, num_layers(model)).saved()
     model.set_attn_implementation(NAME)
     decoder = model.get_decoder()  # every pass goes through it, also one that is not given to the whole model
     if _describe_cache not in decoder._forward_pre_hooks.values():
         decoder.register_forward_pre_hook(_read_pass, with_kwargs=True)
         decoder.register_forward_pre_hook(_describe_cache, with_kwargs=True)
         decoder.register_forward_hook(_release_cache, with_kwargs=True, always_call=True)
-    use_lrsa_cache(model, NAME, _new_cache)
+    use_lrsa_cache(model, NAME, new_cache)
     return model
 
 
-def _new_cache(model: PreTrainedModel) -> LagKVCache:
-    return LagKVCache(LRSAConfig(**model.config.lrsa))
+def new_cache(model: PreTrainedModel) -> LagKVCache:
+    """An empty cache that keeps what the attention of the model keeps, layer by layer.
+
+    Raises:
+        LRSAError: the model is not under `apply_lrsa`.
+    """
+    return LagKVCache(_settings(model))
+
+
+def num_layers(model: PreTrainedModel) -> int:
+    return model.config.get_text_config().num_hidden_layers
+
+
+def _settings(model: PreTrainedModel) -> AnyConfig:
+    settings = getattr(model.config, "lrsa", None)
+    require(settings is not None, "the model has no LRSA settings: call lrsa_ds.apply_lrsa(model, config) first.")
+    return from_saved(settings)
 
 
 def _read_pass(model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -60,7 +84,7 @@ def _read_pass(model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple
     if model.config._attn_implementation != NAME:
         return args, kwargs
     named = dict(zip(signature(model.forward).parameters, args, strict=False)) if args else {}
-    return (), read_pass(named | kwargs, lambda: _new_cache(model))
+    return (), read_pass({"lrsa_config": _settings(model)} | named | kwargs, lambda: new_cache(model))
 
 
 def _describe_cache(model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -68,7 +92,8 @@ def _describe_cache(model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[
     cache = kwargs.get("past_key_values")
     if not isinstance(cache, LagKVCache):
         return args, kwargs
-    trained, kept = _sizes(LRSAConfig(**model.config.lrsa)), _sizes(cache.config)
+    _check_layers(cache, num_layers(model))
+    trained, kept = describe(_settings(model), _sizes), describe(cache.config, _sizes)
     if kept != trained:
         warnings.warn(
             f"the cache keeps {kept}, and the model was trained with {trained}: its answers may suffer.", stacklevel=3
@@ -81,6 +106,16 @@ def _release_cache(model: PreTrainedModel, args: tuple, kwargs: dict, output) ->
     """After a forward pass: the next one may be that of another model."""
     if isinstance(cache := kwargs.get("past_key_values"), LagKVCache):
         cache.is_attended_by_chunk = False
+
+
+def _check_layers(cache: LagKVCache, count: int) -> None:
+    """Raises LRSAError unless a cache is for, and was filled by, a model of `count` layers."""
+    planned, filled = len(cache.config.layers), len(cache.layers)
+    require(
+        planned in (1, count) and filled in (0, count),
+        f"the cache is one of {filled or planned} layers, and the model has {count}: make another with "
+        "lrsa_ds.new_cache(model).",
+    )
 
 
 def _sizes(config: LRSAConfig) -> str:
@@ -154,14 +189,14 @@ def _lrsa_attention_function(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     document_lengths: tuple[int, ...] | None = None,
-    lrsa_config: LRSAConfig | None = None,
+    lrsa_config: AnyConfig | None = None,
     attend: AttentionFunction = lrsa_attention,
     num_seen: int = 0,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """The form transformers calls: query [B, H, N, D], key and value [B, G, N, D] to ([B, N, H, D], no weights)."""
     require(attention_mask is None, "LRSA attention makes its own mask: a 4D attention_mask is not supported.")
-    config = lrsa_config or LRSAConfig(**module.config.lrsa)
+    config = (lrsa_config or from_saved(module.config.lrsa)).at_layer(module.layer_idx)
     if num_seen:
         output = cached_attention(query, key, value, num_seen, config, scaling, module.layer_idx)
         return output.transpose(1, 2).contiguous(), None

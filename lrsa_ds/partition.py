@@ -16,7 +16,9 @@ from functools import lru_cache
 
 import torch
 
-from lrsa_ds.config import LRSAConfig, require
+from lrsa_ds.errors import require
+from lrsa_ds.layers import AnyConfig
+from lrsa_ds.lrsa_config import LRSAConfig
 
 
 @dataclass(frozen=True)
@@ -107,22 +109,34 @@ def num_compressed_partitions(num_tokens: int, config: LRSAConfig) -> int:
     return max(0, (num_tokens - config.sink_size) // config.lag_size - 1)
 
 
-def num_held(num_tokens: int, config: LRSAConfig) -> int:
+def num_held(num_tokens: int, config: AnyConfig) -> float:
     """Keys and values that a cache holds, of each layer and KV head, once it has seen `num_tokens` of one document.
 
-    S + K (floor((n - S) / L) - 1) + L + (n - S) mod L for n >= S + 2L tokens, and all n before.
+    S + K (floor((n - S) / L) - 1) + L + (n - S) mod L for n >= S + 2L tokens, and all n before; the mean over the
+    layers where they differ.
     """
-    return num_tokens - num_compressed_partitions(num_tokens, config) * (config.lag_size - config.num_kept)
+    dropped = [num_compressed_partitions(num_tokens, c) * (c.lag_size - c.num_kept) for c in config.layers]
+    return num_tokens - mean_of(dropped)
 
 
-def cache_factor(lengths: Iterable[int], config: LRSAConfig) -> float:
+def mean_of(counts: Sequence[int]) -> float:
+    """The mean; a whole number where it is one."""
+    total = sum(counts)
+    return total / len(counts) if total % len(counts) else total // len(counts)
+
+
+def cache_factor(lengths: Iterable[int], config: AnyConfig) -> float:
     """How many times smaller the caches of documents of these lengths are: tokens seen over tokens held, summed."""
     lengths = list(lengths)
     return sum(lengths) / sum(num_held(length, config) for length in lengths)
 
 
-def room_in_chunk(num_tokens: int, config: LRSAConfig) -> int:
-    """Tokens that may follow `num_tokens` before the next chunk begins, which would see less than they do."""
+def room_in_chunk(num_tokens: int, config: AnyConfig) -> int:
+    """Tokens that may follow `num_tokens` before the next chunk begins, in any layer, which would see less."""
+    return min(_room_in_chunk(num_tokens, c) for c in config.layers)
+
+
+def _room_in_chunk(num_tokens: int, config: LRSAConfig) -> int:
     if config.is_dense:
         return 2**63 - 1
     if num_tokens < config.dense_prefix_size:

@@ -9,14 +9,14 @@ import torch
 from lrsa_ds.adapters import check_peft
 from lrsa_ds.attention.kernels.kernel import choose_kernel
 from lrsa_ds.checkpoint import ResumePoint, check_resume, find_checkpoint
-from lrsa_ds.config import TrainConfig, require
+from lrsa_ds.config import AttentionConfig, TrainConfig, require
 from lrsa_ds.data.procedure import Procedure, RunData, prepare_data
 from lrsa_ds.data.survey import SAMPLED_TOKENS, DataReport, steps_of_epochs, survey
 from lrsa_ds.data.tokenizer import Tokenizer, load_tokenizer
 from lrsa_ds.dtypes import dtype_of
 from lrsa_ds.errors import Problems
 from lrsa_ds.liger import check_liger
-from lrsa_ds.model import check_supported, empty_model
+from lrsa_ds.model import check_supported, empty_model, num_layers
 from lrsa_ds.objectives import check_objective
 from lrsa_ds.output import check_begun, check_output
 from lrsa_ds.parallel.mesh import check_world, world_size
@@ -28,7 +28,7 @@ from lrsa_ds.wandb_thread import check_wandb
 
 @dataclass(frozen=True)
 class Plan:
-    """What `prepare` has found out; `config` is the configuration with what it left to the data."""
+    """What `prepare` has found out; `config` is the configuration with what it left to the data and to the model."""
 
     config: TrainConfig
     dtype: torch.dtype
@@ -63,7 +63,8 @@ def prepare(config: TrainConfig, procedure: Procedure) -> Plan:
         data = prepare_data(procedure, config, tokenizer)
     if architecture is None or data is None:
         problems.raise_all()
-    dtype, num_parameters, num_frozen, vocabulary = architecture
+    dtype, num_parameters, num_frozen, vocabulary, attention = architecture
+    config = replace(config, attention=attention)
     with problems.collect():
         check_output(config, num_parameters, dtype.itemsize)
     with problems.collect():
@@ -88,6 +89,7 @@ class _Architecture(NamedTuple):
     num_parameters: int
     num_frozen: int
     vocabulary: int
+    attention: AttentionConfig  # with the settings of every layer
 
 
 def _architecture(config: TrainConfig) -> _Architecture:
@@ -97,11 +99,13 @@ def _architecture(config: TrainConfig) -> _Architecture:
     structure = empty_model(config.model)
     check_supported(structure)
     check_liger(config.model, structure.config.model_type)
+    config = replace(config, attention=config.attention.resolved(num_layers(structure)))
     _check_backend(config, structure, dtype)
     _check_parallel(config, structure, objective.retentions)
     num_parameters = sum(p.numel() for p in structure.parameters())
     num_frozen = num_parameters * objective.num_frozen_copies(config)
-    return _Architecture(dtype, num_parameters, num_frozen, structure.get_input_embeddings().num_embeddings)
+    vocabulary = structure.get_input_embeddings().num_embeddings
+    return _Architecture(dtype, num_parameters, num_frozen, vocabulary, config.attention)
 
 
 def find_resume(config: TrainConfig, plan: Plan) -> ResumePoint | None:
@@ -145,7 +149,8 @@ def _check_backend(config: TrainConfig, structure: torch.nn.Module, dtype: torch
     head_dim = head_dim or architecture.hidden_size // architecture.num_attention_heads
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     merges_parts = config.parallel.sp_size > 1 and EXCHANGES[config.parallel.exchange].merges_parts
-    choose_kernel(config.attention.at_step(0), device, dtype, head_dim, needs_lse_gradient=merges_parts)
+    for layer in set(config.attention.at_step(0).layers):
+        choose_kernel(layer, device, dtype, head_dim, needs_lse_gradient=merges_parts)
 
 
 def _check_parallel(config: TrainConfig, structure: torch.nn.Module, others: tuple[float, ...]) -> None:
@@ -159,7 +164,9 @@ def _check_parallel(config: TrainConfig, structure: torch.nn.Module, others: tup
     row = config.seq_len * config.optim.micro_batch
     heads = architecture.num_attention_heads, architecture.num_key_value_heads
     strategy = EXCHANGES[config.parallel.exchange]
-    for retention in sorted({*attention.retentions, *others, *config.eval.retentions}, reverse=True):
-        settings = attention.with_retention(retention)
+    every = [attention.at_step(step) for step in range(len(attention.retentions))]
+    every += [cache for _, cache in attention.evaluated([*others, *config.eval.retentions])]
+    layers = {layer for settings in every for layer in settings.layers}
+    for settings in sorted(layers, key=lambda layer: layer.retention, reverse=True):
         check = check_dense if settings.is_dense else strategy.check
         check(Sharing(size, row, "seq_len * optim.micro_batch", *heads, settings))

@@ -291,7 +291,7 @@ def _report(config: TrainConfig, rows: list[dict], new: Evaluation, directory: P
 def _compression_lines(config: TrainConfig, plan: Plan) -> list[str]:
     """What the cache will hold of a whole sequence, and whether the documents are long enough for LRSA."""
     attention = config.attention
-    every = [attention.with_retention(r) for r in dict.fromkeys(attention.retentions)]
+    every = dict.fromkeys(attention.at_step(step) for step in range(len(attention.retentions)))
     compressed = [each for each in every if not each.is_dense]
     if not compressed:
         return []
@@ -302,11 +302,10 @@ def _compression_lines(config: TrainConfig, plan: Plan) -> list[str]:
 
 def _describe(config: TrainConfig, plan: Plan, mesh: Mesh, directory: Path) -> list[str]:
     attention, optim = config.attention, config.optim
-    retention = attention.retentions[0] if len(attention.retentions) == 1 else attention.retentions
     kind = (
         "dense attention"
         if attention.kind == "dense"
-        else f"LRSA, sink {attention.sink_size}, lag {attention.lag_size}, retention {retention}"
+        else f"LRSA, sink {attention.sink_size}, lag {attention.lag_size}, {attention.described()}"
     )
     sequences = mesh.dp_size * optim.micro_batch * optim.grad_accum
     shared = f", {mesh.sp_size} ranks to a sequence" if mesh.sp_size > 1 else ""

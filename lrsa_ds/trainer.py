@@ -12,10 +12,12 @@ import torch.distributed as dist
 from deepspeed import DeepSpeedEngine as Engine
 
 from lrsa_ds.compression import Compression
-from lrsa_ds.config import LRSAConfig, OptimConfig, TrainConfig, require
+from lrsa_ds.config import OptimConfig, TrainConfig, require
 from lrsa_ds.data.packing import PackedSequence, collate, padding_sequence, shard
 from lrsa_ds.data.stream import StepData
 from lrsa_ds.errors import LRSAError
+from lrsa_ds.layers import AnyConfig
+from lrsa_ds.model import num_layers
 from lrsa_ds.parallel.attention import attention_function
 from lrsa_ds.parallel.mesh import Mesh
 from lrsa_ds.parallel.zero import gradient_scale
@@ -41,7 +43,7 @@ def held_of(row: PackedSequence, mesh: Mesh) -> PackedSequence:
     return shard(row, mesh.held(len(row.labels)), is_first=mesh.sp_rank == 0)
 
 
-def forward(engine: Engine, batch: PackedSequence, attention: LRSAConfig, num_slots: int, mesh: Mesh) -> Any:
+def forward(engine: Engine, batch: PackedSequence, attention: AnyConfig, num_slots: int, mesh: Mesh) -> Any:
     """One pass of the objective over this rank's shard of a row; returns what `Objective.forward` does."""
     return engine(
         input_ids=batch.input_ids[None].to(mesh.device, non_blocking=True),
@@ -79,7 +81,8 @@ class Trainer:
         self.first_step = first_step
         self.doing = doing
         self.scale = gradient_scale(config, mesh.world_size)
-        self.num_layers = engine.module.lm.config.get_text_config().num_hidden_layers
+        self.num_layers = num_layers(engine.module.lm)
+        self.attention = config.attention.resolved(self.num_layers)
 
     def fit(
         self, on_step: Callable[[dict, dict], None], before_step: Callable[[int], None] = lambda step: None
@@ -112,7 +115,7 @@ class Trainer:
         num_tokens, num_targets = mesh.sum([sum(float(b.num_tokens) for b in batches), sum(counts)])
         slots = mesh.max(counts)
         require(num_targets > 0, f"step {step + 1} has no target token: look at the answers of the data.")
-        attention = self.config.attention.at_step(step)
+        attention = self.attention.at_step(step)
         compressed = self._compression(rows, attention)
         local_loss, local_logged, num_skipped = 0.0, 0.0, 0
         for batch, num_slots in zip(batches, slots, strict=True):
@@ -147,7 +150,7 @@ class Trainer:
             **self._traffic(),
         }
 
-    def _compression(self, rows: list[PackedSequence], attention: LRSAConfig) -> dict[str, float]:
+    def _compression(self, rows: list[PackedSequence], attention: AnyConfig) -> dict[str, float]:
         """How many times smaller the caches of the step's documents are, and tokens in documents that are too short."""
         if attention.is_dense:
             return {}

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from lrsa_ds.config import (
     DataConfig,
     LogConfig,
-    LRSAConfig,
     ModelConfig,
     expand_home,
     require,
@@ -13,6 +12,8 @@ from lrsa_ds.config import (
     require_retention,
     require_whole,
 )
+from lrsa_ds.layers import AnyConfig, uniform
+from lrsa_ds.lrsa_config import LRSAConfig
 
 PREFILLS = ("dense", "chunked", "after")
 OLD_SPELLINGS = {"full": "after"}
@@ -54,8 +55,22 @@ class CacheConfig:
         if self.lag_size is not None:
             require_whole("cache.lag_size", self.lag_size, 2)
 
-    def attention(self, trained: dict | None, retention: float) -> LRSAConfig:
-        """The cache of one retention, for a model that was trained with the settings `trained`, if with any."""
+    def caches(self, trained: dict | None) -> AnyConfig:
+        """What the compressed caches have in common, for a model trained with the settings `trained`, if with any.
+
+        Retentions are those of the training where its layers differ, and else 1.
+        """
+        if "layers" not in (trained or {}):
+            return self.attention(trained, 1.0)
+        return uniform([self._layer(layer, layer["retention"]) for layer in trained["layers"]])
+
+    def attention(self, trained: dict | None, retention: float) -> AnyConfig:
+        """The cache of one retention."""
+        if "layers" in (trained or {}):
+            return self.caches(trained).at_retention(retention)
+        return self._layer(trained, retention)
+
+    def _layer(self, trained: dict | None, retention: float) -> LRSAConfig:
         keys = ("sink_size", "lag_size", "selection", "value_weight")
         given = {key: value for key in keys if (value := getattr(self, key)) is not None}
         known = {key: value for key, value in (trained or {}).items() if key in keys}

@@ -6,17 +6,17 @@ chunk, which is the function that LRSA trains; "after" prefills densely and comp
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lrsa_ds.cache import LagKVCache
-from lrsa_ds.config import LRSAConfig
 from lrsa_ds.data.encoder import after_lead
 from lrsa_ds.generation import end_tokens
 from lrsa_ds.inference import prefill
+from lrsa_ds.layers import AnyConfig
 
 # Parts of a text, by position, whose perplexity is told apart.
 NUM_POSITIONS = 16
@@ -77,7 +77,8 @@ class Evaluator:
 
     Args:
         model: under `apply_lrsa`, on its device.
-        attention: sink and lag size; its retention is not read.
+        attention: sink and lag size; layers that differ as they are, of which the dense ones stay so in every mode but
+            that. Other retentions are not read.
         score: from the name of a metric, a prediction and the right answers to a number from 0 to 1.
     """
 
@@ -85,7 +86,7 @@ class Evaluator:
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        attention: LRSAConfig,
+        attention: AnyConfig,
         score: Callable[[str, str, Sequence[str]], float],
     ):
         self.model = model
@@ -124,8 +125,8 @@ class Evaluator:
                 answers[mode] = self._answer(sample, prompt, cache)
         return [self._answer_row(sample, mode, answers[mode], answers.get(DENSE)) for mode in wanted]
 
-    def _config(self, mode: Mode) -> LRSAConfig:
-        return replace(self.attention, retention=mode.retention)
+    def _config(self, mode: Mode) -> AnyConfig:
+        return self.attention.at_retention(mode.retention)
 
     def _filled(self, prompt: torch.Tensor, mode: Mode) -> LagKVCache:
         """A cache that has seen all of the prompt but its last token, which is the first step of decoding."""

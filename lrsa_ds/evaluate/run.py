@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch.distributed as dist
 
-from lrsa_ds.config import LogConfig, LRSAConfig, load_settings, require, require_compression, save_settings
+from lrsa_ds.config import LogConfig, load_settings, require, require_compression, save_settings
 from lrsa_ds.data.ends import set_ends
 from lrsa_ds.data.tokenizer import Tokenizer, load_tokenizer
 from lrsa_ds.directory import EVALUATE, check_directory, mark_directory, remove_run
@@ -28,6 +28,7 @@ from lrsa_ds.evaluate.results import (
 )
 from lrsa_ds.inputs import check_inputs
 from lrsa_ds.journal import JSONLines, Progress
+from lrsa_ds.layers import AnyConfig, describe
 from lrsa_ds.lock import check_lock
 from lrsa_ds.metrics import RunLogger
 from lrsa_ds.model import apply_lrsa, check_supported, empty_model, load_model
@@ -66,7 +67,9 @@ def evaluate(
     structure = empty_model(config.model)
     check_supported(structure)
     trained = getattr(structure.config, "lrsa", None)
-    wanted = modes(config.cache.prefill, config.cache.retentions)
+    caches = config.cache.caches(trained)
+    own = [caches.share_kept] if len(caches.layers) > 1 else []  # what layers that differ were trained with
+    wanted = modes(config.cache.prefill, [*own, *config.cache.retentions])
     settings = asdict(config)
     _check_lengths(config, trained, wanted)
     _check_directory(config, settings)
@@ -76,7 +79,7 @@ def evaluate(
     # Ranks meet at the end of the work only, and some may be long done by then.
     mesh = start_mesh(timeout=timedelta(days=7))
     num_parameters = sum(p.numel() for p in structure.parameters())
-    plan = _Plan(config, config.cache.attention(trained, 1.0), wanted, num_parameters, tokenizer, samples, score)
+    plan = _Plan(config, caches, wanted, num_parameters, tokenizer, samples, score)
 
     def enter(directory: Path) -> None:
         _enter(directory, config, settings)
@@ -88,10 +91,10 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is known of an evaluation before it takes its directory; `attention` keeps everything."""
+    """What is known of an evaluation before it takes its directory; `attention` is what its caches have in common."""
 
     config: EvaluateConfig
-    attention: LRSAConfig
+    attention: AnyConfig
     wanted: list[Mode]
     num_parameters: int
     tokenizer: Tokenizer
@@ -211,7 +214,7 @@ def _work(
 
 def _description(
     config: EvaluateConfig,
-    attention: LRSAConfig,
+    attention: AnyConfig,
     wanted: list[Mode],
     samples: SampleSource,
     missing: list,
@@ -222,7 +225,8 @@ def _description(
     return [
         f"{config.run_name}: {config.model.name or 'random weights'} on {mesh.world_size} × {mesh.device_name}",
         f"caches: sink {attention.sink_size}, lag {attention.lag_size}; "
-        + ", ".join(cache_name(mode.prefill, mode.retention) for mode in wanted),
+        + ", ".join(cache_name(mode.prefill, mode.retention) for mode in wanted)
+        + (f"; trained with {describe(attention)}" if len(attention.layers) > 1 else ""),
         f"{total} samples, {total - len(missing)} of them done before; seed {config.seed}; greedy decoding",
         f"output: {directory}",
     ]

@@ -20,8 +20,9 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from torch.utils.checkpoint import checkpoint
 
 from lrsa_ds.adapters import adapters_disabled
-from lrsa_ds.config import LRSAConfig, ObjectiveConfig, TrainConfig, require
+from lrsa_ds.config import ObjectiveConfig, TrainConfig, require
 from lrsa_ds.data.packing import IGNORE
+from lrsa_ds.layers import AnyConfig
 from lrsa_ds.model import output_layer
 from lrsa_ds.objectives.objective import Batch, Objective, hidden_states
 
@@ -43,7 +44,7 @@ class Distill(Objective):
         lm: nn.Module,
         chunk_size: int,
         settings: ObjectiveConfig,
-        dense: LRSAConfig,
+        dense: AnyConfig,
         teacher: nn.Module | None = None,
         without_adapters: bool = False,
     ):
@@ -54,7 +55,8 @@ class Distill(Objective):
 
     @classmethod
     def check(cls, config: TrainConfig) -> None:
-        is_dense = all(retention == 1 for retention in config.attention.retentions)
+        attention = config.attention
+        is_dense = all(attention.at_step(step).is_dense for step in range(len(attention.retentions)))
         require(
             config.objective.teacher == "start" or not is_dense,
             "objective.teacher=self under dense attention is the student itself, from which nothing can be learnt: use "

@@ -12,8 +12,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from lrsa_ds.attention import AttentionFunction, lrsa_attention
-from lrsa_ds.config import LRSAConfig, TrainConfig
+from lrsa_ds.config import TrainConfig
 from lrsa_ds.data.packing import IGNORE
+from lrsa_ds.layers import AnyConfig
 from lrsa_ds.model import output_layer
 
 
@@ -35,7 +36,7 @@ class Batch:
     position_ids: torch.Tensor
     labels: torch.Tensor
     document_lengths: tuple[int, ...]
-    lrsa_config: LRSAConfig
+    lrsa_config: AnyConfig
     num_slots: int
     attend: AttentionFunction = lrsa_attention
 
@@ -117,7 +118,7 @@ class Objective(nn.Module, ABC):
         return zip(*(x.split(self.chunk_size) for x in slots), strict=True)
 
 
-def hidden_states(lm: nn.Module, batch: Batch, lrsa_config: LRSAConfig) -> torch.Tensor:
+def hidden_states(lm: nn.Module, batch: Batch, lrsa_config: AnyConfig) -> torch.Tensor:
     """What the decoder of `lm` makes of the batch under `lrsa_config`, before the output layer: [N, C]."""
     decoder = lm.get_decoder()
     return decoder(

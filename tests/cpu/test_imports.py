@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # one. A new module gets a place here.
 LAYERS = (
     ("dtypes", "errors", "exits", "labels", "notices", "registry", "launcher", "voice", "lock", "signals"),
+    ("layers", "lrsa_config"),
     ("config", "directory", "hub", "partition"),
     ("attention",),
     ("cache", "compression", "documents", "parallel", "provenance"),

@@ -56,6 +56,10 @@ def sequences():
     return packed
 
 
+def settings_of(options):
+    return dict(sink_size=4, lag_size=16, retention=options.retention, selection=options.selection)
+
+
 def make_model(options):
     torch.manual_seed(0)
     config = AutoConfig.for_model(
@@ -71,8 +75,8 @@ def make_model(options):
         with torch.no_grad():
             for matrix in (p for p in model.parameters() if p.dim() > 1):
                 matrix.mul_(6)
-    settings = dict(sink_size=4, lag_size=16, retention=options.retention, selection=options.selection)
-    return apply_lrsa(model, LRSAConfig(**settings)).train()
+    config = LRSAConfig(**settings_of(options))
+    return apply_lrsa(model, config, options.layers).train()
 
 
 def reference(options, optim):
@@ -145,6 +149,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--kv-heads", type=int, default=2)
     parser.add_argument("--retention", type=float, default=0.25)
     parser.add_argument("--selection", default="lagkv")
+    parser.add_argument("--layers", type=json.loads, default={})
     parser.add_argument("--tied", action="store_true")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--break-scale", action="store_true")
@@ -162,7 +167,7 @@ def check(options: argparse.Namespace) -> dict:
         loss_chunk_size=7,
         objective=objective_of(options),
         model=ModelConfig(random={"model_type": options.family}, tokenizer="bytes"),
-        attention=AttentionConfig(sink_size=4, lag_size=16, retention=options.retention, selection=options.selection),
+        attention=AttentionConfig(**settings_of(options), layers=options.layers),
         parallel=ParallelConfig(sp_size=options.sp_size, exchange=options.exchange),
         zero=ZeroConfig(stage=options.stage),
         optim=OptimConfig(

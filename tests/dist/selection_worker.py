@@ -1,4 +1,6 @@
-"""One rank of a run with a selection rule from outside the package: trained, exported, reloaded, prefilled, decoded.
+"""One rank of a run with a selection rule from outside the package, and with layers that differ.
+
+The model is trained, exported, reloaded, prefilled and decoded with.
 
 The argument is the output directory. Prints, on rank 0, a JSON object: how far prefill and decoding with the exported
 model are from a training pass of it, and how far that pass is from the one under LagKV.
@@ -15,6 +17,7 @@ import recipes
 from launch.accelerator import register_resolver
 from launch.schema import register_schema
 from lrsa_ds.config import TrainConfig, typed_config
+from lrsa_ds.layers import LayeredConfig
 from lrsa_ds.parallel.mesh import rank
 from lrsa_ds.run import train
 from tests.helpers import ROOT
@@ -30,6 +33,7 @@ def settings(directory: str) -> TrainConfig:
     register_resolver()
     register_schema("train", TrainConfig)
     overrides = ["+recipe=smoke", f"output_dir={directory}", "attention.selection=nearest", "parallel.sp_size=2"]
+    overrides += ["attention.layers={0: null, 1: 0.5}"]
     overrides += ["model.dtype=fp32", "optim.num_steps=2", "eval.num_examples=1", "log.wandb=disabled"]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return typed_config(compose("train", overrides))
@@ -43,9 +47,11 @@ def compare(directory: str) -> dict:
     parts = [lrsa_ds.prefill(model, ids[:, :500], cache)[:, None]]
     parts += [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(500, 600)]
     difference = (torch.cat(parts, dim=1) - expected[:, 499:]).abs().max().item()
-    lagkv = lrsa_ds.LRSAConfig(**model.config.lrsa | {"selection": "lagkv"})
+    layers = [lrsa_ds.LRSAConfig(**layer | {"selection": "lagkv"}) for layer in model.config.lrsa["layers"]]
+    lagkv = LayeredConfig(tuple(layers))
     other = (model(ids, use_cache=False, lrsa_config=lagkv).logits - expected).abs().max().item()
-    return {"saved": model.config.lrsa, "difference": difference, "to_lagkv": other}
+    held = [layer.keys.shape[2] for layer in cache.layers]
+    return {"saved": model.config.lrsa["layers"], "difference": difference, "to_lagkv": other, "held": held}
 
 
 def main():

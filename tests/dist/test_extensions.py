@@ -36,11 +36,23 @@ def test_a_procedure_from_another_directory(tmp_path):
 
 
 def test_a_selection_rule_from_outside(tmp_path):
-    """Trained with by two ranks that share each sequence, exported, reloaded, prefilled and decoded with."""
+    """Trained with by two ranks that share each sequence, exported, reloaded, prefilled and decoded with.
+
+    Its two layers keep 1/8 and 1/2, of 600 tokens with a sink of 16 and partitions of 64.
+    """
     output = run_ranks(ROOT / "tests/dist/selection_worker.py", 2, tmp_path / "run")[0]
+    assert (
+        "attention: LRSA, sink 16, lag 64, layers 0 retention 0.125, 1 retention 0.5; mean share kept 0.312" in output
+    )
     result = json.loads(output.strip().splitlines()[-1])
-    assert result["saved"]["selection"] == "nearest"
+    assert [(layer["selection"], layer["retention"]) for layer in result["saved"]] == [
+        ("nearest", 0.125),
+        ("nearest", 0.5),
+    ]
+    assert result["held"] == [16 + 8 * 8 + 64 + 8, 16 + 8 * 32 + 64 + 8]
     assert result["difference"] <= 1e-4 < result["to_lagkv"]
     rows = rows_of(tmp_path / "run", "eval")
-    assert {row["when"] for row in rows} == {"before", "after"} and {row["retention"] for row in rows} > {0.125, 1.0}
+    assert {row["when"] for row in rows} == {"before", "after"}
+    assert {row["retention"] for row in rows} == {1.0, 0.5, 0.25, 0.125, 0.3125}  # the last is the mean of the layers
+    assert {row["retention"] for row in rows_of(tmp_path / "run", "train")} == {0.3125}
     assert load_settings(tmp_path / "run" / "config.yaml")["attention"]["selection"] == "nearest"

@@ -236,6 +236,9 @@ def test_bad_data(capfd, monkeypatch, tmp_path):
         (["model=hub", "model.name=some-org/no-such-model"], "the hub cannot be reached: set model.name to a local"),
         (["data=hub", "data.name=some-org/no-such-data"], "use data=files with data.path"),
         (["optim.lr=fast"], "optim.lr"),
+        (['attention.layers={"0":1.0,"1-":0.25,"3":0.5}'], "attention.layers names layer 3 twice"),
+        (["attention.layers={0-7:0.25}"], "attention.layers names layer 7, and the model has 2 layers, 0 to 1"),
+        (["attention.layers={0:0.25}"], "attention.layers leaves out layer 1: the model has 2 layers"),
         (
             ["model.random.hidden_size=65536", "+model.random.head_dim=8", "model.random.intermediate_size=1048576"],
             "GB free, and the exported model needs",

@@ -35,6 +35,12 @@ PARITY = [
         for rule in ("random", "window")
         for exchange in EXCHANGES
     ),
+    # Layers that differ: one is dense and goes through Ulysses; then both send what they keep, of unequal size.
+    *(
+        (2, ["--sp-size", 2, "--exchange", exchange, "--layers", layers, "--checkpointing"])
+        for exchange in EXCHANGES
+        for layers in ('{"0": 1.0, "1": 0.25}', '{"0": 0.5, "1": null}')
+    ),
     # Only where heads are dealt out do the ranks have to divide them.
     (2, ["--sp-size", 2, "--heads", 3, "--kv-heads", 1, "--checkpointing"]),
     # Dense attention under sequence parallelism is DeepSpeed's Ulysses.

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 
 from lrsa_ds.attention.kernels.interval import Intervals
-from lrsa_ds.config import AUTO, LRSAConfig, require
 from lrsa_ds.dtypes import dtype_name
+from lrsa_ds.errors import require
+from lrsa_ds.lrsa_config import AUTO, LRSAConfig
 from lrsa_ds.notices import say_once
 from lrsa_ds.registry import KERNELS
 

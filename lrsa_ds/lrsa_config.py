@@ -1,0 +1,114 @@
+"""`LRSAConfig`: all that LRSA attention needs to know."""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from lrsa_ds.errors import require, require_one_of, require_whole
+from lrsa_ds.registry import KERNELS, SELECTION_RULES
+
+AUTO = "auto"  # of the kernels the fastest that is possible
+
+
+def require_retention(key: str, value: Any) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    require(
+        number and 0 < value <= 1,
+        f"{key}={value!r} is not valid: give the share of each partition that is kept, above 0 and at most 1.",
+    )
+
+
+def require_weight(key: str, value: Any) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    require(
+        number and 0 <= value < 1e38,  # the score is in fp32
+        f"{key}={value!r} is not valid: give a number of at least 0 and below 1e38.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LRSAConfig:
+    """What Lag-Relative Sparse Attention needs to know (LagKV, arXiv 2504.04704, section 3).
+
+    Args:
+        sink_size: tokens at the start of a document that stay visible to all of it (S).
+        lag_size: tokens of a partition, and of the lag reference that scores it (L).
+        retention: share of each partition that is kept, in (0, 1]; 1.0 is dense attention.
+        selection: the rule that chooses what is kept (see `lrsa_ds.attention.selection`).
+        value_weight: weight of the values' score beside that of the keys, at least 0 (`score_v_ratio` in the authors'
+            code), for rules that score both.
+        backend: "chunked" (readable, any device), "flex" (FlexAttention, CUDA), "fa4" (flash-attn-4, Hopper) or "auto",
+            which is the fastest that the device, the dtype and the head dim allow.
+
+    Raises:
+        LRSAError: a value out of its range, or a retention so small that nothing of a partition is kept.
+    """
+
+    sink_size: int = 16
+    lag_size: int = 1024
+    retention: float = 0.25
+    selection: str = "lagkv"
+    value_weight: float = 1.0
+    backend: str = "auto"
+
+    def __post_init__(self):
+        require_whole("attention.sink_size", self.sink_size, 0)
+        require_whole("attention.lag_size", self.lag_size, 2)
+        require_retention("attention.retention", self.retention)
+        rule = SELECTION_RULES[self.selection]
+        require_weight("attention.value_weight", self.value_weight)
+        require(
+            self.value_weight == 1 or "value_weight" in rule.reads,
+            f"attention.value_weight={self.value_weight} has no effect with attention.selection={self.selection}: "
+            "leave it at 1.0.",
+        )
+        require_one_of("attention.backend", self.backend, (AUTO, *KERNELS))
+        require(
+            self.num_kept >= 1 or rule.keeps_nothing,
+            f"attention.retention={self.retention} keeps nothing of a partition of attention.lag_size={self.lag_size} "
+            f"tokens: give at least {1 / self.lag_size:.4g}.",
+        )
+
+    @property
+    def num_kept(self) -> int:
+        """K, the number of keys and values kept of each partition: int(r * L), as in LagKV; 0 under some rules."""
+        if self.retention < 1 and SELECTION_RULES[self.selection].keeps_nothing:
+            return 0
+        return int(self.retention * self.lag_size)
+
+    @property
+    def dense_prefix_size(self) -> int:
+        """S + 2L: the first tokens of a document, which attend to all before them, with a cache that holds them all.
+
+        A document of no more tokens is trained on as under dense attention, and its cache is compressed only once all
+        of these tokens were seen.
+        """
+        return self.sink_size + 2 * self.lag_size
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether everything is kept, so that the attention is dense causal attention."""
+        return self.num_kept == self.lag_size
+
+    @property
+    def share_kept(self) -> float:
+        """Share of a partition that is kept, K / L."""
+        return self.num_kept / self.lag_size
+
+    @property
+    def layers(self) -> "tuple[LRSAConfig, ...]":
+        """The settings of all layers alike; see `LayeredConfig`, which has those of each."""
+        return (self,)
+
+    def at_layer(self, index: int) -> "LRSAConfig":
+        return self
+
+    def at_retention(self, retention: float) -> "LRSAConfig":
+        return replace(self, retention=retention)
+
+    def saved(self) -> dict[str, Any]:
+        """The settings as a saved model remembers them: `LRSAConfig(**saved)` is this one.
+
+        Settings that the first release did not have stand there only where they differ from what it did.
+        """
+        added = {"selection": "lagkv", "value_weight": 1.0}
+        return {key: value for key, value in asdict(self).items() if key not in added or value != added[key]}

@@ -1,0 +1,193 @@
+"""Layers that differ: what is written, what each layer gets, and that everything behind it follows."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import lrsa_ds
+from launch.command import plain_keys
+from lrsa_ds import LagKVCache, LRSAConfig, apply_lrsa, new_cache, prefill
+from lrsa_ds.compression import held_sentence
+from lrsa_ds.config import AttentionConfig
+from lrsa_ds.data.tokenizer import byte_tokenizer
+from lrsa_ds.errors import LRSAError
+from lrsa_ds.evaluate.config import CacheConfig
+from lrsa_ds.layers import describe, from_saved
+from lrsa_ds.partition import cache_factor, num_held
+from tests.cpu.test_cache import STEPS, expected_length, logits_of_training, logits_with_cache, tokens
+from tests.cpu.test_config import composed
+from tests.cpu.test_model import tiny
+from tests.helpers import assert_close
+
+CONFIG = LRSAConfig(sink_size=3, lag_size=8, retention=0.3)
+# Of a model of four layers.
+LAYERS = {
+    "dense first": {"0": 1.0, "1-": 0.3},
+    "three kinds": {"0-1": 0.5, 2: None, "3-": 1.0},
+    "every layer its own": {
+        0: CONFIG,
+        1: LRSAConfig(sink_size=0, lag_size=10, retention=0.5, selection="key_norm"),
+        2: LRSAConfig(sink_size=7, lag_size=5, retention=0.2, selection="random"),
+        3: LRSAConfig(sink_size=3, lag_size=8, retention=0.3, selection="window"),
+    },
+}
+
+
+def make(layers="dense first", **settings):
+    return apply_lrsa(tiny("qwen2", num_hidden_layers=4, **settings), CONFIG, LAYERS[layers])
+
+
+@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("layers", LAYERS)
+def test_training_prefill_and_decoding_are_one_function(layers, steps):
+    model, ids = make(layers), tokens(83)
+    actual = logits_with_cache(model, ids, new_cache(model), STEPS[steps](CONFIG))
+    expected = logits_of_training(model, ids)
+    assert (actual - expected).abs().max() <= 1e-4
+    cache = new_cache(model)
+    assert (prefill(model, ids, cache, chunks_at_once=2) - expected[:, -1]).abs().max() <= 1e-4
+    uniform = logits_of_training(apply_lrsa(model, CONFIG), ids)
+    assert (uniform - expected).abs().max() > 1e-3  # the layers make a difference
+
+
+def test_generation_and_packed_documents():
+    model, lengths = make("every layer its own"), (50, 7, 41)
+    ids = tokens(sum(lengths))
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    packed = model(ids, position_ids=positions, use_cache=False, document_lengths=lengths).logits
+    alone = torch.cat([model(part, use_cache=False).logits for part in ids.split(lengths, 1)], 1)
+    assert_close(packed, alone, 1e-5, "logits")
+    answer = model.generate(ids[:, :45], max_new_tokens=30, do_sample=False, pad_token_id=0)
+    assert torch.equal(answer[:, 45:], logits_of_training(model, answer).argmax(-1)[:, 44:-1])
+
+
+@pytest.mark.parametrize("layers", LAYERS)
+def test_held_and_bytes_are_those_of_all_layers(layers):
+    model, ids = make(layers), tokens(90)
+    cache = new_cache(model)
+    assert cache.num_held == cache.num_bytes == 0
+    prefill(model, ids, cache)
+    settings = from_saved(model.config.lrsa)
+    held = [90 if config.is_dense else expected_length(90, config) for config in settings.layers]
+    assert [layer.keys.shape[2] for layer in cache.layers] == held and len(set(held)) > 1
+    assert cache.num_held == num_held(90, settings) == sum(held) / 4
+    assert cache.num_bytes == 2 * 2 * 12 * 4 * sum(held)
+    assert cache_factor([90, 90], settings) == pytest.approx(90 * 4 / sum(held))
+    assert f"{round(sum(held) / 4):,} entries on average" in held_sentence(90, [settings])
+
+
+def test_saved_and_loaded(tmp_path):
+    byte_tokenizer().save_pretrained(tmp_path)
+    for layers in LAYERS:
+        model, ids = make(layers), tokens(75)
+        model.save_pretrained(tmp_path)
+        loaded, _, fresh = lrsa_ds.load(tmp_path, device="cpu")
+        assert loaded.config.lrsa == model.config.lrsa and len(loaded.config.lrsa["layers"]) == 4
+        logits = prefill(loaded, ids, fresh())
+        assert (logits - logits_of_training(model, ids)[:, -1]).abs().max() <= 1e-4
+    assert [layer["retention"] for layer in make("three kinds").config.lrsa["layers"]] == [0.5, 0.5, 0.3, 1.0]
+    # Layers that are alike are saved as they always were.
+    model = apply_lrsa(model, CONFIG, {"0-2": 0.3, "3": None})
+    assert model.config.lrsa == dict(sink_size=3, lag_size=8, retention=0.3, backend="auto")
+    assert new_cache(model).config == CONFIG
+
+
+@pytest.mark.parametrize(
+    "layers,said",
+    [
+        ({"0-1": 1.0, "1-": 0.3}, r"attention.layers names layer 1 twice, in 0-1, 1-"),
+        ({"0-": 1.0, "3": 0.3}, r"names layer 3 twice"),
+        ({"0": 1.0, "2-": 0.3}, r"leaves out layer 1, in 0, 2-"),
+        ({"2-": 0.3}, r"leaves out layers 0 to 1"),
+        ({"0-1": 0.3}, r"leaves out layers 2 to 3: the model has 4 layers, 0 to 3; '2-' means"),
+        ({"0-4": 0.3}, r"names layer 4, and the model has 4 layers, 0 to 3"),
+        ({"0-3": 0.3, "4-": 1.0}, r"names layer 4, and the model has 4 layers"),
+        ({0: CONFIG, 1: CONFIG, 2: CONFIG}, r"leaves out layer 3: the model has 4 layers"),
+        ({"0-": 1.5}, r"attention.layers \(from layer 0 on\)=1.5 is not valid"),
+        ({"0-": "all"}, r"attention.layers \(from layer 0 on\)='all' is not valid"),
+        ({"first": 1.0}, r"has the key 'first': give a layer or a range"),
+        ({"1-0": 1.0}, r"'1-0', which ends before it begins"),
+        ({-1: 1.0}, r"has the key -1"),
+        ({1.0: 1.0}, r"has the key 1.0"),
+        ({"0-": 0.01}, r"attention.retention=0.01 keeps nothing"),
+    ],
+)
+def test_mistakes(layers, said):
+    with pytest.raises(LRSAError, match=said):
+        apply_lrsa(tiny("qwen2", num_hidden_layers=4), CONFIG, layers)
+    if not any(isinstance(value, LRSAConfig) for value in layers.values()):
+        with pytest.raises(LRSAError, match=said):
+            AttentionConfig(sink_size=3, lag_size=8, layers=layers).resolved(4)
+
+
+def test_a_cache_of_another_model():
+    model, ids = make(), tokens(40)
+    with pytest.raises(LRSAError, match=r"call lrsa_ds.apply_lrsa\(model, config\) first"):
+        new_cache(tiny("llama"))
+    other = apply_lrsa(tiny("qwen2", num_hidden_layers=2), CONFIG, {0: 1.0, 1: 0.3})
+    with pytest.raises(LRSAError, match=r"cache is one of 2 layers, and the model has 4: .*lrsa_ds.new_cache\(model\)"):
+        model(ids, past_key_values=new_cache(other))
+    filled = LagKVCache(CONFIG)
+    apply_lrsa(other, CONFIG)(ids, past_key_values=filled)
+    with pytest.raises(LRSAError, match=r"cache is one of 2 layers, and the model has 4"):
+        model(ids[:, :1], past_key_values=filled)
+    with pytest.raises(LRSAError, match=r"settings are for 4 layers, and the model has 2"):
+        apply_lrsa(other, from_saved(model.config.lrsa))
+    with pytest.warns(UserWarning, match=r"keeps sink_size=3.*trained with layers 0 .*retention=1, 1-3 .*=0.3; mean"):
+        model(ids, past_key_values=LagKVCache(CONFIG))
+    dense = DynamicCache()
+    model.set_attn_implementation("sdpa")
+    model(ids, past_key_values=dense)
+    compressed = LagKVCache.from_dense(dense, from_saved(model.config.lrsa))
+    assert [layer.keys.shape[2] for layer in compressed.layers] == [40, *[expected_length(40, CONFIG)] * 3]
+
+
+def test_steps_and_caches():
+    """Layers keep their own at every step but a dense one; None follows the steps, and evaluation the dense layers."""
+    attention = AttentionConfig(retention=[0.125, 0.25, 1.0], layers={"0": 1.0, "1": 0.5, "2-": None}).resolved(4)
+    retentions = [[layer.retention for layer in attention.at_step(step).layers] for step in range(4)]
+    assert retentions == [[1.0, 0.5, 0.125, 0.125], [1.0, 0.5, 0.25, 0.25], [1.0], [1.0, 0.5, 0.125, 0.125]]
+    assert [layer.retention for layer in attention.with_retention(0.25).layers] == [1.0, 0.25, 0.25, 0.25]
+    caches = attention.evaluated([1.0, 0.25])
+    assert [name for name, _ in caches] == [1.0, 0.25, (1 + 0.5 + 0.125 + 0.125) / 4]
+    assert caches[-1][1] == attention.at_step(0) and caches[0][1].is_dense
+    assert attention.described().startswith(
+        "layers 0 dense, 1 retention 0.5, 2-3 retention 0.125; mean share kept 0.438"
+    )
+    assert AttentionConfig(layers={"0-1": 1.0, "2-": 0.25}).resolved(4).evaluated([0.25])[1:] == []
+    assert AttentionConfig(retention=0.25).evaluated([0.5]) == [(0.5, LRSAConfig(retention=0.5))]
+    assert AttentionConfig(layers={"0-": 1.0}).resolved(4).at_step(0).is_dense
+    with pytest.raises(LRSAError, match=r"attention.layers has no effect under dense attention"):
+        AttentionConfig(kind="dense", retention=1.0, layers={"0-": 0.5})
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "attention.layers={0-1: 1.0, 2-: 0.1}",
+        "attention.layers={'0-1': 1.0, '2-': 0.1}",
+        'attention.layers={"0-1":1.0,"2-":0.1}',
+        "attention.layers={0:1.0,1:1.0,2-:0.1}",
+    ],
+)
+def test_the_command_line(written):
+    written = plain_keys(written)
+    attention = composed(written).attention.resolved(4)
+    assert [layer.retention for layer in attention.at_step(0).layers] == [1.0, 1.0, 0.1, 0.1]
+    assert composed(written).run_name.endswith("-lrsa-layers-8192")
+
+
+def test_quotes_stay_where_they_are_no_keys():
+    for argument in ("run_name='a: b'", "data.path='{\"a\": 1}'", "+recipe=smoke", "data.columns={context: 'a, b: c'}"):
+        assert plain_keys(argument) == argument
+    assert plain_keys("+a.b={'c d': 1, \"e\": {'f': 'g, h: i'}}") == "+a.b={'c d': 1, e: {f: 'g, h: i'}}"
+
+
+def test_the_caches_of_an_evaluation():
+    saved = make("three kinds").config.lrsa
+    base = CacheConfig().caches(saved)
+    assert describe(base) == "layers 0-1 retention 0.5, 2 retention 0.3, 3 dense; mean share kept 0.562"
+    assert base.at_retention(base.share_kept) is base and base.at_retention(1.0).is_dense
+    assert [layer.retention for layer in CacheConfig().attention(saved, 0.25).layers] == [0.25, 0.25, 0.25, 1.0]
+    assert CacheConfig(lag_size=16, selection="random").caches(saved).layers[2].selection == "random"
+    assert CacheConfig(lag_size=2).caches(None) == LRSAConfig(lag_size=2, retention=1.0)
