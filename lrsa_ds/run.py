@@ -1,7 +1,7 @@
-"""A run from configuration to exported model: start or go on, evaluate, train, evaluate, export."""
+"""A run from configuration to exported model: start or resume, evaluate, train, evaluate, export."""
 
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -80,7 +80,9 @@ def _train_in(
         for note in [*notes, *_describe(config, plan, mesh, directory)] if mesh.is_main else []:
             logger.message(note)
         logger.data(plan.report.row())
-        _Run(config, plan, mesh, directory, logger, watch, stop).all([row for row in earlier if row["kind"] == "eval"])
+        scores = [row for row in earlier if row["kind"] == "eval"]
+        setup = _Setup(config=config, plan=plan, mesh=mesh, directory=directory, logger=logger, watch=watch, stop=stop)
+        _Run(setup, scores).all()
         stop.accept()  # there is no step left that could fulfil a wish to stop
         failed = False
     finally:
@@ -90,41 +92,49 @@ def _train_in(
         output.mark(directory, output.COMPLETED)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Setup:
+    """What a run has been given when its directory is its own: settings, what is planned, and whom it talks to."""
+
+    config: TrainConfig
+    plan: Plan
+    mesh: Mesh
+    directory: Path
+    logger: RunLogger
+    watch: Watch
+    stop: StopRequest
+
+
 class _Run:
-    """What happens between the start and the end of a run."""
+    """What happens between the start and the end of a run. Loads the model, and its checkpoint if the run resumes.
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        plan: Plan,
-        mesh: Mesh,
-        directory: Path,
-        logger: RunLogger,
-        watch: Watch,
-        stop: StopRequest,
-    ):
-        self.config, self.plan, self.mesh, self.directory = config, plan, mesh, directory
-        self.logger, self.watch, self.stop = logger, watch, stop
-        self.rows: list[dict] = []
+    Args:
+        scores: rows of metrics.jsonl, the evaluations before the run was interrupted.
+    """
 
-    def all(self, earlier_rows: list[dict]) -> None:
-        """Evaluates, trains, evaluates and exports; `earlier_rows` are the evaluations of the run that goes on."""
-        config, point = self.config, self.plan.resume
-        self.rows = [{key: value for key, value in row.items() if key != "kind"} for row in earlier_rows]
+    def __init__(self, setup: _Setup, scores: list[dict]):
+        config, plan, mesh = setup.config, setup.plan, setup.mesh
+        self.config, self.plan, self.mesh, self.directory = config, plan, mesh, setup.directory
+        self.logger, self.watch, self.stop = setup.logger, setup.watch, setup.stop
+        self.rows = [{key: value for key, value in row.items() if key != "kind"} for row in scores]
         self.watch.doing("loading the model")
-        self.engine = build_engine(config, self.plan, self.mesh)
+        self.engine = build_engine(config, plan, mesh)
+        point = plan.resume
         if point is not None:
-            checkpoint.load_checkpoint(self.engine, point, self.mesh)
-        elif config.eval.before:
-            self.evaluate("before", 0)
-        # The last step and where the data stand after it, and the last step that is in a checkpoint.
+            checkpoint.load_checkpoint(self.engine, point, mesh)
+        # The last step and the position of the data after it, and the last step that is in a checkpoint.
         self.place = (point.step, point.position) if point else (0, {})
         self.saved_step = self.place[0]
-        self.profiler = StepProfiler(config.log.profile_steps if self.mesh.is_main else [], self.directory)
-        self.stop.begin()
+        self.profiler = StepProfiler(config.log.profile_steps if mesh.is_main else [], self.directory)
         save = config.checkpoint
-        room = self.plan.checkpoint_bytes
-        self.saver = CheckpointSaver(self.engine, self.directory, save.keep, room, save.write, self.mesh)
+        self.saver = CheckpointSaver(self.engine, self.directory, save.keep, plan.checkpoint_bytes, save.write, mesh)
+
+    def all(self) -> None:
+        """Evaluates, trains, evaluates and exports."""
+        config = self.config
+        if self.plan.resume is None and config.eval.before:
+            self.evaluate("before", 0)
+        self.stop.begin()
         trainer = build_trainer(config, self.plan, self.mesh, self.engine, self.watch.doing)
         trainer.fit(self.after_step, self.profiler.before)
         if self.mesh.is_main:
