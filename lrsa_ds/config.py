@@ -142,7 +142,7 @@ class AttentionConfig:
         if not self.layers:
             return self
         ranges = close_ranges(self._ranges, num_layers)
-        return replace(self, layers={i: value for first, last, value in ranges for i in range(first, last + 1)})
+        return replace(self, layers={str(i): value for first, last, value in ranges for i in range(first, last + 1)})
 
     def at_step(self, step: int) -> AnyConfig:
         """The attention of optimizer step `step` (counted from 0): a list of retentions is taken in turn.

@@ -1,5 +1,7 @@
 """Layers that differ: what is written, what each layer gets, and that everything behind it follows."""
 
+import warnings
+
 import pytest
 import torch
 from transformers import DynamicCache
@@ -12,10 +14,12 @@ from lrsa_ds.config import AttentionConfig
 from lrsa_ds.data.tokenizer import byte_tokenizer
 from lrsa_ds.errors import LRSAError
 from lrsa_ds.evaluate.config import CacheConfig
+from lrsa_ds.evaluate.evaluator import modes
 from lrsa_ds.layers import describe, from_saved
 from lrsa_ds.partition import cache_factor, num_held
 from tests.cpu.test_cache import STEPS, expected_length, logits_of_training, logits_with_cache, tokens
 from tests.cpu.test_config import composed
+from tests.cpu.test_evaluate import make_evaluator, make_sample
 from tests.cpu.test_model import tiny
 from tests.helpers import assert_close
 
@@ -191,3 +195,19 @@ def test_the_caches_of_an_evaluation():
     assert [layer.retention for layer in CacheConfig().attention(saved, 0.25).layers] == [0.25, 0.25, 0.25, 1.0]
     assert CacheConfig(lag_size=16, selection="random").caches(saved).layers[2].selection == "random"
     assert CacheConfig(lag_size=2).caches(None) == LRSAConfig(lag_size=2, retention=1.0)
+
+
+def test_an_evaluation_of_layers_that_differ():
+    """Each cache holds what its layers keep, also that of the training, which is named by the mean share."""
+    evaluator = make_evaluator()
+    apply_lrsa(evaluator.model, evaluator.attention, {0: 1.0, 1: None})
+    evaluator.attention = CacheConfig().caches(evaluator.model.config.lrsa)
+    assert evaluator.attention.share_kept == 0.625
+    rows = evaluator.rows(make_sample(), modes(["dense", "chunked", "after"], [0.625, 0.5]))
+    assert len(rows) == 5
+    for row in rows:
+        expected = num_held(row["num_tokens"], evaluator.attention.at_retention(row["retention"]))
+        assert row["num_held"] == expected and (row["prefill"] == "dense") == (expected == row["num_tokens"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the cache of the training is what the model expects
+        prefill(evaluator.model, tokens(60), LagKVCache(evaluator.attention))
