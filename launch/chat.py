@@ -22,6 +22,7 @@ import torch
 import lrsa_ds
 from lrsa_ds.config import require
 from lrsa_ds.data.encoder import Encoder, Prompt, after_lead
+from lrsa_ds.data.tokenizer import decoded
 from lrsa_ds.errors import LRSAError
 from lrsa_ds.generation import end_tokens
 
@@ -81,7 +82,7 @@ class Reader:
             eos_token_id=end_tokens(self.model, self.tokenizer) or None,
             pad_token_id=self.tokenizer.pad_token_id,
         )
-        said = self.tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True)
+        said = decoded(self.tokenizer, found[0, ids.shape[1] :], skip_special_tokens=True)
         return after_lead(said, prompt.lead_end)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
@@ -79,7 +80,7 @@ def adapters_disabled(model: PreTrainedModel) -> Iterator[None]:
             layer.unscale_layer()
 
 
-def _peft_config(lora: LoraConfig):
+def _peft_config(lora: LoraConfig) -> Any:
     from peft import LoraConfig as PeftConfig
 
     targets = lora.targets if lora.targets == "all-linear" else list(lora.targets.split(","))
@@ -105,6 +106,7 @@ def base_name(model: ModelConfig) -> str | None:
     """
     if model.random is not None or model.gguf_file is not None or find_adapters(model) is not None:
         return None
+    assert model.name is not None
     return str(Path(model.name).expanduser().resolve()) if looks_local(model.name) else model.name
 
 

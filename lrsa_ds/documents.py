@@ -43,7 +43,7 @@ def document_lengths(inputs: Mapping[str, Any], num_rows: int, num_tokens: int) 
     for name, other in others:
         require(torch.equal(other, starts), f"{first_name} and {name} tell of different documents: give one of them.")
     require(
-        inputs.get("position_ids") is None or "position_ids" in found or starts.sum() == num_rows,
+        inputs.get("position_ids") is None or "position_ids" in found or int(starts.sum()) == num_rows,
         f"position_ids run on from one document of {first_name} to the next: leave them out, or let them start again.",
     )
     # Padding is what follows the last token that is none.

@@ -116,7 +116,8 @@ def _targets(row: PackedSequence, parts: tuple[slice, ...]) -> tuple[torch.Tenso
     counts = document[is_target].bincount(minlength=len(lengths))
     place = is_target.cumsum(0) - 1 - (counts.cumsum(0) - counts)[document]
     example = torch.tensor(row.example_indices)[document]
-    return tuple(torch.cat([x[part][is_target[part]] for part in parts]) for x in (example, place))
+    examples, places = (torch.cat([x[part][is_target[part]] for part in parts]) for x in (example, place))
+    return examples, places
 
 
 def _add_scores(totals_E3: torch.Tensor, examples_T: torch.Tensor, statistics_T3: torch.Tensor) -> None:

@@ -53,7 +53,9 @@ class Process:
 
 
 def this_process() -> Process:
-    return Process(socket.gethostname(), _machine(), os.getpid(), _start_of(os.getpid()))
+    started = _start_of(os.getpid())
+    assert started is not None  # this process runs
+    return Process(socket.gethostname(), _machine(), os.getpid(), started)
 
 
 def _machine() -> str:
@@ -109,19 +111,19 @@ class RunLock:
         self._own = own
         for left in self._path.parent.glob(f"{LOCK}.*"):  # by processes that died while they took the lock
             left.unlink(missing_ok=True)
-        self._thread = threading.Thread(target=self._renew, name="lock", daemon=True)
+        self._thread = threading.Thread(target=self._renew, args=(own,), name="lock", daemon=True)
         self._thread.start()
 
     def release(self) -> None:
         """Gives the lock back; without one it does nothing."""
-        if self._own is None:
+        own, self._own = self._own, None
+        if own is None:
             return
         self._released.set()
         self._thread.join()
         with suppress(OSError):  # the directory is gone, or its server: the lock then counts as that of a dead process
-            if self._is_own():
+            if self._is_own(own):
                 self._path.unlink()
-        self._own = None
 
     def _take(self, path: Path, own: Held) -> None:
         while not _create(path, own):
@@ -141,16 +143,16 @@ class RunLock:
             finally:
                 guard.unlink(missing_ok=True)
 
-    def _is_own(self) -> bool:
+    def _is_own(self, own: Held) -> bool:
         held = _read(self._path)
-        return held is not None and held.token == self._own.token
+        return held is not None and held.token == own.token
 
-    def _renew(self) -> None:
+    def _renew(self, own: Held) -> None:
         while not self._released.wait(self._beat):
             with suppress(OSError):  # a server that is away for a moment; the next beat looks again
-                if self._is_own():
+                if self._is_own(own):
                     os.utime(self._path)
-                elif not _create(self._path, self._own):  # it was removed by hand, or else another run has it
+                elif not _create(self._path, own):  # it was removed by hand, or else another run has it
                     self._end()
 
     def _end(self) -> None:

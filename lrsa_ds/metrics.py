@@ -53,7 +53,7 @@ class RunLogger:
         self._wandb = None
         if mode != "disabled":
             identity = {"project": log.project, "name": log.name or run_name, "group": log.group, "tags": log.tags}
-            identity["config"] = config | {"run": about}
+            identity |= {"config": config | {"run": about}}
             self._wandb = WandbThread(mode, Path(output_dir), identity, self.message)
             self._wandb.start()
 

@@ -1,6 +1,5 @@
 """A run's directory while it runs: chosen by rank 0, locked against other runs, and with a log of what is said."""
 
-import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -55,10 +54,11 @@ def occupy(
 def _new_directory(parent: Path) -> Path:
     """Makes a directory named by the time; of two that are made in the same second the later one gets a number too."""
     now = time.strftime("%Y-%m-%d_%H-%M-%S")
-    for number in itertools.count(1):
-        directory = parent / (now if number == 1 else f"{now}_{number}")
+    directory, number = parent / now, 1
+    while True:
         try:
             directory.mkdir()
             return directory
         except FileExistsError:
-            continue
+            number += 1
+            directory = parent / f"{now}_{number}"

@@ -90,7 +90,8 @@ def intervals_of(chunks: Sequence[Chunk], device: torch.device) -> tuple[torch.T
     rows = torch.tensor([(c.hist_lo, c.hist_hi, c.win_lo) for c in chunks], dtype=torch.int32).to(device)
     lengths = torch.tensor([c.q_hi - c.q_lo for c in chunks]).to(device)
     total = sum(c.q_hi - c.q_lo for c in chunks)
-    return tuple(rows.repeat_interleave(lengths, dim=0, output_size=total).unbind(dim=1))
+    hist_lo, hist_hi, win_lo = rows.repeat_interleave(lengths, dim=0, output_size=total).unbind(dim=1)
+    return hist_lo, hist_hi, win_lo
 
 
 def cut(chunks: Iterable[Chunk], lo: int, hi: int) -> list[Chunk]:

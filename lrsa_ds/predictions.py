@@ -52,7 +52,7 @@ def prediction_row(tokenizer: Tokenizer, example: Example, likeliest: list[int])
     """The end of the `prompt`, the right `answer` and the `prediction`, decoded, of at most `ANSWER_TOKENS` tokens."""
     targets = [label for label in example.labels if label != IGNORE]
     start = next((i for i, label in enumerate(example.labels) if label != IGNORE), 0)
-    prompt = example.input_ids[max(0, start - PROMPT_TOKENS) : start]
+    prompt = list(example.input_ids[max(0, start - PROMPT_TOKENS) : start])
     return {
         "prompt": tokenizer.decode(prompt),
         "answer": tokenizer.decode(targets[:ANSWER_TOKENS]),

@@ -131,6 +131,7 @@ class CheckpointSaver:
             LRSAError: a rank could not write its part, as on a full disk; earlier checkpoints are whole.
         """
         writing, begun = self._writing, time.perf_counter()
+        assert writing is not None, "no checkpoint has been started"
         if writing.thread is not None:
             writing.thread.join()
         self._writing = None

@@ -6,6 +6,8 @@ from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from traceback import extract_tb
+from types import ModuleType
+from typing import cast
 
 from lrsa_ds.config import require
 from lrsa_ds.data.procedure import Procedure
@@ -38,14 +40,16 @@ def load_procedure(name: str) -> Procedure:
         callable(getattr(module, "prepare", None)),
         f"procedure={name!r} has no function prepare(config, tokenizer): see lrsa_ds/data/procedure.py.",
     )
-    return module
+    return cast(Procedure, module)
 
 
-def _from_file(name: str):
+def _from_file(name: str) -> ModuleType:
     path = Path(name).expanduser().resolve()
     require(path.is_file(), f"procedure={name!r} does not exist: give a .py file, a module, or {_names()}.")
     _also_search(str(path.parent))
     spec = spec_from_file_location(f"procedure_{path.stem}", path)
+    assert spec is not None  # as for any .py file
+    assert spec.loader is not None
     module = module_from_spec(spec)
     sys.modules[spec.name] = module  # where pickle looks for its classes
     spec.loader.exec_module(module)

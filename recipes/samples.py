@@ -17,8 +17,10 @@ class Samples:
         if "qa" in config.tasks:
             files |= qa_entries(config.data, *options)
         if "longbench" in config.tasks:
+            assert config.longbench is not None  # checked with the configuration
             files |= longbench_entries(config.longbench, *options)
         if "ruler" in config.tasks:
+            assert config.ruler is not None
             files |= ruler_entries(config.ruler, *options)
         self.files = FileSamples(tokenizer, files, config.data.chat_template)
         self.generated = GeneratedSamples(tokenizer, config.seed, config.num_depths, config.data.chat_template)

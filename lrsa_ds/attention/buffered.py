@@ -50,7 +50,8 @@ def select_and_gather(
     if HAS_TRITON and has_fused_path(k, v, layout.table.config):
         return fused_buffers(k, v, layout.table, layout.copies, layer)
     positions = buffer_positions(k, v, layout.table, layer, padded_buffer_size(layout.table))
-    return tuple(torch.cat([layout.copies.of(gather_kept(x, positions)), x], dim=2) for x in (k, v))
+    keys, values = (torch.cat([layout.copies.of(gather_kept(x, positions)), x], dim=2) for x in (k, v))
+    return keys, values
 
 
 @lru_cache(maxsize=64)

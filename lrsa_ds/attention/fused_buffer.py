@@ -139,10 +139,10 @@ class _Buffers(torch.autograd.Function):
         return out_k, out_v
 
     @staticmethod
-    def backward(ctx, grad_k, grad_v):
+    def backward(ctx, *gradients):
         (slot_of,) = ctx.saved_tensors
         batch, heads, num_tokens = slot_of.shape
-        grad_k, grad_v = (x if x.stride(-1) == 1 else x.contiguous() for x in (grad_k, grad_v))
+        grad_k, grad_v = (x if x.stride(-1) == 1 else x.contiguous() for x in gradients)
         dim = grad_k.shape[3]
         out_k, out_v = (x.new_empty(batch, heads, num_tokens, dim) for x in (grad_k, grad_v))
         strides = (*grad_k.stride()[:3], *grad_v.stride()[:3])

@@ -14,7 +14,7 @@ from lrsa_ds.data.shapes import canonical
 from lrsa_ds.data.shorten import shortened, token_ends, tokens_of
 from lrsa_ds.data.special import SpecialTokens
 from lrsa_ds.data.tokenized import tokenized_examples
-from lrsa_ds.data.tokenizer import Tokenizer
+from lrsa_ds.data.tokenizer import Tokenizer, decoded
 from lrsa_ds.data.turns import ChatTemplate, PlainText, Turn
 from lrsa_ds.errors import LRSAError
 
@@ -98,7 +98,7 @@ class Encoder:
         num_answer_tokens = sum(label != IGNORE for label in found.labels[found.num_prompt :])
         content = conversation.messages[turns[-1].message]["content"].strip()
         lead = turns[-1].answer[: max(0, turns[-1].answer.rfind(content))] if content else ""
-        said = self.tokenizer.decode(self._tokens([lead])[0], skip_special_tokens=True).split()
+        said = decoded(self.tokenizer, self._tokens([lead])[0], skip_special_tokens=True).split()
         return Prompt(found.ids[: found.num_prompt], num_answer_tokens, said[-1] if said else "")
 
     def _conversation(self, row: dict[str, Any]) -> Conversation:
@@ -120,9 +120,10 @@ class Encoder:
         text = conversation.text_of(cuttable)
         is_long = limit is not None and self.may_cut and len(text) > LONG_TEXT * limit
         encoded = None if is_long else self._encoded(turns)
-        if encoded is not None and (limit is None or len(encoded.ids) <= limit):
+        if limit is None or (encoded is not None and len(encoded.ids) <= limit):
+            assert encoded is not None  # without a limit nothing is long
             return encoded
-        if not self.may_cut:
+        if encoded is not None and not self.may_cut:
             raise TooLong.of(len(encoded.ids), limit)
         ends = token_ends(self.tokenizer, text)
         answers = conversation.answers_in(cuttable, [turn.message for turn in turns])
@@ -158,13 +159,14 @@ class Encoder:
         while None in (section.target for section in sections[:-1]):
             shared = [turn for turn, section in zip(shared, sections, strict=False) if section.target is not None]
             sections = self._sections([*shared, last])
-        ids, labels = list(self.before), [IGNORE] * len(self.before)
+        ids, labels, num_prompt = list(self.before), [IGNORE] * len(self.before), 0
         for number, (prompt, target) in enumerate(sections):
+            assert target is not None  # only those with a target are left
             # A section that follows another one begins with the token that ends the turn before.
             ends = prompt[: min(number, 1)]
+            num_prompt = len(ids) + len(prompt)
             ids += prompt + target
             labels += ends + [IGNORE] * (len(prompt) - len(ends)) + target
-        num_prompt = len(ids) - len(sections[-1].target)
         end = self._tokens([last.end + last.after])[0] if last.end else self.eos
         if last.end or ids[-1:] != end:
             ids += end
@@ -224,7 +226,7 @@ class Encoder:
         return self.tokenizer(texts, **options).input_ids
 
     def _decoded(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return decoded(self.tokenizer, ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def _text_examples(self, row: dict[str, Any], index: int) -> list[Example]:
         ids = self.start + self._tokens([row["text"]])[0] + self.eos

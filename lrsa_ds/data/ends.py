@@ -1,5 +1,7 @@
 """The tokens that end an answer: those that training teaches, and so those that generation has to stop at."""
 
+from typing import cast
+
 from transformers import PreTrainedModel
 
 from lrsa_ds.config import ModelConfig
@@ -14,7 +16,7 @@ def trained_ends(tokenizer: Tokenizer, chat_template: bool = True) -> list[int]:
     ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if chat_template and tokenizer.chat_template is not None:
         found = ChatTemplate(tokenizer, SpecialTokens(tokenizer)).end_tokens()
-        ends += tokenizer.convert_tokens_to_ids(found)
+        ends += cast(list[int], tokenizer.convert_tokens_to_ids(found))
     return sorted(set(ends))
 
 

@@ -203,7 +203,7 @@ class _Text:
     def skip(self, blank: re.Pattern) -> str:
         """Moves to the next character that is not blank, and returns it; "" at the end."""
         while True:
-            self.move(blank.match(self.text, self.place).end())
+            self.move(_end(blank, self.text, self.place))
             if self.place < len(self.text) or not self.more():
                 return self.text[self.place : self.place + 1]
 
@@ -248,7 +248,7 @@ def _member_data(head: bytes) -> int | None:
     place = 1
     try:
         while True:
-            key, place = _DECODER.raw_decode(text, _BLANK.match(text, place).end())
+            key, place = _DECODER.raw_decode(text, _end(_BLANK, text, place))
             place = _behind(text, place, ":")
             if key == "data" and _ARRAY_OF_OBJECTS.match(text, place):
                 return len(text[:place].encode("utf-8"))
@@ -260,10 +260,17 @@ def _member_data(head: bytes) -> int | None:
 
 def _behind(text: str, place: int, mark: str) -> int:
     """The next place that is not blank, behind `mark`."""
-    place = _BLANK.match(text, place).end()
+    place = _end(_BLANK, text, place)
     if not text.startswith(mark, place):
         raise ValueError(f"no {mark}")
-    return _BLANK.match(text, place + len(mark)).end()
+    return _end(_BLANK, text, place + len(mark))
+
+
+def _end(blank: re.Pattern, text: str, place: int) -> int:
+    """Where `blank` ends if it begins at `place`."""
+    found = blank.match(text, place)
+    assert found is not None  # it may be empty, so it is always there
+    return found.end()
 
 
 def _elements(text: _Text) -> Iterator[Found]:

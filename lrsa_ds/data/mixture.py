@@ -43,11 +43,12 @@ class Mixture:
             Rows(data.of_source(source), seed + number, max(1, count), to_row, allow_fewer)
             for number, (source, count) in enumerate(zip(data.sources, counts, strict=True))
         ]
-        sizes = [source.num_trained for source in self.sources]
-        self.num_trained = sum(sizes)
-        self.num_of_source = shares(self.num_trained, weights) if self.has_weights else sizes
+        self._sizes = [_known(source.num_trained) for source in self.sources]
+        self.num_trained = sum(self._sizes)
+        self.num_of_source = shares(self.num_trained, weights) if self.has_weights else self._sizes
         # A row's number is unique among all sources: those of a source follow those of the one before.
-        self.first_number = np.concatenate([[0], np.cumsum([source.num_all for source in self.sources])]).tolist()
+        ends = np.cumsum([_known(source.num_all) for source in self.sources])
+        self.first_number = np.concatenate([[0], ends]).tolist()
         self._weights = weights
         self._last_order: tuple[int, np.ndarray, np.ndarray] | None = None
 
@@ -87,7 +88,7 @@ class Mixture:
         sources, draws = self._draws(epoch)
         number, draw = int(sources[place]), int(draws[place])
         source = self.sources[number]
-        times, at = divmod(draw, source.num_trained)
+        times, at = divmod(draw, self._sizes[number])
         return self._numbered(number, source.at(times, [at])[at])
 
     def _numbered(self, number: int, row: Row) -> Row:
@@ -112,3 +113,8 @@ def shares(total: int, weights: list[float]) -> list[int]:
     largest = np.argsort(parts - exact, kind="stable")[: total - parts.sum()]
     parts[largest] += 1
     return parts.tolist()
+
+
+def _known(count: int | None) -> int:
+    assert count is not None, "the sources of a mixture are not streamed"
+    return count

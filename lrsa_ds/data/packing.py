@@ -4,7 +4,7 @@ An `Example` is one tokenized document with unshifted labels; a `PackedSequence`
 already shifted, so that sharding a sequence later needs no look at the neighbour. T is the length of a sequence.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,7 +24,7 @@ class Example:
     `num_cut` tokens were taken out of it to fit, and `answer_lost` tells whether the answer stood among them.
     """
 
-    input_ids: list[int]
+    input_ids: Sequence[int]
     labels: list[int]
     task: str
     index: int

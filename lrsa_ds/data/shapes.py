@@ -189,7 +189,7 @@ def _instruction(row: dict) -> dict[str, Any]:
 
 def _question(row: dict) -> dict[str, Any]:
     row = {**row, "context": _passages(row["context"])}
-    found = {"context": _text(row, "context", may_be_empty=True), "question": _text(row, "question")}
+    found: dict[str, Any] = {"context": _text(row, "context", may_be_empty=True), "question": _text(row, "question")}
     key = _first_of(row, "answer", "answers")
     if key not in row:
         raise LRSAError("answer is missing (a column answer or answers).")

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import datasets
 import numpy as np
@@ -77,17 +77,23 @@ class Rows:
         opened = self._open(data, validation=False)
         separate = self._open(data, validation=True)
         self.streaming = data.streaming
-        self.source = _Streamed(opened, self) if data.streaming else _Stored(opened, self)
+        assert opened is not None  # it is the validation rows that may be none of their own
+        self.source = self._rows_of(opened)
         if separate is None:
             other = "data.validation_path" if data.source == "files" else "data.validation_split"
             self.held_out = self.source.hold_out(num_validation, other)
             self.num_held_out = len(self.held_out)
         else:
-            held = _Streamed(separate, self) if data.streaming else _Stored(separate, self)
+            held = self._rows_of(separate)
             self.held_out = list(islice(held.good_rows(), num_validation))
             self.num_held_out = 0
         # One row is read, so that a source which cannot serve any fails here.
         next(self.epoch(0), None)
+
+    def _rows_of(self, opened: Store | RowStream) -> "_Stored | _Streamed":
+        if isinstance(opened, (FileStream, HubStream)):
+            return _Streamed(opened, self)
+        return _Stored(cast(Store, opened), self)
 
     def _open(self, data: DataConfig, validation: bool) -> "Store | RowStream | None":
         if data.source == "files":
@@ -102,7 +108,7 @@ class Rows:
         if split is None:
             return None
         rows, identity = _open_hub(key, split, data)
-        if data.streaming:
+        if isinstance(rows, datasets.IterableDataset):
             return HubStream(f"data.name={data.name!r}", rows, identity)
         return HubStore(f"data.name={data.name!r}", rows, identity, self.read_row, self.keep_bad)
 
@@ -284,13 +290,17 @@ def _require_more(num_rows: int, num_validation: int, label: str, other: str) ->
 
 def _open_hub(split_key: str, split: str, data: DataConfig) -> tuple[datasets.Dataset | datasets.IterableDataset, str]:
     """The rows of a split, and what tells their content from another: it changes with the files and their revision."""
+    assert data.name is not None
     name = resolve_name("data.name", data.name)
     try:
         builder = datasets.load_dataset_builder(name, data.subset)
         if data.streaming:
-            return builder.as_streaming_dataset(split=split), builder.hash
-        builder.download_and_prepare()
-        return builder.as_dataset(split=split), builder.hash
+            rows = builder.as_streaming_dataset(split=split)
+        else:
+            builder.download_and_prepare()
+            rows = builder.as_dataset(split=split)
+        assert not isinstance(rows, dict)  # as it is for all splits at once
+        return rows, str(builder.hash)
     except ValueError as error:
         if "BuilderConfig" in str(error) or "Config name" in str(error):
             raise LRSAError(f"data.subset={data.subset!r} of data.name={name!r}: {_flat(error)}.") from error

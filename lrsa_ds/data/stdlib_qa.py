@@ -99,6 +99,7 @@ class StdlibQA:
     def _draw(self, task: str, rng: random.Random) -> _Question:
         if task == "signature":
             asked = rng.choice(self.signatures)
+            assert asked.signature is not None
             question = f"What is the signature of {asked.name}?"
             return _Question(question, asked.signature, [asked.header], asked.text[len(asked.header) :], asked.name)
         if task == "passkey":
@@ -166,7 +167,7 @@ class StdlibQA:
         parts = zip(
             self._count([d.header for d in asked]),
             self._count([f"What is the signature of {d.name}?" for d in asked]),
-            self._count([d.signature for d in asked]),
+            self._count([d.signature or "" for d in asked]),
             strict=True,
         )
         needed = [empty + sum(counts) for counts in parts]

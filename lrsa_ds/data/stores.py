@@ -10,7 +10,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from glob import escape
 from itertools import accumulate, groupby
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import datasets
 import pyarrow
@@ -227,7 +227,7 @@ class HubStore:
         self.label, self._rows, self._identity, checks = label, rows, identity, _Checks(read_row, keep_bad)
         index = 0
         for batch in rows.iter(batch_size=_BATCH):
-            for row in _rows_of_batch(batch):
+            for row in _rows_of_batch(cast(dict[str, list], batch)):
                 checks.check(index, row, self.place(index))
                 index += 1
         self.bad, self.longest = checks.errors, checks.longest

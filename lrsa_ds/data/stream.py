@@ -3,7 +3,7 @@
 import os
 import signal
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
@@ -97,11 +97,11 @@ class SequenceOrder:
 
     def _examples(self, places: list[list[int]]) -> dict[tuple[int, ...], Example]:
         """The examples at these places, made anew."""
-        found = {}
+        found: dict[tuple[int, ...], Example] = {}
         for epoch in {place[0] for place in places}:
             rows = self.data.examples_at(epoch, sorted({place[1] for place in places if place[0] == epoch}))
-            for place in (tuple(place) for place in places if place[0] == epoch):
-                found[place] = replace(rows[place[1]][place[2]], place=place)
+            for _, row, number in (place for place in places if place[0] == epoch):
+                found[epoch, row, number] = replace(rows[row][number], place=(epoch, row, number))
         return found
 
     def next(self) -> list[Example]:
@@ -188,15 +188,16 @@ class TrainStream(IterableDataset):
             )
 
 
-def make_loader(stream: TrainStream, num_workers: int) -> DataLoader:
+def make_loader(stream: TrainStream, num_workers: int) -> Iterable[StepData]:
     """A loader of the stream's steps, unbatched, in this process (0) or prepared ahead in another one (1).
 
     A user error met in the worker arrives here as it was raised, not wrapped into the worker's traceback.
     """
     dataset = stream if num_workers == 0 else _ErrorsAsItems(stream)
-    return _Loader(
+    loader = DataLoader(
         dataset, batch_size=None, num_workers=num_workers, collate_fn=_unchanged, worker_init_fn=_start_worker
     )
+    return _Steps(loader)
 
 
 class _ErrorsAsItems(IterableDataset):
@@ -213,9 +214,14 @@ class _ErrorsAsItems(IterableDataset):
             yield error
 
 
-class _Loader(DataLoader):
+class _Steps:
+    """What a loader loads; an error among its items is raised."""
+
+    def __init__(self, loader: DataLoader):
+        self.loader = loader
+
     def __iter__(self) -> Iterator[StepData]:
-        for item in super().__iter__():
+        for item in self.loader:
             if isinstance(item, LRSAError):
                 raise item
             yield item

@@ -2,8 +2,10 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import tokenizers
+import torch
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -34,8 +36,10 @@ def load_tokenizer(model: ModelConfig) -> Tokenizer:
     # The revision and the GGUF file belong to the repository of the model, not to a tokenizer from elsewhere.
     options = {"revision": model.revision, "gguf_file": model.gguf_file} if own else {}
     options = {option: value for option, value in options.items() if value is not None}
+    assert name is not None  # or the weights were random, and the tokenizer given
     path = resolve_name(key, name)
-    if "gguf_file" in options and looks_local(name) and not (Path(path) / model.gguf_file).is_file():
+    gguf_file = options.get("gguf_file")
+    if gguf_file is not None and looks_local(name) and not (Path(path) / gguf_file).is_file():
         raise LRSAError(f"model.gguf_file={model.gguf_file!r} is not in model.name={name!r}: give a file of it.")
     try:
         tokenizer = _loader_for(path).from_pretrained(path, trust_remote_code=model.trust_remote_code, **options)
@@ -47,6 +51,13 @@ def load_tokenizer(model: ModelConfig) -> Tokenizer:
         # Padding is never a target and stands in a document of its own, so any token serves.
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def decoded(tokenizer: Tokenizer, ids: list[int] | torch.Tensor, **options: Any) -> str:
+    """The text of one row of tokens; `options` are those of `Tokenizer.decode`."""
+    text = tokenizer.decode(ids, **options)
+    assert isinstance(text, str)  # a list would be that of several rows
+    return text
 
 
 def _loader_for(path: str) -> type:

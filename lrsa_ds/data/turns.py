@@ -135,9 +135,9 @@ class ChatTemplate:
     def _render(self, conversation: Conversation, count: int, generate: bool = False) -> str:
         """The first `count` messages, with the generation prompt where a turn is to be generated."""
         messages = [self._for_template(message) for message in conversation.messages[:count]]
-        options = {"tools": conversation.tools} if conversation.tools else {}
+        options: dict[str, Any] = {"tools": conversation.tools} if conversation.tools else {}
         try:
-            return self.tokenizer.apply_chat_template(
+            text = self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=generate, **options
             )
         except TemplateSyntaxError as error:
@@ -152,6 +152,8 @@ class ChatTemplate:
                 f"the chat template refuses the roles {roles} ({said}): change the messages, "
                 "or set data.chat_template=false for rows that are not messages."
             ) from error
+        assert isinstance(text, str)  # since it was not to tokenize
+        return text
 
     def _for_template(self, message: dict[str, Any]) -> dict[str, Any]:
         reasoning = message.get(REASONING_KEYS[0])

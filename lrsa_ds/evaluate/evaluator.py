@@ -14,6 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from lrsa_ds.cache import LagKVCache
 from lrsa_ds.data.encoder import after_lead
+from lrsa_ds.data.tokenizer import decoded
 from lrsa_ds.generation import end_tokens
 from lrsa_ds.inference import prefill
 from lrsa_ds.layers import AnyConfig
@@ -148,7 +149,7 @@ class Evaluator:
         return Answer(found[0, prompt.shape[1] :].tolist(), size)
 
     def _answer_row(self, sample: Sample, mode: Mode, answer: Answer, dense: Answer | None) -> dict:
-        text = after_lead(self.tokenizer.decode(answer.ids, skip_special_tokens=True), sample.lead_end)
+        text = after_lead(decoded(self.tokenizer, answer.ids, skip_special_tokens=True), sample.lead_end)
         scores = {name: 100 * self.score(name, text, sample.answers) for name in sample.metrics}
         if dense is not None and answer.size["num_held"] < answer.size["num_tokens"]:
             scores["first_token"] = 100.0 * (answer.ids[0] == dense.ids[0])

@@ -4,6 +4,7 @@ Its halves are separate, so that work can be done while the data travels: `start
 waits for it. In the backward pass their roles swap: `finish` launches the exchange of the gradients, and `start` waits.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -51,8 +52,11 @@ class Pending:
         return self.received
 
     def wait(self) -> torch.Tensor:
-        self.work.wait()
-        received, self.work, self.sent, self.received = self.received, None, None, None
+        work, received = self.work, self.received
+        assert work is not None, "an exchange is waited for once, after its launch"
+        assert received is not None
+        work.wait()
+        self.work = self.sent = self.received = None
         return received
 
 
@@ -63,8 +67,8 @@ class _Start(torch.autograd.Function):
         return pending.launch(x, reverse=False)
 
     @staticmethod
-    def backward(ctx, gradient):
-        # `gradient` is what _Finish handed on in its place; the true one has travelled meanwhile.
+    def backward(ctx, *_):
+        # What is given here _Finish handed on in place of the gradient, which has travelled meanwhile.
         return ctx.pending.wait(), None
 
 
@@ -76,7 +80,8 @@ class _Finish(torch.autograd.Function):
         return received.view_as(received)
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx, *gradients):
+        (gradient,) = gradients
         ctx.pending.launch(gradient, reverse=True)
         return gradient, None
 
@@ -87,7 +92,7 @@ class Exchange:
 
     received: torch.Tensor
     pending: Pending
-    recv_shapes: list[tuple[int, ...]]
+    recv_shapes: Sequence[tuple[int, ...]]
 
     def finish(self) -> list[torch.Tensor]:
         parts = self._flat().split(self.pending.recv_counts)
@@ -101,7 +106,9 @@ class Exchange:
         return _Finish.apply(self.received, self.pending)
 
 
-def start(group: SequenceGroup, cargo: str, parts: list[torch.Tensor], recv_shapes: list[tuple[int, ...]]) -> Exchange:
+def start(
+    group: SequenceGroup, cargo: str, parts: list[torch.Tensor], recv_shapes: Sequence[tuple[int, ...]]
+) -> Exchange:
     """Sends `parts[r]` to rank r of the group and receives a tensor of shape `recv_shapes[r]` from it.
 
     Args:
@@ -117,14 +124,14 @@ def start_even(group: SequenceGroup, cargo: str, x: torch.Tensor) -> Exchange:
     return _start(group, cargo, x.reshape(-1), [x[0].numel()] * group.size, [tuple(x.shape[1:])] * group.size)
 
 
-def start_to_all(group: SequenceGroup, cargo: str, x: torch.Tensor, recv_shapes: list[tuple[int, ...]]) -> Exchange:
+def start_to_all(group: SequenceGroup, cargo: str, x: torch.Tensor, recv_shapes: Sequence[tuple[int, ...]]) -> Exchange:
     """Sends `x` to every rank; its gradient is the sum of theirs, added in fp32 and rounded once."""
     flat = x.reshape(1, -1).expand(group.size, -1).reshape(-1)
     return _start(group, cargo, flat, [x.numel()] * group.size, recv_shapes)
 
 
 def _start(
-    group: SequenceGroup, cargo: str, flat: torch.Tensor, send_counts: list[int], recv_shapes: list[tuple[int, ...]]
+    group: SequenceGroup, cargo: str, flat: torch.Tensor, send_counts: list[int], recv_shapes: Sequence[tuple[int, ...]]
 ) -> Exchange:
     pending = Pending(group, cargo, send_counts, [torch.Size(shape).numel() for shape in recv_shapes])
     return Exchange(_Start.apply(flat, pending), pending, recv_shapes)

@@ -82,7 +82,7 @@ def exchange_halo(
     if num_sent:
         # A shard is at least as long as the halo, so that the halo lies in one neighbour's shard.
         parts[group.index + 1] = torch.stack([x[0, :, -num_sent:] for x in (k, v)])
-    shapes = [(0,)] * group.size
+    shapes: list[tuple[int, ...]] = [(0,)] * group.size
     if layout.halo_size:
         shapes[group.index - 1] = (2, k.shape[1], layout.halo_size, k.shape[3])
     received = start(group, "halo", parts, shapes).finish()
@@ -152,8 +152,8 @@ class HeadGroups:
     ) -> torch.Tensor:
         """Attention over both parts, [1, H, n, D]: the window's [1, H, n, D], the history's as `return_outputs` has."""
         by_rank = (self.group.size, self.num_heads)
-        window = tuple(x[0].transpose(0, 1).unflatten(1, by_rank) for x in window)
-        return merge(window, history, dtype).flatten(1, 2).transpose(0, 1)[None]
+        output, lse = (x[0].transpose(0, 1).unflatten(1, by_rank) for x in window)
+        return merge((output, lse), history, dtype).flatten(1, 2).transpose(0, 1)[None]
 
 
 @lru_cache(maxsize=64)

@@ -169,9 +169,9 @@ def start_mesh(
         # DeepSpeed would compile a shared-memory collective, for most of a minute, and leave its segments behind.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     _share_cores()
-    backend, patience = "nccl" if use_cuda else "gloo", {} if timeout is None else {"timeout": timeout}
-    place = {"store": meet(join), "rank": rank(), "world_size": world_size()}
-    dist.init_process_group(backend, **place, **patience)
+    backend = "nccl" if use_cuda else "gloo"
+    patience: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
+    dist.init_process_group(backend, store=meet(join), rank=rank(), world_size=world_size(), **patience)
     deepspeed.init_distributed(dist_backend=backend, verbose=False, **patience)  # it takes what torch has started
     return Mesh(dist.get_rank(), dist.get_world_size(), local_rank(), device, _sequence_group(sp_size, exchange))
 
@@ -192,7 +192,9 @@ def _sequence_group(size: int, exchange: str) -> SequenceGroup | None:
         return None
     # Every rank takes part in making every group.
     groups = [dist.new_group(range(first, first + size)) for first in range(0, dist.get_world_size(), size)]
-    return SequenceGroup(groups[dist.get_rank() // size], size, dist.get_rank() % size, strategy)
+    mine = groups[dist.get_rank() // size]
+    assert isinstance(mine, dist.ProcessGroup)  # as for every group that this rank belongs to
+    return SequenceGroup(mine, size, dist.get_rank() % size, strategy)
 
 
 def stop_mesh() -> None:

@@ -1,6 +1,7 @@
 """Dense attention of one sequence over several ranks: DeepSpeed's Ulysses, with packed documents kept apart."""
 
 from functools import lru_cache
+from typing import Any, cast
 
 import torch
 from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
@@ -77,7 +78,7 @@ def _ulysses(num_heads: int, num_kv_heads: int, head_dim: int, group: SequenceGr
         attn_head_size=head_dim,
         kv_head_count=num_kv_heads,
         num_hidden_layers=1,
-        process_group=group.process_group,
+        process_group=cast(Any, group.process_group),  # it is annotated as a class of that name in DeepSpeed
         seq_length_is_variable=True,
     )
 
@@ -88,15 +89,18 @@ def _dense_core(
     key,
     value,
     attention_mask,
-    lrsa_config=None,
-    document_lengths=None,
-    scaling=None,
-    order=None,
+    *,
+    lrsa_config: LRSAConfig,
+    document_lengths: tuple[int, ...],
+    scaling: float | None,
+    order: tuple[torch.Tensor, torch.Tensor] | None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """What Ulysses calls on the head group with all tokens, rank after rank: [1, H / P, N, D] to [1, N, H / P, D]."""
-    if order is not None:
-        in_ranks, of_token = order
-        query, key, value = (x.index_select(2, of_token) for x in (query, key, value))
-    output = lrsa_attention(query, key, value, lrsa_config, document_lengths, scaling).transpose(1, 2)
-    return output.contiguous() if order is None else output.index_select(1, in_ranks), None
+    if order is None:
+        output = lrsa_attention(query, key, value, lrsa_config, document_lengths, scaling)
+        return output.transpose(1, 2).contiguous(), None
+    in_ranks, of_token = order
+    query, key, value = (x.index_select(2, of_token) for x in (query, key, value))
+    output = lrsa_attention(query, key, value, lrsa_config, document_lengths, scaling)
+    return output.transpose(1, 2).index_select(1, in_ranks), None

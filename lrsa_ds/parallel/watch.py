@@ -83,22 +83,22 @@ class Watch:
                     self._end(before, self._read())
 
     def _end(self, before: list[dict | None], now: list[dict | None]) -> None:
-        silent = [r for r in range(self._world_size) if now[r] is None or now[r] == before[r]]
-        alive = [r for r in range(self._world_size) if r not in silent]
+        alive = {r: state for r, state in enumerate(now) if state is not None and state != before[r]}
+        silent = [r for r in range(self._world_size) if r not in alive]
         if self._rank == min(alive, default=self._rank):
-            say_for_all(f"error: {self._sentence(silent, alive, now)}", Exit.HUNG)
+            say_for_all(f"error: {self._sentence(silent, alive)}", Exit.HUNG)
         else:
             heard(WORD_SECONDS)  # the launcher ends all when one ends: the one that speaks comes first
         os._exit(Exit.HUNG)
 
-    def _sentence(self, silent: list[int], alive: list[int], now: list[dict | None]) -> str:
+    def _sentence(self, silent: list[int], alive: dict[int, dict]) -> str:
         start = f"nothing has moved for {self._timeout:g} s (parallel.timeout) in {self._doing}: "
         if silent:
             verb = "gives" if len(silent) == 1 else "give"
             return f"{start}{named(silent)} {verb} no sign of life. All ranks end; the same command goes on."
         by_deed: dict[str, list[int]] = {}
-        for rank in alive:
-            by_deed.setdefault(now[rank]["doing"], []).append(rank)
+        for rank, state in alive.items():
+            by_deed.setdefault(state["doing"], []).append(rank)
         if len(by_deed) == 1:
             return f"{start}all ranks are there and wait for each other. All ranks end; the same command goes on."
         fewest = min(by_deed, key=lambda deed: len(by_deed[deed]))

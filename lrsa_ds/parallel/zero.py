@@ -1,6 +1,7 @@
 """DeepSpeed's configuration and engine for a run."""
 
 from collections.abc import Callable
+from typing import Any
 
 import deepspeed
 import torch
@@ -69,10 +70,13 @@ def make_engine(
         optimizer = DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
     else:
         optimizer = torch.optim.AdamW(groups, fused=torch.cuda.is_available(), **settings)
+    def scheduler(wrapped: torch.optim.Optimizer) -> Any:
+        return torch.optim.lr_scheduler.LambdaLR(wrapped, schedule)
+
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
-        lr_scheduler=lambda wrapped: torch.optim.lr_scheduler.LambdaLR(wrapped, schedule),
+        lr_scheduler=scheduler,
         config=deepspeed_config(config, dtype, load_universal),
     )
     return engine

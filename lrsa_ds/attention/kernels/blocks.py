@@ -138,8 +138,9 @@ def interval_rows(intervals: Intervals, first: int = 0) -> torch.Tensor:
     Args:
         first: the first query that is wanted.
     """
-    also = intervals.also or Intervals(*torch.zeros_like(torch.stack([intervals.lo, intervals.hi])))
-    rows = torch.stack([intervals.lo, intervals.hi, also.lo, also.hi])[:, first:].int()
+    also = intervals.also
+    others = [torch.zeros_like(intervals.lo)] * 2 if also is None else [also.lo, also.hi]
+    rows = torch.stack([intervals.lo, intervals.hi, *others])[:, first:].int()
     return torch.cat([rows, rows[:, -1:].expand(-1, -rows.shape[1] % BLOCK)], dim=1).contiguous()
 
 

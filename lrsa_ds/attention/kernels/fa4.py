@@ -82,7 +82,7 @@ class _Attention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    def backward(ctx, grad_out, grad_lse):
+    def backward(ctx, *gradients):
         from flash_attn.cute.interface import _flash_attn_bwd
 
         from lrsa_ds.attention.kernels.fa4_mask import interval_kernels, interval_mask
@@ -90,6 +90,7 @@ class _Attention(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         layout = ctx.layout
         _, in_blocks = layout.split
+        grad_out, grad_lse = gradients
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         grad_q = torch.empty_like(out)
         q_, out_, grad_ = (x[:, :, in_blocks] for x in (q, out, grad_out))
@@ -104,26 +105,28 @@ class _Attention(torch.autograd.Function):
                 dq=grad_q[:, :, in_blocks].transpose(1, 2),
                 dlse=None if grad_lse is None else grad_lse[:, :, in_blocks],
             )
-        gradients = grad_q, grad_k.transpose(1, 2), grad_v.transpose(1, 2)
+        inputs = grad_q, grad_k.transpose(1, 2), grad_v.transpose(1, 2)
         if layout.visible_ahead is not None:
-            _add_gradients_ahead(q, k, v, layout, ctx.scale, grad_out, grad_lse, gradients)
-        return *gradients, None, None
+            _add_gradients_ahead(q, k, v, layout, ctx.scale, grad_out, grad_lse, inputs)
+        return *inputs, None, None
 
 
 @torch.no_grad()
 def _attend_ahead(q, k, v, layout: "_BlockLayout", scale: float, out: torch.Tensor, lse: torch.Tensor) -> None:
     """Writes output and log-sum-exp of the queries ahead."""
-    ahead, _ = layout.split
+    (ahead, _), visible = layout.split, layout.visible_ahead
+    assert visible is not None
     keys, values = (x[:, :, layout.keys_ahead] for x in (k, v))
-    out[:, :, ahead], lse[:, :, ahead] = _attend_densely(q[:, :, ahead], keys, values, layout.visible_ahead, scale)
+    out[:, :, ahead], lse[:, :, ahead] = _attend_densely(q[:, :, ahead], keys, values, visible, scale)
 
 
 def _add_gradients_ahead(q, k, v, layout: "_BlockLayout", scale: float, grad_out, grad_lse, gradients) -> None:
     """Writes the gradients of the queries ahead and adds those of the keys and values that they see."""
-    (ahead, _), keys = layout.split, layout.keys_ahead
-    parts = [x.detach().requires_grad_() for x in (q[:, :, ahead], k[:, :, keys], v[:, :, keys])]
+    (ahead, _), keys, visible = layout.split, layout.keys_ahead, layout.visible_ahead
+    assert visible is not None
+    parts = q_, k_, v_ = [x.detach().requires_grad_() for x in (q[:, :, ahead], k[:, :, keys], v[:, :, keys])]
     with torch.enable_grad():
-        out, lse = _attend_densely(*parts, layout.visible_ahead, scale)
+        out, lse = _attend_densely(q_, k_, v_, visible, scale)
     upstream = [grad_out[:, :, ahead], torch.zeros_like(lse) if grad_lse is None else grad_lse[:, :, ahead]]
     grad_q, grad_k, grad_v = torch.autograd.grad((out, lse), parts, upstream)
     gradients[0][:, :, ahead] = grad_q
@@ -147,7 +150,7 @@ class _BlockLayout:
     by_query: "BlockSparseTensorsTorch"  # for the forward pass
     by_key: "BlockSparseTensorsTorch"  # for the backward pass
     keys_ahead: slice
-    visible_ahead: torch.Tensor | None  # bool [queries ahead, keys ahead]
+    visible_ahead: torch.Tensor | None  # bool [queries ahead, keys ahead]; None: there are none
 
 
 @lru_cache(maxsize=64)
@@ -162,7 +165,10 @@ def _block_layout(intervals: Intervals, num_keys: int) -> _BlockLayout:
         lists = (*_short(partly, descending), *_short(wholly, descending))
         return BlockSparseTensorsTorch(*lists, block_size=(BLOCK, BLOCK))
 
-    keys = slice(first_key, first_key + count)
+    keys, visible_ahead = slice(first_key, first_key + count), None
+    if count:
+        assert window is not None, "queries ahead see a part of their window"
+        visible_ahead = sees(window.lo[:count], window.hi[:count], keys.start, keys.stop)
     # Backward, blocks of keys that end with the same queries walk from the last to the first, and so meet in the cache.
     return _BlockLayout(
         split=(slice(0, count), slice(count, None)),
@@ -170,7 +176,7 @@ def _block_layout(intervals: Intervals, num_keys: int) -> _BlockLayout:
         by_query=table(partly, wholly, False),
         by_key=table(partly.mT, wholly.mT, True),
         keys_ahead=keys,
-        visible_ahead=sees(window.lo[:count], window.hi[:count], keys.start, keys.stop) if count else None,
+        visible_ahead=visible_ahead,
     )
 
 

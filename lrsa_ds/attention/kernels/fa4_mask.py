@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import cutlass
 from cutlass import cute
@@ -28,7 +29,7 @@ def interval_mask(*_):
 
 
 # By this flash-attn-4 finds a kernel that it has compiled, in a cache on disk too.
-interval_mask.__cute_hash__ = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+interval_mask.__cute_hash__ = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # pyrefly: ignore[missing-attribute]
 
 
 @contextmanager
@@ -56,7 +57,7 @@ class _IntervalMask(AttentionMask):
     `block_cover`.
     """
 
-    def apply_mask(self, acc_S, m_block, n_block, thr_mma, mask_mod=None, aux_data=None, **_):
+    def apply_mask(self, acc_S, m_block, n_block, thr_mma, mask_mod=None, aux_data: Any = None, **_):
         if mask_mod is not None:
             shape, heads_in_a_row = (self.tile_m, self.tile_n), self.qhead_per_kvhead_packgqa
             _hide_in_rows(acc_S, m_block, n_block, thr_mma, shape, heads_in_a_row, aux_data.tensors)

@@ -25,6 +25,7 @@ def flex_interval_attention(
     mask = _block_mask(intervals, q.shape[2], k.shape[2])
     gqa = q.shape[1] != k.shape[1]
     out, aux = attend(q, k, v, block_mask=mask, scale=scale, enable_gqa=gqa, return_aux=AuxRequest(lse=True))
+    assert aux.lse is not None  # it was asked for
     return out[:, :, :num_queries], aux.lse[:, :, :num_queries]
 
 

@@ -49,7 +49,7 @@ class Kernel:
 
     def why_not(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         """What stands against the kernel for such tensors, or None."""
-        if not self.runs_on(device):
+        if self.devices is not None and not self.runs_on(device):
             return f"it needs a {' or '.join(map(str.upper, self.devices))} device, and this is {device}"
         if (missing := self.what_is_missing(device)) is not None:
             return missing

@@ -68,7 +68,8 @@ class Candidates:
         self.num_heads, self.device = k.shape[1], k.device
         self._states, self._partitions, self._config = {"keys": k, "values": v}, partitions, config
         self._reads = SELECTION_RULES[config.selection].reads
-        self._last = ("", ())  # partitions that are not adjacent are copied, so a copy serves its reference too
+        # Partitions that are not adjacent are copied, so a copy serves its reference too.
+        self._last: tuple[str, tuple[torch.Tensor, torch.Tensor]] | None = None
 
     @property
     def positions(self) -> torch.Tensor:
@@ -106,7 +107,7 @@ class Candidates:
         self._check(what)
         if which:
             self._check("reference")
-        if self._last[0] != what:
+        if self._last is None or self._last[0] != what:
             self._last = (what, self._partitions.of(self._states[what], self._config.lag_size))
         return self._last[1][which]
 
