@@ -50,6 +50,23 @@ def short_documents_sentence(share: float, config: AnyConfig, of_what: str) -> s
     )
 
 
+def long_answers_sentence(lengths: tuple[int, int], config: AnyConfig) -> str | None:
+    """Says that answers are longer than what is kept of a partition, or nothing if they are not.
+
+    Args:
+        lengths: what one answer in ten reaches, and the longest, in tokens (`DataReport.long_answers`).
+    """
+    kept = max(layer.num_kept for layer in config.layers)  # it suffices that some layer holds it
+    usual, longest = lengths
+    if not 0 < kept < usual:
+        return None
+    return (
+        f"one answer in ten has {usual:,} tokens or more (the longest {longest:,}), and retention * lag_size keeps "
+        f"{kept:,} of the tokens of a partition, so only a part of such an answer: raise attention.retention or "
+        "attention.lag_size"
+    )
+
+
 def held_sentence(num_tokens: int, configs: Iterable[AnyConfig]) -> str:
     """What caches hold after `num_tokens` tokens of one document, under each of these settings."""
     parts = [f"after {num_tokens:,} tokens it holds"]

@@ -10,7 +10,7 @@ import torch
 
 from lrsa_ds import checkpoint, output
 from lrsa_ds.adapters import add_adapters, freeze
-from lrsa_ds.compression import held_sentence, short_documents_sentence
+from lrsa_ds.compression import held_sentence, long_answers_sentence, short_documents_sentence
 from lrsa_ds.config import TrainConfig, save_settings
 from lrsa_ds.data.ends import set_ends
 from lrsa_ds.data.procedure import Procedure
@@ -306,8 +306,12 @@ def _compression_lines(config: TrainConfig, plan: Plan) -> list[str]:
     if not compressed:
         return []
     lines = [f"cache: {held_sentence(config.seq_len, compressed)}"]
-    sentence = short_documents_sentence(plan.report.share_short, compressed[0], "the tokens of the training data")
-    return [*lines, f"warning: {sentence}"] if sentence else lines
+    smallest = min(compressed, key=lambda each: each.share_kept)
+    warnings = [
+        short_documents_sentence(plan.report.share_short, compressed[0], "the tokens of the training data"),
+        long_answers_sentence(plan.report.long_answers(), smallest),
+    ]
+    return [*lines, *(f"warning: {sentence}" for sentence in warnings if sentence)]
 
 
 def _describe(config: TrainConfig, plan: Plan, mesh: Mesh, directory: Path) -> list[str]:

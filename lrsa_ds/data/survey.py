@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from itertools import groupby
 
 from lrsa_ds.data.packing import IGNORE, Example, LeftOut, Packer
 from lrsa_ds.data.stream import TrainingRows
@@ -27,6 +28,8 @@ class DataReport:
         short_length: a document of so many tokens, or fewer, is never compressed.
         num_short_examples, num_short_tokens: such documents.
         num_sequences: packed sequences of these documents; of a sample, a share of the last ones.
+        answer_lengths: target tokens of every answer that begins behind the first `short_length` tokens of its
+            document, so that something may have been dropped before it.
     """
 
     num_rows: int | None
@@ -44,6 +47,7 @@ class DataReport:
     num_short_examples: int = 0
     num_short_tokens: int = 0
     num_sequences: float = 0.0
+    answer_lengths: list[int] = field(default_factory=list)
 
     def add(self, examples: list[Example]) -> None:
         """Counts a row."""
@@ -62,6 +66,8 @@ class DataReport:
             if length <= self.short_length:
                 self.num_short_examples += 1
                 self.num_short_tokens += length
+            else:
+                self.answer_lengths += _answer_lengths(example.labels, self.short_length)
 
     @property
     def share_cut(self) -> float:
@@ -81,7 +87,15 @@ class DataReport:
 
     def row(self) -> dict:
         """For `metrics.jsonl`."""
-        return asdict(self)
+        row = asdict(self)
+        row["answer_length_p90"], row["answer_length_max"] = self.long_answers()
+        del row["answer_lengths"]
+        return row
+
+    def long_answers(self) -> tuple[int, int]:
+        """The length that one answer in ten reaches, and that of the longest; 0 where none was counted."""
+        ordered = sorted(self.answer_lengths)
+        return (ordered[(len(ordered) * 9) // 10], ordered[-1]) if ordered else (0, 0)
 
     def lines(self, sequences_per_step: int, num_steps: int) -> list[str]:
         """The report in sentences, for a run of so many steps."""
@@ -108,6 +122,13 @@ class DataReport:
         if per_epoch:
             lasting += f"; {num_steps:,} steps are {about}{num_steps * sequences_per_step / per_epoch:.2f} epochs"
         return lasting
+
+
+def _answer_lengths(labels: list[int], behind: int) -> list[int]:
+    """Lengths of the runs of targets that begin after the first `behind` tokens; 0 counts none."""
+    runs = groupby(range(1, len(labels)), key=lambda place: labels[place] != IGNORE)
+    answers = [list(places) for is_target, places in runs if is_target]
+    return [len(places) for places in answers if 0 < behind <= places[0]]
 
 
 def survey(data: TrainingRows, short_length: int, limit: int | None = SAMPLED_TOKENS) -> DataReport:

@@ -2,8 +2,11 @@
 
 import pytest
 
+from lrsa_ds import LRSAConfig
+from lrsa_ds.compression import long_answers_sentence
 from lrsa_ds.data.packing import IGNORE, Example, LeftOut
 from lrsa_ds.data.survey import num_packed, steps_of_epochs, survey
+from lrsa_ds.layers import resolve
 
 
 class Data:
@@ -51,6 +54,36 @@ def test_counts_over_all_rows():
     assert "2 documents are cut, which takes 9.3% of all tokens; 1 of them lose the answer" in said
     assert report.share_short == pytest.approx(36 / 194)
     assert "48 target tokens a step; 6 steps are 3.00 epochs" in said
+
+
+def test_answers_behind_what_may_be_dropped_are_measured():
+    """Each run of targets by itself, where it begins behind the first tokens, which are always there."""
+
+    class Turns(Data):
+        def row(self, index):
+            labels = [IGNORE] * 64
+            labels[5:15] = [1] * 10  # before anything is dropped
+            labels[20:24] = [1] * 4
+            labels[30 : 30 + self.rows[index]] = [1] * self.rows[index]
+            return [Example([1] * 64, labels, "t", index)]
+
+    report = survey(Turns([1, 2, 3, 4, 5, 6, 7, 8, 30]), short_length=20)
+    assert sorted(report.answer_lengths) == sorted([4] * 9 + [1, 2, 3, 4, 5, 6, 7, 8, 30])
+    assert report.long_answers() == (8, 30)
+    row = report.row()
+    assert (row["answer_length_p90"], row["answer_length_max"]) == (8, 30) and "answer_lengths" not in row
+    assert survey(Turns([5]), short_length=0).long_answers() == (0, 0)  # dense attention drops nothing
+
+    config = LRSAConfig(sink_size=2, lag_size=16, retention=0.25)
+    said = long_answers_sentence((8, 30), config)
+    assert "one answer in ten has 8 tokens or more (the longest 30)" in said and "keeps 4 of the tokens" in said
+    for enough in (
+        config.at_retention(0.5),
+        resolve(config, {"0": 1.0, "1-": None}, 2),  # the first layer holds all of it
+        LRSAConfig(sink_size=2, lag_size=16, retention=0.25, selection="window"),  # which is to keep nothing
+    ):
+        assert long_answers_sentence((8, 30), enough) is None
+    assert long_answers_sentence((0, 0), config) is None
 
 
 def test_a_sample_says_so():

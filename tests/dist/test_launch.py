@@ -49,6 +49,10 @@ def test_smoke_leaves_a_whole_run(smoke):
     assert steps[-1]["loss"] < steps[0]["loss"]
     assert all(3 < row["cache_factor"] < 4 and row["num_short_tokens"] == 0 for row in steps)
     assert "cache: after 1,024 tokens it holds 240 entries at retention 1/8 (23.4 %, 4.27x smaller)" in done.stdout
+    (data,) = rows_of(output, "data")
+    long = f"has {data['answer_length_p90']:,} tokens or more (the longest {data['answer_length_max']:,})"
+    assert data["answer_length_p90"] >= 32  # passkeys, in bytes
+    assert f"warning: one answer in ten {long}, and retention * lag_size keeps 8 of the tokens" in done.stdout
     assert rows_of(output, "summary") == [{"kind": "summary", "step": 6, "short_token_share": 0.0}]
     evaluations = rows_of(output, "eval")
     assert {row["when"] for row in evaluations} == {"before", "after"}
