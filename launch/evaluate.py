@@ -2,7 +2,7 @@
 
     python launch/evaluate.py model.name=outputs/.../model tasks=[needle,passkey] lengths=[4096,8192]
 
-Runs in one process, or in several under the deepspeed launcher, which share the samples. Stopped, it goes on where it
+Runs in one process, or in several under the deepspeed launcher, which share the samples. Stopped, it resumes where it
 was when it is given the same `output_dir`. Every key: `conf/evaluate.yaml`.
 """
 

@@ -2,7 +2,7 @@
 # One training run on several nodes under Slurm; change the numbers below, or give them to sbatch:
 #     sbatch --nodes=4 launch/slurm.sh +recipe=qa_128k output_dir=/shared/runs/qa_128k checkpoint.every=50
 # Slurm starts the ranks itself, so that its signals reach them: five minutes before the time is up they write a
-# checkpoint and end with exit code 75, and the job is queued again; it goes on from there. output_dir has to be on a
+# checkpoint and end with exit code 75, and the job is queued again; it resumes from there. output_dir has to be on a
 # file system that all nodes share.
 #SBATCH --job-name=lrsa
 #SBATCH --nodes=2

@@ -4,8 +4,8 @@
     python launch/sweep.py +recipe=qa_smollm2 +sweep=retention_lag --at-once 4 --gpus-per-job 2
 
 Every job gets a directory below `output_dir` (default: outputs/<run_name>_sweep) and the W&B group of the sweep. A
-failed job is reported, and the others go on. The same command again goes on where the sweep was stopped. At its end it
-prints a table (sweep.txt) and draws score and step time over the swept keys (sweep.png).
+failed job is reported, and the others continue. The same command resumes a sweep that was stopped. At the end it prints
+a table (sweep.txt) and draws score and step time over the swept keys (sweep.png).
 """
 
 import argparse
@@ -132,7 +132,7 @@ def make_runner(ours: dict) -> Runner:
     runner = Runner(ROOT, shlex.split(ours["launcher"]), slots_of(ours["at_once"], ours["gpus_per_job"]))
 
     def interrupt(*_) -> None:
-        print("stopping the running jobs; the same command goes on", file=sys.stderr, flush=True)
+        print("stopping the running jobs; the same command resumes the sweep", file=sys.stderr, flush=True)
         runner.stop()
         os._exit(Exit.INTERRUPTED)
 

@@ -26,7 +26,7 @@ PARTIAL = ".partial"
 TRAINER = "trainer.json"
 # Names of DeepSpeed's own states below a checkpoint: as saved, and converted for another number of ranks.
 SAVED, UNIVERSAL = "state", "universal"
-# Settings that a run may change when it goes on: where and how it computes, not what.
+# Settings that a run may change when it resumes: where and how it computes, not what.
 MAY_CHANGE = (
     "run_name",
     "output_dir",
@@ -98,7 +98,7 @@ def find_checkpoint(output: Path) -> ResumePoint | None:
 
 
 def check_resume(point: ResumePoint, config: TrainConfig, data: str) -> ResumePoint:
-    """The point from which a run with `config` over `data` goes on.
+    """The point from which a run with `config` over `data` resumes.
 
     Raises:
         LRSAError: they are not those of the checkpoint; names what differs. Other data, and other settings of them, may
@@ -110,7 +110,7 @@ def check_resume(point: ResumePoint, config: TrainConfig, data: str) -> ResumePo
     place = f"output_dir={point.directory.parent.parent} holds step {point.step} of a run"
     instead = "restore it, choose another output_dir, or set checkpoint.overwrite=true to start anew"
     if len(of_data) == len(differing) and not accept:
-        instead = f"{instead}; checkpoint.accept_data_change=true goes on over the data as they are now"
+        instead = f"{instead}; checkpoint.accept_data_change=true resumes over the data as they are now"
     refused = [said for key, said in differing.items() if not (accept and key in of_data)]
     require(not refused, f"{place} with other settings, {', '.join(refused)}: {instead}.")
     if data == point.data and not of_data:
@@ -118,7 +118,7 @@ def check_resume(point: ResumePoint, config: TrainConfig, data: str) -> ResumePo
     changes = ", ".join([*differing.values(), *([f"it was {point.data}, and is {data}"] if data != point.data else [])])
     require(accept, f"{place} over other data ({changes}): {instead}.")
     changed = (
-        f"the data have changed ({changes}), and checkpoint.accept_data_change=true: the run goes on at the same place "
+        f"the data have changed ({changes}), and checkpoint.accept_data_change=true: the run resumes at the same place "
         "in the order of the rows as they are now, and reads again those that were being packed. If the number of rows "
         "has changed, their order has too, and in this epoch some may be seen twice and others not at all."
     )

@@ -12,7 +12,7 @@ class LRSAError(ValueError):
 
 
 class Stopped(Exception):
-    """A signal has asked the run to stop; it left a checkpoint, and the same command goes on from there."""
+    """A signal has asked the run to stop; it left a checkpoint, and the same command resumes from there."""
 
 
 class LRSAErrors(LRSAError):

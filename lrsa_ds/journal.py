@@ -124,7 +124,7 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def keep_rows_until(path: Path, step: int, may_write: bool) -> list[dict]:
-    """The rows of a metrics file that a run which goes on after `step` keeps: what was recorded up to there.
+    """The rows of a metrics file that a run keeps when it resumes after `step`: those recorded up to there.
 
     The file is rewritten with these rows alone by the rank that `may_write`; a torn last line is dropped.
     """

@@ -33,7 +33,7 @@ COMPLETED = "COMPLETED"
 STOPPED = "STOPPED"
 MODEL_DIRECTORY = "model"
 BEST_DIRECTORY = "best"
-# What a run that goes on finds of no use.
+# What a run that resumes has no use for.
 OF_THE_MOMENT = (STOPPED, "ranks", *(f"{name}.partial" for name in (MODEL_DIRECTORY, BEST_DIRECTORY)))
 WRAPPER_PREFIX = "lm."
 
@@ -42,14 +42,14 @@ def check_output(config: TrainConfig, num_parameters: int, bytes_per_parameter: 
     """Refuses a directory that is not ours, holds another run, cannot be written, or has no room for the model.
 
     Returns:
-        The checkpoint from which the run goes on, if the directory holds one.
+        The checkpoint from which the run resumes, if the directory holds one.
     """
     if config.output_dir is None:
         return None
     directory = Path(config.output_dir).expanduser()
     check_inputs(directory, config.model, config.data)
     point = None if config.checkpoint.overwrite else find_checkpoint(directory)
-    # Checkpoints that were copied into a directory of their own, or are older than the mark, may be gone on from.
+    # A run may resume from checkpoints that were copied into a directory of their own, or are older than the mark.
     check_directory(directory, TRAIN, may_adopt=point is not None and not (directory / COMPLETED).exists())
     check_lock(directory)
     if not config.checkpoint.overwrite:
@@ -59,14 +59,14 @@ def check_output(config: TrainConfig, num_parameters: int, bytes_per_parameter: 
 
 
 def _check_unfinished(directory: Path, config: TrainConfig, point: ResumePoint | None) -> None:
-    """Whether a run may go on in `directory`; `point` is the checkpoint that it holds."""
+    """Whether a run may resume in `directory`; `point` is the checkpoint that it holds."""
     require(
         not (directory / COMPLETED).exists(),
         f"output_dir={directory} holds a finished run: choose another, or set checkpoint.overwrite=true.",
     )
     require(
         config.checkpoint.resume == "auto" or not (point or _is_begun(directory)),
-        f"output_dir={directory} holds an unfinished run: set checkpoint.resume=auto to go on, or "
+        f"output_dir={directory} holds an unfinished run: set checkpoint.resume=auto to resume it, or "
         "checkpoint.overwrite=true to throw it away.",
     )
 
@@ -112,13 +112,13 @@ def check_room(directory: Path, needed: int) -> None:
 def enter_output(directory: Path, config: TrainConfig, check: Callable[[], ResumePoint | None]) -> ResumePoint | None:
     """Marks the directory that this run has taken, and removes what an earlier run there has left.
 
-    With `checkpoint.overwrite` these are all its files; of a run that goes on, what only served it while it ran.
+    With `checkpoint.overwrite` these are all its files; of a run that resumes, what only served it while it ran.
 
     Args:
         check: what `prepare` has checked of the directory, asked again: another run may have been there since.
 
     Returns:
-        What `check` returned: the checkpoint from which the run goes on.
+        What `check` returned: the checkpoint from which the run resumes.
     """
     point = check()
     mark_directory(directory, TRAIN)

@@ -109,7 +109,7 @@ def _architecture(config: TrainConfig) -> _Architecture:
 
 
 def find_resume(config: TrainConfig, plan: Plan) -> ResumePoint | None:
-    """The checkpoint from which the run goes on, if its directory holds one.
+    """The checkpoint from which the run resumes, if its directory holds one.
 
     Raises:
         LRSAError: the directory is not free for this run, or holds another one.

@@ -186,7 +186,7 @@ class _Run:
         name = self.stop.reason or "a signal to another rank"
         if self.mesh.is_main:
             output.mark(self.directory, output.STOPPED)
-        raise Stopped(f"stopped after step {step} by {name}: the same command goes on, in {self.directory}.")
+        raise Stopped(f"stopped after step {step} by {name}: the same command resumes, in {self.directory}.")
 
     def summarize(self) -> None:
         """The share of the tokens trained on, over all steps, that were in documents too short for LRSA."""
@@ -279,7 +279,7 @@ def _start_model(config: TrainConfig, plan: Plan) -> torch.nn.Module:
 def build_trainer(
     config: TrainConfig, plan: Plan, mesh: Mesh, engine: Engine, doing: Callable[[str], None] = lambda what: None
 ) -> Trainer:
-    """The training loop over this rank's share of the sequences, from where the run goes on."""
+    """The training loop over this rank's share of the sequences, from where the run resumes."""
     point = plan.resume
     per_step = config.optim.micro_batch * config.optim.grad_accum
     start = point.position if point else None
@@ -335,6 +335,6 @@ def _describe(config: TrainConfig, plan: Plan, mesh: Mesh, directory: Path) -> l
     ]
     if plan.resume is not None:
         was = f", which {plan.resume.world_size} ranks wrote" if plan.resume.world_size != mesh.world_size else ""
-        lines.append(f"going on after step {plan.resume.step}, from {plan.resume.directory}{was}")
+        lines.append(f"resuming after step {plan.resume.step}, from {plan.resume.directory}{was}")
         lines += filter(None, [plan.resume.changed])
     return lines

@@ -81,7 +81,7 @@ class CheckpointSaver:
 
     @property
     def is_background(self) -> bool:
-        """Whether the training goes on while the last one that was started is written."""
+        """Whether training continues while the newest checkpoint is written."""
         return self._files.copy_to_host
 
     @property

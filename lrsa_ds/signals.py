@@ -83,12 +83,12 @@ class StopRequest:
             code = heard(WORD_SECONDS)
             os._exit(say_for_all(_lost(missing), Exit.LOST) if code is None else code)
         if not self._begun.is_set():
-            sentence = f"stopped by {self.reason}: nothing is lost, the same command goes on or starts again."
+            sentence = f"stopped by {self.reason}: nothing is lost, the same command resumes or starts again."
             os._exit(say_for_all(sentence, Exit.STOPPED))
 
 
 def _lost(ranks: list[int]) -> str:
     return (
         f"error: {named(ranks)} ended without a word, killed (for want of memory?) or crashed: all ranks end; the same "
-        "command goes on from the last checkpoint."
+        "command resumes from the last checkpoint."
     )

@@ -155,7 +155,7 @@ class Runner:
         return [*launcher, str(self.root / "launch" / "train.py"), *job.overrides]
 
     def stop(self) -> None:
-        """Tells the running jobs to stop, and kills those that do not; each can go on later."""
+        """Tells the running jobs to stop, and kills those that do not; each can be resumed."""
         with self.lock:
             self.stopped.set()
             groups = list(self.running.values())

@@ -96,8 +96,8 @@ class WandbThread(threading.Thread):
             while (log := self._queue.get()) is not None:
                 log(wandb, run)
             self._finish(run)
-        except Exception as error:  # whatever happens to W&B, training goes on
-            self._say(f"W&B is off for the rest of this run ({first_line(error)}); metrics.jsonl goes on.")
+        except Exception as error:  # whatever happens to W&B, training continues
+            self._say(f"W&B is off for the rest of this run ({first_line(error)}); metrics.jsonl is still written.")
             with suppress(Exception):
                 run.finish(exit_code=1)
         # Ends W&B's background process, which otherwise stays until this one exits. SystemExit is how it reports.
@@ -105,7 +105,7 @@ class WandbThread(threading.Thread):
             wandb.teardown()
 
     def _start_run(self, wandb: ModuleType):
-        # A run that goes on is the same run there.
+        # A run that resumes is the same run there.
         known = self._output_dir / RUN_ID_FILE
         if known.exists():
             self._identity |= {"id": known.read_text().strip(), "resume": "allow"}

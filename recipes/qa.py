@@ -123,7 +123,7 @@ class QAData:
         return LeftOut(str(error))
 
     def fingerprint(self) -> str:
-        """What the training rows are, so that a run which goes on notices when they have changed."""
+        """What the training rows are, so that a run that resumes notices when they have changed."""
         if self.rows is None:
             return f"{self.num_generated} questions over {documents_fingerprint()}"
         return self.rows.fingerprint()

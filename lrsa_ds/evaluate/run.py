@@ -40,7 +40,7 @@ from lrsa_ds.wandb_thread import check_wandb
 
 Score = Callable[[str, str, Sequence[str]], float]
 SETTINGS = "config.yaml"
-# What may differ when an evaluation goes on in the same directory: more of the same, or how it is shown.
+# What may differ when an evaluation resumes in the same directory: more of the same, or how it is shown.
 MAY_DIFFER = ("run_name", "output_dir", "overwrite", "log", "tasks", "lengths", "num_samples", "longbench", "ruler")
 
 
@@ -141,7 +141,7 @@ def _check_directory(config: EvaluateConfig, settings: dict) -> None:
         return
     directory = Path(config.output_dir).expanduser()
     check_inputs(directory, config.model, config.data, longbench=config.longbench, ruler=config.ruler)
-    # One that is older than the mark and holds nothing else is gone on with.
+    # A directory that is older than the mark and holds nothing else is resumed.
     check_directory(directory, EVALUATE, may_adopt=not config.overwrite and (directory / RESULTS).exists())
     check_lock(directory)
     if config.overwrite or not (directory / SETTINGS).exists():

@@ -95,12 +95,12 @@ class Watch:
         start = f"nothing has moved for {self._timeout:g} s (parallel.timeout) in {self._doing}: "
         if silent:
             verb = "gives" if len(silent) == 1 else "give"
-            return f"{start}{named(silent)} {verb} no sign of life. All ranks end; the same command goes on."
+            return f"{start}{named(silent)} {verb} no sign of life. All ranks end; the same command resumes."
         by_deed: dict[str, list[int]] = {}
         for rank, state in alive.items():
             by_deed.setdefault(state["doing"], []).append(rank)
         if len(by_deed) == 1:
-            return f"{start}all ranks are there and wait for each other. All ranks end; the same command goes on."
+            return f"{start}all ranks are there and wait for each other. All ranks end; the same command resumes."
         fewest = min(by_deed, key=lambda deed: len(by_deed[deed]))
         held_up = named(by_deed[fewest])
-        return f"{start}{held_up} is still at '{fewest}' while others wait. All ranks end; the same command goes on."
+        return f"{start}{held_up} is still at '{fewest}' while others wait. All ranks end; the same command resumes."

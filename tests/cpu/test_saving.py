@@ -1,4 +1,4 @@
-"""The copy of a state that is written while the training goes on."""
+"""The copy of a state that is written while the training continues."""
 
 from collections import OrderedDict
 

@@ -198,7 +198,7 @@ def test_a_link_in_the_place_of_a_run_s_file_is_refused(capfd, monkeypatch, fini
 
 
 def test_an_unfinished_run_without_a_checkpoint(capfd, monkeypatch, finished, tmp_path):
-    """The same command goes on with it, another one does not throw its rows away."""
+    """The same command resumes with it, another one does not throw its rows away."""
     output = tmp_path / "run"
     shutil.copytree(finished, output, symlinks=True)
     (output / "COMPLETED").unlink()

@@ -359,10 +359,10 @@ def test_adapters_evaluations_on_the_way_the_best_model_and_a_trace(tmp_path):
         if path.is_file():
             assert secret.encode() not in path.read_bytes(), path
 
-    # It goes on with its adapters, at another number of ranks.
+    # It resumes with its adapters, at another number of ranks.
     (output / "COMPLETED").unlink()
     newest = max((output / "checkpoints").iterdir())
     shutil.rmtree(newest)
     again = launch(*command[:2], "log.wandb=disabled", *command[3:], "optim.grad_accum=1", num_ranks=2)
     assert again.returncode == 0, again.stderr
-    assert "going on after step 4" in again.stdout and "which 1 ranks wrote" in again.stdout
+    assert "resuming after step 4" in again.stdout and "which 1 ranks wrote" in again.stdout

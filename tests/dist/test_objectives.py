@@ -31,7 +31,7 @@ def test_distillation_is_trained_resumed_and_exported(tmp_path):
     shutil.rmtree(max((tmp_path / "run" / "checkpoints").iterdir()))
     again = launch(*command, "parallel.sp_size=1", num_ranks=1)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert "going on after step 2" in again.stdout
+    assert "resuming after step 2" in again.stdout
     for before, after in zip(first, rows_of(tmp_path / "run", "train"), strict=True):
         for name in ("loss", "target_loss", "divergence", "grad_norm"):
             assert after[name] == pytest.approx(before[name], rel=1e-4), name

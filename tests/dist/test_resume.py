@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped, starved or hung go on as if nothing had happened: real processes, real signals."""
+"""Runs that were killed, stopped, hung or out of disk space resume with the same result: real processes and signals."""
 
 import json
 import random
@@ -113,7 +113,7 @@ def test_another_number_of_ranks_goes_on(whole, tmp_path, num_ranks, changes):
     shutil.copytree(whole / "checkpoints" / "step_000006", output / "checkpoints" / "step_000006")
     done = launch(*settings(output, *changes), num_ranks=num_ranks)
     assert done.returncode == 0, done.stderr
-    assert "going on after step 6" in done.stdout
+    assert "resuming after step 6" in done.stdout
     rows, expected = training_rows(output), training_rows(whole)[6:]
     for row, wanted in zip(rows, expected, strict=True):
         assert row["step"] == wanted["step"] and row["num_target_tokens"] == wanted["num_target_tokens"]
@@ -172,7 +172,7 @@ def test_a_kill_during_a_save_leaves_the_earlier_checkpoint(whole, tmp_path, wri
     assert not (output / "checkpoints" / "step_000006").exists()
     done = launch(*settings(output))
     assert done.returncode == 0, done.stderr
-    assert "going on after step 3" in done.stdout
+    assert "resuming after step 3" in done.stdout
     assert not list(output.glob("checkpoints/*.partial"))
     assert training_rows(output) == training_rows(whole)
 
@@ -194,7 +194,7 @@ def test_a_rank_that_hangs_is_named(tmp_path):
 
 
 def test_written_in_the_background_it_is_the_state_of_its_step(whole, tmp_path):
-    """The training goes on while the checkpoint of step 6 is written, and a run from there ends alike."""
+    """The training continues while the checkpoint of step 6 is written, and a run from there ends alike."""
     first, output = tmp_path / "first", tmp_path / "run"
     done = launch(*settings(first, "checkpoint.write=background", "checkpoint.keep=9"))
     assert done.returncode == 0, done.stderr
@@ -262,7 +262,7 @@ def test_a_changed_data_file_is_noticed_and_may_be_accepted(tmp_path, capfd, mon
     assert done.returncode == 0, done.stderr
     assert (
         "the data have changed (seq_len=2048 (was 1024)" in done.stdout
-        and "the run goes on at the same place" in done.stdout
+        and "the run resumes at the same place" in done.stdout
     )
     assert [row["step"] for row in rows_of(output, "train")] == [1, 2, 3, 4]
 

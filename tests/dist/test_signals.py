@@ -92,7 +92,7 @@ def test_ctrl_c_stops_the_run_after_a_checkpoint(tmp_path, command):
 
 
 def test_a_signal_during_the_last_evaluation(tmp_path):
-    """Then too there is a checkpoint, and the run goes on with what was left."""
+    """Then too there is a checkpoint, and the run resumes from it."""
     short = ["optim.num_steps=2", "optim.warmup_steps=1", "eval.num_examples=400", "checkpoint.export=false"]
     command = [sys.executable, "launch/train.py", *settings(tmp_path, *short)]
     job = Job(command)

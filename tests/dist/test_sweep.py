@@ -29,7 +29,7 @@ def test_a_sweep_goes_on_after_a_failed_job_and_after_a_stop(tmp_path):
     first.wait_for(lambda: any(tmp_path.glob("*/COMPLETED")), timeout=120)
     first.process.send_signal(signal.SIGINT)
     done = first.finish()
-    assert done.returncode == 130 and "the same command goes on" in done.stderr
+    assert done.returncode == 130 and "the same command resumes the sweep" in done.stderr
     assert processes_of(tmp_path) == []
     finished = {path.parent.name: path.stat().st_mtime for path in tmp_path.glob("*/COMPLETED")}
 
