@@ -268,7 +268,7 @@ class DataConfig:
     on_bad_row: str = "error"
     too_long: str = "cut"
     report: str = "sample"
-    num_workers: int = 0
+    num_workers: int = 1
 
     def __post_init__(self):
         require_one_of("data.source", self.source, ("stdlib_qa", "files", "hub", "mixture"))

@@ -45,7 +45,7 @@ class LRSAConfig:
 
     sink_size: int = 16
     lag_size: int = 1024
-    retention: float = 0.25
+    retention: float = 0.125
     selection: str = "lagkv"
     value_weight: float = 1.0
     backend: str = "auto"

@@ -14,7 +14,16 @@ from launch.accelerator import PICKS, register_resolver
 from launch.checkout import check_fetched, register_checkout
 from launch.schema import register_schema
 from launch.sentences import hydra_sentence
-from lrsa_ds.config import TrainConfig, save_settings, typed_config
+from lrsa_ds import LRSAConfig
+from lrsa_ds.config import (
+    DataConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    SourceConfig,
+    TrainConfig,
+    save_settings,
+    typed_config,
+)
 from lrsa_ds.errors import LRSAError
 from lrsa_ds.evaluate.config import EvaluateConfig
 from tests.helpers import ROOT
@@ -89,10 +98,27 @@ def test_group_choices_compose(choice):
 
 
 def test_numbers_of_a_choice_are_the_defaults_of_the_code():
-    """A default that is written twice must not drift apart."""
-    code, files = TrainConfig(model=composed().model), composed()
-    for group in ("parallel", "zero", "optim", "eval", "log", "checkpoint", "attention", "objective"):
-        assert getattr(code, group) == getattr(files, group), group
+    """A default that is written twice must not drift apart: every key of every group that a run has by default."""
+    files = composed()
+    code = TrainConfig(model=files.model, run_name=files.run_name)
+    for key, value in asdict(files).items():
+        assert asdict(code)[key] == value, key
+    assert LRSAConfig() == files.attention.at_step(0)
+
+
+@pytest.mark.parametrize(
+    "overrides,group,code",
+    [
+        (["model=hub", "model.name=some/model"], "model", ModelConfig(name="some/model")),
+        (["data=hub", "data.name=some/data"], "data", DataConfig(source="hub", name="some/data")),
+        (["data=files", "data.path=a.jsonl"], "data", DataConfig(source="files", path="a.jsonl")),
+        (["data=mixture", "data.sources=[{path: a}]"], "data",
+         DataConfig(source="mixture", sources=[SourceConfig(path="a")])),
+        (["objective=distill"], "objective", ObjectiveConfig(kind="distill")),
+    ],
+)  # fmt: skip
+def test_numbers_of_other_choices_are_the_defaults_of_the_code_too(overrides, group, code):
+    assert getattr(composed(*overrides), group) == code
 
 
 def keys_of_kind(schema, kind, prefix=""):

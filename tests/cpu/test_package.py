@@ -31,4 +31,4 @@ def test_a_wheel_holds_lrsa_ds_alone_and_works_where_it_is_unpacked(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
     done = subprocess.run([sys.executable, "-c", use], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1].split() == [str(tmp_path / "site" / "lrsa_ds" / "__init__.py"), "256", "set()"]
+    assert done.stdout.splitlines()[-1].split() == [str(tmp_path / "site" / "lrsa_ds" / "__init__.py"), "128", "set()"]
