@@ -95,13 +95,13 @@ def intervals_of(chunks: Sequence[Chunk], device: torch.device) -> tuple[torch.T
 
 
 def cut(chunks: Iterable[Chunk], lo: int, hi: int) -> list[Chunk]:
-    """What of the chunks lies in the queries `[lo, hi)`."""
+    """The chunks clipped to the queries `[lo, hi)`; those without a query in this range are left out."""
     inside = (c for c in chunks if c.q_lo < hi and c.q_hi > lo)
     return [replace(c, q_lo=max(c.q_lo, lo), q_hi=min(c.q_hi, hi)) for c in inside]
 
 
 def num_compressed_partitions(num_tokens: int, config: LRSAConfig) -> int:
-    """Partitions of which a cache holds only the kept KV once `num_tokens` tokens of a document were seen.
+    """Number of partitions that a cache has compressed to their kept KV after `num_tokens` tokens of a document.
 
     All complete partitions but the last, from S + 2L tokens on (LagKV, arXiv 2504.04704, equation 12).
     """
@@ -111,7 +111,7 @@ def num_compressed_partitions(num_tokens: int, config: LRSAConfig) -> int:
 
 
 def num_held(num_tokens: int, config: AnyConfig) -> float:
-    """Keys and values that a cache holds, of each layer and KV head, once it has seen `num_tokens` of one document.
+    """Entries of a cache for each layer and KV head after `num_tokens` tokens of one document.
 
     S + K (floor((n - S) / L) - 1) + L + (n - S) mod L for n >= S + 2L tokens, and all n before; the mean over the
     layers where they differ.
@@ -127,7 +127,7 @@ def mean_of(counts: Sequence[int]) -> float:
 
 
 def cache_factor(lengths: Iterable[int], config: AnyConfig) -> float:
-    """How many times smaller the caches of documents of these lengths are: tokens seen over tokens held, summed."""
+    """How many times smaller the caches of documents of these lengths are: sum of tokens seen / sum of entries held."""
     lengths = list(lengths)
     return sum(lengths) / sum(num_held(length, config) for length in lengths)
 

@@ -1,7 +1,7 @@
 """Blocks of queries and keys for block-sparse kernels, from the intervals that the queries see: integers only.
 
-A mask is never evaluated per element here: whether a block is seen in full, in part or not at all follows from the
-least and the largest ends of the intervals of its queries.
+No mask is evaluated element by element. The smallest and largest ends of the intervals of a block of queries tell
+whether these queries see a block of keys in full, in part or not at all.
 """
 
 from collections.abc import Sequence
@@ -14,25 +14,27 @@ from lrsa_ds.attention.kernels.interval import Intervals
 from lrsa_ds.partition import Chunk, PartitionTable, cut
 
 BLOCK = 128
-# Number of sizes that the kept buffer of a sequence can take between nothing and everything kept.
+# The size of the history is rounded up to one of this many sizes, so that few shapes are compiled.
 BUFFER_SIZES = 16
-# How many copies a sequence has of its history at most, and what else `queries_a_copy` goes by: programs that an H100
-# runs at once, and queries whose gradients, in fp32 and with 128 channels, leave room in its L2 cache of 50 MB. Longer
-# runs than the most were slower by 2 to 5 % at 4 and 8 times, shorter ones than the least no faster.
+# A sequence has at most this many copies of its history.
 MOST_COPIES = 8
+# Programs (thread blocks) that an H100 runs at once.
 PROGRAMS = 132
+# Queries whose gradients (fp32, 128 channels) fit into the 50 MB of an H100's L2 cache, with room for other data.
 QUERIES_UNDER_WAY = 65536
+# Bounds of `queries_a_copy`. Measured on an H100: copies for 4 or 8 times as many queries as the upper bound were 2 to
+# 5 % slower; copies for fewer queries than the lower bound were no faster.
 LEAST_QUERIES_A_COPY, MOST_QUERIES_A_COPY = 8192, 32768
-# Tokens of a sequence from which on `queries_ahead` are worth the launches of some thirty small operations: they made
-# passes over 32,768 tokens 8 % faster, and the host takes longer than the GPU for 8,192 as it is.
+# Shorter sequences have no `queries_ahead`, which cost about thirty launches of small kernels. At 32,768 tokens they
+# made a pass 8 % faster; at 8,192 the host already takes longer than the GPU.
 LEAST_TOKENS_AHEAD = 16384
 
 
 @dataclass(frozen=True)
 class Copies:
-    """What a kernel reads as history: the slots `[lo, hi)` of the kept buffer of each part, one after the other.
+    """The history as a kernel reads it: the slots `[lo, hi)` of the kept buffer for each part, one after the other.
 
-    `size` is the number of slots read, with those at the end that no query sees.
+    `size` is the number of slots read. It includes padding at the end, which no query sees.
     """
 
     parts: tuple[tuple[int, int], ...]
@@ -43,7 +45,7 @@ class Copies:
         return sum(hi - lo for lo, hi in self.parts)
 
     def offsets(self) -> list[int]:
-        """Where each part begins in what is read."""
+        """The first slot of each part in the history as read."""
         return [sum(hi - lo for lo, hi in self.parts[:i]) for i in range(len(self.parts))]
 
     def of(self, kept: torch.Tensor) -> torch.Tensor:
@@ -54,7 +56,7 @@ class Copies:
         return torch.cat([*pieces, kept.new_zeros(*kept.shape[:-2], missing, kept.shape[-1])], dim=-2)
 
     def slots(self, device: torch.device) -> torch.Tensor:
-        """The slot of the kept buffer behind each slot that is read: int64 [size]; some slot where no query looks."""
+        """For each slot of the history, the slot of the kept buffer that it copies: int64 [size]; 0 for padding."""
         pieces = [torch.arange(lo, hi, device=device) for lo, hi in self.parts]
         return torch.cat([*pieces, torch.zeros(self.size - self.num_copied, dtype=torch.int64, device=device)])
 
@@ -70,11 +72,11 @@ def padded_buffer_size(table: PartitionTable) -> int:
 
 
 def queries_ahead(table: PartitionTable) -> int:
-    """Queries before the first block, if blocks are to begin where the chunks of the longest document do.
+    """Number of queries before the first block, so that blocks begin where the chunks of the longest document begin.
 
-    A block of queries that spans two chunks sees the windows of both, and a window that begins within a block of keys
-    sees that one in part: both cost time. 0 where chunks are no whole blocks, and for short sequences. None of these
-    queries has a history, which begins after more than two blocks.
+    Two things cost time otherwise: a block of queries that spans two chunks sees the windows of both, and a window that
+    begins inside a block of keys sees that block in part. The number is 0 for short sequences, and where a chunk is not
+    a whole number of blocks. None of the queries ahead has a history: history begins after more than two blocks.
     """
     if table.lag_size % BLOCK or not table.kept_documents or table.num_tokens < LEAST_TOKENS_AHEAD:
         return 0
@@ -83,10 +85,12 @@ def queries_ahead(table: PartitionTable) -> int:
 
 
 def queries_a_copy(table: PartitionTable) -> int:
-    """Queries that read one copy of their history, a power of two.
+    """Number of queries that share one copy of the history, a power of two.
 
-    The longest program of the backward pass walks all queries of a copy. Meanwhile the other programs get through the
-    queries of as many copies as there would be programs of that length in one copy's work.
+    In the backward pass the program with the most work loops over all queries of one copy. While it runs, the other
+    programs work on the queries of other copies, and the gradients of all these queries should stay in the L2 cache.
+    `share_of_programs` estimates how much of the GPU the programs of one copy occupy: the larger it is, the fewer
+    copies are in work at the same time, and the more queries each copy may have.
     """
     share_of_programs = table.num_pairs / table.num_tokens / BLOCK / PROGRAMS
     count = LEAST_QUERIES_A_COPY
@@ -96,21 +100,22 @@ def queries_a_copy(table: PartitionTable) -> int:
 
 
 def copy_history(chunks: Sequence[Chunk], table: PartitionTable, ahead: int = 0) -> tuple[list[Chunk], Copies]:
-    """A copy of the history for each run of `queries_a_copy` queries, as far as they see it.
+    """Gives each run of `queries_a_copy` queries its own copy of the part of the history that they see.
 
-    A kept key is seen by nearly all later queries, tens of thousands: the backward pass would walk them in one program,
-    with more queries, output gradients and query gradients under way than the GPU's L2 cache holds, and much longer
-    than the programs of the window. With copies each program walks the queries of one run.
+    Nearly all later queries see a kept key: tens of thousands. Without copies, one program of the backward pass would
+    loop over all of them. It would run much longer than the programs of the window, and the queries and gradients in
+    use would not fit into the GPU's L2 cache. With copies each program loops over the queries of one run only.
 
     Args:
         chunks: of consecutive queries, from 0 on; their `hist_lo` and `hist_hi` are slots of the kept buffer.
-        table: of the whole sequence, to which the chunks belong.
-        ahead: queries before the first block, which have no history. The copies leave room for as many keys before
-            the next block, which begins with the same token then if the tokens follow the copies.
+        table: of the whole sequence that the chunks belong to.
+        ahead: queries before the first block, which have no history. The size of the copies is a whole number of
+            blocks less `ahead`: if the tokens follow the copies, the first block of keys after the first `ahead` tokens
+            begins with the same token as the first block of queries.
 
     Returns:
-        The chunks cut at the ends of the runs, their history in the copies; and what the copies are. Their size takes
-        few values, so that few shapes are compiled.
+        The chunks, cut at the ends of the runs, with `hist_lo` and `hist_hi` as slots of the copies; and the copies.
+        Their size takes few values, so that few shapes are compiled.
     """
     num_queries = chunks[-1].q_hi
     run = max(queries_a_copy(table), in_blocks(-(-num_queries // MOST_COPIES)))
@@ -136,7 +141,7 @@ def interval_rows(intervals: Intervals, first: int = 0) -> torch.Tensor:
     The last query is repeated, which changes neither the union nor the intersection of its block.
 
     Args:
-        first: the first query that is wanted.
+        first: the first query to include.
     """
     also = intervals.also
     others = [torch.zeros_like(intervals.lo)] * 2 if also is None else [also.lo, also.hi]
@@ -145,15 +150,15 @@ def interval_rows(intervals: Intervals, first: int = 0) -> torch.Tensor:
 
 
 def block_cover(rows: torch.Tensor, num_keys: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Blocks of keys that a block of queries sees in part, and those that it sees in full.
+    """The blocks of keys that each block of queries sees in part, and those that it sees in full.
 
     Args:
         rows: as `interval_rows` gives them; an interval with hi <= lo is empty.
 
     Returns:
-        Two bool tensors [query blocks, key blocks], disjoint. The first may name a few blocks that no query sees, where
-        a block of queries spans two documents; the mask decides there. It has the last block of keys if that is not
-        whole, so that nothing needs to look for the end of the keys in the second.
+        Two disjoint bool tensors [query blocks, key blocks]: seen in part, seen in full. Where a block of queries spans
+        two documents, the first may include a few blocks that no query sees; the mask hides them. A last block of keys
+        that is not whole is always in the first, so that blocks of the second need no check for the end of the keys.
     """
     a_lo, a_hi, b_lo, b_hi = rows.view(4, -1, BLOCK).unbind()
     first = torch.arange(0, num_keys, BLOCK, device=rows.device)[None]
@@ -172,7 +177,9 @@ def block_cover(rows: torch.Tensor, num_keys: int) -> tuple[torch.Tensor, torch.
 
 
 def as_lists(blocks: torch.Tensor, descending: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """A block matrix [rows, columns] as the count of each row and its columns, the set ones first, in their order.
+    """A block matrix [rows, columns] as lists: the count of each row, and its columns, those that are set first.
+
+    Columns ascend, or descend with `descending`.
 
     Returns:
         int32 [1, 1, rows] and [1, 1, rows, columns].

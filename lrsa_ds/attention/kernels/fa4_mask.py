@@ -1,6 +1,6 @@
-"""The intervals in the language of flash-attn-4's kernels, CuTe: which keys a query sees, and the backward loop.
+"""Parts of flash-attn-4's kernels, written in CuTe: the mask over intervals, and the loop of the backward pass.
 
-Imported where a kernel is about to be called, since it needs the extra `fa4`.
+Import this module only when a kernel is about to be called: it needs the extra `fa4`.
 """
 
 import hashlib
@@ -24,22 +24,29 @@ from quack.layout_utils import reshape_acc_to_mn
 
 
 def interval_mask(*_):
-    """What flash-attn-4 is given for a mask, so that it knows of one; `interval_kernels` puts another in its place."""
+    """The `mask_mod` that flash-attn-4 is given, which makes it compile kernels with a mask.
+
+    It is never called: `interval_kernels` replaces the code that would call it. An error here means that a kernel was
+    compiled outside of that context.
+    """
     raise RuntimeError("attention over intervals was called outside of interval_kernels")
 
 
-# By this flash-attn-4 finds a kernel that it has compiled, in a cache on disk too.
+# flash-attn-4 finds compiled kernels by this hash, also in its cache on disk: it covers the code of this file.
 interval_mask.__cute_hash__ = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # pyrefly: ignore[missing-attribute]
 
 
 @contextmanager
 def interval_kernels() -> Iterator[None]:
-    """While it holds, flash-attn-4 compiles kernels whose mask is the intervals, `aux_tensors` their ends.
+    """Inside this context flash-attn-4 compiles kernels that mask by intervals; `aux_tensors` are their ends.
 
-    Its own way would be to call a function for each pair of a query and a key, which reads the ends anew; here they
-    are read once for a query. Backward, it has a loop for partly and one for wholly seen blocks. The assembler hands
-    out its uniform registers to the first of the two; the second, where nearly all blocks are, computes the addresses
-    of its multiplications anew in every turn: 524 instructions instead of the 430 of a single loop.
+    Forward: flash-attn-4 would call `mask_mod` for each pair of a query and a key, and read the ends of the intervals
+    each time. The replacement reads them once for each query.
+
+    Backward: flash-attn-4 has two loops, one over blocks that are seen in part and one over those seen in full. The
+    assembler gives its uniform registers to the first loop only. The second one, with nearly all blocks, then computes
+    the addresses of its matrix multiplications in every iteration: 524 instructions. The replacement is a single loop
+    with 430.
     """
     theirs = flash_fwd_sm90.AttentionMask, flash_bwd_sm90.consume_block_sparse_mma_bwd_sm90
     flash_fwd_sm90.AttentionMask = _IntervalMask
@@ -51,10 +58,10 @@ def interval_kernels() -> Iterator[None]:
 
 
 class _IntervalMask(AttentionMask):
-    """Stands in for flash-attn-4's mask in the forward pass; argument names are those of the method it replaces.
+    """Replaces flash-attn-4's mask in the forward pass; the arguments have the names of the method it overrides.
 
-    Only partly seen blocks have a `mask_mod`. The others need no mask, not even at the end of the keys: see
-    `block_cover`.
+    flash-attn-4 passes `mask_mod` only for blocks that are seen in part. The others need no mask, not even at the end
+    of the keys: see `block_cover`.
     """
 
     def apply_mask(self, acc_S, m_block, n_block, thr_mma, mask_mod=None, aux_data: Any = None, **_):
@@ -65,9 +72,9 @@ class _IntervalMask(AttentionMask):
 
 @cute.jit
 def _hide_in_rows(scores, m_block, n_block, thr_mma, shape: cutlass.Constexpr, heads_in_a_row: cutlass.Constexpr, rows):
-    """Takes the keys that a query does not see out of the scores of a tile, by a bit for each key of a thread.
+    """Masks the scores of a tile where a query does not see the key, with one bit for each key of a thread.
 
-    Rows are queries; `heads_in_a_row` successive ones are heads of the same query.
+    Rows are queries; `heads_in_a_row` successive rows are heads of the same query.
     """
     at = reshape_acc_to_mn(thr_mma.partition_C(cute.make_identity_tensor(shape)))
     table = reshape_acc_to_mn(scores)
@@ -87,7 +94,7 @@ def _walk_queries(
     tables, batch, head, kv_block, q_state, do_state, one_block, mask, mask_mod, *, thr_mma_SdP, q_subtile_factor,
     m_block_max, aux_data, **_
 ):  # fmt: skip
-    """Stands in for flash-attn-4's function of the backward pass, whose argument names these are."""
+    """Replaces flash-attn-4's function in the backward pass; the arguments have its names."""
     counts = [count[batch, head, kv_block] for count in (tables.mask_block_cnt, tables.full_block_cnt)]
     lists = [blocks[batch, head, kv_block, None] for blocks in (tables.mask_block_idx, tables.full_block_idx)]
     hide = partial(_hide_in_columns, kv_block=kv_block, mask=mask, thr_mma=thr_mma_SdP, rows=aux_data.tensors)
@@ -107,7 +114,7 @@ def _loop(
     parts: cutlass.Constexpr,
     num_tiles,
 ):
-    """Multiplies one block of keys with the blocks of queries that see it, each in `parts` tiles."""
+    """Processes all blocks of queries that see one block of keys, each block in `parts` tiles."""
     accumulate = False
     for turn in cutlass.range((num_partly + num_wholly) * parts, unroll=1):
         place = turn // parts
@@ -127,7 +134,7 @@ def _loop(
 
 @cute.jit
 def _hide_in_columns(scores, m_block, masked, kv_block, mask, thr_mma, rows):
-    """The same for a tile of the backward pass, whose columns are queries where `mask.swap_AB`, if it is `masked`."""
+    """Masks the scores of a tile of the backward pass if `masked`; with `mask.swap_AB` its columns are queries."""
     shape = (mask.tile_n, mask.tile_m) if cutlass.const_expr(mask.swap_AB) else (mask.tile_m, mask.tile_n)
     at = reshape_acc_to_mn(thr_mma.partition_C(cute.make_identity_tensor(shape)), transpose=mask.swap_AB)
     of_query, of_key = (1, 0) if cutlass.const_expr(mask.swap_AB) else (0, 1)
