@@ -76,3 +76,24 @@ def held_sentence(num_tokens: int, configs: Iterable[AnyConfig]) -> str:
         on_average = " on average" if len(config.layers) > 1 else ""
         parts.append(f"{held:,.0f} entries{on_average} at retention {retention_name(config.retention)} ({share})")
     return f"{parts[0]} {', '.join(parts[1:])}"
+
+
+def cache_lines(
+    num_tokens: int, configs: Iterable[AnyConfig], share_short: float, long_answers: tuple[int, int]
+) -> list[str]:
+    """What the caches of a training will hold of a whole sequence, and warnings where the data do not fit them.
+
+    Args:
+        num_tokens: of a sequence.
+        configs: the attention of the steps; dense ones are not spoken of.
+        share_short, long_answers: as in the report of the data.
+    """
+    compressed = [config for config in configs if not config.is_dense]
+    if not compressed:
+        return []
+    warnings = [
+        short_documents_sentence(share_short, compressed[0], "the tokens of the training data"),
+        long_answers_sentence(long_answers, min(compressed, key=lambda config: config.share_kept)),
+    ]
+    lines = [f"cache: {held_sentence(num_tokens, compressed)}"]
+    return lines + [f"warning: {sentence}" for sentence in warnings if sentence]

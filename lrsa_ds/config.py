@@ -410,7 +410,13 @@ class OptimConfig:
 
 @dataclass(kw_only=True)
 class EvalConfig:
-    """Answers under the caches that inference would keep: before, after, and every so many steps (0: never)."""
+    """Answers under the caches that inference would keep: before, after, and every so many steps (0: never).
+
+    Args:
+        telemetry: whether to measure, before and after, what each layer loses under the smallest of the caches.
+        telemetry_examples: over how many examples.
+        telemetry_greedy: how many layers to choose, one after the other, that are better left dense.
+    """
 
     before: bool = True
     after: bool = True
@@ -418,9 +424,22 @@ class EvalConfig:
     num_examples: int = 48
     allow_fewer: bool = False
     retentions: list[float] = field(default_factory=lambda: [1.0, 0.5, 0.25, 0.125])
+    telemetry: bool = False
+    telemetry_examples: int = 16
+    telemetry_greedy: int = 0
 
     def __post_init__(self):
         require_whole("eval.num_examples", self.num_examples, 1)
+        require_whole("eval.telemetry_examples", self.telemetry_examples, 1)
+        require_whole("eval.telemetry_greedy", self.telemetry_greedy, 0)
+        require(
+            self.telemetry or self.telemetry_greedy == 0,
+            "eval.telemetry_greedy has no effect without telemetry: add eval.telemetry=true.",
+        )
+        require(
+            not self.telemetry or self.before or self.after,
+            "eval.telemetry=true measures when eval.before or eval.after does, and both are false: set one to true.",
+        )
         require_whole("eval.every", self.every, 0)
         require(self.retentions != [], "eval.retentions=[] is not valid: give numbers in (0, 1].")
         for retention in self.retentions:
@@ -507,6 +526,11 @@ class TrainConfig:
             f"data.context_length={context_length} is longer than seq_len={self.seq_len}: give at most seq_len.",
         )
         self._check_that_lrsa_does_something()
+        require(
+            not self.eval.telemetry or self.parallel.sp_size == 1,
+            f"eval.telemetry=true needs whole sequences on each rank, and parallel.sp_size is {self.parallel.sp_size}: "
+            "leave it at 1, or measure the exported model with launch/evaluate.py telemetry=true.",
+        )
         require(
             self.optim.num_epochs is None or not self.data.streaming,
             "optim.num_epochs needs the number of rows, which data.streaming=true does not know: set optim.num_steps.",

@@ -68,7 +68,7 @@ TRAIN = Layout(
     "train",
     (
         r"COMPLETED|STOPPED|config\.yaml|(metrics|predictions)\.(jsonl|partial)|evaluation\.(txt|png)|trace\.json",
-        r"wandb_run\.txt",
+        r"wandb_run\.txt|telemetry_\w+\.(json|png)",
         re.escape(CONSOLE),
     ),
     {"checkpoints": CHECKPOINT_FILES, "ranks": r"\d+(\.partial)?", **_MODELS},
@@ -77,7 +77,7 @@ EVALUATE = Layout(
     "evaluate",
     (
         r"config\.yaml|metrics\.jsonl|results(\.rank\d+)?\.jsonl(\.partial)?|results\.txt",
-        r"(scores_\d+|needles|perplexity)\.png|wandb_run\.txt",
+        r"(scores_\d+|needles|perplexity)\.png|wandb_run\.txt|telemetry_\w+\.(json|png)",
         re.escape(CONSOLE),
     ),
 )

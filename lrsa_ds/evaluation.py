@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from lrsa_ds.attention import AttentionFunction
 from lrsa_ds.config import TrainConfig
 from lrsa_ds.data.packing import IGNORE, Example, PackedSequence, collate, pack, padding_sequence
 from lrsa_ds.data.tokenizer import Tokenizer
@@ -18,6 +19,8 @@ from lrsa_ds.model import num_layers
 from lrsa_ds.parallel.mesh import Mesh
 from lrsa_ds.partition import cache_factor
 from lrsa_ds.predictions import ShownAnswers, prediction_row
+from lrsa_ds.telemetry.measure import Measurement, Telemetry, some_of_each_task
+from lrsa_ds.telemetry.settings import smallest_cache
 from lrsa_ds.trainer import Engine, forward, held_of
 
 
@@ -92,6 +95,31 @@ def evaluate(
             name | row for row in _prediction_rows(examples, retention, attention, totals, likeliest, tokenizer)
         )
     on_batch(total, total)
+    engine.train(was_training)
+    return found
+
+
+def look_inside(
+    engine: Engine,
+    config: TrainConfig,
+    mesh: Mesh,
+    examples: list[Example],
+    tokenizer: Tokenizer,
+    on_pass: Callable[[int, int], None] = lambda done, total: None,
+) -> Telemetry:
+    """What each layer loses under the smallest cache of the evaluation (`eval.telemetry`), the same on every rank."""
+
+    def run_pass(row: PackedSequence, attention: AnyConfig, num_slots: int, attend: AttentionFunction) -> torch.Tensor:
+        return forward(engine, row, attention, num_slots, mesh, attend)
+
+    was_training = engine.training
+    engine.eval()
+    chosen = some_of_each_task(examples, config.eval.telemetry_examples)
+    cache = smallest_cache(config.attention, config.eval.retentions)
+    layers = num_layers(engine.module.lm)
+    found = Measurement(run_pass, cache, layers, chosen, config.seq_len, tokenizer, mesh, on_pass).run(
+        config.eval.telemetry_greedy
+    )
     engine.train(was_training)
     return found
 

@@ -31,7 +31,7 @@ class JSONLines:
 
     def write(self, row: dict) -> None:
         """Appends one line; it is with the operating system, whatever happens to this process, once this returns."""
-        line = (json.dumps(_without_nan(row), allow_nan=False, default=str) + "\n").encode()
+        line = (json.dumps(without_nan(row), allow_nan=False, default=str) + "\n").encode()
         try:
             written = os.write(self._file, line)
         except OSError as error:
@@ -42,16 +42,17 @@ class JSONLines:
         os.close(self._file)
 
 
-def _without_nan(value):
+def without_nan(value):
+    """The value as JSON can hold it, see `JSONLines`."""
     if isinstance(value, dict):
         clean = {}
         for name, item in value.items():
-            clean[name] = _without_nan(item)
+            clean[name] = without_nan(item)
             if isinstance(item, float) and not math.isfinite(item):
                 clean[f"{name}_text"] = str(float(item))
         return clean
     if isinstance(value, (list, tuple)):
-        return [_without_nan(item) for item in value]
+        return [without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -84,12 +84,12 @@ class RunLogger:
             values = {f"train/{k}": v for k, v in row.items() if isinstance(v, (int, float))}
             self._wandb.send(lambda wandb, run: run.log(values))
 
-    def evaluating(self, when: str, done: int, total: int) -> None:
-        """Shows how far an evaluation is: answers done, of those under all caches."""
+    def evaluating(self, when: str, done: int, total: int, unit: str = "answer") -> None:
+        """Shows how far an evaluation is: answers done, of those under all caches, or passes of telemetry."""
         if not self._enabled or not self._shows_progress:
             return
         if self._evaluation is None:
-            self._evaluation = Progress(total, unit=f"evaluation ({when}): answer", leave=False)
+            self._evaluation = Progress(total, unit=f"evaluation ({when}): {unit}", leave=False)
         self._evaluation.show({"step": done})
         if done == total:
             self._evaluation.close()
@@ -130,6 +130,20 @@ class RunLogger:
         if self._wandb:
             tables = {"results": rows, "predictions": predictions}
             self._wandb.send(lambda wandb, run: run.log(_results_log(wandb, rows, tables, pictures)))
+
+    def telemetry(self, rows: list[dict], picture: Path) -> None:
+        """Records what each layer loses (`lrsa_ds.telemetry`): a row for each layer, and a PNG.
+
+        Raises:
+            LRSAError: the disk is full, or the file is not writable any more.
+        """
+        if not self._enabled:
+            return
+        for row in rows:
+            self._file.write({"kind": "telemetry", **row})
+        if self._wandb:
+            table = self._recorded("metrics.jsonl", "telemetry")
+            self._wandb.send(lambda wandb, run: run.log(_telemetry_log(wandb, rows, table, picture)))
 
     def data(self, row: dict) -> None:
         """Records what is in the training data, before the first step.
@@ -190,6 +204,13 @@ def _results_log(wandb: ModuleType, rows: list[dict], tables: dict[str, list[dic
     log = {f"results/{r['task']}/{r['length']}/{_cache_key(r)}/{r['metric']}": r["mean"] for r in rows}
     log |= {name: _table(wandb, table) for name, table in tables.items() if table}
     return log | {name: wandb.Image(str(p)) for name, p in pictures.items()}
+
+
+def _telemetry_log(wandb: ModuleType, rows: list[dict], table: list[dict], picture: Path) -> dict:
+    """The loss of each layer over `train/step`, the table of all that was found so far, and the picture."""
+    log = {f"telemetry/nll_increase/layer_{row['layer']}": row["nll_increase"] for row in rows}
+    log |= {"train/step": rows[0]["step"], "telemetry": _table(wandb, table)}
+    return log | {"telemetry_picture": wandb.Image(str(picture))}
 
 
 def _evaluation_log(wandb: ModuleType, rows: list[dict], tables: dict[str, list[dict]], picture: Path | None) -> dict:

@@ -23,6 +23,7 @@ from lrsa_ds.parallel.mesh import check_world, world_size
 from lrsa_ds.parallel.strategy import Sharing
 from lrsa_ds.parallel.ulysses import check_dense
 from lrsa_ds.registry import EXCHANGES
+from lrsa_ds.telemetry.settings import check_telemetry
 from lrsa_ds.wandb_thread import check_wandb
 
 
@@ -102,6 +103,7 @@ def _architecture(config: TrainConfig) -> _Architecture:
     config = replace(config, attention=config.attention.resolved(num_layers(structure)))
     _check_backend(config, structure, dtype)
     _check_parallel(config, structure, objective.retentions)
+    check_telemetry(config, num_layers(structure))
     num_parameters = sum(p.numel() for p in structure.parameters())
     num_frozen = num_parameters * objective.num_frozen_copies(config)
     vocabulary = structure.get_input_embeddings().num_embeddings

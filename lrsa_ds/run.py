@@ -10,14 +10,14 @@ import torch
 
 from lrsa_ds import checkpoint, output
 from lrsa_ds.adapters import add_adapters, freeze
-from lrsa_ds.compression import held_sentence, long_answers_sentence, short_documents_sentence
+from lrsa_ds.compression import cache_lines, short_documents_sentence
 from lrsa_ds.config import TrainConfig, save_settings
 from lrsa_ds.data.ends import set_ends
 from lrsa_ds.data.procedure import Procedure
 from lrsa_ds.data.stream import TrainStream, make_loader
 from lrsa_ds.dtypes import dtype_name
 from lrsa_ds.errors import Stopped
-from lrsa_ds.evaluation import Evaluation, Moment, evaluate
+from lrsa_ds.evaluation import Evaluation, Moment, evaluate, look_inside
 from lrsa_ds.journal import keep_rows_until, read_rows
 from lrsa_ds.liger import apply_liger
 from lrsa_ds.metrics import PREDICTIONS, RunLogger
@@ -33,6 +33,7 @@ from lrsa_ds.provenance import provenance
 from lrsa_ds.report import draw_evaluation, evaluation_table
 from lrsa_ds.saving import CheckpointSaver
 from lrsa_ds.signals import StopRequest
+from lrsa_ds.telemetry.report import report_telemetry
 from lrsa_ds.trainer import Engine, Trainer, cosine_schedule
 
 
@@ -134,6 +135,7 @@ class _Run:
         config = self.config
         if self.plan.resume is None and config.eval.before:
             self.evaluate("before", 0)
+            self.telemetry("before", 0)
         self.stop.begin()
         trainer = build_trainer(config, self.plan, self.mesh, self.engine, self.watch.doing)
         trainer.fit(self.after_step, self.profiler.before)
@@ -141,6 +143,7 @@ class _Run:
             self.summarize()
         if config.eval.after:
             self.evaluate("after", config.optim.num_steps)
+            self.telemetry("after", config.optim.num_steps)
         if config.checkpoint.export:
             self.stop_if_asked()
             self.export(output.MODEL_DIRECTORY)
@@ -233,6 +236,23 @@ class _Run:
         if self.mesh.is_main:
             _report(config, self.rows, found, self.directory, self.logger)
 
+    def telemetry(self, when: str, step: int) -> None:
+        """Measures what each layer loses under the smallest cache, where that is asked for, and says it."""
+        config = self.config
+        if not config.eval.telemetry:
+            return
+
+        def on_pass(done: int, total: int) -> None:
+            self.watch.doing(f"telemetry ({when})")
+            self.logger.evaluating(f"telemetry {when}", done, total, unit="pass")
+            if when == "after":
+                self.stop_if_asked()
+
+        examples = self.plan.data.validation_examples()
+        found = look_inside(self.engine, config, self.mesh, examples, self.plan.tokenizer, on_pass)
+        if self.mesh.is_main:
+            report_telemetry(found, when, step, self.directory, config.run_name, self.logger)
+
     def _is_best(self, when: str) -> bool:
         """Whether an evaluation on the way is better than all others on the way, under the smallest cache."""
         smallest = min(self.config.eval.retentions)
@@ -298,22 +318,6 @@ def _report(config: TrainConfig, rows: list[dict], new: Evaluation, directory: P
     logger.evaluation(new.scores, new.predictions, picture)
 
 
-def _compression_lines(config: TrainConfig, plan: Plan) -> list[str]:
-    """What the cache will hold of a whole sequence, and whether the documents are long enough for LRSA."""
-    attention = config.attention
-    every = dict.fromkeys(attention.at_step(step) for step in range(len(attention.retentions)))
-    compressed = [each for each in every if not each.is_dense]
-    if not compressed:
-        return []
-    lines = [f"cache: {held_sentence(config.seq_len, compressed)}"]
-    smallest = min(compressed, key=lambda each: each.share_kept)
-    warnings = [
-        short_documents_sentence(plan.report.share_short, compressed[0], "the tokens of the training data"),
-        long_answers_sentence(plan.report.long_answers(), smallest),
-    ]
-    return [*lines, *(f"warning: {sentence}" for sentence in warnings if sentence)]
-
-
 def _describe(config: TrainConfig, plan: Plan, mesh: Mesh, directory: Path) -> list[str]:
     attention, optim = config.attention, config.optim
     kind = (
@@ -321,6 +325,7 @@ def _describe(config: TrainConfig, plan: Plan, mesh: Mesh, directory: Path) -> l
         if attention.kind == "dense"
         else f"LRSA, sink {attention.sink_size}, lag {attention.lag_size}, {attention.described()}"
     )
+    caches = dict.fromkeys(attention.at_step(step) for step in range(len(attention.retentions)))
     sequences = mesh.dp_size * optim.micro_batch * optim.grad_accum
     shared = f", {mesh.sp_size} ranks to a sequence" if mesh.sp_size > 1 else ""
     lines = [
@@ -328,7 +333,7 @@ def _describe(config: TrainConfig, plan: Plan, mesh: Mesh, directory: Path) -> l
         f"on {mesh.world_size} × {mesh.device_name}, ZeRO stage {config.zero.stage}{shared}",
         f"attention: {kind}",
         *filter(None, [check_objective(config).describe(config)]),
-        *_compression_lines(config, plan),
+        *cache_lines(config.seq_len, caches, plan.report.share_short, plan.report.long_answers()),
         f"{optim.num_steps} steps of {sequences} × {config.seq_len:,} tokens, peak learning rate {optim.lr:g}",
         *plan.report.lines(sequences, optim.num_steps),
         f"output: {directory}",

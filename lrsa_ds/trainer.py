@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine as Engine
 
+from lrsa_ds.attention import AttentionFunction
 from lrsa_ds.compression import Compression
 from lrsa_ds.config import OptimConfig, TrainConfig, require
 from lrsa_ds.data.packing import PackedSequence, collate, padding_sequence, shard
@@ -43,8 +44,19 @@ def held_of(row: PackedSequence, mesh: Mesh) -> PackedSequence:
     return shard(row, mesh.held(len(row.labels)), is_first=mesh.sp_rank == 0)
 
 
-def forward(engine: Engine, batch: PackedSequence, attention: AnyConfig, num_slots: int, mesh: Mesh) -> Any:
-    """One pass of the objective over this rank's shard of a row; returns what `Objective.forward` does."""
+def forward(
+    engine: Engine,
+    batch: PackedSequence,
+    attention: AnyConfig,
+    num_slots: int,
+    mesh: Mesh,
+    attend: AttentionFunction | None = None,
+) -> Any:
+    """One pass of the objective over this rank's shard of a row; returns what `Objective.forward` does.
+
+    Args:
+        attend: an attention function in place of that of `mesh`.
+    """
     return engine(
         input_ids=batch.input_ids[None].to(mesh.device, non_blocking=True),
         position_ids=batch.position_ids[None].to(mesh.device, non_blocking=True),
@@ -52,7 +64,7 @@ def forward(engine: Engine, batch: PackedSequence, attention: AnyConfig, num_slo
         document_lengths=batch.document_lengths,
         lrsa_config=attention,
         num_slots=num_slots,
-        attend=attention_function(mesh.sequence),
+        attend=attend or attention_function(mesh.sequence),
     )
 
 

@@ -178,5 +178,6 @@ def to_sample(encoder: Encoder, row: dict, answers: list[str], metrics: tuple[st
     prompt = encoder.prompt(row)
     return Sample(
         prompt_ids=tuple(prompt.ids), answers=tuple(answers), metrics=metrics,
-        max_new_tokens=prompt.num_answer_tokens + ANSWER_MARGIN, lead_end=prompt.lead_end, **identity,
+        max_new_tokens=len(prompt.answer_ids) + ANSWER_MARGIN, lead_end=prompt.lead_end,
+        answer_ids=tuple(prompt.answer_ids), **identity,
     )  # fmt: skip

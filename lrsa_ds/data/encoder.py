@@ -30,12 +30,12 @@ class Prompt(NamedTuple):
 
     Args:
         ids: the prompt.
-        num_answer_tokens: the tokens of the right answer, its end included.
+        answer_ids: the right answer, its end included.
         lead_end: the last word that a right answer says before the content, such as the end of its reasoning.
     """
 
     ids: list[int]
-    num_answer_tokens: int
+    answer_ids: list[int]
     lead_end: str
 
 
@@ -95,11 +95,12 @@ class Encoder:
         conversation = self._conversation(canonical(row))
         turns = self.frame.turns(conversation)
         found = self._fitting(conversation, turns, self.seq_len)
-        num_answer_tokens = sum(label != IGNORE for label in found.labels[found.num_prompt :])
+        labels = found.labels[found.num_prompt :]
+        answer_ids = [label for label in labels if label != IGNORE]
         content = conversation.messages[turns[-1].message]["content"].strip()
         lead = turns[-1].answer[: max(0, turns[-1].answer.rfind(content))] if content else ""
         said = decoded(self.tokenizer, self._tokens([lead])[0], skip_special_tokens=True).split()
-        return Prompt(found.ids[: found.num_prompt], num_answer_tokens, said[-1] if said else "")
+        return Prompt(found.ids[: found.num_prompt], answer_ids, said[-1] if said else "")
 
     def _conversation(self, row: dict[str, Any]) -> Conversation:
         return (chat_conversation if self.use_template else plain_conversation)(row)

@@ -81,7 +81,12 @@ class CacheConfig:
 
 @dataclass(kw_only=True)
 class EvaluateConfig:
-    """A whole evaluation. The order of the fields is the order of `config.yaml`."""
+    """A whole evaluation. The order of the fields is the order of `config.yaml`.
+
+    Args:
+        telemetry: whether to measure, in place of answers, what each layer loses under the smallest of the caches.
+        telemetry_greedy: how many layers to choose, one after the other, that are better left dense.
+    """
 
     run_name: str = "evaluate"
     seed: int = 0
@@ -93,6 +98,8 @@ class EvaluateConfig:
     lengths: list[int] = field(default_factory=lambda: [4096])
     num_samples: int = 20
     num_depths: int = 5
+    telemetry: bool = False
+    telemetry_greedy: int = 0
     data: DataConfig = field(default_factory=DataConfig)
     longbench: str | None = None
     ruler: str | None = None
@@ -103,6 +110,15 @@ class EvaluateConfig:
         require_whole("seed", self.seed, 0)
         require_whole("num_samples", self.num_samples, 1)
         require_whole("num_depths", self.num_depths, 1)
+        require_whole("telemetry_greedy", self.telemetry_greedy, 0)
+        require(
+            self.telemetry or self.telemetry_greedy == 0,
+            "telemetry_greedy has no effect without telemetry: add telemetry=true.",
+        )
+        require(
+            not self.telemetry or set(self.tasks) != {"perplexity"},
+            "telemetry=true measures at answers, which perplexity has none of: add another of the tasks.",
+        )
         require(self.tasks != [], f"tasks=[] is not valid: choose among {', '.join(TASKS)}.")
         require(self.lengths != [], "lengths=[] is not valid: give numbers of tokens.")
         for task in self.tasks:

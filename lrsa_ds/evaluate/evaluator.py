@@ -35,6 +35,7 @@ class Sample:
         metrics: names of metrics, the one that leads first; ("nll",) asks for the perplexity of the prompt itself.
         depth: where the fact stands in the prompt, from 0 to 1, if there is one.
         lead_end: a word that a model says before its answer (`</think>`); what it says up to there is not scored.
+        answer_ids: the tokens that are to follow the prompt, the end of the turn included; none for "nll".
     """
 
     task: str
@@ -46,6 +47,7 @@ class Sample:
     max_new_tokens: int
     depth: float | None = None
     lead_end: str = ""
+    answer_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch.distributed as dist
+from transformers import PreTrainedModel
 
 from lrsa_ds.config import LogConfig, load_settings, require, require_compression, save_settings
 from lrsa_ds.data.ends import set_ends
@@ -26,22 +27,26 @@ from lrsa_ds.evaluate.results import (
     shown_predictions,
     summary,
 )
+from lrsa_ds.evaluate.telemetry import WHEN, measure_samples, telemetry_cache
 from lrsa_ds.inputs import check_inputs
 from lrsa_ds.journal import JSONLines, Progress
+from lrsa_ds.labels import retention_name
 from lrsa_ds.layers import AnyConfig, describe
 from lrsa_ds.lock import check_lock
 from lrsa_ds.metrics import RunLogger
-from lrsa_ds.model import apply_lrsa, check_supported, empty_model, load_model
+from lrsa_ds.model import apply_lrsa, check_supported, empty_model, load_model, num_layers
 from lrsa_ds.occupy import occupy
 from lrsa_ds.parallel.mesh import Mesh, start_mesh, stop_mesh
 from lrsa_ds.provenance import provenance
 from lrsa_ds.signals import StopRequest
+from lrsa_ds.telemetry.report import report_telemetry
 from lrsa_ds.wandb_thread import check_wandb
 
 Score = Callable[[str, str, Sequence[str]], float]
 SETTINGS = "config.yaml"
 # What may differ when an evaluation resumes in the same directory: more of the same, or how it is shown.
 MAY_DIFFER = ("run_name", "output_dir", "overwrite", "log", "tasks", "lengths", "num_samples", "longbench", "ruler")
+MAY_DIFFER += ("telemetry", "telemetry_greedy")
 
 
 class SampleSource(Protocol):
@@ -71,7 +76,11 @@ def evaluate(
     own = [caches.share_kept] if len(caches.layers) > 1 else []  # what layers that differ were trained with
     wanted = modes(config.cache.prefill, [*own, *config.cache.retentions])
     settings = asdict(config)
-    _check_lengths(config, trained, wanted)
+    if config.telemetry:
+        cache, wanted = telemetry_cache(config, trained, num_layers(structure)), []
+    else:
+        cache = None
+        _check_lengths(config, trained, wanted)
     _check_directory(config, settings)
     tokenizer = load_tokenizer(config.model)
     samples = make_samples(config, tokenizer)
@@ -79,7 +88,7 @@ def evaluate(
     # Ranks meet at the end of the work only, and some may be long done by then.
     mesh = start_mesh(timeout=timedelta(days=7))
     num_parameters = sum(p.numel() for p in structure.parameters())
-    plan = _Plan(config, caches, wanted, num_parameters, tokenizer, samples, score)
+    plan = _Plan(config, caches, wanted, cache, num_parameters, tokenizer, samples, score)
 
     def enter(directory: Path) -> None:
         _enter(directory, config, settings)
@@ -91,11 +100,17 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is known of an evaluation before it takes its directory; `attention` is what its caches have in common."""
+    """What is known of an evaluation before it takes its directory.
+
+    Args:
+        attention: what its caches have in common.
+        measured: the cache that telemetry measures, in place of answers under those `wanted`; None without telemetry.
+    """
 
     config: EvaluateConfig
     attention: AnyConfig
     wanted: list[Mode]
+    measured: AnyConfig | None
     num_parameters: int
     tokenizer: Tokenizer
     samples: SampleSource
@@ -114,17 +129,36 @@ def _evaluate_in(directory: Path, plan: _Plan, mesh: Mesh) -> None:
         missing = _missing(samples, plan.wanted, done)
         for line in _description(config, attention, plan.wanted, samples, missing, directory, mesh):
             logger.message(line)
-        if missing:
-            model = apply_lrsa(load_model(config.model, dtype_of(config.model.dtype)), attention).to(mesh.device).eval()
-            set_ends(model, plan.tokenizer, config.model, config.data.chat_template)
-            evaluator = Evaluator(model, plan.tokenizer, attention, plan.score)
+        if plan.measured is not None:
+            _measure(directory, plan, plan.measured, mesh, logger)
+        elif missing:
+            evaluator = Evaluator(_model(plan, mesh), plan.tokenizer, attention, plan.score)
             _work(evaluator, samples, missing, directory, mesh, config.log)
         dist.barrier()
-        if mesh.is_main:
+        if mesh.is_main and plan.measured is None:
             _report(config, collect(directory), directory, logger)
         failed = False
     finally:
         logger.close(failed=failed)
+
+
+def _model(plan: _Plan, mesh: Mesh) -> PreTrainedModel:
+    """The model with LRSA attention, on the device."""
+    settings = plan.config.model
+    model = apply_lrsa(load_model(settings, dtype_of(settings.dtype)), plan.attention).to(mesh.device).eval()
+    set_ends(model, plan.tokenizer, settings, plan.config.data.chat_template)
+    return model
+
+
+def _measure(directory: Path, plan: _Plan, cache: AnyConfig, mesh: Mesh, logger: RunLogger) -> None:
+    """Telemetry over all samples that have an answer."""
+    config = plan.config
+    samples = [plan.samples.sample(*item) for item in plan.samples.items() if item[0] != "perplexity"]
+    found = measure_samples(
+        _model(plan, mesh), plan.tokenizer, samples, cache, config.telemetry_greedy, mesh, config.log.progress
+    )
+    if mesh.is_main:
+        report_telemetry(found, WHEN, 0, directory, config.run_name, logger)
 
 
 def _check_lengths(config: EvaluateConfig, trained: dict | None, wanted: list[Mode]) -> None:
@@ -222,12 +256,16 @@ def _description(
     mesh: Mesh,
 ) -> list[str]:
     total = len(samples.items())
+    caches = ", ".join(cache_name(mode.prefill, mode.retention) for mode in wanted)
+    done = f"{total - len(missing)} of them done before; seed {config.seed}; greedy decoding"
+    if config.telemetry:
+        caches = f"telemetry at retention {retention_name(min(config.cache.retentions))} in every layer"
+        done = f"seed {config.seed}; teacher forcing"
     return [
         f"{config.run_name}: {config.model.name or 'random weights'} on {mesh.world_size} × {mesh.device_name}",
-        f"caches: sink {attention.sink_size}, lag {attention.lag_size}; "
-        + ", ".join(cache_name(mode.prefill, mode.retention) for mode in wanted)
+        f"caches: sink {attention.sink_size}, lag {attention.lag_size}; {caches}"
         + (f"; trained with {describe(attention)}" if len(attention.layers) > 1 else ""),
-        f"{total} samples, {total - len(missing)} of them done before; seed {config.seed}; greedy decoding",
+        f"{total} samples, {done}",
         f"output: {directory}",
     ]
 

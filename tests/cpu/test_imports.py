@@ -25,7 +25,7 @@ LAYERS = (
     ("objectives",),
     ("output", "profiling", "saving"),
     ("sweep",),
-    ("inference",),
+    ("inference", "telemetry"),
     ("evaluate",),
     ("predictions", "trainer"),
     ("evaluation",),

@@ -1,0 +1,104 @@
+"""Attention that also measures what a compressed cache would take from the answers.
+
+Shapes: H query heads, G KV heads, N tokens, D head dim, n queries of an answer, m keys up to its last query.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from lrsa_ds.attention import lrsa_attention
+from lrsa_ds.attention.kept_buffer import buffer_positions
+from lrsa_ds.layers import AnyConfig
+from lrsa_ds.lrsa_config import LRSAConfig
+from lrsa_ds.partition import PartitionTable, partition_table
+from lrsa_ds.telemetry.answers import Answer
+
+# Elements of a tensor of attention scores or probabilities, in fp32: 64 MB.
+PROBABILITIES_AT_ONCE = 2**24
+
+
+class RetentionProbe:
+    """`lrsa_attention` that adds up, for each layer and KV head, what `compressed` would drop at given answers.
+
+    Attributes:
+        answers: of the one row of the next pass; to be set before it.
+        sums: by layer, fp64 [2 G + 1] on the CPU, over all passes. First the attention mass on tokens that the cache
+            would have dropped, the mean over the query heads of a KV head, summed over the tokens of the answers. Then
+            the share that the cache keeps of the tokens that spell an answer and have left the window when it begins,
+            summed over the answers that have such tokens. Last, the number of these.
+
+    Args:
+        compressed: the cache; the pass itself attends as its own settings say.
+    """
+
+    def __init__(self, compressed: AnyConfig):
+        self.compressed = compressed
+        self.answers: Sequence[Answer] = ()
+        self.sums: dict[int, torch.Tensor] = {}
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        config: LRSAConfig,
+        document_lengths: Sequence[int] | None = None,
+        scale: float | None = None,
+        layer: int = 0,
+    ) -> torch.Tensor:
+        """As `lrsa_attention`, for one row: q [1, H, N, D], k and v [1, G, N, D]."""
+        lengths = (q.shape[2],) if document_lengths is None else tuple(document_lengths)
+        self._observe(q, k, v, partition_table(lengths, self.compressed.at_layer(layer)), scale, layer)
+        return lrsa_attention(q, k, v, config, document_lengths, scale, layer)
+
+    @torch.no_grad()
+    def _observe(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: PartitionTable, scale: float | None, layer: int
+    ) -> None:
+        kept_GN = _kept(k, v, table, layer)
+        win_lo = table.intervals()[2]
+        win_lo_N = win_lo.to(k.device)
+        scale = q.shape[3] ** -0.5 if scale is None else scale
+        mass, kept = (torch.zeros(k.shape[1], dtype=torch.float64, device=k.device) for _ in range(2))
+        num_left = 0
+        for answer in self.answers:
+            mass += _dropped_mass(q[0], k[0], kept_GN, win_lo_N, answer, scale)
+            window, behind_sink = int(win_lo[answer.first]), answer.start + table.sink_size
+            left = [place for place in answer.places if behind_sink <= place < window]
+            if left:
+                kept += kept_GN[:, left].double().mean(dim=1)
+                num_left += 1
+        self.sums[layer] = self.sums.get(layer, 0) + torch.cat([mass, kept, mass.new_tensor([num_left])]).cpu()
+
+
+def _kept(k: torch.Tensor, v: torch.Tensor, table: PartitionTable, layer: int) -> torch.Tensor:
+    """Which tokens are in the kept buffer: bool [G, N]."""
+    kept = torch.zeros(k.shape[1:3], dtype=torch.bool, device=k.device)
+    return kept.scatter_(1, buffer_positions(k, v, table, layer)[0], True)
+
+
+def _dropped_mass(
+    q_HND: torch.Tensor,
+    k_GND: torch.Tensor,
+    kept_GN: torch.Tensor,
+    win_lo_N: torch.Tensor,
+    answer: Answer,
+    scale: float,
+) -> torch.Tensor:
+    """Mass of dense attention on what is neither kept nor in the window, summed over the answer's queries: [G]."""
+    group_size, num_keys = len(q_HND) // len(k_GND), answer.end - answer.start
+    at_once = max(1, PROBABILITIES_AT_ONCE // (group_size * num_keys))
+    positions = torch.arange(answer.start, answer.end, device=q_HND.device)
+    mass = torch.zeros(len(k_GND), dtype=torch.float64, device=q_HND.device)
+    for queries in torch.arange(answer.first, answer.end, device=q_HND.device).split(at_once):
+        is_later = positions > queries[:, None]
+        is_outside = positions < win_lo_N[queries][:, None]
+        for head, (keys, kept) in enumerate(zip(k_GND, kept_GN, strict=True)):
+            group = q_HND[head * group_size : (head + 1) * group_size, queries]
+            with torch.autocast(q_HND.device.type, enabled=False):  # in fp32, whatever the pass computes in
+                scores = scale * group.float() @ keys[answer.start : answer.end].float().T
+            probabilities = scores.masked_fill_(is_later, -torch.inf).softmax(dim=-1)
+            is_dropped = is_outside & ~kept[answer.start : answer.end]
+            mass[head] += (probabilities * is_dropped).sum(dtype=torch.float64) / group_size
+    return mass

@@ -1,0 +1,134 @@
+"""What telemetry says: a sentence, settings ready to be used, rows, and a picture."""
+
+import json
+import math
+from dataclasses import asdict
+from itertools import groupby
+from pathlib import Path
+
+from lrsa_ds.errors import LRSAError
+from lrsa_ds.journal import without_nan
+from lrsa_ds.labels import retention_name
+from lrsa_ds.metrics import RunLogger
+from lrsa_ds.telemetry.measure import Telemetry
+
+MOST_NAMED = 5  # layers in the sentence
+PANELS = (  # of the picture: the name of the field, and the title
+    ("dropped_mass", "attention mass on\ndropped tokens (%)"),
+    ("answer_kept", "answer's own tokens\nthat are kept (%)"),
+)
+
+
+def report_telemetry(found: Telemetry, when: str, step: int, directory: Path, run_name: str, logger: RunLogger) -> None:
+    """Says what was found, and leaves it in the directory and in the logs; for one rank.
+
+    Args:
+        when: "before" or "after" training, or another word for it; it is in the names of the files.
+
+    Raises:
+        LRSAError: a file cannot be written.
+    """
+    for line in sentences(found):
+        logger.message(line)
+    file, picture = (directory / f"telemetry_{when}.{kind}" for kind in ("json", "png"))
+    try:
+        file.write_text(json.dumps(without_nan(asdict(found)), indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise LRSAError(f"{file} cannot be written: {error.strerror}.") from error
+    cache = f"retention {retention_name(found.retention)}, {found.num_examples} examples"
+    draw(found, picture, f"{run_name}, {when}: what answers lose by layer\n({cache})")
+    logger.telemetry([{"when": when, "step": step} | row for row in rows(found)], picture)
+
+
+def sentences(found: Telemetry) -> list[str]:
+    """Which layers lose most, what all lose together, and the settings that the greedy choice comes to."""
+    cache = f"retention {retention_name(found.retention)}"
+    worst = sorted(found.layers, key=lambda layer: -layer.nll_increase)[:MOST_NAMED]
+    named = ", ".join(f"{layer.layer} (+{layer.nll_increase:.3f})" for layer in worst if layer.nll_increase > 0)
+    lose = (
+        f"layers that lose most when they alone are compressed: {named}" if named else "no layer alone loses anything"
+    )
+    counted = f"{found.num_answer_tokens:,} answer tokens of {found.num_examples} examples"
+    lines = [
+        f"telemetry: {lose}; nats per answer token at {cache}, all layers together "
+        f"{found.nll_compressed - found.nll_dense:+.3f} on {found.nll_dense:.3f}, over {counted}"
+    ]
+    chosen: list[int] = []
+    for step in found.greedy:
+        chosen.append(step.layer)
+        lines.append(
+            f"telemetry: {step.nll:.3f} nats with dense layers {', '.join(map(str, sorted(chosen)))}: "
+            f"'{layers_setting(chosen, len(found.layers), found.retention)}'"
+        )
+    return lines
+
+
+def layers_setting(dense: list[int], num_layers: int, retention: float) -> str:
+    """The setting that makes these layers dense and gives all others `retention`, as it is typed."""
+    parts = []
+    for is_dense, group in groupby(range(num_layers), key=lambda layer: layer in dense):
+        layers = list(group)
+        key = f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else str(layers[0])
+        parts.append(f"{key}: {1.0 if is_dense else retention}")
+    return f"attention.layers={{{', '.join(parts)}}}"
+
+
+def rows(found: Telemetry) -> list[dict]:
+    """For `metrics.jsonl`: a row for each layer, with its place in the greedy choice where it has one."""
+    common = {name: value for name, value in asdict(found).items() if name not in ("layers", "greedy")}
+    places = {step.layer: {"greedy_place": i, "greedy_nll": step.nll} for i, step in enumerate(found.greedy, start=1)}
+    return [common | asdict(layer) | places.get(layer.layer, {}) for layer in found.layers]
+
+
+def draw(found: Telemetry, path: Path, title: str) -> None:
+    """Writes a PNG: two heat maps of layers and KV heads, and the loss of each layer beside them.
+
+    Raises:
+        LRSAError: `path` cannot be written.
+    """
+    # Only here: every rank of every run would wait more than half a second for what rank 0 draws.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    num_layers, num_heads = len(found.layers), len(found.layers[0].dropped_mass)
+    width = max(1.9, 0.42 * num_heads)
+    figure = Figure(figsize=(2 * width + 4.6, max(3.4, 1.5 + 0.21 * num_layers)), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+    panels = figure.subplots(1, 3, sharey=True, width_ratios=[width, width, 2.6])
+    for panel, (name, heading) in zip(panels, PANELS, strict=False):
+        _draw_map(panel, [getattr(layer, name) or [math.nan] * num_heads for layer in found.layers], heading)
+    _draw_increases(panels[2], [layer.nll_increase for layer in found.layers])
+    every = max(1, -(-num_layers // 40))
+    panels[0].set_yticks(range(0, num_layers, every))
+    panels[0].set_ylabel("layer", fontsize=8.5)
+    for panel in panels:
+        panel.tick_params(labelsize=7.5)
+    try:
+        figure.savefig(path)
+    except OSError as error:
+        raise LRSAError(f"{path} cannot be written: {error.strerror}.") from error
+
+
+def _draw_map(panel, shares: list[list[float]], heading: str) -> None:
+    """Shares of layers and heads in percent, as colours and as numbers."""
+    percent = [[100 * share for share in line] for line in shares]
+    panel.imshow(percent, vmin=0, vmax=100, cmap="cividis", aspect="auto")  # ordered by brightness: colour-blind safe
+    for y, line in enumerate(percent):
+        for x, value in enumerate(line):
+            text = "-" if math.isnan(value) else f"{value:.0f}"
+            color = "white" if value < 55 else "black"
+            panel.text(x, y, text, ha="center", va="center", fontsize=6.5, color="black" if text == "-" else color)
+    panel.set_title(heading, fontsize=8.5)
+    panel.set_xticks(range(len(shares[0])))
+    panel.set_xlabel("KV head", fontsize=8.5)
+
+
+def _draw_increases(panel, increases: list[float]) -> None:
+    panel.barh(range(len(increases)), increases, color="#1f6feb", height=0.7)
+    panel.axvline(0, color="#57606a", linewidth=0.8)
+    panel.set_title("loss if this layer alone\nis compressed", fontsize=8.5)
+    panel.set_xlabel("nats per answer token, above dense", fontsize=8.5)
+    panel.locator_params(axis="x", nbins=4)
+    panel.grid(axis="x", alpha=0.25, linewidth=0.6)
+    panel.spines[["top", "right"]].set_visible(False)

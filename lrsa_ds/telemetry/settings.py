@@ -1,0 +1,44 @@
+"""Which cache telemetry measures, and what is checked before a process group starts."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from lrsa_ds.config import AttentionConfig, TrainConfig, require_compression
+from lrsa_ds.errors import require
+from lrsa_ds.layers import AnyConfig, uniform
+
+
+def smallest_cache(attention: AttentionConfig, retentions: Sequence[float]) -> AnyConfig:
+    """The smallest of an evaluation's caches in every layer: those that are kept dense are measured too."""
+    return replace(attention, layers={}).with_retention(min(retentions))
+
+
+def every_layer(config: AnyConfig, retention: float) -> AnyConfig:
+    """`config` with this retention in every layer, also in those that it keeps dense."""
+    return uniform([layer.at_retention(retention) for layer in config.layers])
+
+
+def check_telemetry(config: TrainConfig, num_layers: int) -> None:
+    """Raises LRSAError if `eval.telemetry` cannot be honoured."""
+    if not config.eval.telemetry:
+        return
+    cache = smallest_cache(config.attention, config.eval.retentions)
+    require_dropping("eval.telemetry", "eval.retentions", cache)
+    require_greedy("eval.telemetry_greedy", config.eval.telemetry_greedy, num_layers)
+    key, length = "seq_len", config.seq_len
+    if config.data.source == "stdlib_qa" and config.data.context_length is not None:
+        key, length = "data.context_length", config.data.context_length
+    require_compression(key, length, cache, "attention", "eval.telemetry=false")
+
+
+def require_dropping(key: str, retentions: str, cache: AnyConfig) -> None:
+    require(
+        not cache.is_dense, f"{key}=true needs a cache that drops something: give a number below 1 in {retentions}."
+    )
+
+
+def require_greedy(key: str, num_greedy: int, num_layers: int) -> None:
+    require(
+        num_greedy <= num_layers,
+        f"{key}={num_greedy} is more than the layers of the model: give 0 to {num_layers}.",
+    )
