@@ -171,7 +171,8 @@ def start_mesh(
     _share_cores()
     backend = "nccl" if use_cuda else "gloo"
     patience: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
-    dist.init_process_group(backend, store=meet(join), rank=rank(), world_size=world_size(), **patience)
+    if not dist.is_initialized():  # another mesh of the same processes takes the group of the first
+        dist.init_process_group(backend, store=meet(join), rank=rank(), world_size=world_size(), **patience)
     deepspeed.init_distributed(dist_backend=backend, verbose=False, **patience)  # it takes what torch has started
     return Mesh(dist.get_rank(), dist.get_world_size(), local_rank(), device, _sequence_group(sp_size, exchange))
 
