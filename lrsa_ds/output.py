@@ -24,7 +24,6 @@ from lrsa_ds.directory import (
     replace_folder,
 )
 from lrsa_ds.errors import LRSAError
-from lrsa_ds.inputs import check_inputs
 from lrsa_ds.journal import read_rows
 from lrsa_ds.lock import check_lock
 from lrsa_ds.parallel.mesh import Mesh
@@ -47,7 +46,6 @@ def check_output(config: TrainConfig, num_parameters: int, bytes_per_parameter: 
     if config.output_dir is None:
         return None
     directory = Path(config.output_dir).expanduser()
-    check_inputs(directory, config.model, config.data)
     point = None if config.checkpoint.overwrite else find_checkpoint(directory)
     # A run may resume from checkpoints that were copied into a directory of their own, or are older than the mark.
     check_directory(directory, TRAIN, may_adopt=point is not None and not (directory / COMPLETED).exists())

@@ -15,6 +15,7 @@ from lrsa_ds.data.survey import SAMPLED_TOKENS, DataReport, steps_of_epochs, sur
 from lrsa_ds.data.tokenizer import Tokenizer, load_tokenizer
 from lrsa_ds.dtypes import dtype_of
 from lrsa_ds.errors import Problems
+from lrsa_ds.inputs import check_inputs
 from lrsa_ds.liger import check_liger
 from lrsa_ds.model import check_supported, empty_model, num_layers
 from lrsa_ds.objectives import check_objective
@@ -56,6 +57,9 @@ def prepare(config: TrainConfig, procedure: Procedure) -> Plan:
     for check, part in ((check_wandb, config.log), (check_peft, config.model.lora)):
         with problems.collect():
             check(part)
+    if config.output_dir is not None:
+        with problems.collect():  # before they are read: a tokenizer inside a run's directory is no other mistake
+            check_inputs(Path(config.output_dir).expanduser(), config.model, config.data)
     architecture = data = None
     with problems.collect():
         architecture = _architecture(config)
