@@ -22,7 +22,7 @@ from lrsa_ds.registry import EXCHANGES
 
 # Our names of the columns of a row, see lrsa_ds/data/shapes.py.
 COLUMNS = ("messages", "conversations", "tools", "system", "prompt", "completion", "instruction", "input", "output")
-COLUMNS += ("context", "question", "answer", "answers", "answer_start", "title", "text", "input_ids", "labels", "task")
+COLUMNS += ("context", "question", "answer", "answers", "answer_start", "text", "input_ids", "labels", "task")
 
 
 def require_paths(key: str, value: Any) -> None:
@@ -264,7 +264,6 @@ class DataConfig:
     tasks: list[str] = field(default_factory=lambda: ["signature", "passkey", "lookup"])
     num_examples: int = 4096
     context_length: int | None = None
-    questions_per_context: int = 1
     chat_template: bool = True
     on_bad_row: str = "error"
     too_long: str = "cut"
@@ -312,21 +311,6 @@ class DataConfig:
         require(self.tasks != [], "data.tasks=[] is not valid: choose among signature, passkey, lookup.")
         if self.context_length is not None:
             require_whole("data.context_length", self.context_length, 64)
-        require_whole("data.questions_per_context", self.questions_per_context, 1)
-        require(
-            self.questions_per_context == 1 or self.makes_contexts,
-            "data.questions_per_context is read where contexts are made: set data.context_length, their length.",
-        )
-        require(
-            self.context_length is None or (self.source != "mixture" and not self.streaming),
-            "data.context_length makes contexts of all passages, which data.source=mixture and data.streaming=true do "
-            "not have at hand: set it to null.",
-        )
-
-    @property
-    def makes_contexts(self) -> bool:
-        """Whether contexts are made, of `context_length` tokens, where rows are not trained on as they are."""
-        return self.source == "stdlib_qa" or self.context_length is not None
 
     def _check_sources(self) -> None:
         self.sources = [_source(source) for source in self.sources]
@@ -563,7 +547,7 @@ class TrainConfig:
         if not compressed:
             return
         key, length = "seq_len", self.seq_len
-        if self.data.context_length is not None:
+        if self.data.source == "stdlib_qa" and self.data.context_length is not None:
             key, length = "data.context_length", self.data.context_length
         require_compression(key, length, compressed[0], "attention", "attention=dense")
 

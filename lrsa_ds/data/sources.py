@@ -55,7 +55,6 @@ class Rows:
     Args:
         to_row: brings a row, as the file or the data set holds it, into one of the known shapes.
         allow_fewer: whether at most a quarter of the rows is held out, at least one, where there are few.
-        needs: a key that every canonical row has to have; a row without it is a bad one.
 
     Raises:
         LRSAError: nothing to read, nothing readable, a bad row (with `data.on_bad_row=error`), or too few rows to hold
@@ -69,10 +68,9 @@ class Rows:
         num_validation: int,
         to_row: ToRow | None = None,
         allow_fewer: bool = False,
-        needs: str | None = None,
     ):
         self.seed, self.allow_fewer = seed, allow_fewer
-        self.read_row = row_reader(dict(data.columns), to_row, needs)
+        self.read_row = row_reader(dict(data.columns), to_row)
         # What a function of the user's looks at is not known.
         self.columns = [*USED_COLUMNS, *data.columns.values()] if to_row is None else None
         self.keep_bad = data.on_bad_row == "skip"
@@ -136,10 +134,6 @@ class Rows:
     def num_bad(self) -> int:
         """Training rows of which it is known that they cannot be used."""
         return self.source.num_bad
-
-    def first_error(self) -> LRSAError | None:
-        """What is wrong with the first row that cannot be used, if it is known that there is one."""
-        return next(iter(self.source.opened.bad.values()), None) if self.num_bad else None
 
     def longest(self) -> list[Row]:
         """The rows that are most likely too long, whatever is cut; none of a stream, which has not met them yet."""

@@ -135,10 +135,6 @@ class EvaluateConfig:
             "the task qa needs data=files or data=hub, and data are read only for the task qa.",
         )
         require(
-            self.data.source == "stdlib_qa" or not self.data.makes_contexts,
-            "data.context_length makes contexts for training, and the task qa asks rows as they are: set it to null.",
-        )
-        require(
             "perplexity" not in self.tasks or self.cache.prefill != ["after"],
             "perplexity needs cache.prefill to hold dense or chunked: a cache that is compressed after the prompt has "
             "nothing left to predict.",
