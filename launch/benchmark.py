@@ -27,12 +27,13 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel  # noqa: E402
 
 from launch.attention_methods import dense_methods, has_nsa, nsa  # noqa: E402
 from lrsa_ds import LagKVCache, LRSAConfig, apply_lrsa, lrsa_attention, prefill  # noqa: E402
 from lrsa_ds.attention.buffered import buffered_layout, select_and_gather  # noqa: E402
 from lrsa_ds.attention.kernels.kernel import choose_kernel  # noqa: E402
+from lrsa_ds.cache import cached_states  # noqa: E402
 from lrsa_ds.config import require_one_of  # noqa: E402
 from lrsa_ds.errors import LRSAError  # noqa: E402
 from lrsa_ds.partition import partition_table  # noqa: E402
@@ -122,7 +123,7 @@ def fast_kernels(device: torch.device, dtype: torch.dtype, head_dim: int) -> lis
 def attention_methods(options: argparse.Namespace, num_tokens: int, device: torch.device) -> list[tuple]:
     """Name, settings of LRSA if it is LRSA, and function of all that is timed."""
     dense = dense_methods(device, torch.bfloat16, options.heads[2])
-    methods = [(name, None, attend) for name, attend in dense.items()]
+    methods: list[tuple[str, LRSAConfig | None, Callable]] = [(name, None, attend) for name, attend in dense.items()]
     for config in (settings_of(options, retention) for retention in options.retention):
         for backend in fast_kernels(device, torch.bfloat16, options.heads[2]):
             chosen = replace(config, backend=backend)
@@ -160,7 +161,7 @@ def attention_rows(options: argparse.Namespace, num_tokens: int, device: torch.d
         add("LRSA", config, "select and gather", selection)
 
 
-def random_model(shape: str, num_tokens: int, device: torch.device) -> torch.nn.Module:
+def random_model(shape: str, num_tokens: int, device: torch.device) -> PreTrainedModel:
     hidden, intermediate, layers, heads, kv_heads = SHAPES[shape]
     config = AutoConfig.for_model(
         "qwen2",
@@ -198,8 +199,7 @@ def captured(function: Callable[[], object]) -> torch.cuda.CUDAGraph:
 
 def cache_gb(cache: Cache) -> float:
     """Memory that the keys and values take."""
-    tensors = [x for layer in cache.layers for x in (layer.keys, layer.values)]
-    return sum(x.untyped_storage().nbytes() for x in tensors) / 1e9
+    return sum(x.untyped_storage().nbytes() for states in cached_states(cache) for x in states) / 1e9
 
 
 @torch.no_grad()
@@ -217,20 +217,20 @@ def generation_rows(options: argparse.Namespace, num_tokens: int, device: torch.
 
     def fill(config: LRSAConfig | None) -> Cache:
         if config is None:
-            cache = DynamicCache(config=model.config)
-            model(ids, past_key_values=cache, logits_to_keep=1)
-        else:
-            cache = LagKVCache(config)
-            prefill(model, ids, cache, options.chunks_at_once)
-        return cache
+            dense = DynamicCache(config=model.config)
+            model(ids, past_key_values=dense, logits_to_keep=1)
+            return dense
+        compressed = LagKVCache(config)
+        prefill(model, ids, compressed, options.chunks_at_once)
+        return compressed
 
     caches: list[Cache] = []
     for config in configs:
         use(config)
         peak = peak_gb(lambda config=config: fill(config), device)  # which also warms up
-        times = [timed(lambda config=config: caches.append(fill(config)), device) for _ in range(3)]
+        filled = [timed(lambda config=config: caches.append(fill(config)), device) for _ in range(3)]
         del caches[-3:-1]
-        values = percentiles(times) | {"cache_gb": cache_gb(caches[-1]), "peak_gb": peak}
+        values = percentiles(filled) | {"cache_gb": cache_gb(caches[-1]), "peak_gb": peak}
         add("dense" if config is None else "LRSA", config, "prefill", values)
 
     def step(cache: Cache, **kwargs) -> None:
@@ -243,13 +243,13 @@ def generation_rows(options: argparse.Namespace, num_tokens: int, device: torch.
             mine.append(timed(lambda cache=cache: step(cache), device))
     for config, cache, mine in zip(configs, caches, times, strict=True):
         use(config)
-        values = percentiles(mine[DECODED_TOKENS // 4 :]) | {"cache_gb": cache_gb(cache)}
-        values["gpu_ms"] = gpu_ms(lambda cache=cache: step(cache), device)
-        add("dense" if config is None else "LRSA", config, "decode one token", values)
+        decoded = {**percentiles(mine[DECODED_TOKENS // 4 :]), "cache_gb": cache_gb(cache)}
+        busy = {"gpu_ms": gpu_ms(lambda cache=cache: step(cache), device)}
+        add("dense" if config is None else "LRSA", config, "decode one token", decoded | busy)
     if device.type != "cuda":
         return
     # The graphs read these tensors, which the caches let go of; their memory would be freed before the replay.
-    read = [(layer.keys, layer.values) for cache in caches for layer in cache.layers]
+    read = [cached_states(cache) for cache in caches]
     graphs = []
     for config, cache in zip(configs, caches, strict=True):
         use(config)

@@ -24,7 +24,7 @@ from lrsa_ds.config import require
 from lrsa_ds.data.encoder import Encoder, Prompt, after_lead
 from lrsa_ds.data.tokenizer import decoded
 from lrsa_ds.errors import LRSAError
-from lrsa_ds.generation import end_tokens
+from lrsa_ds.generation import end_tokens, generate
 
 
 def arguments() -> argparse.Namespace:
@@ -73,7 +73,8 @@ class Reader:
         # A question may change how the end of the text is tokenized: then its prompt is read anew.
         is_read = prompt.ids[: len(self.read)] == self.read
         ids = torch.tensor([prompt.ids], device=self.model.device)
-        found = self.model.generate(
+        found = generate(
+            self.model,
             ids,
             attention_mask=torch.ones_like(ids),
             past_key_values=copy.deepcopy(self.cache) if is_read else self._filled(prompt.ids[:-1]),

@@ -20,7 +20,7 @@ def _open_dictionaries(node: DictConfig, schema: type) -> None:
     an empty one: OmegaConf cannot merge into None.
     """
     for field in fields(schema):
-        if is_dataclass(field.type):
+        if isinstance(field.type, type) and is_dataclass(field.type):
             if OmegaConf.is_missing(node, field.name):
                 node[field.name] = field.type
             _open_dictionaries(node[field.name], field.type)

@@ -88,7 +88,7 @@ def parsed(overrides: list[str]) -> list[Override]:
 def base_config(typed: list[str]) -> TrainConfig:
     """The configuration without the swept keys: where the sweep's directory is, and whether the rest is right."""
     others = [o for o in parsed(typed) if not o.is_sweep_override()]
-    fixed = [o.input_line for o in others if re.split("[./]", o.key_or_group)[0] not in ("hydra", "sweep")]
+    fixed = [str(o.input_line) for o in others if re.split("[./]", o.key_or_group)[0] not in ("hydra", "sweep")]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         composed = compose("train", fixed)
         fit_defaults(composed, fixed)

@@ -84,7 +84,8 @@ def _peft_config(lora: LoraConfig) -> Any:
     from peft import LoraConfig as PeftConfig
 
     targets = lora.targets if lora.targets == "all-linear" else list(lora.targets.split(","))
-    return PeftConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, task_type="CAUSAL_LM")
+    alpha: Any = lora.alpha  # PEFT takes any number, and is annotated with int
+    return PeftConfig(r=lora.rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM")
 
 
 def merge_adapters(model: PreTrainedModel, weights: dict[str, torch.Tensor], lora: LoraConfig) -> dict:

@@ -4,8 +4,10 @@ Source: LagKV, arXiv 2504.04704. New tokens first attend to all that is there; t
 partition after it is cut down to its kept KV. That is the function which LRSA attention computes in training.
 """
 
+from typing import Any, cast
+
 import torch
-from transformers import Cache, DynamicCache
+from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 from lrsa_ds.attention.kept_buffer import gather_kept
@@ -51,14 +53,15 @@ class LagKVLayer(DynamicLayer):
         """Cuts partitions `before` up to `after` down to their kept KV; the memory of the rest is freed."""
         if before == after:
             return
-        config = self.config
+        config, keys, values = self.config, self.keys, self.values
+        assert keys is not None and values is not None
         first = config.sink_size + before * config.num_kept
-        partitions = Partitions.adjacent(first, after - before, config.lag_size, self.keys.device, number=before)
-        kept = fast_select_partitions(self.keys, self.values, partitions, config, self.index)
+        partitions = Partitions.adjacent(first, after - before, config.lag_size, keys.device, number=before)
+        kept = fast_select_partitions(keys, values, partitions, config, self.index)
         since = first + (after - before) * config.lag_size
         self.keys, self.values = (
             torch.cat([x[:, :, :first], gather_kept(x, kept.flatten(2)), x[:, :, since:]], dim=2)
-            for x in (self.keys, self.values)
+            for x in (keys, values)
         )
 
     def get_seq_length(self) -> int:
@@ -67,7 +70,7 @@ class LagKVLayer(DynamicLayer):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the keys for `query_length` new tokens: as if the first tokens were not there."""
-        held = self.keys.shape[2] if self.is_initialized else 0
+        held = self.keys.shape[2] if self.is_initialized and self.keys is not None else 0
         return held + query_length, self.cumulative_length - held
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -96,7 +99,8 @@ class LagKVCache(Cache):
     """
 
     def __init__(self, config: AnyConfig):
-        super().__init__(layer_class_to_replicate=self._next_layer)
+        # Annotated as a class, and called without arguments.
+        super().__init__(layer_class_to_replicate=cast(Any, self._next_layer))
         self.config = config
         self.is_attended_by_chunk = False  # set by the model for the time of a pass
 
@@ -105,13 +109,11 @@ class LagKVCache(Cache):
         return LagKVLayer(self.config.at_layer(index), index)
 
     @classmethod
-    def from_dense(cls, cache: DynamicCache, config: AnyConfig) -> "LagKVCache":
+    def from_dense(cls, cache: Cache, config: AnyConfig) -> "LagKVCache":
         """What is kept of a cache that was filled under dense attention: "prefill fully, then compress"."""
         compressed = cls(config)
-        for index, layer in enumerate(cache.layers):
-            Cache.update(
-                compressed, layer.keys, layer.values, index
-            )  # without a model, whose attention would be checked
+        for index, (keys, values) in enumerate(cached_states(cache)):
+            Cache.update(compressed, keys, values, index)  # without a model, whose attention would be checked
         return compressed
 
     def update(
@@ -128,16 +130,21 @@ class LagKVCache(Cache):
     @property
     def batch_size(self) -> int:
         """Rows of which keys and values are held; 0 before the first token."""
-        return self.layers[0].keys.shape[0] if self.num_held else 0
+        return cached_states(self)[0][0].shape[0] if self.num_held else 0
 
     @property
     def num_bytes(self) -> int:
         """Memory that the keys and values take."""
-        tensors = [x for layer in self.layers for x in (layer.keys, layer.values) if x is not None]
-        return sum(x.untyped_storage().nbytes() for x in tensors)
+        return sum(x.untyped_storage().nbytes() for states in cached_states(self) for x in states)
 
     @property
     def num_held(self) -> float:
         """Tokens of which a layer holds keys and values for each KV head; the mean over layers that differ."""
-        held = [layer.keys.shape[2] if layer.keys is not None else 0 for layer in self.layers]
+        held = [keys.shape[2] for keys, _ in cached_states(self)]
         return mean_of(held) if held else 0
+
+
+def cached_states(cache: Cache) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Keys and values, [B, G, length, D] each, of every layer of a cache that has seen tokens."""
+    states = [(layer.keys, layer.values) for layer in cache.layers if isinstance(layer, DynamicLayer)]
+    return [(keys, values) for keys, values in states if keys is not None and values is not None]

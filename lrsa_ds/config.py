@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, cast, get_args, get_origin
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
@@ -242,7 +242,7 @@ def _source(value: Any) -> SourceConfig:
     for key in value:
         require_one_of("data.sources: key", key, tuple(f.name for f in fields(SourceConfig)))
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SourceConfig), value))
+        return cast(SourceConfig, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SourceConfig), value)))
     except OmegaConfBaseException as error:
         raise LRSAError(f"data.sources: {error.full_key}: {str(error.msg).splitlines()[0]}.") from error
 
@@ -578,7 +578,7 @@ def typed_config(composed: DictConfig, schema: type = TrainConfig) -> Any:
     try:
         values = OmegaConf.to_container(composed, resolve=True)
         # Merged as plain values: a DictConfig would bring its own, laxer flags along, and drop unknown keys silently.
-        merged = OmegaConf.merge(OmegaConf.structured(schema), values)
+        merged = cast(DictConfig, OmegaConf.merge(OmegaConf.structured(schema), values))
         try:
             return OmegaConf.to_object(merged)
         except LRSAError as error:
@@ -607,7 +607,7 @@ def save_settings(settings: dict, path: Path) -> None:
 
 def load_settings(path: Path) -> dict:
     """What `save_settings` wrote."""
-    return OmegaConf.to_container(OmegaConf.load(path))
+    return cast(dict, OmegaConf.to_container(OmegaConf.load(path)))
 
 
 def config_sentence(error: OmegaConfBaseException, schema: type = TrainConfig) -> str:

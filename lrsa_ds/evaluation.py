@@ -16,6 +16,7 @@ from lrsa_ds.data.packing import IGNORE, Example, PackedSequence, collate, pack,
 from lrsa_ds.data.tokenizer import Tokenizer
 from lrsa_ds.layers import AnyConfig
 from lrsa_ds.model import num_layers
+from lrsa_ds.objectives import objective_of
 from lrsa_ds.parallel.mesh import Mesh
 from lrsa_ds.partition import cache_factor
 from lrsa_ds.predictions import ShownAnswers, prediction_row
@@ -74,7 +75,7 @@ def evaluate(
     batches += [idle] * (-len(batches) % mesh.dp_size)
     shown = ShownAnswers(examples)
     found = Evaluation([], [])
-    caches = config.attention.resolved(num_layers(engine.module.lm)).evaluated(config.eval.retentions)
+    caches = config.attention.resolved(num_layers(objective_of(engine).lm)).evaluated(config.eval.retentions)
     total, done = len(examples) * len(caches), 0
     for retention, attention in caches:
         totals = torch.zeros(len(examples), 3, dtype=torch.float64)
@@ -116,7 +117,7 @@ def look_inside(
     engine.eval()
     chosen = some_of_each_task(examples, config.eval.telemetry_examples)
     cache = smallest_cache(config.attention, config.eval.retentions)
-    layers = num_layers(engine.module.lm)
+    layers = num_layers(objective_of(engine).lm)
     found = Measurement(run_pass, cache, layers, chosen, config.seq_len, tokenizer, mesh, on_pass).run(
         config.eval.telemetry_greedy
     )

@@ -6,7 +6,9 @@ model and not in its class.
 
 from collections.abc import Callable
 from types import MethodType
+from typing import Any, cast
 
+import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import GenerationMixin, GenerationMode
 
@@ -71,3 +73,8 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
     named = model.generation_config.eos_token_id
     named = named if isinstance(named, list) else [named]
     return sorted({token for token in (*named, tokenizer.eos_token_id) if token is not None})
+
+
+def generate(model: PreTrainedModel, ids: torch.Tensor, **options: Any) -> torch.Tensor:
+    """`model.generate`, which the type of a model does not promise: the prompts [B, N] with what follows them."""
+    return cast(Any, model).generate(ids, **options)

@@ -9,8 +9,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lrsa_ds.cache import LagKVCache
 from lrsa_ds.config import ModelConfig, require, require_whole
 from lrsa_ds.data.tokenizer import load_tokenizer
+from lrsa_ds.errors import LRSAError
 from lrsa_ds.layers import from_saved
-from lrsa_ds.model import apply_lrsa, load_model, new_cache
+from lrsa_ds.model import apply_lrsa, load_model, new_cache, to_device
 from lrsa_ds.partition import room_in_chunk
 from lrsa_ds.passes import check_unpadded
 
@@ -37,13 +38,13 @@ def load(path: str, dtype: torch.dtype | str = "auto", device: torch.device | st
     source = ModelConfig(name=str(path))
     model = load_model(source, dtype)
     settings = getattr(model.config, "lrsa", None)
-    require(
-        settings is not None,
-        f"{path} was saved without LRSA settings: load it with transformers, and call "
-        "lrsa_ds.apply_lrsa(model, lrsa_ds.LRSAConfig(...)).",
-    )
+    if settings is None:
+        raise LRSAError(
+            f"{path} was saved without LRSA settings: load it with transformers, and call "
+            "lrsa_ds.apply_lrsa(model, lrsa_ds.LRSAConfig(...))."
+        )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = apply_lrsa(model, from_saved(settings)).to(device).eval()
+    model = to_device(apply_lrsa(model, from_saved(settings)), device).eval()
     return Loaded(model, load_tokenizer(source), lambda: new_cache(model))
 
 
@@ -81,6 +82,7 @@ def prefill(
         part = input_ids[:, done : done + step]
         logits = model(part, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         done += part.shape[1]
+    assert logits is not None  # there is a token
     return logits[:, -1]
 
 

@@ -131,6 +131,7 @@ def read_ranges(layers: Mapping[Any, Any]) -> list[tuple[int, int | None, Any]]:
     expected = 0
     for first, last, _ in ranges:
         require(expected is not None and first >= expected, f"{KEY} names layer {first} twice, in {_keys(layers)}.")
+        assert expected is not None
         require(first == expected, f"{KEY} leaves out {_names(expected, first - 1)}, in {_keys(layers)}.")
         expected = None if last is None else last + 1
     return ranges
@@ -156,8 +157,9 @@ def close_ranges(ranges: list[tuple[int, int | None, Any]], num_layers: int) -> 
 def _ends(key: Any) -> tuple[int, int | None]:
     """First and last layer of "3", 3, "0-1" or "2-"."""
     found = re.fullmatch(r"\s*(\d+)\s*(-?)\s*(\d*)\s*", str(key)) if isinstance(key, (str, int)) else None
-    is_range = found is not None and not isinstance(key, bool) and (found[2] or not found[3])
+    is_range = found is not None and not isinstance(key, bool) and bool(found[2] or not found[3])
     require(is_range, f"{KEY} has the key {key!r}: give a layer or a range of layers, such as 5, '0-1' or '2-'.")
+    assert found is not None
     first = int(found[1])
     last = first if not found[2] else int(found[3]) if found[3] else None
     require(last is None or first <= last, f"{KEY} has the key {key!r}, which ends before it begins.")

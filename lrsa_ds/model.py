@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Mapping
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -22,6 +22,7 @@ from lrsa_ds.attention import AttentionFunction, lrsa_attention
 from lrsa_ds.attention.cached import cached_attention
 from lrsa_ds.cache import LagKVCache
 from lrsa_ds.config import ModelConfig, require
+from lrsa_ds.errors import LRSAError
 from lrsa_ds.generation import use_lrsa_cache
 from lrsa_ds.hub import hub_error, resolve_name
 from lrsa_ds.layers import AnyConfig, describe, from_saved, resolve
@@ -75,7 +76,8 @@ def num_layers(model: PreTrainedModel) -> int:
 
 def _settings(model: PreTrainedModel) -> AnyConfig:
     settings = getattr(model.config, "lrsa", None)
-    require(settings is not None, "the model has no LRSA settings: call lrsa_ds.apply_lrsa(model, config) first.")
+    if settings is None:
+        raise LRSAError("the model has no LRSA settings: call lrsa_ds.apply_lrsa(model, config) first.")
     return from_saved(settings)
 
 
@@ -182,7 +184,7 @@ def _unlike_causal_attention(module: torch.nn.Module, config: PreTrainedConfig) 
 
 
 def _lrsa_attention_function(
-    module: torch.nn.Module,
+    module: Any,  # an attention layer of transformers
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -235,10 +237,11 @@ def model_config(model: ModelConfig) -> PreTrainedConfig:
         config = model_config(adapters.base)
         config.lrsa = adapters.lrsa or getattr(config, "lrsa", None)
         return config
+    assert model.name is not None
     directory = Path(resolve_name("model.name", model.name))
     if directory.is_dir():
         _check_weights(directory, model.gguf_file)
-    return _named("model.name", AutoConfig.from_pretrained, model.name, **_origin(model))
+    return _pretrained(AutoConfig, model)
 
 
 def _check_weights(directory: Path, gguf_file: str | None) -> None:
@@ -256,9 +259,12 @@ def _check_weights(directory: Path, gguf_file: str | None) -> None:
     )
 
 
-def _origin(model: ModelConfig) -> dict:
+def _pretrained(kind: type, model: ModelConfig, **options: Any) -> Any:
+    """What the class `kind` of transformers reads at `model.name`."""
+    assert model.name is not None
     origin = {"revision": model.revision, "gguf_file": model.gguf_file, "trust_remote_code": model.trust_remote_code}
-    return {key: value for key, value in origin.items() if value is not None}
+    options |= {key: value for key, value in origin.items() if value is not None}
+    return _named("model.name", kind.from_pretrained, model.name, **options)
 
 
 def _named(key: str, function, name: str, **kwargs):
@@ -276,7 +282,7 @@ def empty_model(model: ModelConfig) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
 
 
-def load_model(model: ModelConfig, dtype: torch.dtype, deepspeed_config: dict | None = None) -> PreTrainedModel:
+def load_model(model: ModelConfig, dtype: torch.dtype | str, deepspeed_config: dict | None = None) -> PreTrainedModel:
     """The model with its weights in `dtype`.
 
     Under ZeRO-3 (from `deepspeed_config`) each layer is sharded as soon as it is made, so that no rank ever holds the
@@ -293,7 +299,7 @@ def load_model(model: ModelConfig, dtype: torch.dtype, deepspeed_config: dict | 
         del sharding
 
 
-def _load(model: ModelConfig, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def _load(model: ModelConfig, config: PreTrainedConfig, dtype: torch.dtype | str) -> PreTrainedModel:
     disable_progress_bar()  # one bar of each rank would tear the run's own
     if model.random is not None:
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -303,12 +309,12 @@ def _load(model: ModelConfig, config: PreTrainedConfig, dtype: torch.dtype) -> P
         merged = merge_saved(_load(adapters.base, config, dtype), adapters)
         merged.config.lrsa = config.lrsa
         return merged
-    return _named("model.name", AutoModelForCausalLM.from_pretrained, model.name, dtype=dtype, **_origin(model))
+    return _pretrained(AutoModelForCausalLM, model, dtype=dtype)
 
 
-def _load_gguf(model: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
+def _load_gguf(model: ModelConfig, dtype: torch.dtype | str) -> PreTrainedModel:
     """A GGUF file, dequantized. The result is an ordinary model that can be trained and saved."""
-    loaded = _named("model.name", AutoModelForCausalLM.from_pretrained, model.name, dtype=dtype, **_origin(model))
+    loaded = _pretrained(AutoModelForCausalLM, model, dtype=dtype)
     # transformers marks the model as quantized and then refuses to save or train it; the weights are plain by now.
     settings = loaded.config.to_dict()
     settings.pop("quantization_config", None)
@@ -321,8 +327,14 @@ def _load_gguf(model: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
 def output_layer(model: PreTrainedModel) -> torch.nn.Module:
     """The layer from hidden states to logits."""
     head = model.get_output_embeddings()
-    require(head is not None, f"{type(model).__name__} has no output layer: a causal language model is needed.")
+    if head is None:
+        raise LRSAError(f"{type(model).__name__} has no output layer: a causal language model is needed.")
     return head
+
+
+def to_device(model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
+    """`model.to(device)`, which transformers wraps in a way that type checkers read wrongly."""
+    return cast(Any, model).to(device)
 
 
 def layer_classes(model: PreTrainedModel) -> list[str]:

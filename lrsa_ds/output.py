@@ -26,6 +26,7 @@ from lrsa_ds.directory import (
 from lrsa_ds.errors import LRSAError
 from lrsa_ds.journal import read_rows
 from lrsa_ds.lock import check_lock
+from lrsa_ds.objectives import objective_of
 from lrsa_ds.parallel.mesh import Mesh
 
 COMPLETED = "COMPLETED"
@@ -135,7 +136,8 @@ def export_model(engine: DeepSpeedEngine, tokenizer, config: TrainConfig, final:
     weights = _full_weights(engine)
     if not mesh.is_main:
         return
-    lm, lora = engine.module.lm, config.model.lora
+    assert weights is not None  # as on the first rank
+    lm, lora = objective_of(engine).lm, config.model.lora
     # The objective may hold other weights too.
     weights = {n.removeprefix(WRAPPER_PREFIX): x for n, x in weights.items() if n.startswith(WRAPPER_PREFIX)}
     partial = final.with_name(f"{final.name}.partial")
@@ -170,7 +172,7 @@ def _full_weights(engine: DeepSpeedEngine) -> dict[str, torch.Tensor] | None:
     """All weights on the CPU of rank 0; a collective under ZeRO-3."""
     if engine.zero_optimization_partition_weights():
         return engine._zero3_consolidated_16bit_state_dict()
-    return {name: tensor.detach().cpu() for name, tensor in engine.module.state_dict().items()}
+    return {name: tensor.detach().cpu() for name, tensor in objective_of(engine).state_dict().items()}
 
 
 def mark(directory: Path, name: str) -> None:

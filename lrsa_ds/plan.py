@@ -1,8 +1,9 @@
 """All that can be known of a run, and all that can be wrong with it, before a process group starts."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 
@@ -17,7 +18,7 @@ from lrsa_ds.dtypes import dtype_of
 from lrsa_ds.errors import Problems
 from lrsa_ds.inputs import check_inputs
 from lrsa_ds.liger import check_liger
-from lrsa_ds.model import check_supported, empty_model, num_layers
+from lrsa_ds.model import PreTrainedModel, check_supported, empty_model, num_layers
 from lrsa_ds.objectives import check_objective
 from lrsa_ds.output import check_begun, check_output
 from lrsa_ds.parallel.mesh import check_world, world_size
@@ -54,9 +55,9 @@ def prepare(config: TrainConfig, procedure: Procedure) -> Plan:
         LRSAError: what is wrong, a sentence for each of the checks that do not depend on each other.
     """
     problems = Problems()
-    for check, part in ((check_wandb, config.log), (check_peft, config.model.lora)):
+    for check in (partial(check_wandb, config.log), partial(check_peft, config.model.lora)):
         with problems.collect():
-            check(part)
+            check()
     if config.output_dir is not None:
         with problems.collect():  # before they are read: a tokenizer inside a run's directory is no other mistake
             check_inputs(Path(config.output_dir).expanduser(), config.model, config.data)
@@ -110,7 +111,7 @@ def _architecture(config: TrainConfig) -> _Architecture:
     check_telemetry(config, num_layers(structure))
     num_parameters = sum(p.numel() for p in structure.parameters())
     num_frozen = num_parameters * objective.num_frozen_copies(config)
-    vocabulary = structure.get_input_embeddings().num_embeddings
+    vocabulary = cast(int, structure.get_input_embeddings().num_embeddings)
     return _Architecture(dtype, num_parameters, num_frozen, vocabulary, config.attention)
 
 
@@ -132,8 +133,9 @@ def _with_steps(config: TrainConfig, data: RunData) -> TrainConfig:
     optim = config.optim
     if optim.num_epochs is None:
         return config
-    is_new = config.output_dir is None or config.checkpoint.overwrite
-    point = None if is_new else find_checkpoint(Path(config.output_dir).expanduser())
+    point = None
+    if config.output_dir is not None and not config.checkpoint.overwrite:
+        point = find_checkpoint(Path(config.output_dir).expanduser())
     earlier = point.settings["optim"] if point else {}
     if earlier.get("num_epochs") == optim.num_epochs:
         num_steps = earlier["num_steps"]
@@ -148,7 +150,7 @@ def _with_steps(config: TrainConfig, data: RunData) -> TrainConfig:
     return replace(config, optim=replace(optim, num_steps=num_steps))
 
 
-def _check_backend(config: TrainConfig, structure: torch.nn.Module, dtype: torch.dtype) -> None:
+def _check_backend(config: TrainConfig, structure: PreTrainedModel, dtype: torch.dtype) -> None:
     """Whether the attention backend that the settings name can run here."""
     architecture = structure.config.get_text_config()
     head_dim = getattr(architecture, "head_dim", None)
@@ -159,7 +161,7 @@ def _check_backend(config: TrainConfig, structure: torch.nn.Module, dtype: torch
         choose_kernel(layer, device, dtype, head_dim, needs_lse_gradient=merges_parts)
 
 
-def _check_parallel(config: TrainConfig, structure: torch.nn.Module, others: tuple[float, ...]) -> None:
+def _check_parallel(config: TrainConfig, structure: PreTrainedModel, others: tuple[float, ...]) -> None:
     """Whether the sequences of the run can be shared as `parallel.sp_size` asks, in training, also in the
     passes of `others`, the retentions of the objective, and in evaluation."""
     size, attention = config.parallel.sp_size, config.attention

@@ -21,7 +21,7 @@ from lrsa_ds.evaluation import Evaluation, Moment, evaluate, look_inside
 from lrsa_ds.journal import keep_rows_until, read_rows
 from lrsa_ds.liger import apply_liger
 from lrsa_ds.metrics import PREDICTIONS, RunLogger
-from lrsa_ds.model import apply_lrsa, enable_checkpointing, layer_classes, load_model
+from lrsa_ds.model import PreTrainedModel, apply_lrsa, enable_checkpointing, layer_classes, load_model
 from lrsa_ds.objectives import check_objective, make_objective
 from lrsa_ds.occupy import occupy
 from lrsa_ds.parallel.mesh import Mesh, start_mesh, stop_mesh
@@ -286,7 +286,7 @@ def build_engine(config: TrainConfig, plan: Plan, mesh: Mesh) -> Engine:
     return make_engine(config, objective, plan.dtype, cosine_schedule(config.optim), layer_classes(model), universal)
 
 
-def _start_model(config: TrainConfig, plan: Plan) -> torch.nn.Module:
+def _start_model(config: TrainConfig, plan: Plan) -> PreTrainedModel:
     """The model with LRSA attention before any training; random weights are the same each time."""
     sharded = deepspeed_config(config, plan.dtype) if config.zero.stage == 3 else None
     torch.manual_seed(config.seed)

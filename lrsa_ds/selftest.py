@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import deepspeed
 import torch
@@ -10,6 +11,7 @@ import torch
 from lrsa_ds.config import OptimConfig, TrainConfig, require
 from lrsa_ds.data.procedure import Procedure
 from lrsa_ds.dtypes import dtype_name
+from lrsa_ds.objectives import objective_of
 from lrsa_ds.parallel.mesh import Mesh, start_mesh, stop_mesh
 from lrsa_ds.plan import Plan, prepare
 from lrsa_ds.run import build_engine, build_trainer
@@ -75,15 +77,16 @@ def _measure(config: TrainConfig, plan: Plan, mesh: Mesh) -> Measured:
     return Measured(rows, gradients)
 
 
-def keep_gradients(engine: Engine, read: Callable[[torch.nn.Parameter], torch.Tensor]) -> dict[str, torch.Tensor]:
+def keep_gradients(engine: Engine, read: Callable[[torch.nn.Parameter], Any]) -> dict[str, torch.Tensor]:
     """A dict that will hold, on the CPU, what `read` gives for each parameter just before the first optimizer step."""
-    kept, take_step = {}, engine.step
+    kept: dict[str, torch.Tensor] = {}
+    take_step = engine.step
 
-    def keep_and_step():
+    def keep_and_step(lr_kwargs: dict | None = None) -> None:
         if engine.is_gradient_accumulation_boundary() and not kept:
-            for name, parameter in engine.module.lm.named_parameters():
+            for name, parameter in objective_of(engine).lm.named_parameters():
                 kept[name] = read(parameter).detach().float().cpu().clone()
-        take_step()
+        take_step(lr_kwargs)
 
     engine.step = keep_and_step
     return kept

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import astuple
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import torch
@@ -19,6 +19,7 @@ from lrsa_ds.data.stream import StepData
 from lrsa_ds.errors import LRSAError
 from lrsa_ds.layers import AnyConfig
 from lrsa_ds.model import num_layers
+from lrsa_ds.objectives import objective_of
 from lrsa_ds.parallel.attention import attention_function
 from lrsa_ds.parallel.mesh import Mesh
 from lrsa_ds.parallel.zero import gradient_scale
@@ -93,7 +94,7 @@ class Trainer:
         self.first_step = first_step
         self.doing = doing
         self.scale = gradient_scale(config, mesh.world_size)
-        self.num_layers = num_layers(engine.module.lm)
+        self.num_layers = num_layers(objective_of(engine).lm)
         self.attention = config.attention.resolved(self.num_layers)
 
     def fit(
@@ -129,7 +130,9 @@ class Trainer:
         require(num_targets > 0, f"step {step + 1} has no target token: look at the answers of the data.")
         attention = self.attention.at_step(step)
         compressed = self._compression(rows, attention)
-        local_loss, local_logged, num_skipped = 0.0, 0.0, 0
+        local_loss: float | torch.Tensor = 0.0
+        local_logged: Any = 0.0  # a tensor after the first pass
+        num_skipped = 0
         for batch, num_slots in zip(batches, slots, strict=True):
             total, logged = forward(self.engine, batch, attention, max(1, int(num_slots)), mesh)
             loss = total / num_targets
@@ -150,7 +153,7 @@ class Trainer:
         return {
             "step": step + 1,
             "loss": mesh.sum([float(local_loss)])[0],
-            "grad_norm": float(self.engine.get_global_grad_norm()),
+            "grad_norm": float(cast(float, self.engine.get_global_grad_norm())),
             "lr": self.config.optim.lr * cosine_schedule(self.config.optim)(step),
             "retention": attention.retention,
             "num_tokens": int(num_tokens),
@@ -188,7 +191,7 @@ class Trainer:
 
     def _logged(self, local_sums: torch.Tensor) -> dict[str, float]:
         """What the objective logs beside the loss, from this rank's sums over targets of the step."""
-        names = self.engine.module.logged
+        names = objective_of(self.engine).logged
         return dict(zip(names, self.mesh.sum(local_sums.tolist()), strict=True)) if names else {}
 
     def _replicas_with_bad_loss(self, loss: torch.Tensor) -> list[int]:

@@ -98,11 +98,12 @@ class WandbThread(threading.Thread):
             self._finish(run)
         except Exception as error:  # whatever happens to W&B, training continues
             self._say(f"W&B is off for the rest of this run ({first_line(error)}); metrics.jsonl is still written.")
-            with suppress(Exception):
-                run.finish(exit_code=1)
+            if run is not None:
+                with suppress(Exception):
+                    run.finish(exit_code=1)
         # Ends W&B's background process, which otherwise stays until this one exits. SystemExit is how it reports.
         with suppress(Exception, SystemExit):
-            wandb.teardown()
+            _import_wandb().teardown()
 
     def _start_run(self, wandb: ModuleType):
         # A run that resumes is the same run there.

@@ -60,7 +60,7 @@ class CacheConfig:
 
         Retentions are those of the training where its layers differ, and else 1.
         """
-        if "layers" not in (trained or {}):
+        if trained is None or "layers" not in trained:
             return self.attention(trained, 1.0)
         return uniform([self._layer(layer, layer["retention"]) for layer in trained["layers"]])
 

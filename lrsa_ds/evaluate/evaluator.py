@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from lrsa_ds.cache import LagKVCache
 from lrsa_ds.data.encoder import after_lead
 from lrsa_ds.data.tokenizer import decoded
-from lrsa_ds.generation import end_tokens
+from lrsa_ds.generation import end_tokens, generate
 from lrsa_ds.inference import prefill
 from lrsa_ds.layers import AnyConfig
 
@@ -66,7 +66,7 @@ class Answer:
     """Generated tokens, and the size of the cache before the first of them."""
 
     ids: list[int]
-    size: dict[str, int]
+    size: dict[str, float]
 
 
 def modes(prefills: Sequence[str], retentions: Sequence[float]) -> list[Mode]:
@@ -147,7 +147,7 @@ class Evaluator:
             pad_token_id=self.tokenizer.pad_token_id,
         )
         mask = torch.ones_like(prompt)  # or tokens of the prompt that look like padding would count as such
-        found = self.model.generate(prompt, attention_mask=mask, past_key_values=cache, generation_config=settings)
+        found = generate(self.model, prompt, attention_mask=mask, past_key_values=cache, generation_config=settings)
         return Answer(found[0, prompt.shape[1] :].tolist(), size)
 
     def _answer_row(self, sample: Sample, mode: Mode, answer: Answer, dense: Answer | None) -> dict:
@@ -171,7 +171,7 @@ class Evaluator:
         return _identity(sample, mode) | _size(cache) | found
 
 
-def _size(cache: LagKVCache) -> dict[str, int]:
+def _size(cache: LagKVCache) -> dict[str, float]:
     """Tokens seen and entries held."""
     return {"num_tokens": cache.get_seq_length(), "num_held": cache.num_held}
 

@@ -221,6 +221,7 @@ def _needles(samples: list[dict], title: str) -> Figure:
             panel.set_yticks(range(len(depths)), [f"{100 * depth:.0f} %" for depth in depths], fontsize=7.5)
     figure.supxlabel("tokens", fontsize=8.5)
     figure.supylabel("depth of the fact", fontsize=8.5)
+    assert image is not None  # there is a task, and a cache
     figure.colorbar(image, ax=panels, shrink=0.8, label="%").ax.tick_params(labelsize=7.5)
     return figure
 

@@ -34,7 +34,7 @@ from lrsa_ds.labels import retention_name
 from lrsa_ds.layers import AnyConfig, describe
 from lrsa_ds.lock import check_lock
 from lrsa_ds.metrics import RunLogger
-from lrsa_ds.model import apply_lrsa, check_supported, empty_model, load_model, num_layers
+from lrsa_ds.model import apply_lrsa, check_supported, empty_model, load_model, num_layers, to_device
 from lrsa_ds.occupy import occupy
 from lrsa_ds.parallel.mesh import Mesh, start_mesh, stop_mesh
 from lrsa_ds.provenance import provenance
@@ -145,7 +145,8 @@ def _evaluate_in(directory: Path, plan: _Plan, mesh: Mesh) -> None:
 def _model(plan: _Plan, mesh: Mesh) -> PreTrainedModel:
     """The model with LRSA attention, on the device."""
     settings = plan.config.model
-    model = apply_lrsa(load_model(settings, dtype_of(settings.dtype)), plan.attention).to(mesh.device).eval()
+    model = apply_lrsa(load_model(settings, dtype_of(settings.dtype)), plan.attention)
+    model = to_device(model, mesh.device).eval()
     set_ends(model, plan.tokenizer, settings, plan.config.data.chat_template)
     return model
 

@@ -2,15 +2,14 @@
 
 from collections.abc import Callable
 
-from torch import nn
-
 from lrsa_ds.config import TrainConfig
+from lrsa_ds.model import PreTrainedModel
 from lrsa_ds.objectives.distill import Distill
-from lrsa_ds.objectives.objective import Batch, Objective
+from lrsa_ds.objectives.objective import Batch, Objective, objective_of
 from lrsa_ds.objectives.target_loss import TargetLoss
 from lrsa_ds.registry import Registry
 
-__all__ = ["OBJECTIVES", "Batch", "Objective", "TargetLoss", "check_objective", "make_objective"]
+__all__ = ["OBJECTIVES", "Batch", "Objective", "TargetLoss", "check_objective", "make_objective", "objective_of"]
 
 OBJECTIVES: Registry[type[Objective]] = Registry("objective.kind")
 OBJECTIVES.add("target_loss", TargetLoss)
@@ -28,6 +27,6 @@ def check_objective(config: TrainConfig) -> type[Objective]:
     return objective
 
 
-def make_objective(config: TrainConfig, lm: nn.Module, load_start: Callable[[], nn.Module]) -> Objective:
+def make_objective(config: TrainConfig, lm: PreTrainedModel, load_start: Callable[[], PreTrainedModel]) -> Objective:
     """The objective around `lm`; `load_start` gives a copy of the model as it was before any training."""
     return check_objective(config).of_run(config, lm, load_start)

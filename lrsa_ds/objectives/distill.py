@@ -13,9 +13,9 @@ Shapes: T target slots, C hidden size.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import reduce
 
 import torch
-from torch import nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from torch.utils.checkpoint import checkpoint
 
@@ -23,7 +23,7 @@ from lrsa_ds.adapters import adapters_disabled
 from lrsa_ds.config import ObjectiveConfig, TrainConfig, require
 from lrsa_ds.data.packing import IGNORE
 from lrsa_ds.layers import AnyConfig
-from lrsa_ds.model import output_layer
+from lrsa_ds.model import PreTrainedModel, output_layer
 from lrsa_ds.objectives.objective import Batch, Objective, hidden_states
 
 
@@ -41,11 +41,11 @@ class Distill(Objective):
 
     def __init__(
         self,
-        lm: nn.Module,
+        lm: PreTrainedModel,
         chunk_size: int,
         settings: ObjectiveConfig,
         dense: AnyConfig,
-        teacher: nn.Module | None = None,
+        teacher: PreTrainedModel | None = None,
         without_adapters: bool = False,
     ):
         super().__init__(lm, chunk_size)
@@ -64,7 +64,7 @@ class Distill(Objective):
         )
 
     @classmethod
-    def of_run(cls, config: TrainConfig, lm: nn.Module, load_start: Callable[[], nn.Module]) -> "Distill":
+    def of_run(cls, config: TrainConfig, lm: PreTrainedModel, load_start: Callable[[], PreTrainedModel]) -> "Distill":
         teacher = load_start() if cls.num_frozen_copies(config) else None
         without_adapters = config.objective.teacher == "start" and teacher is None
         dense = config.attention.with_retention(1.0)
@@ -89,7 +89,7 @@ class Distill(Objective):
             taught = hidden_states(teacher, batch, self.dense)[positions]
         hidden = hidden_states(self.lm, batch, batch.lrsa_config)[positions]
         chunks = self.in_chunks(hidden, taught, labels)
-        sums = sum(checkpoint(self._sums, h, t, y, use_reentrant=False) for h, t, y in chunks)
+        sums = reduce(torch.add, (checkpoint(self._sums, h, t, y, use_reentrant=False) for h, t, y in chunks))
         nll, divergence = sums
         total = (1 - self.weight) * nll + self.weight * self.temperature**2 * divergence
         return total, sums.detach()
@@ -105,7 +105,7 @@ class Distill(Objective):
         return torch.stack([nll, divergence_T.masked_fill(labels_T == IGNORE, 0.0).sum()])
 
     @contextmanager
-    def _teacher(self) -> Iterator[nn.Module]:
+    def _teacher(self) -> Iterator[PreTrainedModel]:
         """The model of the teacher, for passes that give no gradients."""
         with torch.no_grad(), adapters_disabled(self.lm) if self.without_adapters else nullcontext():
             yield self.lm if self.teacher is None else self.teacher

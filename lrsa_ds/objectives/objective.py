@@ -6,6 +6,7 @@ Shapes: N tokens, T target slots, C hidden size, M logged sums.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -15,7 +16,7 @@ from lrsa_ds.attention import AttentionFunction, lrsa_attention
 from lrsa_ds.config import TrainConfig
 from lrsa_ds.data.packing import IGNORE
 from lrsa_ds.layers import AnyConfig
-from lrsa_ds.model import output_layer
+from lrsa_ds.model import PreTrainedModel, output_layer
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Objective(nn.Module, ABC):
     logged: tuple[str, ...] = ()
     retentions: tuple[float, ...] = ()
 
-    def __init__(self, lm: nn.Module, chunk_size: int):
+    def __init__(self, lm: PreTrainedModel, chunk_size: int):
         super().__init__()
         self.lm = lm
         self.chunk_size = chunk_size
@@ -78,7 +79,7 @@ class Objective(nn.Module, ABC):
         """Raises LRSAError if `config.objective` asks for what cannot be had beside the rest of `config`."""
 
     @classmethod
-    def of_run(cls, config: TrainConfig, lm: nn.Module, load_start: Callable[[], nn.Module]) -> "Objective":
+    def of_run(cls, config: TrainConfig, lm: PreTrainedModel, load_start: Callable[[], PreTrainedModel]) -> "Objective":
         """The objective of a run around `lm`; `load_start` gives a copy of the model before any training."""
         return cls(lm, config.loss_chunk_size)
 
@@ -118,7 +119,12 @@ class Objective(nn.Module, ABC):
         return zip(*(x.split(self.chunk_size) for x in slots), strict=True)
 
 
-def hidden_states(lm: nn.Module, batch: Batch, lrsa_config: AnyConfig) -> torch.Tensor:
+def objective_of(engine: Any) -> Objective:
+    """The objective that DeepSpeed's engine wraps."""
+    return cast(Objective, engine.module)
+
+
+def hidden_states(lm: PreTrainedModel, batch: Batch, lrsa_config: AnyConfig) -> torch.Tensor:
     """What the decoder of `lm` makes of the batch under `lrsa_config`, before the output layer: [N, C]."""
     decoder = lm.get_decoder()
     return decoder(

@@ -3,6 +3,8 @@
 Shapes: T target slots, C hidden size.
 """
 
+from functools import reduce
+
 import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
@@ -28,7 +30,7 @@ class TargetLoss(Objective):
         positions, labels = batch.slots()
         hidden = hidden_states(self.lm, batch, batch.lrsa_config)[positions]
         chunks = self.in_chunks(hidden, labels)
-        total = sum(checkpoint(self._loss, h, y, use_reentrant=False) for h, y in chunks)
+        total = reduce(torch.add, (checkpoint(self._loss, h, y, use_reentrant=False) for h, y in chunks))
         return total, total.new_empty(0).detach()
 
     def _loss(self, hidden_TC: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
