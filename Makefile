@@ -29,8 +29,9 @@ test: setup lint ## lint, then all tests; ARGS="tests/cpu -k select" chooses som
 smoke: setup ## a few training steps in two processes (CPU, or two GPUs)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(DEEPSPEED) --num_accelerators 2 $(LAUNCH) launch/train.py +recipe=smoke $(ARGS)
 
-lint: $(INSTALLED) ## ruff and the type checker
+lint: $(INSTALLED) ## ruff (rules and format) and the type checker
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
 	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python --summary=none
 
 kvpress: $(INSTALLED) ## compare the selection with that of NVIDIA kvpress, in an environment of its own (.venv-kvpress)

@@ -132,9 +132,7 @@ def _table(shared: Measured, alone: Measured, worst: float, name: str, size: int
 
 def _verdict(passed: bool, dtype: torch.dtype) -> str:
     of_loss, of_gradient = TOLERANCES[dtype]
-    limits = (
-        f"{of_loss:.0e} of the losses and {of_gradient:.0e} of the gradients in {dtype_name(dtype)}"
-    )
+    limits = f"{of_loss:.0e} of the losses and {of_gradient:.0e} of the gradients in {dtype_name(dtype)}"
     if passed:
         return f"passed: the differences are within {limits}"
     return f"FAILED: the differences are not within {limits}"

@@ -45,7 +45,9 @@ class Template:
 IM = ["<|im_start|>", "<|im_end|>"]
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 CHATML_PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-TOOLS = "{% if tools %}<|im_start|>system\nTools:{% for t in tools %}\n{{ t | tojson }}{% endfor %}<|im_end|>\n{% endif %}"
+TOOLS = (
+    "{% if tools %}<|im_start|>system\nTools:{% for t in tools %}\n{{ t | tojson }}{% endfor %}<|im_end|>\n{% endif %}"
+)
 CALLS = "{% for c in m.tool_calls or [] %}<tool_call>\n{{ c.function | tojson }}\n</tool_call>{% endfor %}"
 QWEN3 = (
     TOOLS + "{% set ns = namespace(last=-1) %}{% for m in messages %}"
@@ -65,7 +67,9 @@ LLAMA3 = (
     "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
 LLAMA3_SPECIAL = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>"]
-ROLES_ALTERNATE = "{% if m.role not in ['user', 'assistant'] %}{{ raise_exception('Only user and assistant') }}{% endif %}"
+ROLES_ALTERNATE = (
+    "{% if m.role not in ['user', 'assistant'] %}{{ raise_exception('Only user and assistant') }}{% endif %}"
+)
 DEEPSEEK_USER = "<｜User｜>{{ m.content }}"
 
 TEMPLATES = {
@@ -77,7 +81,9 @@ TEMPLATES = {
         CHATML + CHATML_PROMPT, [], "", eos="</s>", trail="<|im_end|>", keeps_history=False
     ),
     "default system": Template(
-        "{% if messages[0].role != 'system' %}<|im_start|>system\nYou help.<|im_end|>\n{% endif %}" + CHATML + CHATML_PROMPT,
+        "{% if messages[0].role != 'system' %}<|im_start|>system\nYou help.<|im_end|>\n{% endif %}"
+        + CHATML
+        + CHATML_PROMPT,
         IM,
         "<|im_end|>",
         eos="<|endoftext|>",
@@ -123,7 +129,15 @@ TEMPLATES = {
         "{% elif m.role == 'tool' %}[TOOL_RESULTS]{{ m.content }}[/TOOL_RESULTS]"
         "{% elif m.tool_calls %}[TOOL_CALLS]{% for c in m.tool_calls %}{{ c.function | tojson }}{% endfor %}{{ eos_token }}"
         "{% else %}{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}",
-        ["[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]"],
+        [
+            "[INST]",
+            "[/INST]",
+            "[AVAILABLE_TOOLS]",
+            "[/AVAILABLE_TOOLS]",
+            "[TOOL_CALLS]",
+            "[TOOL_RESULTS]",
+            "[/TOOL_RESULTS]",
+        ],
         "</s>",
         eos="</s>",
         bos="<s>",
@@ -180,8 +194,11 @@ TEMPLATES = {
         eos="</s>",
     ),
     "qwen 2.5": Template(
-        TOOLS + "{% for m in messages %}<|im_start|>{{ 'user' if m.role == 'tool' else m.role }}\n{{ m.content }}"
-        + CALLS + "<|im_end|>\n{% endfor %}" + CHATML_PROMPT,
+        TOOLS
+        + "{% for m in messages %}<|im_start|>{{ 'user' if m.role == 'tool' else m.role }}\n{{ m.content }}"
+        + CALLS
+        + "<|im_end|>\n{% endfor %}"
+        + CHATML_PROMPT,
         IM,
         "<|im_end|>",
         eos="<|endoftext|>",
@@ -217,7 +234,8 @@ TEMPLATES = {
     ),
     "deepseek": Template(
         "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% elif m.role == 'user' %}"
-        + DEEPSEEK_USER + "{% else %}<｜Assistant｜>{{ m.content }}<｜end▁of▁sentence｜>{% endif %}{% endfor %}"
+        + DEEPSEEK_USER
+        + "{% else %}<｜Assistant｜>{{ m.content }}<｜end▁of▁sentence｜>{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}<｜Assistant｜>{% endif %}",
         ["<｜User｜>", "<｜Assistant｜>"],
         "<｜end▁of▁sentence｜>",
@@ -226,7 +244,8 @@ TEMPLATES = {
     ),
     "deepseek, reasoning": Template(
         "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% elif m.role == 'user' %}"
-        + DEEPSEEK_USER + "{% else %}<｜Assistant｜>{{ m.content.split('</think>')[-1] }}<｜end▁of▁sentence｜>{% endif %}"
+        + DEEPSEEK_USER
+        + "{% else %}<｜Assistant｜>{{ m.content.split('</think>')[-1] }}<｜end▁of▁sentence｜>{% endif %}"
         "{% endfor %}{% if add_generation_prompt %}<｜Assistant｜><think>\n{% endif %}",
         ["<｜User｜>", "<｜Assistant｜>"],
         "<｜end▁of▁sentence｜>",
@@ -358,7 +377,11 @@ def _base(kind: str) -> str:
         tokenizer.decoder = decoders.Metaspace()
         characters = [chr(code) for code in range(32, 127)]
         trainer = trainers.UnigramTrainer(
-            vocab_size=400, special_tokens=["<unk>"], unk_token="<unk>", initial_alphabet=["\n", *characters], show_progress=False
+            vocab_size=400,
+            special_tokens=["<unk>"],
+            unk_token="<unk>",
+            initial_alphabet=["\n", *characters],
+            show_progress=False,
         )
     else:
         tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))

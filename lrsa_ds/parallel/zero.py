@@ -70,6 +70,7 @@ def make_engine(
         optimizer = DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
     else:
         optimizer = torch.optim.AdamW(groups, fused=torch.cuda.is_available(), **settings)
+
     def scheduler(wrapped: torch.optim.Optimizer) -> Any:
         return torch.optim.lr_scheduler.LambdaLR(wrapped, schedule)
 
