@@ -1,12 +1,12 @@
-"""LRSA attention of one sequence over several ranks, queries at home: nothing travels but halos and the kept KV.
+"""LRSA attention of one sequence over several ranks: each rank keeps its queries and receives halos and kept KV.
 
-1. Lag halo: the keys and values of the S + 2L tokens before each stretch that the rank holds.
-2. Chunk-prefill of the stretches: score, select, gather; the rank's part of the kept KV, for all KV heads.
+1. Lag halo: the rank receives the keys and values of the S + 2L tokens before each of its stretches.
+2. Selection: it scores, selects and gathers its part of the kept KV, for all KV heads.
 3. All-to-all of the kept KV: every rank receives all of it.
-4. Attention of the rank's own queries, all heads, over [copies of the kept buffer | halos and stretches].
+4. Attention of its own queries, all heads, over [copies of the kept buffer | halos and stretches].
 
-Rank s holds two of 2P equal stretches, the s-th and the s-th from the end, so that the queries of all ranks see as much
-history: late tokens see more than early ones. The result is that of one rank.
+A sequence is cut into 2P equal stretches. Rank s holds stretch s and stretch 2P - 1 - s: late tokens see more history
+than early ones, and this way the queries of all ranks see equally much. The result is that of one rank.
 
 Shapes: H query heads, G KV heads, n tokens of the rank, N of the sequence, M keys beside the history, D head dim, P
 ranks.
@@ -61,7 +61,7 @@ def kept_attention(
     layout = kept_layout(tuple(document_lengths), config, group.size, group.index, by_blocks, q.device)
     k, v = with_halos(k, v, layout, group)
     buffer = layout.buffer
-    if any(buffer.num_sent):  # else every document is short: the window is all there is
+    if any(buffer.num_sent):  # otherwise no document is long enough for a history: attend to the window only
         both = torch.stack([x[0] for x in select_pieces(k, v, buffer.own, config, layer, fast=not kernel.is_readable)])
         shapes = [(2, k.shape[1], count, k.shape[3]) for count in buffer.num_sent]
         history = buffer.history(start_to_all(group, "kept", both, shapes).finish())
@@ -90,7 +90,7 @@ def with_halos(
 
 @dataclass(frozen=True, eq=False)
 class KeptLayout:
-    """The part of one rank. Positions count the M tokens of its halos and stretches where they are called local."""
+    """What one rank sends, receives and attends to. Local positions count the M tokens of its halos and stretches."""
 
     halo_size: int
     halo_from: tuple[int | None, ...]  # for each stretch, the rank that holds the one before it
@@ -103,7 +103,7 @@ class KeptLayout:
 def kept_layout(
     document_lengths: tuple[int, ...], config: LRSAConfig, size: int, index: int, by_blocks: bool, device: torch.device
 ) -> KeptLayout:
-    """The layout of rank `index` of `size`, with keys in whole blocks where a kernel likes it so."""
+    """The layout of rank `index` of `size`; `by_blocks`: keys in whole blocks, for a block-sparse kernel."""
     table = partition_table(document_lengths, config, align=BLOCK if by_blocks else 1)
     holders = early_and_late(size)
     mine = held(holders, table.num_tokens, index)
@@ -135,9 +135,9 @@ def kept_layout(
 
 
 def _local_position(first: int, last: int, stretches: tuple[slice, ...], halo: int) -> int:
-    """Where token `first` stands in [halo | stretch] of the stretch that holds token `last`, at or after it.
+    """The local position of token `first` in [halo | stretch] of the stretch that holds token `last` >= `first`.
 
-    A token may stand in one stretch, and in the halo of the other.
+    `last` is needed because a token may be in one stretch and also in the halo of the other.
     """
     before = 0
     for part in stretches:

@@ -1,10 +1,11 @@
-"""LRSA attention of one sequence over several ranks: each prefills its shard, then queries and kept KV go to the heads.
+"""LRSA attention of one sequence over several ranks: history by head group, window by sequence shard.
 
-1. Lag halo: the last S + 2L keys and values of the left neighbour.
-2. Chunk-prefill of the shard: score, select, gather; the rank's part of the kept KV, for all KV heads.
+1. Lag halo: the rank receives the last S + 2L keys and values of its left neighbour.
+2. Selection: it scores, selects and gathers its part of the kept KV, for all KV heads.
 3. All-to-all of queries and kept KV, from sequence shards to head groups.
-4. Window attention on the shard, all heads, while they travel; then history attention on the head group.
-5. All-to-all back of history output and log-sum-exp, and the merge of both parts by their log-sum-exp.
+4. During this exchange it computes window attention on its shard, all heads; after it, history attention on its head
+   group.
+5. All-to-all back of the history's output and log-sum-exp; both parts are merged by their log-sum-exp.
 
 The result is that of one rank. Shapes: B batch (1), H query heads, G KV heads, n tokens of the shard, N of the
 sequence, D head dim, P ranks.
@@ -63,7 +64,7 @@ def heads_attention(
     heads = HeadGroups(q.shape[1], k.shape[1], group)
     halo_k, halo_v = exchange_halo(k, v, layout, group)
     k, v = torch.cat([halo_k, k], dim=2), torch.cat([halo_v, v], dim=2)
-    if not any(layout.buffer.num_sent):  # every document is short: the window is all there is
+    if not any(layout.buffer.num_sent):  # no document is long enough for a history: attend to the window only
         return attend(q, k, v, layout.window, scale)[0]
     queries = heads.send_queries(q)
     kept = heads.send_kept(*select_pieces(k, v, layout.buffer.own, config, layer, fast=not kernel.is_readable), layout)
@@ -75,19 +76,20 @@ def heads_attention(
 def exchange_halo(
     k: torch.Tensor, v: torch.Tensor, layout: ShardLayout, group: SequenceGroup
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values of the halo: two [1, G, halo, D], with gradients to the neighbour that owns them."""
+    """Keys and values of the halo: two [1, G, halo, D]; their gradients go back to the rank that sent them."""
     num_sent = layout.sent_halo_size
-    # Empty parts are slices of k: every rank must be in the graph, or it would miss the backward exchange.
+    # Empty parts are slices of k, so that every rank has the exchange in its graph and joins its backward pass.
     parts = [k[0, :, :0]] * group.size
     if num_sent:
-        # A shard is at least as long as the halo, so that the halo lies in one neighbour's shard.
+        # A shard is at least as long as the halo, so the halo comes from one neighbour.
         parts[group.index + 1] = torch.stack([x[0, :, -num_sent:] for x in (k, v)])
     shapes: list[tuple[int, ...]] = [(0,)] * group.size
     if layout.halo_size:
         shapes[group.index - 1] = (2, k.shape[1], layout.halo_size, k.shape[3])
     received = start(group, "halo", parts, shapes).finish()
     if not layout.halo_size:
-        # The exchange stays in the graph: its backward pass brings the gradients of the halo that was sent.
+        # Adding 0 times the result keeps the exchange in the graph: its backward pass returns the gradients of the halo
+        # that this rank sent.
         nothing = received[0].sum() * 0
         return k[:, :, :0] + nothing, v[:, :, :0]
     return received[group.index - 1][0][None], received[group.index - 1][1][None]
@@ -96,8 +98,8 @@ def exchange_halo(
 class HeadGroups:
     """The exchange between sequence shards (all heads) and head groups (all tokens): H / P query heads on each rank.
 
-    What travels is ordered token by token, the heads of a token beside each other: so a rank's parts lie one after the
-    other, as models and flash-attn-4 have them too, and most copies are spared.
+    Tensors are exchanged in the layout [tokens, heads, D], which models and flash-attn-4 use too: the part for each
+    rank is contiguous, and most copies are avoided.
     """
 
     def __init__(self, num_heads: int, num_kv_heads: int, group: SequenceGroup):
@@ -134,7 +136,7 @@ class HeadGroups:
         per_kv = self.num_heads // self.num_kv_heads
         if self.place_of_kv == tuple(h // per_kv for h in range(self.num_heads)):
             return k, v
-        # The head group cuts through the query heads of a KV head: each query head gets a KV head of its own.
+        # The head group has only some of the query heads of a KV head: each query head gets its own copy of it.
         places = _on_device(self.place_of_kv, k.device)
         return k.index_select(1, places), v.index_select(1, places)
 
@@ -158,7 +160,7 @@ class HeadGroups:
 
 @lru_cache(maxsize=64)
 def _on_device(indices: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Indexing with a list would copy it to the GPU each time, and wait until the GPU has nothing left to do."""
+    """The indices as a tensor, copied once: indexing with a list would copy it to the GPU and synchronise each time."""
     return torch.tensor(indices, device=device)
 
 

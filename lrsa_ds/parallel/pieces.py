@@ -1,7 +1,8 @@
-"""The kept buffer in pieces: which rank selects and sends which, and where they go.
+"""The kept buffer in pieces: which rank selects and sends each piece, and its slots in the buffer.
 
-A piece is a sink, or the kept KV of a partition. It belongs to the rank that holds the last token of all that its
-selection looks at: the end of the sink, or of the partition's lag reference. What stands before is in that rank's halo.
+A piece is a sink, or the kept KV of one partition. Its owner is the rank that holds the last token that the selection
+of the piece reads: the last token of the sink, or of the partition's lag reference. Earlier tokens that the selection
+reads are in the owner's halo.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,13 +21,13 @@ from lrsa_ds.partition import Chunk, PartitionTable
 
 @dataclass(frozen=True)
 class Piece:
-    """A sink or the kept KV of a partition: the tokens it comes from, its slots, and the rank it belongs to."""
+    """A sink or the kept KV of a partition: its tokens, its slots in the kept buffer, and its owner."""
 
-    partition: int | None  # its number in its document; None for a sink
-    token: int  # the first
-    slot: int
-    size: int
-    owner: int
+    partition: int | None  # number of the partition in its document; None for a sink
+    token: int  # first token of the sink or partition
+    slot: int  # first slot of the piece
+    size: int  # slots of the piece
+    owner: int  # rank that selects and sends it
 
     @property
     def is_sink(self) -> bool:
@@ -34,7 +35,7 @@ class Piece:
 
 
 def pieces_of(table: PartitionTable, owner_of: Callable[[int], int]) -> list[Piece]:
-    """All pieces of the kept buffer, in its order; the owner is the rank that holds a piece's last token of all."""
+    """All pieces of the kept buffer, in its order; `owner_of` gives the rank that holds a token."""
     sink, lag = table.sink_size, table.lag_size
     pieces = []
     for document in table.kept_documents:
@@ -49,7 +50,7 @@ def pieces_of(table: PartitionTable, owner_of: Callable[[int], int]) -> list[Pie
 
 
 def order_of(pieces: list[Piece]) -> torch.Tensor:
-    """Where each slot that a rank sends lies in [its sinks | its kept KV]."""
+    """For each slot that a rank sends, its place in [sinks | kept KV] of this rank."""
     num_sink = sum(p.size for p in pieces if p.is_sink)
     places, sink_place, kept_place = [], 0, num_sink
     for piece in pieces:
@@ -63,10 +64,10 @@ def order_of(pieces: list[Piece]) -> torch.Tensor:
 
 
 def slots_of(pieces: list[Piece], counts: Sequence[int], buffer_size: int) -> torch.Tensor:
-    """For each slot of the kept buffer, its place in the ranks' contributions of `counts` slots, one after the other.
+    """For each slot of the kept buffer, its place in the concatenated contributions of all ranks.
 
-    Each rank contributes its pieces in the order of the buffer. Gaps name place after place: the backward pass adds
-    their zeros, and would be slow to add all of them to one.
+    Rank s contributes `counts[s]` slots: its pieces, in the order of the buffer. Gaps of the buffer read consecutive
+    places. Their gradients are zeros, but the backward pass would be slow if it added all of them to a single place.
     """
     places = [sum(counts[:rank]) for rank in range(len(counts))]
     slots = np.arange(buffer_size) % max(1, sum(counts))
@@ -79,7 +80,7 @@ def slots_of(pieces: list[Piece], counts: Sequence[int], buffer_size: int) -> to
 
 @dataclass(frozen=True, eq=False)
 class OwnPieces:
-    """What a rank selects. Positions are local: they count the keys that the rank has at hand, halos included."""
+    """The pieces that a rank selects. Positions are local: indices into this rank's keys, halos included."""
 
     sink_positions: torch.Tensor
     partitions: Partitions
@@ -89,7 +90,12 @@ class OwnPieces:
 def own_pieces(
     pieces: list[Piece], index: int, local: Callable[[int, int], int], config: LRSAConfig, device: torch.device
 ) -> OwnPieces:
-    """The pieces of rank `index`; local(first, last) is the position of a piece's first token, `last` its last one."""
+    """The pieces of rank `index`.
+
+    Args:
+        local: from the first token of a piece and the last one that its selection reads to the local position of the
+            first.
+    """
     mine = [p for p in pieces if p.owner == index]
     sinks = [local(p.token, p.token + p.size - 1) + torch.arange(p.size) for p in mine if p.is_sink]
     kept = [p for p in mine if not p.is_sink]
@@ -105,7 +111,7 @@ def own_pieces(
 def select_pieces(
     k: torch.Tensor, v: torch.Tensor, own: OwnPieces, config: LRSAConfig, layer: int, fast: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """This rank's part of the kept buffer, in its order: keys and values [1, G, slots, D] from those at hand."""
+    """This rank's part of the kept buffer, in its order: keys and values [1, G, slots, D]."""
     select = fast_select_partitions if fast else select_partitions
     kept = select(k, v, own.partitions, config, layer).flatten(2)
     sinks = own.sink_positions.expand(*k.shape[:2], -1)
@@ -115,16 +121,16 @@ def select_pieces(
 
 @dataclass(frozen=True, eq=False)
 class SharedBuffer:
-    """The kept buffer between the ranks of a sequence: who contributes what, and what is read of all together."""
+    """The kept buffer of a sequence, which its ranks build together: what each contributes, and what each reads."""
 
     own: OwnPieces
     num_sent: tuple[int, ...]  # slots that each rank contributes
-    slots: torch.Tensor  # for each slot of the kept buffer, its place in the ranks' contributions; gaps name some
+    slots: torch.Tensor  # for each slot of the kept buffer, its place in the contributions; for gaps any place
     copies: Copies
 
     def history(self, contributions: list[torch.Tensor]) -> torch.Tensor:
-        """The history to read [..., copies, D], from what each rank contributes [..., num_sent, D]; differentiable."""
-        # index_select, since the backward pass of indexing sorts, to add in a fixed order what never meets here.
+        """The history to read [..., copies, D], from the ranks' contributions [..., num_sent, D]; differentiable."""
+        # index_select, not indexing: the backward pass of indexing sorts the indices, though none is there twice.
         return self.copies.of(torch.cat(contributions, dim=-2).index_select(-2, self.slots))
 
 
@@ -139,17 +145,17 @@ def share_buffer(
     config: LRSAConfig,
     device: torch.device,
 ) -> tuple[Sequence[Chunk], SharedBuffer]:
-    """The kept buffer of a sequence as one of its ranks sees it.
+    """The part of one rank in the kept buffer of a sequence.
 
     Args:
-        chunks: of the queries that will read the history, from query 0 on.
+        chunks: of the queries that read the history, from query 0 on.
         owner_of: the rank that holds a token.
         local: as `own_pieces` takes it.
-        size, index: ranks that share the sequence, and which of them this is.
-        by_blocks: whether the history is to be copied for a block-sparse kernel.
+        size, index: number of ranks that share the sequence, and the number of this rank among them.
+        by_blocks: whether to copy the history for a block-sparse kernel.
 
     Returns:
-        The chunks, with their history in what is read; and the buffer.
+        The chunks, with `hist_lo` and `hist_hi` as slots of the history that is read; and the buffer.
     """
     pieces = pieces_of(table, owner_of)
     counts = tuple(sum(p.size for p in pieces if p.owner == rank) for rank in range(size))
@@ -162,9 +168,9 @@ def share_buffer(
 
 
 def halo_size(config: LRSAConfig, most: int, by_blocks: bool) -> int:
-    """Tokens of a halo: S + 2L, or whole blocks of them, since kernels are slower where keys are no whole blocks.
+    """Tokens of a halo: S + 2L, with `by_blocks` rounded up to whole blocks of keys, which kernels process faster.
 
-    Never more than `most`, the tokens that the neighbour holds.
+    Rounding never exceeds `most`, the number of tokens that the neighbour holds.
     """
     halo = config.dense_prefix_size
     return min(most, in_blocks(halo)) if by_blocks else halo

@@ -1,8 +1,8 @@
-"""Which rank computes what of a sequence that is cut into shards: integers of the partition table, before any data.
+"""The layout of a sequence that is cut into one shard a rank: integers that do not depend on the data.
 
-Rank s of P holds tokens [s*T/P, (s+1)*T/P). Its *halo* is the S + 2L tokens before them: with it the rank has all that
-its windows need, all of every partition whose lag reference ends in its shard, and every sink that ends there. Such a
-partition or sink belongs to the rank: it selects and sends its part of the kept buffer.
+Rank s of P holds tokens [s*T/P, (s+1)*T/P). Its *halo* is the S + 2L tokens before them. Shard and halo together
+contain the windows of the rank's queries, every partition whose lag reference ends in the shard, and every sink that
+ends there. The rank owns these partitions and sinks: it selects and sends their part of the kept buffer.
 """
 
 from dataclasses import dataclass
@@ -19,11 +19,11 @@ from lrsa_ds.partition import cut, intervals_of, partition_table
 
 @dataclass(frozen=True, eq=False)
 class ShardLayout:
-    """The part of one rank. Positions count tokens of [halo | shard] where they are called local."""
+    """What one rank sends, receives and attends to. Local positions count the tokens of [halo | shard]."""
 
     shard_size: int
-    halo_size: int  # of this rank: the first ranks may have less before them than S + 2L
-    sent_halo_size: int  # of the next rank, which this rank sends
+    halo_size: int  # of this rank; shorter than S + 2L where fewer tokens precede the shard
+    sent_halo_size: int  # of the next rank: the tokens that this rank sends to it
     window: Intervals  # of each query of the shard, over [halo | shard]
     history: Intervals  # of each query of the whole sequence, over the copies of the kept buffer
     buffer: SharedBuffer
@@ -33,7 +33,7 @@ class ShardLayout:
 def shard_layout(
     document_lengths: tuple[int, ...], config: LRSAConfig, size: int, index: int, by_blocks: bool, device: torch.device
 ) -> ShardLayout:
-    """The layout of rank `index` of `size`, with the kept buffer aligned and padded where a kernel likes it so."""
+    """The layout of rank `index` of `size`; `by_blocks`: kept buffer aligned and padded for a block-sparse kernel."""
     table = partition_table(document_lengths, config, align=BLOCK if by_blocks else 1)
     shard = table.num_tokens // size
     halo_max = halo_size(config, shard, by_blocks)

@@ -1,6 +1,6 @@
-"""What a way to share a sequence over several ranks is: who holds which tokens, how they attend, what limits it.
+"""The interface of a strategy of sequence parallelism: which rank holds which tokens, attention, and limits.
 
-A sequence is cut into equal stretches, one or several for each rank.
+A sequence is cut into equal stretches; each rank holds one or several of them.
 """
 
 from collections.abc import Callable
@@ -14,13 +14,13 @@ from lrsa_ds.config import LRSAConfig, require
 
 @dataclass(frozen=True)
 class Sharing:
-    """A sequence that is to be shared, as far as it limits `parallel.sp_size`.
+    """Everything that may limit `parallel.sp_size`.
 
     Args:
-        size: ranks.
-        num_tokens: of the sequence; `key` is the name of the settings that decide it.
+        size: number of ranks that share a sequence.
+        num_tokens: length of the sequence; `key` names the settings that determine it.
         num_heads, num_kv_heads: of the model.
-        config: the attention.
+        config: settings of the attention.
     """
 
     size: int
@@ -33,16 +33,17 @@ class Sharing:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Strategy:
-    """A way to share a sequence under LRSA.
+    """A strategy of sequence parallelism for LRSA.
 
     Args:
-        name: what `parallel.exchange` calls it.
-        owners: from the number of ranks to the rank that holds each stretch, in the order of the tokens; all ranks hold
-            as many.
-        attend: `lrsa_attention` of the whole sequence for the queries of this rank; takes (q, k, v, config,
-            document_lengths, group, scale, layer), the tensors of this rank's stretches one after the other.
-        check: raises LRSAError for a `Sharing` that it cannot do.
-        merges_parts: whether it merges history and window by their log-sum-exp, whose gradient the kernel has to give.
+        name: its value of `parallel.exchange`.
+        owners: from the number of ranks to the owner of each stretch, in the order of the tokens; all ranks own equally
+            many.
+        attend: `lrsa_attention` of the whole sequence for the queries of this rank. It takes (q, k, v, config,
+            document_lengths, group, scale, layer); q, k and v are those of this rank's stretches, concatenated.
+        check: raises LRSAError for a `Sharing` that the strategy does not support.
+        merges_parts: whether it merges history and window by their log-sum-exp; the kernel then has to be
+            differentiable through it.
     """
 
     name: str
@@ -53,7 +54,7 @@ class Strategy:
 
     @property
     def num_stretches(self) -> int:
-        """Stretches that one rank holds."""
+        """Number of stretches that each rank holds."""
         return len(self.owners(1))
 
     def held(self, num_tokens: int, size: int, index: int) -> tuple[slice, ...]:
@@ -61,9 +62,9 @@ class Strategy:
         return held(self.owners(size), num_tokens, index)
 
     def token_order(self, num_tokens: int, size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """The tokens in the order in which the ranks hold them, and where each token stands in it.
+        """The tokens in the order of the ranks that hold them, and the inverse permutation.
 
-        None if that is the order of the tokens.
+        None if that is the order of the tokens in the sequence.
         """
         owners = self.owners(size)
         return None if owners == tuple(range(size)) else _token_order(owners, num_tokens, size, device)
