@@ -11,11 +11,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from lrsa_ds.partition import PartitionTable
 from lrsa_ds.registry import KERNELS
 
-AttentionFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+DenseMethod = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 NSA_BLOCK = 64  # keys of a block that a query selects, as in the paper of native sparse attention (arXiv 2502.11089)
 
 
-def sdpa(backend: SDPBackend) -> AttentionFunction:
+def sdpa(backend: SDPBackend) -> DenseMethod:
     def attend(q, k, v):
         with sdpa_kernel(backend):
             return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
@@ -29,7 +29,7 @@ def dense_fa4(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor
     return flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), causal=True)[0].transpose(1, 2)
 
 
-def dense_methods(device: torch.device, dtype: torch.dtype, dim: int) -> dict[str, AttentionFunction]:
+def dense_methods(device: torch.device, dtype: torch.dtype, dim: int) -> dict[str, DenseMethod]:
     methods = {"dense cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION), "dense flash": sdpa(SDPBackend.FLASH_ATTENTION)}
     reason = KERNELS["fa4"].why_not(device, dtype, dim)
     return methods if reason else methods | {"dense fa4": dense_fa4}
@@ -39,7 +39,7 @@ def has_nsa() -> bool:
     return importlib.util.find_spec("native_sparse_attention_pytorch") is not None
 
 
-def nsa(table: PartitionTable) -> AttentionFunction:
+def nsa(table: PartitionTable) -> DenseMethod:
     """The selected-blocks branch of native-sparse-attention-pytorch, at as many keys a query as LRSA under `table`.
 
     Which blocks are selected does not change the time, so they are drawn by lot; what it takes to choose them is not
