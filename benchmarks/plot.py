@@ -16,7 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
 from lrsa_ds import LRSAConfig  # noqa: E402
-from lrsa_ds.partition import partition_table  # noqa: E402
+from lrsa_ds.attention.partition import partition_table  # noqa: E402
 
 Curves = dict[tuple[str, str], dict[int, float]]
 

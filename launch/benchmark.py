@@ -29,14 +29,13 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel  # noqa: E402
 
-from launch.attention_methods import dense_methods, has_nsa, nsa  # noqa: E402
+from benchmarks.attention_methods import dense_methods, has_nsa, nsa  # noqa: E402
 from lrsa_ds import LagKVCache, LRSAConfig, apply_lrsa, lrsa_attention, prefill  # noqa: E402
 from lrsa_ds.attention.buffered import buffered_layout, select_and_gather  # noqa: E402
 from lrsa_ds.attention.kernels.kernel import choose_kernel  # noqa: E402
-from lrsa_ds.cache import cached_states  # noqa: E402
-from lrsa_ds.config import require_one_of  # noqa: E402
-from lrsa_ds.errors import LRSAError  # noqa: E402
-from lrsa_ds.partition import partition_table  # noqa: E402
+from lrsa_ds.attention.partition import partition_table  # noqa: E402
+from lrsa_ds.errors import LRSAError, require_one_of  # noqa: E402
+from lrsa_ds.models.cache import cached_states  # noqa: E402
 from lrsa_ds.registry import KERNELS  # noqa: E402
 
 # Shapes of models whose weights do not matter: (hidden, intermediate, layers, query heads, KV heads).

@@ -23,13 +23,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
 import recipes  # noqa: E402
 from launch.benchmark import append, percentiles, setting  # noqa: E402
-from launch.command import leave, run_command  # noqa: E402
-from lrsa_ds.config import AttentionConfig, TrainConfig, require  # noqa: E402
+from launch.cli.command import leave, run_command  # noqa: E402
+from lrsa_ds.config import TrainConfig  # noqa: E402
 from lrsa_ds.data.packing import IGNORE, PackedSequence  # noqa: E402
+from lrsa_ds.errors import require  # noqa: E402
 from lrsa_ds.parallel.mesh import Mesh, start_mesh, stop_mesh  # noqa: E402
-from lrsa_ds.plan import Plan, prepare  # noqa: E402
-from lrsa_ds.run import build_engine  # noqa: E402
-from lrsa_ds.trainer import Engine, Trainer, peak_memory_gb, reset_peak_memory  # noqa: E402
+from lrsa_ds.settings.attention import AttentionConfig  # noqa: E402
+from lrsa_ds.train.plan import Plan, prepare  # noqa: E402
+from lrsa_ds.train.run import build_engine  # noqa: E402
+from lrsa_ds.train.trainer import Engine, Trainer, peak_memory_gb, reset_peak_memory  # noqa: E402
 
 NUM_TARGETS = 1024
 FASTEST_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]

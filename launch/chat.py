@@ -14,17 +14,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout, installed or not
 
-import launch.interrupts  # noqa: F401
+import launch.cli.interrupts  # noqa: F401
 
 # isort: split
 import torch
 
 import lrsa_ds
-from lrsa_ds.config import require
 from lrsa_ds.data.encoder import Encoder, Prompt, after_lead
 from lrsa_ds.data.tokenizer import decoded
-from lrsa_ds.errors import LRSAError
-from lrsa_ds.generation import end_tokens, generate
+from lrsa_ds.errors import LRSAError, require
+from lrsa_ds.models.generation import end_tokens, generate
 
 
 def arguments() -> argparse.Namespace:

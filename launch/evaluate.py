@@ -11,9 +11,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout, installed or not
 
-import launch.interrupts
-import launch.no_gc  # noqa: F401
-from launch.command import leave, run_command
+import launch.cli.interrupts
+import launch.cli.no_gc  # noqa: F401
+from launch.cli.command import leave, run_command
 from lrsa_ds.evaluate.config import EvaluateConfig
 from lrsa_ds.evaluate.run import evaluate
 from recipes.samples import Samples

@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import launch.interrupts  # noqa: E402, F401
+import launch.cli.interrupts  # noqa: E402, F401
 
 # isort: split
 import hydra  # noqa: E402
@@ -33,19 +33,19 @@ from hydra.errors import HydraException  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
-from launch.accelerator import register_resolver  # noqa: E402
-from launch.checkout import CONF, register_checkout  # noqa: E402
-from launch.command import plain_keys  # noqa: E402
-from launch.defaults import fit_defaults  # noqa: E402
-from launch.schema import register_schema  # noqa: E402
-from launch.sentences import hydra_sentence, quoted  # noqa: E402
-from lrsa_ds.config import TrainConfig, require, typed_config  # noqa: E402
-from lrsa_ds.directory import OUTPUTS, SWEEP, check_directory, mark_directory  # noqa: E402
-from lrsa_ds.errors import LRSAError  # noqa: E402
-from lrsa_ds.exits import Exit  # noqa: E402
+from launch.cli.accelerator import register_resolver  # noqa: E402
+from launch.cli.checkout import CONF, register_checkout  # noqa: E402
+from launch.cli.command import plain_keys  # noqa: E402
+from launch.cli.defaults import fit_defaults  # noqa: E402
+from launch.cli.schema import register_schema  # noqa: E402
+from launch.cli.sentences import hydra_sentence, quoted  # noqa: E402
+from lrsa_ds.config import TrainConfig, typed_config  # noqa: E402
+from lrsa_ds.directories.layout import OUTPUTS, SWEEP, check_directory, mark_directory  # noqa: E402
+from lrsa_ds.directories.lock import locked  # noqa: E402
+from lrsa_ds.errors import LRSAError, require  # noqa: E402
 from lrsa_ds.inputs import check_inputs  # noqa: E402
-from lrsa_ds.launcher import is_one_of_several  # noqa: E402
-from lrsa_ds.lock import locked  # noqa: E402
+from lrsa_ds.process.exits import Exit  # noqa: E402
+from lrsa_ds.process.launcher import is_one_of_several  # noqa: E402
 from lrsa_ds.sweep import Job, Runner, draw_sweep, job_directory, job_name, result, results, sweep_table  # noqa: E402
 
 BASIC = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"

@@ -5,13 +5,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout, installed or not
 
-import launch.interrupts
-import launch.no_gc  # noqa: F401
+import launch.cli.interrupts
+import launch.cli.no_gc  # noqa: F401
 import recipes
-from launch.accelerator import PICKS
-from launch.command import leave, run_command
+from launch.cli.accelerator import PICKS
+from launch.cli.command import leave, run_command
 from lrsa_ds.config import TrainConfig
-from lrsa_ds.run import train
+from lrsa_ds.train.run import train
 
 
 def action(config: TrainConfig) -> bool:

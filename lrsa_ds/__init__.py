@@ -1,11 +1,11 @@
 """Long-context post-training of language models on exactly the KV cache that inference will keep."""
 
-import lrsa_ds.parallel.strategies  # noqa: F401  fills the table of what parallel.exchange may name
+import lrsa_ds.parallel.sequence.strategies  # noqa: F401  fills the table of what parallel.exchange may name
 from lrsa_ds.attention import SelectionRule, lrsa_attention, register_selection, select_kept
-from lrsa_ds.cache import LagKVCache
-from lrsa_ds.inference import load, prefill
 from lrsa_ds.lrsa_config import LRSAConfig
-from lrsa_ds.model import apply_lrsa, new_cache
+from lrsa_ds.models.cache import LagKVCache
+from lrsa_ds.models.inference import load, prefill
+from lrsa_ds.models.patch import apply_lrsa, new_cache
 
 __version__ = "0.1.0"
 __all__ = [

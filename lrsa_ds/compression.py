@@ -3,9 +3,9 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from lrsa_ds.attention.partition import num_held
 from lrsa_ds.labels import retention_name
 from lrsa_ds.layers import AnyConfig
-from lrsa_ds.partition import num_held
 
 
 @dataclass

@@ -5,9 +5,11 @@ from collections.abc import Iterator
 from glob import glob
 from pathlib import Path
 
-from lrsa_ds.adapters import find_adapters
-from lrsa_ds.config import DataConfig, ModelConfig, require
+from lrsa_ds.errors import require
 from lrsa_ds.hub import looks_local
+from lrsa_ds.models.adapters import find_adapters
+from lrsa_ds.settings.data import DataConfig
+from lrsa_ds.settings.model import ModelConfig
 
 
 def check_inputs(directory: Path, model: ModelConfig, data: DataConfig | None = None, **more: str | None) -> None:

@@ -21,12 +21,12 @@ import psutil
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from lrsa_ds.directory import TRAIN, check_directory, mark_directory
+from lrsa_ds.directories.layout import TRAIN, check_directory, mark_directory
 from lrsa_ds.errors import LRSAError
-from lrsa_ds.exits import Exit
 from lrsa_ds.labels import SMALLER, factor_name
-from lrsa_ds.output import COMPLETED
 from lrsa_ds.parallel.rendezvous import free_port
+from lrsa_ds.process.exits import Exit
+from lrsa_ds.train.output import COMPLETED
 
 JOB, LOG = "job.json", "log.txt"
 MAX_NAME = 100  # characters of a directory's name, without the digest; file systems take 255

@@ -9,9 +9,8 @@ from traceback import extract_tb
 from types import ModuleType
 from typing import cast
 
-from lrsa_ds.config import require
 from lrsa_ds.data.procedure import Procedure
-from lrsa_ds.errors import LRSAError
+from lrsa_ds.errors import LRSAError, require
 
 PROCEDURES = {"qa": "recipes.qa"}
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lrsa_ds.config import DataConfig
 from lrsa_ds.data.encoder import Encoder
 from lrsa_ds.data.files import find_files
 from lrsa_ds.data.mixture import open_rows
@@ -18,6 +17,7 @@ from lrsa_ds.data.stores import rows_of
 from lrsa_ds.data.tokenizer import Tokenizer
 from lrsa_ds.errors import LRSAError
 from lrsa_ds.evaluate.evaluator import Sample
+from lrsa_ds.settings.data import DataConfig
 from recipes.longeval import to_sample
 
 # The data sets of LongBench (arXiv 2308.14508) in English and code, by metric.

@@ -10,10 +10,10 @@ from lrsa_ds.attention.kept_buffer import buffer_positions, gather_kept
 from lrsa_ds.attention.kernels.blocks import BLOCK, Copies, copy_history, padded_buffer_size, queries_ahead
 from lrsa_ds.attention.kernels.interval import Ahead, Intervals
 from lrsa_ds.attention.kernels.kernel import Kernel
+from lrsa_ds.attention.partition import PartitionTable, intervals_of, partition_table
 from lrsa_ds.attention.selection.fused_lagkv import HAS_TRITON
 from lrsa_ds.attention.selection.select import has_fused_path
-from lrsa_ds.config import LRSAConfig
-from lrsa_ds.partition import PartitionTable, intervals_of, partition_table
+from lrsa_ds.lrsa_config import LRSAConfig
 
 
 def buffered_attention(

@@ -6,10 +6,10 @@ import torch
 
 from lrsa_ds.attention.chunked import attend_causally, attend_chunks
 from lrsa_ds.attention.kept_buffer import gather_kept
+from lrsa_ds.attention.partition import num_compressed_partitions, partition_table, room_in_chunk
 from lrsa_ds.attention.selection.rule import Partitions
 from lrsa_ds.attention.selection.select import fast_select_partitions
-from lrsa_ds.config import LRSAConfig
-from lrsa_ds.partition import num_compressed_partitions, partition_table, room_in_chunk
+from lrsa_ds.lrsa_config import LRSAConfig
 
 
 def cached_attention(

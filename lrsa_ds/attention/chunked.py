@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from lrsa_ds.attention.kept_buffer import buffer_positions, gather_kept
-from lrsa_ds.partition import Chunk, PartitionTable
+from lrsa_ds.attention.partition import Chunk, PartitionTable
 
 
 def chunked_attention(

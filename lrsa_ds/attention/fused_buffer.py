@@ -11,9 +11,9 @@ import torch
 
 from lrsa_ds.attention.kept_buffer import buffer_plan
 from lrsa_ds.attention.kernels.blocks import Copies, padded_buffer_size
+from lrsa_ds.attention.partition import PartitionTable
 from lrsa_ds.attention.selection.fused_lagkv import HAS_TRITON
 from lrsa_ds.attention.selection.rule import Partitions
-from lrsa_ds.partition import PartitionTable
 from lrsa_ds.registry import SELECTION_RULES
 
 ROWS = 64  # of a program

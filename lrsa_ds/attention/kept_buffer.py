@@ -8,9 +8,9 @@ from functools import lru_cache, partial
 
 import torch
 
+from lrsa_ds.attention.partition import PartitionTable
 from lrsa_ds.attention.selection.rule import Partitions
 from lrsa_ds.attention.selection.select import select_partitions
-from lrsa_ds.partition import PartitionTable
 
 
 @dataclass(frozen=True, eq=False)

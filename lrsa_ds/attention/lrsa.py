@@ -7,9 +7,10 @@ import torch
 from lrsa_ds.attention.buffered import buffered_attention
 from lrsa_ds.attention.chunked import chunked_attention
 from lrsa_ds.attention.kernels.kernel import choose_kernel
-from lrsa_ds.config import LRSAConfig, require
+from lrsa_ds.attention.partition import partition_table
 from lrsa_ds.dtypes import dtype_name
-from lrsa_ds.partition import partition_table
+from lrsa_ds.errors import require
+from lrsa_ds.lrsa_config import LRSAConfig
 
 
 def lrsa_attention(

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from lrsa_ds.config import DataConfig
 from lrsa_ds.data.shapes import ToRow
 from lrsa_ds.data.sources import Row, Rows
+from lrsa_ds.settings.data import DataConfig
 
 
 def open_rows(

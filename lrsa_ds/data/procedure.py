@@ -15,10 +15,11 @@ have other columns is short:
 
 from typing import Protocol
 
-from lrsa_ds.config import TrainConfig, require
+from lrsa_ds.config import TrainConfig
 from lrsa_ds.data.packing import Example
 from lrsa_ds.data.stream import TrainingRows
 from lrsa_ds.data.tokenizer import Tokenizer
+from lrsa_ds.errors import require
 
 
 class RunData(TrainingRows, Protocol):

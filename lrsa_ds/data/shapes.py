@@ -24,10 +24,10 @@ from functools import partial
 from traceback import extract_tb
 from typing import Any, NamedTuple
 
-from lrsa_ds.config import COLUMNS
 from lrsa_ds.data.messages import check_answers, checked_text, normalise_messages, normalise_tools
 from lrsa_ds.data.packing import IGNORE
 from lrsa_ds.errors import LRSAError
+from lrsa_ds.settings.data import COLUMNS
 
 # The task of a row that names none, by a key of its canonical form.
 _TASK_WITH = {"input_ids": "tokens", "messages": "chat", "question": "qa", "prompt": "completion", "text": "text"}

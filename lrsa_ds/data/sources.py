@@ -7,7 +7,6 @@ from typing import Any, NamedTuple, cast
 import datasets
 import numpy as np
 
-from lrsa_ds.config import DataConfig
 from lrsa_ds.data.files import find_files
 from lrsa_ds.data.rowstreams import FileStream, HubStream, RowStream
 from lrsa_ds.data.shapes import USED_COLUMNS, ToRow, row_reader
@@ -15,6 +14,7 @@ from lrsa_ds.data.stores import READ_ERRORS, HubStore, Store, file_store
 from lrsa_ds.errors import LRSAError
 from lrsa_ds.hub import hub_error, resolve_name
 from lrsa_ds.notices import say_once
+from lrsa_ds.settings.data import DataConfig
 
 # One in so many rows is held out where rows are few and their number is a default.
 ROWS_TO_ONE = 4

@@ -9,9 +9,9 @@ import torch
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from lrsa_ds.config import ModelConfig
 from lrsa_ds.errors import LRSAError
 from lrsa_ds.hub import hub_error, looks_local, resolve_name
+from lrsa_ds.settings.model import ModelConfig
 
 Tokenizer = PreTrainedTokenizerBase
 

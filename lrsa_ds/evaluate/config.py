@@ -2,18 +2,13 @@
 
 from dataclasses import dataclass, field
 
-from lrsa_ds.config import (
-    DataConfig,
-    LogConfig,
-    ModelConfig,
-    expand_home,
-    require,
-    require_one_of,
-    require_retention,
-    require_whole,
-)
+from lrsa_ds.errors import require, require_one_of, require_whole
 from lrsa_ds.layers import AnyConfig, uniform
-from lrsa_ds.lrsa_config import LRSAConfig
+from lrsa_ds.lrsa_config import LRSAConfig, require_retention
+from lrsa_ds.settings.data import DataConfig
+from lrsa_ds.settings.model import ModelConfig
+from lrsa_ds.settings.paths import expand_home
+from lrsa_ds.settings.run import LogConfig
 
 PREFILLS = ("dense", "chunked", "after")
 OLD_SPELLINGS = {"full": "after"}

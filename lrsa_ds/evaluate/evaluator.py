@@ -12,12 +12,12 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lrsa_ds.cache import LagKVCache
 from lrsa_ds.data.encoder import after_lead
 from lrsa_ds.data.tokenizer import decoded
-from lrsa_ds.generation import end_tokens, generate
-from lrsa_ds.inference import prefill
 from lrsa_ds.layers import AnyConfig
+from lrsa_ds.models.cache import LagKVCache
+from lrsa_ds.models.generation import end_tokens, generate
+from lrsa_ds.models.inference import prefill
 
 # Parts of a text, by position, whose perplexity is told apart.
 NUM_POSITIONS = 16

@@ -9,11 +9,13 @@ from typing import Protocol
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
-from lrsa_ds.config import LogConfig, load_settings, require, require_compression, save_settings
-from lrsa_ds.data.ends import set_ends
+from lrsa_ds.config import load_settings, save_settings
 from lrsa_ds.data.tokenizer import Tokenizer, load_tokenizer
-from lrsa_ds.directory import EVALUATE, check_directory, mark_directory, remove_run
+from lrsa_ds.directories.layout import EVALUATE, check_directory, mark_directory, remove_run
+from lrsa_ds.directories.lock import check_lock
+from lrsa_ds.directories.occupy import occupy
 from lrsa_ds.dtypes import dtype_of
+from lrsa_ds.errors import require
 from lrsa_ds.evaluate.config import EvaluateConfig
 from lrsa_ds.evaluate.evaluator import Evaluator, Mode, Sample, modes
 from lrsa_ds.evaluate.report import draw_results, results_table
@@ -29,18 +31,20 @@ from lrsa_ds.evaluate.results import (
 )
 from lrsa_ds.evaluate.telemetry import WHEN, measure_samples, telemetry_cache
 from lrsa_ds.inputs import check_inputs
-from lrsa_ds.journal import JSONLines, Progress
 from lrsa_ds.labels import retention_name
 from lrsa_ds.layers import AnyConfig, describe
-from lrsa_ds.lock import check_lock
-from lrsa_ds.metrics import RunLogger
-from lrsa_ds.model import apply_lrsa, check_supported, empty_model, load_model, num_layers, to_device
-from lrsa_ds.occupy import occupy
+from lrsa_ds.logs.journal import JSONLines, Progress
+from lrsa_ds.logs.metrics import RunLogger
+from lrsa_ds.logs.provenance import provenance
+from lrsa_ds.logs.wandb_thread import check_wandb
+from lrsa_ds.models.ends import set_ends
+from lrsa_ds.models.loading import empty_model, load_model
+from lrsa_ds.models.patch import apply_lrsa, check_supported, num_layers, to_device
 from lrsa_ds.parallel.mesh import Mesh, start_mesh, stop_mesh
-from lrsa_ds.provenance import provenance
-from lrsa_ds.signals import StopRequest
+from lrsa_ds.process.signals import StopRequest
+from lrsa_ds.settings.attention import require_compression
+from lrsa_ds.settings.run import LogConfig
 from lrsa_ds.telemetry.report import report_telemetry
-from lrsa_ds.wandb_thread import check_wandb
 
 Score = Callable[[str, str, Sequence[str]], float]
 SETTINGS = "config.yaml"

@@ -6,17 +6,17 @@ import torch
 from transformers import PreTrainedModel
 
 from lrsa_ds.attention import AttentionFunction
-from lrsa_ds.config import require_compression
 from lrsa_ds.data.packing import IGNORE, Example, PackedSequence
 from lrsa_ds.data.tokenizer import Tokenizer
 from lrsa_ds.errors import require
 from lrsa_ds.evaluate.config import EvaluateConfig
 from lrsa_ds.evaluate.evaluator import LOGITS_AT_ONCE, Sample
-from lrsa_ds.journal import Progress
 from lrsa_ds.layers import AnyConfig
-from lrsa_ds.model import num_layers
+from lrsa_ds.logs.journal import Progress
+from lrsa_ds.models.patch import num_layers
 from lrsa_ds.objectives import TargetLoss
 from lrsa_ds.parallel.mesh import Mesh
+from lrsa_ds.settings.attention import require_compression
 from lrsa_ds.telemetry.measure import Measurement, Telemetry
 from lrsa_ds.telemetry.settings import every_layer, require_dropping, require_greedy
 

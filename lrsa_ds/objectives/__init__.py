@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from lrsa_ds.config import TrainConfig
-from lrsa_ds.model import PreTrainedModel
+from lrsa_ds.models.patch import PreTrainedModel
 from lrsa_ds.objectives.distill import Distill
 from lrsa_ds.objectives.objective import Batch, Objective, objective_of
 from lrsa_ds.objectives.target_loss import TargetLoss

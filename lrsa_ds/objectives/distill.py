@@ -19,12 +19,14 @@ import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from torch.utils.checkpoint import checkpoint
 
-from lrsa_ds.adapters import adapters_disabled
-from lrsa_ds.config import ObjectiveConfig, TrainConfig, require
+from lrsa_ds.config import TrainConfig
 from lrsa_ds.data.packing import IGNORE
+from lrsa_ds.errors import require
 from lrsa_ds.layers import AnyConfig
-from lrsa_ds.model import PreTrainedModel, output_layer
+from lrsa_ds.models.adapters import adapters_disabled
+from lrsa_ds.models.patch import PreTrainedModel, output_layer
 from lrsa_ds.objectives.objective import Batch, Objective, hidden_states
+from lrsa_ds.settings.run import ObjectiveConfig
 
 
 class Distill(Objective):

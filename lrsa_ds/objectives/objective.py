@@ -16,7 +16,7 @@ from lrsa_ds.attention import AttentionFunction, lrsa_attention
 from lrsa_ds.config import TrainConfig
 from lrsa_ds.data.packing import IGNORE
 from lrsa_ds.layers import AnyConfig
-from lrsa_ds.model import PreTrainedModel, output_layer
+from lrsa_ds.models.patch import PreTrainedModel, output_layer
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,12 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from lrsa_ds.config import ObjectiveConfig, TrainConfig, require
+from lrsa_ds.config import TrainConfig
 from lrsa_ds.data.packing import IGNORE
-from lrsa_ds.model import output_layer
+from lrsa_ds.errors import require
+from lrsa_ds.models.patch import output_layer
 from lrsa_ds.objectives.objective import Batch, Objective, hidden_states
+from lrsa_ds.settings.run import ObjectiveConfig
 
 
 class TargetLoss(Objective):

@@ -13,10 +13,9 @@ import torch
 import torch.distributed as dist
 
 from lrsa_ds.attention.kernels.blocks import BLOCK
-from lrsa_ds.config import require
-from lrsa_ds.errors import LRSAError
-from lrsa_ds.parallel.exchange import SequenceGroup
+from lrsa_ds.errors import LRSAError, require
 from lrsa_ds.parallel.rendezvous import free_port, meet
+from lrsa_ds.parallel.sequence.exchange import SequenceGroup
 from lrsa_ds.registry import EXCHANGES
 
 JOIN = timedelta(minutes=30)  # for all ranks to come, where no setting says it

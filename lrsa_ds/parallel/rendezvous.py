@@ -9,7 +9,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from lrsa_ds.errors import LRSAError
-from lrsa_ds.launcher import named
+from lrsa_ds.process.launcher import named
 
 POLL_SECONDS = 0.5
 NOTE_SECONDS = 20.0  # of waiting, before rank 0 says for whom

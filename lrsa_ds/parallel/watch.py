@@ -11,10 +11,10 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from lrsa_ds.exits import Exit
-from lrsa_ds.launcher import named
 from lrsa_ds.parallel.mesh import Mesh
-from lrsa_ds.voice import heard, say_for_all
+from lrsa_ds.process.exits import Exit
+from lrsa_ds.process.launcher import named
+from lrsa_ds.process.voice import heard, say_for_all
 
 DIRECTORY = "ranks"
 WORD_SECONDS = 5.0  # for the rank that speaks to do so

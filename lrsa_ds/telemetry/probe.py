@@ -9,9 +9,9 @@ import torch
 
 from lrsa_ds.attention import lrsa_attention
 from lrsa_ds.attention.kept_buffer import buffer_positions
+from lrsa_ds.attention.partition import PartitionTable, partition_table
 from lrsa_ds.layers import AnyConfig
 from lrsa_ds.lrsa_config import LRSAConfig
-from lrsa_ds.partition import PartitionTable, partition_table
 from lrsa_ds.telemetry.answers import Answer
 
 # Elements of a tensor of attention scores or probabilities, in fp32: 64 MB.

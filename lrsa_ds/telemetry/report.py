@@ -7,9 +7,9 @@ from itertools import groupby
 from pathlib import Path
 
 from lrsa_ds.errors import LRSAError
-from lrsa_ds.journal import without_nan
 from lrsa_ds.labels import retention_name
-from lrsa_ds.metrics import RunLogger
+from lrsa_ds.logs.journal import without_nan
+from lrsa_ds.logs.metrics import RunLogger
 from lrsa_ds.telemetry.measure import Telemetry
 
 MOST_NAMED = 5  # layers in the sentence

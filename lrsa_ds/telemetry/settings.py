@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from lrsa_ds.config import AttentionConfig, TrainConfig, require_compression
+from lrsa_ds.config import TrainConfig
 from lrsa_ds.errors import require
 from lrsa_ds.layers import AnyConfig, uniform
+from lrsa_ds.settings.attention import AttentionConfig, require_compression
 
 
 def smallest_cache(attention: AttentionConfig, retentions: Sequence[float]) -> AnyConfig:

@@ -11,14 +11,15 @@ from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from peft import LoraConfig as PeftConfig
 from transformers import AutoModelForCausalLM
 
-from lrsa_ds import LRSAConfig, apply_lrsa, load, output, prefill
-from lrsa_ds.adapters import add_adapters, base_name, freeze, merge_adapters, save_adapters
-from lrsa_ds.config import LoraConfig, ModelConfig
+from lrsa_ds import LRSAConfig, apply_lrsa, load, prefill
 from lrsa_ds.data.tokenizer import byte_tokenizer
 from lrsa_ds.errors import LRSAError
-from lrsa_ds.model import load_model
+from lrsa_ds.models.adapters import add_adapters, base_name, freeze, merge_adapters, save_adapters
+from lrsa_ds.models.loading import load_model
 from lrsa_ds.objectives import TargetLoss
-from lrsa_ds.output import _save_model
+from lrsa_ds.settings.model import LoraConfig, ModelConfig
+from lrsa_ds.train import output
+from lrsa_ds.train.output import _save_model
 from tests.cpu.test_model import FAMILIES, SIZES, tiny
 from tests.helpers import assert_close
 

@@ -11,9 +11,9 @@ from lrsa_ds.attention.kernels.blocks import BLOCK, block_cover, interval_rows
 from lrsa_ds.attention.kernels.fa4 import RELEASE
 from lrsa_ds.attention.kernels.flex import _block_mask
 from lrsa_ds.attention.kernels.interval import Ahead, interval_attention
+from lrsa_ds.attention.partition import _build as layout_of
+from lrsa_ds.attention.partition import partition_table
 from lrsa_ds.errors import LRSAError
-from lrsa_ds.partition import _build as layout_of
-from lrsa_ds.partition import partition_table
 from lrsa_ds.registry import KERNELS
 from tests.helpers import ROOT, assert_close
 

@@ -8,11 +8,11 @@ from argparse import Namespace
 import pytest
 import torch
 
-from launch.attention_methods import NSA_BLOCK, _blocks, blocks_a_query
+from benchmarks.attention_methods import NSA_BLOCK, _blocks, blocks_a_query
 from launch.benchmark import attention_methods
 from lrsa_ds import LRSAConfig
+from lrsa_ds.attention.partition import partition_table
 from lrsa_ds.errors import LRSAError
-from lrsa_ds.partition import partition_table
 from tests.helpers import ROOT
 
 CONFIG = LRSAConfig(sink_size=16, lag_size=1024, retention=0.125)

@@ -9,9 +9,9 @@ import torch
 from transformers import DynamicCache
 
 from lrsa_ds import LagKVCache, LRSAConfig, apply_lrsa, load, prefill, select_kept
+from lrsa_ds.attention.partition import cache_factor, num_held, room_in_chunk
 from lrsa_ds.data.tokenizer import byte_tokenizer
 from lrsa_ds.errors import LRSAError
-from lrsa_ds.partition import cache_factor, num_held, room_in_chunk
 from tests.cpu.test_model import FAMILIES, tiny
 from tests.helpers import assert_close
 

@@ -2,10 +2,10 @@
 
 import pytest
 
+from lrsa_ds.attention.partition import cache_factor, num_held
 from lrsa_ds.compression import Compression, held_sentence, short_documents_sentence
-from lrsa_ds.config import LRSAConfig
 from lrsa_ds.labels import factor_name, retention_name
-from lrsa_ds.partition import cache_factor, num_held
+from lrsa_ds.lrsa_config import LRSAConfig
 from tests.helpers import ROOT
 
 CONFIG = LRSAConfig(sink_size=16, lag_size=512, retention=0.125)  # S + 2L = 1,040

@@ -10,22 +10,17 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from launch.accelerator import PICKS, register_resolver
-from launch.checkout import check_fetched, register_checkout
-from launch.schema import register_schema
-from launch.sentences import hydra_sentence
+from launch.cli.accelerator import PICKS, register_resolver
+from launch.cli.checkout import check_fetched, register_checkout
+from launch.cli.schema import register_schema
+from launch.cli.sentences import hydra_sentence
 from lrsa_ds import LRSAConfig
-from lrsa_ds.config import (
-    DataConfig,
-    ModelConfig,
-    ObjectiveConfig,
-    SourceConfig,
-    TrainConfig,
-    save_settings,
-    typed_config,
-)
+from lrsa_ds.config import TrainConfig, save_settings, typed_config
 from lrsa_ds.errors import LRSAError
 from lrsa_ds.evaluate.config import EvaluateConfig
+from lrsa_ds.settings.data import DataConfig, SourceConfig
+from lrsa_ds.settings.model import ModelConfig
+from lrsa_ds.settings.run import ObjectiveConfig
 from tests.helpers import ROOT
 
 CONF = ROOT / "conf"

@@ -7,12 +7,16 @@ from itertools import islice
 
 import pytest
 
-from lrsa_ds.config import AttentionConfig, DataConfig, EvalConfig, ModelConfig, SourceConfig, TrainConfig
+from lrsa_ds.config import TrainConfig
 from lrsa_ds.data.mixture import open_rows, shares
 from lrsa_ds.data.stream import TrainStream
 from lrsa_ds.data.tokenizer import load_tokenizer
 from lrsa_ds.errors import LRSAError
 from lrsa_ds.inputs import check_inputs
+from lrsa_ds.settings.attention import AttentionConfig
+from lrsa_ds.settings.data import DataConfig, SourceConfig
+from lrsa_ds.settings.model import ModelConfig
+from lrsa_ds.settings.run import EvalConfig
 from recipes.qa import prepare
 
 MODEL = ModelConfig(random={"model_type": "llama"}, tokenizer="bytes")

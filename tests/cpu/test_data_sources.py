@@ -8,11 +8,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from lrsa_ds.config import DataConfig
 from lrsa_ds.data import jsonfiles
 from lrsa_ds.data.shapes import canonical
 from lrsa_ds.data.sources import Rows
 from lrsa_ds.errors import LRSAError
+from lrsa_ds.settings.data import DataConfig
 
 QA = {"context": "c", "question": "q", "answer": "a"}
 SHAPES = {

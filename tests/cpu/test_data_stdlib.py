@@ -6,11 +6,11 @@ import re
 
 import pytest
 
-from lrsa_ds.config import ModelConfig
 from lrsa_ds.data.stdlib_docs import _signature, load_documents
 from lrsa_ds.data.stdlib_qa import StdlibQA
 from lrsa_ds.data.tokenizer import load_tokenizer
 from lrsa_ds.errors import LRSAError
+from lrsa_ds.settings.model import ModelConfig
 from recipes.qa import Encoder
 
 TASKS = ["signature", "passkey", "lookup"]

@@ -10,7 +10,6 @@ import torch
 from matplotlib.image import imread
 
 from lrsa_ds import LRSAConfig, apply_lrsa
-from lrsa_ds.config import DataConfig, ModelConfig
 from lrsa_ds.data.tokenizer import byte_tokenizer
 from lrsa_ds.errors import LRSAError
 from lrsa_ds.evaluate.config import CacheConfig, EvaluateConfig
@@ -18,6 +17,8 @@ from lrsa_ds.evaluate.evaluator import DENSE, Evaluator, Mode, Sample, modes
 from lrsa_ds.evaluate.report import METRICS as LEGEND
 from lrsa_ds.evaluate.report import draw_results, results_table
 from lrsa_ds.evaluate.results import collect, interval, part_of, read_results, summary, wilson
+from lrsa_ds.settings.data import DataConfig
+from lrsa_ds.settings.model import ModelConfig
 from recipes.longeval import GENERATED, GeneratedSamples
 from recipes.samples import Samples
 from recipes.scoring import METRICS

@@ -12,7 +12,7 @@ from lrsa_ds import LagKVCache, LRSAConfig, apply_lrsa, prefill
 from lrsa_ds.data.tokenizer import byte_tokenizer
 from lrsa_ds.errors import LRSAError
 from lrsa_ds.evaluate.evaluator import Evaluator, Mode, Sample
-from lrsa_ds.generation import end_tokens
+from lrsa_ds.models.generation import end_tokens
 from tests.cpu.test_model import tiny
 
 CONFIG = LRSAConfig(sink_size=3, lag_size=8, retention=0.3)

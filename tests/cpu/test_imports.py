@@ -10,58 +10,43 @@ ROOT = Path(__file__).resolve().parents[2]
 # Who may import whom inside lrsa_ds: a module imports from its own layer and from those before it, never from a later
 # one. A new module gets a place here.
 LAYERS = (
-    ("dtypes", "errors", "exits", "labels", "notices", "registry", "launcher", "voice", "lock", "signals"),
+    ("dtypes", "errors", "labels", "notices", "registry", "process"),
     ("layers", "lrsa_config"),
-    ("config", "directory", "hub", "partition"),
+    ("settings",),
+    ("config", "hub"),
     ("attention",),
-    ("cache", "compression", "documents", "parallel", "provenance"),
-    ("passes",),
-    ("adapters", "generation"),
-    ("model",),
-    (
-        *("checkpoint", "console", "data", "inputs", "journal", "liger", "metrics", "occupy", "report"),
-        "wandb_thread",
-    ),
+    ("parallel",),
+    ("compression", "directories"),
+    ("data",),
+    ("models",),
+    ("inputs",),
     ("objectives",),
-    ("output", "profiling", "saving"),
-    ("sweep",),
-    ("inference", "telemetry"),
+    ("logs",),
+    ("telemetry",),
     ("evaluate",),
-    ("predictions", "trainer"),
-    ("evaluation",),
-    ("plan",),
-    ("run",),
-    ("selftest",),
+    ("train",),
+    ("sweep",),
 )
 
 # The same for the whole project.
-PACKAGES = ("lrsa_ds", "recipes", "launch")
+PACKAGES = ("lrsa_ds", "recipes", "benchmarks", "launch")
 
 # The only places that may import these: files, or whole folders.
 ONLY_IN = {
     "hydra": ("launch/",),
-    "omegaconf": ("launch/", "lrsa_ds/config.py"),
-    "wandb": ("lrsa_ds/wandb_thread.py",),
+    "omegaconf": ("launch/", "lrsa_ds/config.py", "lrsa_ds/settings/"),
+    "wandb": ("lrsa_ds/logs/wandb_thread.py",),
     "transformers": (
-        "lrsa_ds/model.py",
-        "lrsa_ds/adapters.py",
-        "lrsa_ds/liger.py",
-        "lrsa_ds/output.py",
-        "lrsa_ds/cache.py",
-        "lrsa_ds/generation.py",
-        "lrsa_ds/inference.py",
+        "lrsa_ds/models/",
         "lrsa_ds/data/",
         "lrsa_ds/evaluate/",
+        "lrsa_ds/train/output.py",
         "launch/benchmark.py",  # the stock model and cache are its baseline
     ),
     "deepspeed": (
-        "lrsa_ds/model.py",
+        "lrsa_ds/models/loading.py",
         "lrsa_ds/parallel/",
-        "lrsa_ds/trainer.py",
-        "lrsa_ds/checkpoint.py",
-        "lrsa_ds/saving.py",
-        "lrsa_ds/output.py",
-        "lrsa_ds/selftest.py",
+        "lrsa_ds/train/",
     ),
 }
 
@@ -139,15 +124,15 @@ def test_project_has_no(check):
 @pytest.mark.parametrize(
     ("file", "source", "reported_by"),
     [
-        ("lrsa_ds/trainer.py", "import wandb", misplaced_dependencies),
-        ("lrsa_ds/trainer.py", "def f():\n    from hydra.core import x", misplaced_dependencies),
+        ("lrsa_ds/train/trainer.py", "import wandb", misplaced_dependencies),
+        ("lrsa_ds/train/trainer.py", "def f():\n    from hydra.core import x", misplaced_dependencies),
         ("recipes/qa.py", "from transformers import AutoTokenizer", misplaced_dependencies),
         ("lrsa_ds/objectives/distill.py", "import recipes.qa", later_packages),
         ("recipes/qa.py", "from launch import train", later_packages),
-        ("lrsa_ds/config.py", "from lrsa_ds.attention.score import score", later_layers),
-        ("lrsa_ds/attention/lrsa.py", "from lrsa_ds import model", later_layers),
+        ("lrsa_ds/config.py", "from lrsa_ds.attention.lrsa import lrsa_attention", later_layers),
+        ("lrsa_ds/attention/lrsa.py", "from lrsa_ds import models", later_layers),
         ("lrsa_ds/attention/lrsa.py", "from ..parallel import mesh", later_layers),
-        ("lrsa_ds/trainer.py", "from lrsa_ds import LRSAConfig", later_layers),
+        ("lrsa_ds/train/trainer.py", "from lrsa_ds import LRSAConfig", later_layers),
         ("lrsa_ds/unheard_of.py", "", modules_without_layer),
     ],
 )
@@ -160,10 +145,10 @@ def test_violation_is_reported(tmp_path, file, source, reported_by):
 
 def test_allowed_imports_are_not_reported(tmp_path):
     for file, source in {
-        "lrsa_ds/__init__.py": "from lrsa_ds.model import apply_lrsa",
+        "lrsa_ds/__init__.py": "from lrsa_ds.models.patch import apply_lrsa",
         "lrsa_ds/attention/lrsa.py": "import torch\nfrom lrsa_ds.config import x\nfrom .. import errors",
         "lrsa_ds/data/sources.py": "import transformers",
-        "lrsa_ds/wandb_thread.py": "import wandb",
+        "lrsa_ds/logs/wandb_thread.py": "import wandb",
         "recipes/qa.py": "from lrsa_ds import LRSAConfig",
         "launch/train.py": "import hydra\nfrom recipes import qa",
     }.items():

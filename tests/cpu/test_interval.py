@@ -7,12 +7,12 @@ from lrsa_ds import LRSAConfig
 from lrsa_ds.attention.kernels.blocks import BLOCK
 from lrsa_ds.attention.kernels.flex import flex_interval_attention
 from lrsa_ds.attention.kernels.interval import Intervals, interval_attention, merge
+from lrsa_ds.attention.partition import partition_table
 from lrsa_ds.errors import LRSAError
-from lrsa_ds.parallel.head_groups import check_heads
-from lrsa_ds.parallel.shard import shard_layout
-from lrsa_ds.parallel.strategy import Sharing
-from lrsa_ds.parallel.ulysses import check_dense_heads
-from lrsa_ds.partition import partition_table
+from lrsa_ds.parallel.sequence.head_groups import check_heads
+from lrsa_ds.parallel.sequence.shard import shard_layout
+from lrsa_ds.parallel.sequence.strategy import Sharing
+from lrsa_ds.parallel.sequence.ulysses import check_dense_heads
 from lrsa_ds.registry import EXCHANGES
 from tests.helpers import assert_close
 

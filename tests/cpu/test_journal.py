@@ -10,9 +10,9 @@ import termios
 
 import pytest
 
-from lrsa_ds import journal
 from lrsa_ds.errors import LRSAError
-from lrsa_ds.journal import JSONLines, Progress, print_above
+from lrsa_ds.logs import journal
+from lrsa_ds.logs.journal import JSONLines, Progress, print_above
 
 
 def make_row(step, **other):

@@ -6,7 +6,7 @@ The variables of srun, sbatch and mpirun are written down from their documentati
 import pytest
 
 from lrsa_ds.errors import LRSAError
-from lrsa_ds.launcher import check_launcher, is_one_of_several
+from lrsa_ds.process.launcher import check_launcher, is_one_of_several
 
 RANK = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "host", "MASTER_PORT": "29500"}
 # A job with two tasks: the batch script itself is one process, whatever its allocation is.

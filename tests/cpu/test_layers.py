@@ -7,16 +7,16 @@ import torch
 from transformers import DynamicCache
 
 import lrsa_ds
-from launch.command import plain_keys
+from launch.cli.command import plain_keys
 from lrsa_ds import LagKVCache, LRSAConfig, apply_lrsa, new_cache, prefill
+from lrsa_ds.attention.partition import cache_factor, num_held
 from lrsa_ds.compression import held_sentence
-from lrsa_ds.config import AttentionConfig
 from lrsa_ds.data.tokenizer import byte_tokenizer
 from lrsa_ds.errors import LRSAError
 from lrsa_ds.evaluate.config import CacheConfig
 from lrsa_ds.evaluate.evaluator import modes
 from lrsa_ds.layers import describe, from_saved
-from lrsa_ds.partition import cache_factor, num_held
+from lrsa_ds.settings.attention import AttentionConfig
 from tests.cpu.test_cache import STEPS, expected_length, logits_of_training, logits_with_cache, tokens
 from tests.cpu.test_config import composed
 from tests.cpu.test_evaluate import make_evaluator, make_sample

@@ -8,10 +8,10 @@ import sys
 import psutil
 import pytest
 
-from lrsa_ds.config import LogConfig
 from lrsa_ds.errors import LRSAError
-from lrsa_ds.metrics import RunLogger
-from lrsa_ds.wandb_thread import check_wandb
+from lrsa_ds.logs.metrics import RunLogger
+from lrsa_ds.logs.wandb_thread import check_wandb
+from lrsa_ds.settings.run import LogConfig
 from tests.helpers import ROOT, metrics_of, wandb_history, wandb_records
 
 KEY = "a" * 40
@@ -184,8 +184,8 @@ UNREACHABLE = """
 import sys
 import termios
 from pathlib import Path
-from lrsa_ds import metrics, wandb_thread
-from lrsa_ds.config import LogConfig
+from lrsa_ds.logs import metrics, wandb_thread
+from lrsa_ds.settings.run import LogConfig
 wandb_thread.INIT_SECONDS = 5
 logger = metrics.RunLogger(Path(sys.argv[1]), LogConfig(), {}, {}, "my_run", 50)
 for step in range(50):
@@ -210,7 +210,8 @@ def test_unreachable_server_neither_slows_the_steps_nor_holds_the_process(tmp_pa
 
 def test_disabled_never_imports_wandb(tmp_path):
     script = (
-        "import sys; from pathlib import Path; from lrsa_ds.config import LogConfig; from lrsa_ds.metrics import *\n"
+        "import sys; from pathlib import Path; from lrsa_ds.settings.run import LogConfig\n"
+        "from lrsa_ds.logs.metrics import *\n"
         "log = LogConfig(wandb='disabled'); assert check_wandb(log) == 'disabled'\n"
         f"logger = RunLogger(Path({str(tmp_path)!r}), log, {{}}, {{}}, 'my_run', 1)\n"
         "logger.step({'step': 1, 'loss': 1.0}); logger.close()\n"

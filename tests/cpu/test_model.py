@@ -5,9 +5,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from lrsa_ds import LagKVCache, LRSAConfig, apply_lrsa, lrsa_attention, prefill
-from lrsa_ds.config import ModelConfig
 from lrsa_ds.errors import LRSAError
-from lrsa_ds.model import empty_model, enable_checkpointing, load_model
+from lrsa_ds.models.loading import empty_model, load_model
+from lrsa_ds.models.patch import enable_checkpointing
+from lrsa_ds.settings.model import ModelConfig
 from tests.helpers import assert_close
 
 SIZES = dict(

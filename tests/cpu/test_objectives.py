@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from lrsa_ds import LRSAConfig, apply_lrsa
-from lrsa_ds.adapters import add_adapters
-from lrsa_ds.config import LoraConfig, ObjectiveConfig
 from lrsa_ds.data.packing import IGNORE
 from lrsa_ds.errors import LRSAError
+from lrsa_ds.models.adapters import add_adapters
 from lrsa_ds.objectives import OBJECTIVES, check_objective, make_objective
-from lrsa_ds.plan import prepare
-from lrsa_ds.run import _start_model
+from lrsa_ds.settings.model import LoraConfig
+from lrsa_ds.settings.run import ObjectiveConfig
+from lrsa_ds.train.plan import prepare
+from lrsa_ds.train.run import _start_model
 from recipes import load_procedure
 from tests.cpu.test_config import composed, sentence
 from tests.cpu.test_model import tiny

@@ -5,8 +5,8 @@ import torch
 from transformers import DataCollatorWithFlattening
 
 from lrsa_ds import LagKVCache, LRSAConfig, apply_lrsa, prefill
-from lrsa_ds.documents import document_lengths
 from lrsa_ds.errors import LRSAError
+from lrsa_ds.models.documents import document_lengths
 from tests.cpu.test_model import FAMILIES, tiny
 from tests.helpers import assert_close
 

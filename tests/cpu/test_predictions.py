@@ -7,8 +7,8 @@ import torch
 
 from lrsa_ds.data.packing import IGNORE, Example, packed
 from lrsa_ds.data.tokenizer import byte_tokenizer
-from lrsa_ds.evaluation import _targets
-from lrsa_ds.predictions import ANSWER_TOKENS, SHOWN_PER_TASK, ShownAnswers, prediction_row
+from lrsa_ds.train.predictions import ANSWER_TOKENS, SHOWN_PER_TASK, ShownAnswers, prediction_row
+from lrsa_ds.train.scoring import _targets
 
 TOKENIZER = byte_tokenizer()
 

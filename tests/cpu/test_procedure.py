@@ -4,10 +4,12 @@ import sys
 
 import pytest
 
-from lrsa_ds.config import DataConfig, ModelConfig, TrainConfig
+from lrsa_ds.config import TrainConfig
 from lrsa_ds.data.procedure import prepare_data
 from lrsa_ds.data.tokenizer import load_tokenizer
 from lrsa_ds.errors import LRSAError
+from lrsa_ds.settings.data import DataConfig
+from lrsa_ds.settings.model import ModelConfig
 from recipes import load_procedure
 
 MODEL = ModelConfig(random={"model_type": "llama"}, tokenizer="bytes")

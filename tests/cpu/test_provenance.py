@@ -2,7 +2,7 @@
 
 import subprocess
 
-from lrsa_ds.provenance import git_state, provenance, versions
+from lrsa_ds.logs.provenance import git_state, provenance, versions
 
 
 def git(directory, *arguments):

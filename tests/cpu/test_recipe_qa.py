@@ -9,12 +9,16 @@ import datasets
 import pytest
 import torch
 
-from lrsa_ds.config import AttentionConfig, DataConfig, EvalConfig, ModelConfig, TrainConfig
+from lrsa_ds.config import TrainConfig
 from lrsa_ds.data.packing import IGNORE, LeftOut, pack
 from lrsa_ds.data.stream import TrainStream, make_loader
 from lrsa_ds.data.survey import survey
 from lrsa_ds.data.tokenizer import load_tokenizer
 from lrsa_ds.errors import LRSAError
+from lrsa_ds.settings.attention import AttentionConfig
+from lrsa_ds.settings.data import DataConfig
+from lrsa_ds.settings.model import ModelConfig
+from lrsa_ds.settings.run import EvalConfig
 from recipes import load_procedure
 from recipes.qa import encode, prepare
 

@@ -4,7 +4,7 @@ import pytest
 from matplotlib.image import imread
 
 from lrsa_ds.errors import LRSAError
-from lrsa_ds.report import draw_evaluation, evaluation_table
+from lrsa_ds.logs.report import draw_evaluation, evaluation_table
 
 TASKS = ("signature", "passkey", "lookup")
 FACTORS = {1.0: 1.0, 0.5: 1.88, 0.3: 2.5, 0.25: 2.906, 0.125: 4.267}

@@ -4,7 +4,7 @@ from collections import OrderedDict
 
 import torch
 
-from lrsa_ds.saving import on_host
+from lrsa_ds.train.saving import on_host
 
 
 def test_a_copy_on_the_host_is_the_state_of_its_moment():

@@ -9,12 +9,14 @@ import lrsa_ds
 from lrsa_ds import LagKVCache, LRSAConfig, SelectionRule, apply_lrsa, prefill, register_selection, select_kept
 from lrsa_ds.attention.buffered import buffered_attention
 from lrsa_ds.attention.chunked import chunked_attention
-from lrsa_ds.checkpoint import ResumePoint, check_resume, plain_settings
-from lrsa_ds.config import AttentionConfig, ModelConfig, TrainConfig
+from lrsa_ds.attention.partition import partition_table
+from lrsa_ds.config import TrainConfig
 from lrsa_ds.errors import LRSAError
 from lrsa_ds.evaluate.config import CacheConfig
-from lrsa_ds.partition import partition_table
 from lrsa_ds.registry import KERNELS, SELECTION_RULES
+from lrsa_ds.settings.attention import AttentionConfig
+from lrsa_ds.settings.model import ModelConfig
+from lrsa_ds.train.checkpoint import ResumePoint, check_resume, plain_settings
 from tests.cpu.test_attention import LAYOUTS, assert_same_function, random_qkv
 from tests.cpu.test_cache import STEPS, logits_of_training, logits_with_cache, tokens
 from tests.cpu.test_model import tiny

@@ -9,10 +9,10 @@ from lrsa_ds import LRSAConfig, lrsa_attention
 from lrsa_ds.attention.chunked import chunked_attention
 from lrsa_ds.attention.kernels.interval import interval_attention
 from lrsa_ds.attention.kernels.kernel import Kernel, choose_kernel
-from lrsa_ds.config import ParallelConfig
+from lrsa_ds.attention.partition import partition_table
 from lrsa_ds.errors import LRSAError
-from lrsa_ds.partition import partition_table
 from lrsa_ds.registry import EXCHANGES, KERNELS, SELECTION_RULES
+from lrsa_ds.settings.run import ParallelConfig
 from tests.cpu.test_attention import assert_same_function, random_qkv
 from tests.helpers import ROOT
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 from transformers import ByT5Tokenizer, GenerationConfig
 
-from lrsa_ds.config import ModelConfig
 from lrsa_ds.data.encoder import Encoder, after_lead
-from lrsa_ds.data.ends import set_ends, trained_ends
 from lrsa_ds.data.packing import IGNORE
 from lrsa_ds.errors import LRSAError
-from lrsa_ds.model import load_model
+from lrsa_ds.models.ends import set_ends, trained_ends
+from lrsa_ds.models.loading import load_model
+from lrsa_ds.settings.model import ModelConfig
 from tests.chat_templates import IM, KINDS, TEMPLATES, tokenizer_of
 
 QUESTION = {"context": "Some long text.\nMore of it.", "question": "Where is it?", "answer": "Paris"}

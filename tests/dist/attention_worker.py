@@ -14,10 +14,10 @@ from lrsa_ds import LRSAConfig
 from lrsa_ds.attention.chunked import chunked_attention
 from lrsa_ds.attention.kernels import blocks
 from lrsa_ds.attention.kernels.interval import interval_attention
-from lrsa_ds.parallel import gather_kept, head_groups
-from lrsa_ds.parallel.attention import attention_function
+from lrsa_ds.attention.partition import partition_table
 from lrsa_ds.parallel.mesh import Mesh, start_mesh, stop_mesh
-from lrsa_ds.partition import partition_table
+from lrsa_ds.parallel.sequence import gather_kept, head_groups
+from lrsa_ds.parallel.sequence.attention import attention_function
 from lrsa_ds.registry import EXCHANGES, KERNELS
 
 RULES = ("lagkv", "key_norm", "random", "window")

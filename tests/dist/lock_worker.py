@@ -4,8 +4,8 @@ import sys
 import time
 from pathlib import Path
 
+from lrsa_ds.directories.lock import RunLock, this_process
 from lrsa_ds.errors import LRSAError
-from lrsa_ds.lock import RunLock, this_process
 
 lock = None
 print("ready", flush=True)

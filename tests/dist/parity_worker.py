@@ -16,24 +16,19 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lrsa_ds import LRSAConfig, apply_lrsa
-from lrsa_ds.config import (
-    AttentionConfig,
-    ModelConfig,
-    ObjectiveConfig,
-    OptimConfig,
-    ParallelConfig,
-    TrainConfig,
-    ZeroConfig,
-)
+from lrsa_ds.config import TrainConfig
 from lrsa_ds.data.packing import IGNORE, Example, collate, pack
 from lrsa_ds.data.stream import StepData
-from lrsa_ds.model import enable_checkpointing, layer_classes
+from lrsa_ds.models.patch import enable_checkpointing, layer_classes
 from lrsa_ds.objectives import make_objective
-from lrsa_ds.parallel import exchange, gather_kept, head_groups
 from lrsa_ds.parallel.mesh import rank, start_mesh, stop_mesh
+from lrsa_ds.parallel.sequence import exchange, gather_kept, head_groups
 from lrsa_ds.parallel.zero import make_engine
-from lrsa_ds.selftest import keep_gradients
-from lrsa_ds.trainer import Trainer, cosine_schedule
+from lrsa_ds.settings.attention import AttentionConfig
+from lrsa_ds.settings.model import ModelConfig
+from lrsa_ds.settings.run import ObjectiveConfig, OptimConfig, ParallelConfig, ZeroConfig
+from lrsa_ds.train.selftest import keep_gradients
+from lrsa_ds.train.trainer import Trainer, cosine_schedule
 from tests.helpers import relative_error
 
 SEQ_LEN, NUM_SEQUENCES = 160, 4

@@ -14,12 +14,12 @@ from hydra import compose, initialize_config_dir
 
 import lrsa_ds
 import recipes
-from launch.accelerator import register_resolver
-from launch.schema import register_schema
+from launch.cli.accelerator import register_resolver
+from launch.cli.schema import register_schema
 from lrsa_ds.config import TrainConfig, typed_config
 from lrsa_ds.layers import LayeredConfig
 from lrsa_ds.parallel.mesh import rank
-from lrsa_ds.run import train
+from lrsa_ds.train.run import train
 from tests.helpers import ROOT
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lrsa_ds.directory import MARK, TRAIN, marked_by, remove_run
+from lrsa_ds.directories.layout import MARK, TRAIN, marked_by, remove_run
 from tests.dist.launcher import run, train_alone
 from tests.dist.test_launch import SHORT, refused
 

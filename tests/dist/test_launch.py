@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lrsa_ds import LRSAConfig, apply_lrsa
 from lrsa_ds.config import typed_config
-from lrsa_ds.report import evaluation_table
-from lrsa_ds.signals import SIGNALS
+from lrsa_ds.logs.report import evaluation_table
+from lrsa_ds.process.signals import SIGNALS
 from tests.dist.launcher import launch, rows_of, run, train_alone
 from tests.helpers import ROOT, wandb_history, wandb_records
 
@@ -187,7 +187,7 @@ def test_your_own_file(tmp_path):
 def refused(capfd, monkeypatch, *arguments: str, command: str = "train") -> str:
     """The one sentence with which a command is refused in this process, before any process group starts."""
     from launch import evaluate, selftest, train
-    from launch.command import run_command
+    from launch.cli.command import run_command
     from lrsa_ds.evaluate.config import EvaluateConfig
 
     commands = {

@@ -9,8 +9,8 @@ from dataclasses import asdict, replace
 
 import pytest
 
+from lrsa_ds.directories.lock import LOCK, Held, Process, check_lock, this_process
 from lrsa_ds.errors import LRSAError
-from lrsa_ds.lock import LOCK, Held, Process, check_lock, this_process
 from tests.dist.launcher import ENV
 from tests.helpers import ROOT
 

@@ -11,9 +11,9 @@ import time
 import psutil
 import pytest
 
-from lrsa_ds.directory import MARK
+from lrsa_ds.directories.layout import MARK
+from lrsa_ds.directories.lock import check_lock
 from lrsa_ds.errors import LRSAError
-from lrsa_ds.lock import check_lock
 from tests.dist.launcher import Job, last_step, launch_command, processes_of, rows_of
 from tests.dist.test_directory import FOREIGN, put, tree
 

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from launch.sentences import quoted
-from lrsa_ds.config import DataConfig, ModelConfig, TrainConfig
+from launch.cli.sentences import quoted
+from lrsa_ds.config import TrainConfig
 from lrsa_ds.data.tokenizer import byte_tokenizer
 from lrsa_ds.evaluate.config import EvaluateConfig
+from lrsa_ds.settings.data import DataConfig
+from lrsa_ds.settings.model import ModelConfig
 from tests.dist.launcher import run, sentences
 from tests.dist.test_launch import refused
 from tests.helpers import ROOT

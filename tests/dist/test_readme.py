@@ -13,12 +13,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from launch import benchmark, benchmark_steps, chat, sweep
-from launch.accelerator import register_resolver
-from launch.checkout import CONF, register_checkout
-from launch.schema import register_schema
-from lrsa_ds.config import ModelConfig, TrainConfig, typed_config
+from launch.cli.accelerator import register_resolver
+from launch.cli.checkout import CONF, register_checkout
+from launch.cli.schema import register_schema
+from lrsa_ds.config import TrainConfig, typed_config
 from lrsa_ds.data.tokenizer import load_tokenizer
 from lrsa_ds.evaluate.config import EvaluateConfig
+from lrsa_ds.settings.model import ModelConfig
 from tests.dist.launcher import rows_of, run
 from tests.helpers import ROOT, free_port
 

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from lrsa_ds.checkpoint import find_checkpoint
+from lrsa_ds.train.checkpoint import find_checkpoint
 from tests.dist.launcher import Job, last_step, launch_command, processes_of, rows_of, torchrun_command
 
 pytestmark = pytest.mark.dist

@@ -12,11 +12,11 @@ from lrsa_ds.attention.fused_buffer import fused_buffers
 from lrsa_ds.attention.kept_buffer import buffer_plan, gather_kept
 from lrsa_ds.attention.kernels import blocks
 from lrsa_ds.attention.kernels.blocks import padded_buffer_size
+from lrsa_ds.attention.partition import partition_table
 from lrsa_ds.attention.selection.lagkv import lag_scores
 from lrsa_ds.attention.selection.rule import Partitions
 from lrsa_ds.attention.selection.select import fast_select_partitions, has_fused_path, select_partitions
 from lrsa_ds.notices import say_once
-from lrsa_ds.partition import partition_table
 from lrsa_ds.registry import KERNELS
 from tests.helpers import relative_error
 

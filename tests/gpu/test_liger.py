@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lrsa_ds import LRSAConfig, apply_lrsa
-from lrsa_ds.liger import apply_liger
+from lrsa_ds.models.liger import apply_liger
 from tests.helpers import relative_error
 
 pytestmark = pytest.mark.gpu

@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 
 from lrsa_ds.attention.kernels.interval import Intervals
-from lrsa_ds.partition import Chunk, PartitionTable, cut
+from lrsa_ds.attention.partition import Chunk, PartitionTable, cut
 
 BLOCK = 128
 # The size of the history is rounded up to one of this many sizes, so that few shapes are compiled.

@@ -9,7 +9,7 @@ import importlib.util
 import torch
 
 from lrsa_ds.attention.selection.rule import Partitions
-from lrsa_ds.config import LRSAConfig
+from lrsa_ds.lrsa_config import LRSAConfig
 
 # Elements that a program holds at once: on an H100, 32,768 took 0.77 of the time of 8,192.
 TILE = 32768

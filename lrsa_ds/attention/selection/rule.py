@@ -9,8 +9,8 @@ from typing import Protocol
 
 import torch
 
-from lrsa_ds.config import LRSAConfig, require
-from lrsa_ds.errors import LRSAError
+from lrsa_ds.errors import LRSAError, require
+from lrsa_ds.lrsa_config import LRSAConfig
 from lrsa_ds.registry import SELECTION_RULES
 
 # What a rule may declare to read. "reference" is the lag reference of the keys or values that it reads beside it.

@@ -6,8 +6,8 @@ Shapes: B batch, G KV heads, N tokens, D head dim, P partitions, L lag size, K k
 import torch
 
 from lrsa_ds.attention.selection.rule import Candidates, Partitions
-from lrsa_ds.config import LRSAConfig
 from lrsa_ds.errors import LRSAError
+from lrsa_ds.lrsa_config import LRSAConfig
 from lrsa_ds.notices import say_once
 from lrsa_ds.registry import SELECTION_RULES
 

@@ -1,0 +1,29 @@
+"""What lies in the checkout and is named in `conf/`: found from any working directory."""
+
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from lrsa_ds.errors import LRSAError
+from lrsa_ds.settings.model import ModelConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+CONF = ROOT / "conf"
+
+
+def register_checkout() -> None:
+    """`${checkout:PATH}` in a file of `conf/`: a path in the checkout, made absolute."""
+    OmegaConf.register_new_resolver("checkout", lambda path: str(ROOT / path), replace=True)
+
+
+def check_fetched(model: ModelConfig) -> None:
+    """Raises LRSAError if the model is one of those that `make setup` puts into the checkout, and it is not there."""
+    directory = Path(model.name or "").expanduser()
+    if not directory.is_relative_to(ROOT / "models"):
+        return
+    path = directory / (model.gguf_file or "")
+    if not path.exists():
+        raise LRSAError(
+            f"model.name={model.name!r}: {path} is not there; `make setup` in {ROOT} fetches it, and model=hub "
+            "model.name=... names another model."
+        )

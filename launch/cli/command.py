@@ -1,0 +1,116 @@
+"""What every command does: compose the configuration, type it, act, and say errors in one sentence."""
+
+import atexit
+import gc
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import hydra
+import torch.distributed as dist
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from launch.cli.accelerator import PICKS, register_resolver
+from launch.cli.checkout import CONF, check_fetched, register_checkout
+from launch.cli.defaults import fit_defaults
+from launch.cli.mistakes import every_mistake
+from launch.cli.schema import register_schema
+from lrsa_ds.config import TrainConfig, typed_config
+from lrsa_ds.errors import LRSAError, Stopped
+from lrsa_ds.hub import NOT_WRITABLE
+from lrsa_ds.parallel.mesh import rank
+from lrsa_ds.process.exits import Exit
+from lrsa_ds.process.launcher import check_launcher
+from lrsa_ds.process.voice import heard, say_for_all
+
+WORD_SECONDS = 5.0  # for another rank to say why it has ended
+
+
+def leave(code: int) -> None:
+    """Ends this process at once, after what is registered for its exit.
+
+    In the interpreter's own last steps a thread of a library can still abort a process whose work is done, and the
+    launcher would take a finished run for a failed one.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def plain_keys(argument: str) -> str:
+    """An override whose value is a dictionary, its keys without the quotes that JSON and Python put around them.
+
+    Hydra takes 'attention.layers={0-1: 1.0}' and refuses the same with "0-1".
+    """
+    if not re.match(r"[+~]*[\w./@-]+=\{", argument):
+        return argument
+    return re.sub(r"""([{,]\s*)(["'])([\w.-]+)\2(?=\s*:)""", r"\1\3", argument)
+
+
+def _lost_a_rank(error: Exception) -> bool:
+    """Whether a collective failed since a process at the other end is gone."""
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+
+
+def run_command(action: Callable[[Any], bool], name: str = "train", schema: type = TrainConfig) -> int:
+    """Runs `action` on what `conf/<name>.yaml` and the command line compose, as an instance of `schema`.
+
+    Returns:
+        The exit code. What there is to say is said once for all ranks of a host; see `lrsa_ds.process.voice`.
+    """
+    if not gc.isenabled():  # see no_gc.py
+        gc.enable()
+        gc.freeze()  # what was imported stays: no collection has to look at it
+    try:
+        return Exit.DONE if _composed_and_run(action, name, schema) else Exit.FAILED
+    except Stopped as stopped:
+        return say_for_all(str(stopped), Exit.STOPPED)
+    except LRSAError as error:
+        return say_for_all(f"error: {error}", Exit.REFUSED)
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename and error.errno in NOT_WRITABLE:
+            return say_for_all(f"error: {error.filename} cannot be written or read ({error.strerror}).", Exit.REFUSED)
+        if not _lost_a_rank(error):
+            return say_for_all(traceback.format_exc().rstrip(), Exit.FAILED)
+        code = heard(WORD_SECONDS)
+        lost = f"error: rank {rank()} lost another rank of the run, which ended without a word."
+        return say_for_all(lost, Exit.LOST) if code is None else code
+
+
+def _composed_and_run(action: Callable[[Any], bool], name: str, schema: type) -> bool:
+    check_launcher()
+    # The deepspeed launcher appends --local_rank=N, which Hydra would refuse; the environment says the same.
+    sys.argv = [plain_keys(argument) for argument in sys.argv if not argument.startswith("--local_rank")]
+    if {"-m", "--multirun"} & set(sys.argv):
+        raise LRSAError("a sweep has a command of its own: python launch/sweep.py --multirun ...")
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, and leave as one sentence
+    register_resolver()
+    register_checkout()
+    register_schema(name, schema)
+    succeeded, failure = False, None
+
+    def task(composed: DictConfig) -> None:
+        nonlocal succeeded, failure
+        try:
+            if schema is TrainConfig:
+                PICKS.update(fit_defaults(composed, HydraConfig.get().overrides.task))
+            config = typed_config(composed, schema)
+            check_fetched(config.model)
+            succeeded = action(config)
+        except Exception as error:  # on its way through Hydra it would print the overrides on every rank
+            failure = error
+
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(task)()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise every_mistake(error, sys.argv[1:], name, schema) from error
+    if failure is not None:
+        raise failure
+    return succeeded

@@ -1,0 +1,1 @@
+"""What a run logs, and the tables and pictures made of it."""

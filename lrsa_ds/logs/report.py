@@ -1,0 +1,192 @@
+"""The evaluations of a run as a table for the terminal and as a picture; rows are those of `lrsa_ds.train.scoring`."""
+
+import math
+import textwrap
+from pathlib import Path
+
+from lrsa_ds.errors import LRSAError
+from lrsa_ds.labels import SMALLER, cache_tick, factor_name, retention_name
+
+COLUMNS = 100  # of a line of the table, unless the name of a task alone is longer
+PANELS_PER_LINE = 4
+TITLE_COLUMNS = 30  # of a panel's title
+METRICS = {"exact_match": "exact %", "token_accuracy": "tokens %"}
+CELL = 11  # of "100.0→100.0"
+BEFORE, AFTER = "#8a8f98", "#1f6feb"
+LEGEND = """cache: the share of each partition that is kept; dense: everything is
+smaller: {smaller} at the end of an example
+exact %: answers of which every token is right; tokens %: tokens of the answers that are right"""
+UNCOMPRESSED = "1.00x: the examples are too short for this cache to drop anything"
+
+
+def evaluation_table(rows: list[dict]) -> str:
+    """Scores in percent, one line per cache and one pair of columns per task: "before → after", or what there is.
+
+    Args:
+        rows: `when` ("before", "step N" or "after"; the first and the last are shown), `task`, `retention` in (0, 1],
+            `cache_factor` (how many times smaller the cache was), `exact_match` and `token_accuracy` in percent,
+            `num_examples`.
+
+    Returns:
+        Lines of at most `COLUMNS` columns; tasks that do not fit go below each other. "-" is a score that was not
+        taken.
+    """
+    blocks: list[list[str]] = [[]]
+    label_width = len(_labels(rows)[-1])
+    for task in _in_order(rows, "task"):
+        if blocks[-1] and label_width + sum(3 + _width(t) for t in (*blocks[-1], task)) > COLUMNS:
+            blocks.append([])
+        blocks[-1].append(task)
+    tables = ["\n".join(_block(rows, tasks)) for tasks in blocks]
+    legend = [" → ".join(_phrase(when) for when in _times(rows)), LEGEND.format(smaller=SMALLER)]
+    if any(row.get("cache_factor") == 1 and row["retention"] < 1 for row in rows):
+        legend.append(UNCOMPRESSED)
+    return "\n\n".join([*tables, "\n".join(legend)])
+
+
+def _width(task: str) -> int:
+    return max(2 * CELL + 2, len(task))
+
+
+def _labels(rows: list[dict]) -> list[str]:
+    """The first columns of the lines of a block: two of the header's lines, then a line for each cache."""
+    lines = [("cache", "smaller")]
+    for retention in _retentions(rows):
+        factors = [row.get("cache_factor") for row in rows if row["retention"] == retention]
+        lines.append((retention_name(retention), "" if retention == 1 else factor_name(factors)))
+    widths = [max(len(line[i]) for line in lines) for i in range(2)]
+    labels = [f"{name:<{widths[0]}}  {factor:>{widths[1]}}" for name, factor in lines]
+    return [" " * len(labels[0])] * 2 + labels
+
+
+def _block(rows: list[dict], tasks: list[str]) -> list[str]:
+    columns = []
+    for task in tasks:
+        count = f"{_num_examples(rows, task)} examples"
+        lines = [task, count, "  ".join(f"{label:>{CELL}}" for label in METRICS.values())]
+        for retention in _retentions(rows):
+            lines.append("  ".join(f"{_cell(rows, task, retention, name):>{CELL}}" for name in METRICS))
+        width = _width(task)
+        columns.append([f"{line:^{width}}" for line in lines])
+    return [" │ ".join(line).rstrip() for line in zip(_labels(rows), *columns, strict=True)]
+
+
+def _retentions(rows: list[dict]) -> list[float]:
+    return sorted({row["retention"] for row in rows}, reverse=True)
+
+
+def _cell(rows: list[dict], task: str, retention: float, metric: str) -> str:
+    scores = []
+    for when in _times(rows):
+        found = [r for r in rows if (r["when"], r["task"], r["retention"]) == (when, task, retention)]
+        value = found[-1].get(metric) if found else None
+        scores.append("-" if value is None or math.isnan(value) else f"{value:.1f}")
+    return "→".join(f"{score:>5}" for score in scores)
+
+
+def _num_examples(rows: list[dict], task: str) -> str:
+    return "/".join(dict.fromkeys(str(row["num_examples"]) for row in rows if row["task"] == task))
+
+
+def _in_order(rows: list[dict], name: str) -> list:
+    return list(dict.fromkeys(row[name] for row in rows))
+
+
+def _times(rows: list[dict]) -> list[str]:
+    """The first and the last time at which the rows were taken."""
+    times = _in_order(rows, "when")
+    order = {"before": -1, "after": math.inf}
+    times = sorted(times, key=lambda when: order[when] if when in order else int(when.removeprefix("step ")))
+    return times if len(times) < 2 else [times[0], times[-1]]
+
+
+def _phrase(when: str) -> str:
+    return f"{when} training" if when in ("before", "after") else f"at {when}"
+
+
+def draw_evaluation(rows: list[dict], path: Path, title: str) -> None:
+    """Writes a PNG of the scores in percent over the caches, one panel per task.
+
+    Args:
+        rows: as for `evaluation_table`.
+
+    Raises:
+        LRSAError: `path` cannot be written.
+    """
+    # Only here: every rank of every run would wait more than half a second for what rank 0 draws in the end.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    tasks = _in_order(rows, "task")
+    num_columns = min(len(tasks), PANELS_PER_LINE)
+    num_lines = -(-len(tasks) // num_columns)
+    legend = _legend(_times(rows))
+    legend_columns = 4 if num_columns > 3 else 2
+    height = 0.5 + 2.65 * num_lines + 0.25 * -(-len(legend) // legend_columns)
+    figure = Figure(figsize=(max(5.2, 3.1 * num_columns), height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(num_lines, num_columns, sharey=True, squeeze=False)
+    for number, panel in enumerate(panels.flat):
+        if number < len(tasks):
+            _draw_panel(panel, rows, tasks[number])
+            if number + num_columns >= len(tasks):
+                panel.set_xlabel(f"share of each partition kept\n({SMALLER})", fontsize=8.5)
+        else:
+            panel.set_visible(False)
+    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+    for panel in panels[:, 0]:
+        panel.set_ylabel("% right", fontsize=8.5)
+    figure.legend(
+        handles=legend, loc="outside lower center", ncols=legend_columns, frameon=False, fontsize=8.5, handlelength=3.2
+    )
+    try:
+        figure.savefig(path)
+    except OSError as error:
+        raise LRSAError(f"{path} cannot be written: {error.strerror}.") from error
+
+
+def _is_start(when: str, times: list[str]) -> bool:
+    return when == "before" or (len(times) == 2 and when == times[0])
+
+
+def _style(is_start: bool, metric: str) -> dict:
+    style = {"color": BEFORE if is_start else AFTER, "linestyle": "--" if is_start else "-"}
+    if metric == "exact_match":
+        return style | {"marker": "o", "markersize": 4.5, "linewidth": 1.9}
+    return style | {"marker": ".", "linewidth": 1.1, "alpha": 0.45}
+
+
+def _legend(times: list[str]) -> list:
+    from matplotlib.lines import Line2D
+
+    names = {"exact_match": "exact answers", "token_accuracy": "answer tokens"}
+    return [
+        Line2D([], [], **_style(_is_start(w, times), m), label=f"{name}, {_phrase(w)}")
+        for m, name in names.items()
+        for w in times
+    ]
+
+
+def _draw_panel(panel, rows: list[dict], task: str) -> None:
+    for when in _times(rows):
+        mine = sorted((r for r in rows if (r["when"], r["task"]) == (when, task)), key=lambda row: row["retention"])
+        for metric in ("token_accuracy", "exact_match"):
+            panel.plot(
+                [r["retention"] for r in mine],
+                [r[metric] for r in mine],
+                **_style(_is_start(when, _times(rows)), metric),
+            )
+    retentions = _retentions(rows)
+    panel.set_xscale("log", base=2)
+    mine = [row for row in rows if row["task"] == task]
+    panel.set_xticks(retentions, [cache_tick(mine, retention) for retention in retentions], minor=False)
+    panel.minorticks_off()
+    # The dense cache on the left, as in the table's first line; room at both ends for the markers.
+    panel.set_xlim(retentions[0] * 1.2, retentions[-1] / 1.2)
+    panel.set_ylim(-4, 104)
+    panel.set_yticks(range(0, 101, 25))
+    title = textwrap.fill(f"{task} ({_num_examples(rows, task)} examples)", TITLE_COLUMNS)
+    panel.set_title(title, fontsize=9.5)
+    panel.tick_params(labelsize=8.5)
+    panel.grid(alpha=0.25, linewidth=0.6)
+    panel.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,1 @@
+"""Models: loading, LRSA in the place of their attention, their cache, generation."""

@@ -1,0 +1,192 @@
+"""Training a part of a model: frozen parameters, and low-rank adapters (LoRA) through PEFT, saved and loaded again."""
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from lrsa_ds.errors import LRSAError, require
+from lrsa_ds.hub import looks_local
+from lrsa_ds.settings.model import LoraConfig, ModelConfig
+
+ADAPTER = "default"
+# In a directory of adapters: PEFT's settings, those of LRSA, and a base that could not be found by a name.
+PEFT_SETTINGS = "adapter_config.json"
+SETTINGS = "lrsa.json"
+BASE = "base"
+
+
+def check_peft(lora: LoraConfig) -> None:
+    """Raises LRSAError if adapters are asked for and PEFT is not installed."""
+    if lora.rank:
+        _require_peft("model.lora.rank needs", ", or set model.lora.rank=0")
+
+
+def _require_peft(what_needs: str, instead: str = "") -> None:
+    try:
+        import peft  # noqa: F401
+    except ImportError as error:
+        raise LRSAError(f"{what_needs} PEFT: pip install 'lrsa-ds[lora]'{instead}.") from error
+
+
+def freeze(model: PreTrainedModel, patterns: list[str]) -> None:
+    """Excludes parameters from training: those in whose name one of the regular expressions is found.
+
+    Raises:
+        LRSAError: a pattern is found in no name, or nothing is left to train.
+    """
+    for pattern in patterns:
+        found = [p for name, p in model.named_parameters() if re.search(pattern, name)]
+        example = next(name for name, _ in model.named_parameters())
+        require(bool(found), f"model.freeze={pattern!r} is found in no parameter's name, such as {example}.")
+        for parameter in found:
+            parameter.requires_grad = False
+    require(any(p.requires_grad for p in model.parameters()), f"model.freeze={patterns} leaves nothing to train.")
+
+
+def add_adapters(model: PreTrainedModel, lora: LoraConfig) -> None:
+    """Puts LoRA adapters into the model, in place; they alone are trained.
+
+    Raises:
+        LRSAError: no layer fits `model.lora.targets`.
+    """
+    from peft import inject_adapter_in_model
+
+    try:
+        inject_adapter_in_model(_peft_config(lora), model, ADAPTER)
+    except ValueError as error:
+        raise LRSAError(f"model.lora.targets={lora.targets!r}: {str(error).splitlines()[0]}") from error
+
+
+@contextmanager
+def adapters_disabled(model: PreTrainedModel) -> Iterator[None]:
+    """While it lasts, the model computes as if it had no adapters; for passes without gradients."""
+    from peft.tuners.lora import LoraLayer
+
+    # They are scaled to nothing rather than switched off: every module is still called, in the order that ZeRO-3 knows.
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        layer.scale_layer(0.0)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.unscale_layer()
+
+
+def _peft_config(lora: LoraConfig) -> Any:
+    from peft import LoraConfig as PeftConfig
+
+    targets = lora.targets if lora.targets == "all-linear" else list(lora.targets.split(","))
+    alpha: Any = lora.alpha  # PEFT takes any number, and is annotated with int
+    return PeftConfig(r=lora.rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM")
+
+
+def merge_adapters(model: PreTrainedModel, weights: dict[str, torch.Tensor], lora: LoraConfig) -> dict:
+    """Weights of the plain model with the adapters added to them, from the weights of the model with adapters."""
+    from peft import LoraModel
+
+    with torch.device("meta"):
+        plain = AutoModelForCausalLM.from_config(model.config)
+        tuned = LoraModel(plain, _peft_config(lora), ADAPTER)
+    plain.load_state_dict(weights, strict=False, assign=True)
+    plain.tie_weights()
+    return tuned.merge_and_unload().state_dict()
+
+
+def base_name(model: ModelConfig) -> str | None:
+    """The base under which PEFT finds it from anywhere: a hub name, or an absolute path.
+
+    None for what PEFT cannot load by a name: random weights, a GGUF file, and a base that has adapters itself.
+    """
+    if model.random is not None or model.gguf_file is not None or find_adapters(model) is not None:
+        return None
+    assert model.name is not None
+    return str(Path(model.name).expanduser().resolve()) if looks_local(model.name) else model.name
+
+
+def base_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights of the plain model, without the adapters, from the weights of the model with adapters."""
+    return {name.replace(".base_layer.", "."): x for name, x in weights.items() if ".lora_" not in name}
+
+
+def save_adapters(
+    model: PreTrainedModel,
+    weights: dict[str, torch.Tensor],
+    lora: LoraConfig,
+    directory: Path,
+    base: str,
+    revision: str | None = None,
+) -> None:
+    """The adapters alone, in PEFT's format, beside the LRSA settings and what ends a generation.
+
+    Args:
+        base: the name of the model that they belong to, see `base_name`.
+        revision: of the base on the hub.
+    """
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    config = _peft_config(lora)
+    config.base_model_name_or_path, config.revision = base, revision
+    config.inference_mode = True
+    model.peft_config = {ADAPTER: config}
+    # The embedding has not grown, for which PEFT would look in the base, perhaps on the hub.
+    adapters = get_peft_model_state_dict(model, weights, adapter_name=ADAPTER, save_embedding_layers=False)
+    directory.mkdir(parents=True, exist_ok=True)
+    prefixed = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in adapters.items()}
+    save_file(prefixed, directory / "adapter_model.safetensors")
+    config.save_pretrained(directory)
+    # A config.json would tell transformers that the directory holds a whole model.
+    (directory / SETTINGS).write_text(json.dumps(model.config.lrsa, indent=2) + "\n", encoding="utf-8")
+    model.generation_config.save_pretrained(directory)
+
+
+@dataclass(frozen=True)
+class SavedAdapters:
+    """Adapters in a local directory, the model that they belong to, and the LRSA settings of their training, if any."""
+
+    directory: Path
+    base: ModelConfig
+    lrsa: dict | None
+
+
+def find_adapters(model: ModelConfig) -> SavedAdapters | None:
+    """The adapters that `model.name` holds, or None if it is a hub name or a directory of something else.
+
+    Raises:
+        LRSAError: their base is a path that does not exist, or PEFT is not installed.
+    """
+    if model.name is None or model.gguf_file is not None:
+        return None
+    directory = Path(model.name).expanduser()
+    if not (directory / PEFT_SETTINGS).is_file() or (directory / "config.json").is_file():
+        return None
+    peft = json.loads((directory / PEFT_SETTINGS).read_text(encoding="utf-8"))
+    # A base that was exported with the adapters moves with them.
+    name = str(directory / BASE) if (directory / BASE).is_dir() else peft["base_model_name_or_path"]
+    require(
+        not looks_local(name) or Path(name).is_dir(),
+        f"model.name={directory} holds adapters of {name}, which does not exist: bring the base back, or name it in "
+        f"base_model_name_or_path of {directory / PEFT_SETTINGS}.",
+    )
+    _require_peft(f"model.name={directory} holds adapters, which need")
+    settings = directory / SETTINGS
+    lrsa = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else None
+    return SavedAdapters(directory, replace(model, name=name, revision=peft.get("revision")), lrsa)
+
+
+def merge_saved(model: PreTrainedModel, saved: SavedAdapters) -> PreTrainedModel:
+    """The base with the saved adapters added to its weights: a plain model, to be used or trained further."""
+    from peft import PeftModel
+
+    merged = PeftModel.from_pretrained(model, saved.directory).merge_and_unload()
+    if (saved.directory / "generation_config.json").is_file():
+        merged.generation_config = GenerationConfig.from_pretrained(saved.directory)
+    return merged

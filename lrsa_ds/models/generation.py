@@ -1,0 +1,80 @@
+"""`model.generate` with the cache that LRSA needs: made where none is given, repeated for beams and samples.
+
+transformers makes the cache of a generation in a method of the model; `use_lrsa_cache` puts one in front of it, in one
+model and not in its class.
+"""
+
+from collections.abc import Callable
+from types import MethodType
+from typing import Any, cast
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation import GenerationMixin, GenerationMode
+
+from lrsa_ds.errors import require
+from lrsa_ds.models.cache import LagKVCache
+from lrsa_ds.models.passes import check_unpadded
+
+
+def use_lrsa_cache(model: PreTrainedModel, name: str, new_cache: Callable[[PreTrainedModel], LagKVCache]) -> None:
+    """Lets `generate` fill what `new_cache(model)` makes, as long as `name` is the attention of the model.
+
+    So `pipeline("text-generation")` and other callers that know of no cache work. The model may be wrapped, as by PEFT.
+    """
+
+    # Of the same name as what it calls, or a pickled model could not be read.
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, *args):
+        if self.config._attn_implementation == name:
+            _prepare_cache(self, generation_config, model_kwargs, generation_mode, batch_size, new_cache)
+        original = type(self)._prepare_cache_for_generation
+        return original(self, generation_config, model_kwargs, generation_mode, batch_size, *args)
+
+    for module in model.modules():
+        if isinstance(module, GenerationMixin):
+            module._prepare_cache_for_generation = MethodType(_prepare_cache_for_generation, module)
+
+
+def _prepare_cache(
+    model: PreTrainedModel,
+    settings: GenerationConfig,
+    inputs: dict,
+    mode: GenerationMode,
+    batch_size: int,
+    new_cache: Callable[[PreTrainedModel], LagKVCache],
+) -> None:
+    """Puts the cache of a generation into `inputs`, the keyword arguments of its passes.
+
+    Raises:
+        LRSAError: padding, another kind of cache, or assisted decoding.
+    """
+    require(
+        mode != GenerationMode.ASSISTED_GENERATION and not settings.is_assistant,
+        "assisted decoding takes tokens back, and a LagKVCache cannot give any: leave out assistant_model and "
+        "prompt_lookup_num_tokens.",
+    )
+    if inputs.get("attention_mask") is not None:
+        check_unpadded(inputs["attention_mask"])
+    cache = inputs.get("past_key_values")
+    if cache is None and settings.use_cache:
+        require(
+            settings.cache_implementation in (None, "dynamic"),
+            f"cache_implementation={settings.cache_implementation!r} is not a cache that keeps what LRSA attention "
+            "keeps: leave it out, or give past_key_values=lrsa_ds.LagKVCache(config).",
+        )
+        settings.cache_implementation = None
+        inputs["past_key_values"] = new_cache(model)
+    elif isinstance(cache, LagKVCache) and cache.batch_size == batch_size:
+        cache.batch_repeat_interleave(max(settings.num_beams, settings.num_return_sequences))
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens after which generation stops: all that the model's generation settings name, and the tokenizer's."""
+    named = model.generation_config.eos_token_id
+    named = named if isinstance(named, list) else [named]
+    return sorted({token for token in (*named, tokenizer.eos_token_id) if token is not None})
+
+
+def generate(model: PreTrainedModel, ids: torch.Tensor, **options: Any) -> torch.Tensor:
+    """`model.generate`, which the type of a model does not promise: the prompts [B, N] with what follows them."""
+    return cast(Any, model).generate(ids, **options)

@@ -1,0 +1,116 @@
+"""Hugging Face causal language models: from the hub, a directory, a GGUF file, adapters, or with random weights."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.integrations import HfDeepSpeedConfig
+from transformers.utils.logging import disable_progress_bar
+
+from lrsa_ds.errors import require
+from lrsa_ds.hub import hub_error, resolve_name
+from lrsa_ds.models.adapters import find_adapters, merge_saved
+from lrsa_ds.settings.model import ModelConfig
+
+WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
+
+
+def model_config(model: ModelConfig) -> PreTrainedConfig:
+    """The architecture that `model` names, without its weights.
+
+    Raises:
+        LRSAError: the hub cannot be reached, the directory does not exist or lacks weights, the file is not there.
+    """
+    if model.random is not None:
+        settings = dict(model.random)
+        return _named("model.random", AutoConfig.for_model, settings.pop("model_type"), **settings)
+    if (adapters := find_adapters(model)) is not None:
+        config = model_config(adapters.base)
+        config.lrsa = adapters.lrsa or getattr(config, "lrsa", None)
+        return config
+    assert model.name is not None
+    directory = Path(resolve_name("model.name", model.name))
+    if directory.is_dir():
+        _check_weights(directory, model.gguf_file)
+    return _pretrained(AutoConfig, model)
+
+
+def _pretrained(kind: type, model: ModelConfig, **options: Any) -> Any:
+    """What the class `kind` of transformers reads at `model.name`."""
+    assert model.name is not None
+    origin = {"revision": model.revision, "gguf_file": model.gguf_file, "trust_remote_code": model.trust_remote_code}
+    options |= {key: value for key, value in origin.items() if value is not None}
+    return _named("model.name", kind.from_pretrained, model.name, **options)
+
+
+def _check_weights(directory: Path, gguf_file: str | None) -> None:
+    if gguf_file is not None:
+        files = ", ".join(sorted(p.name for p in directory.glob("*.gguf"))) or "none"
+        require(
+            (directory / gguf_file).is_file(),
+            f"model.gguf_file={gguf_file} is not in model.name={directory}; GGUF files there: {files}.",
+        )
+        return
+    require(
+        any(path for pattern in WEIGHT_PATTERNS for path in directory.glob(pattern)),
+        f"model.name={directory} holds no weights ({' or '.join(WEIGHT_PATTERNS)}): give the directory of a saved "
+        "model, or model.gguf_file for a GGUF file.",
+    )
+
+
+def _named(key: str, function, name: str, **kwargs):
+    """Calls a transformers loader and turns what it raises for a bad name into one sentence that names the key."""
+    try:
+        return function(name, **kwargs)
+    except (OSError, ValueError, KeyError) as error:
+        raise hub_error(key, name, error) from error
+
+
+def empty_model(model: ModelConfig) -> PreTrainedModel:
+    """The model on the meta device: its structure and sizes at no cost, to check them before anything is loaded."""
+    config = model_config(model)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+
+
+def load_model(model: ModelConfig, dtype: torch.dtype | str, deepspeed_config: dict | None = None) -> PreTrainedModel:
+    """The model with its weights in `dtype`.
+
+    Under ZeRO-3 (from `deepspeed_config`) each layer is sharded as soon as it is made, so that no rank ever holds the
+    whole model; a GGUF file is the exception, and a directory of adapters, which are merged: every rank reads them in
+    full.
+    """
+    config = model_config(model)
+    is_whole = model.gguf_file is None and find_adapters(model) is None
+    # transformers looks for this object while it lives, and calls DeepSpeed's sharded initialization.
+    sharding = HfDeepSpeedConfig(deepspeed_config) if deepspeed_config and is_whole else None
+    try:
+        return _load(model, config, dtype)
+    finally:
+        del sharding
+
+
+def _load(model: ModelConfig, config: PreTrainedConfig, dtype: torch.dtype | str) -> PreTrainedModel:
+    disable_progress_bar()  # one bar of each rank would tear the run's own
+    if model.random is not None:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if model.gguf_file is not None:
+        return _load_gguf(model, dtype)
+    if (adapters := find_adapters(model)) is not None:
+        merged = merge_saved(_load(adapters.base, config, dtype), adapters)
+        merged.config.lrsa = config.lrsa
+        return merged
+    return _pretrained(AutoModelForCausalLM, model, dtype=dtype)
+
+
+def _load_gguf(model: ModelConfig, dtype: torch.dtype | str) -> PreTrainedModel:
+    """A GGUF file, dequantized. The result is an ordinary model that can be trained and saved."""
+    loaded = _pretrained(AutoModelForCausalLM, model, dtype=dtype)
+    # transformers marks the model as quantized and then refuses to save or train it; the weights are plain by now.
+    settings = loaded.config.to_dict()
+    settings.pop("quantization_config", None)
+    plain = type(loaded)(type(loaded.config)(**settings)).to(dtype)
+    plain.load_state_dict(loaded.state_dict(), strict=True)
+    plain.tie_weights()
+    return plain

@@ -1,0 +1,130 @@
+"""What a forward pass is told of its tokens: the documents they belong to, what is padding, where they stand.
+
+The decoder reads it before every pass, so that all entries are checked alike: a training loop of one's own, `prefill`,
+`generate`, and the decoder called by itself.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from lrsa_ds.attention import AttentionFunction
+from lrsa_ds.errors import LRSAError, require
+from lrsa_ds.lrsa_config import LRSAConfig
+from lrsa_ds.models.cache import LagKVCache
+from lrsa_ds.models.documents import document_lengths, restarting_positions
+
+
+def read_pass(inputs: dict[str, Any], new_cache: Callable[[], LagKVCache]) -> dict[str, Any]:
+    """The keyword arguments of a pass as LRSA needs them: with the lengths of packed documents, without a mask.
+
+    Args:
+        inputs: keyword arguments of the decoder.
+        new_cache: makes the cache of a pass that is to fill one (`use_cache=True`) and was given none.
+
+    Raises:
+        LRSAError: there is no token, or mask, positions or documents cannot be honoured.
+    """
+    tokens = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
+    if tokens is None:
+        return inputs
+    num_rows, num_tokens = tokens.shape[:2]
+    mask = inputs.get("attention_mask")
+    require(
+        mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 2),
+        "LRSA attention makes its own mask: a 4D attention_mask is not supported.",
+    )
+    cache = inputs.get("past_key_values")
+    num_seen = 0 if cache is None else cache.get_seq_length()
+    require(
+        num_rows > 0 and num_tokens > 0,
+        f"a pass over input_ids {[num_rows, num_tokens]} behind {num_seen} seen tokens has no tokens: give at least "
+        "one in each row, such as tokenizer.bos_token_id; `generate` takes the whole text, not what the cache lacks.",
+    )
+    if cache is None and inputs.get("use_cache"):
+        cache = new_cache()
+    if isinstance(cache, LagKVCache):
+        check_follows(inputs, num_seen, num_rows, num_tokens)
+        return inputs | {"attention_mask": None, "past_key_values": cache}
+    if num_seen:
+        return inputs  # refused by the attention, which names the cache that is needed
+    lengths = inputs.get("document_lengths")
+    if lengths is None:
+        lengths = document_lengths(inputs, num_rows, num_tokens)
+    else:  # the other inputs may be those of a shard
+        document_lengths({"attention_mask": mask}, num_rows, num_tokens)
+    positions = inputs.get("position_ids")
+    if lengths is not None and positions is None:  # what is kept depends on them: they are those of inference
+        _check_sum(lengths, num_rows, num_tokens)
+        positions = restarting_positions(lengths, num_tokens).to(tokens.device)
+    return inputs | {"attention_mask": None, "document_lengths": lengths, "position_ids": positions}
+
+
+def _check_sum(lengths: Sequence[int], num_rows: int, num_tokens: int) -> None:
+    require(
+        sum(lengths) in (num_tokens, num_rows * num_tokens),
+        f"document_lengths sum to {sum(lengths)}, and there are {num_tokens} tokens in each of {num_rows} rows.",
+    )
+
+
+def check_follows(inputs: dict[str, Any], num_seen: int, num_rows: int, num_tokens: int) -> None:
+    """Raises LRSAError unless the tokens of a pass are the next ones of the one document that a cache has seen."""
+    mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+    total = num_seen + num_tokens
+    if mask is not None:
+        check_unpadded(mask)
+        require(
+            mask.shape == (num_rows, total),
+            f"attention_mask {list(mask.shape)} does not fit: the cache has seen {num_seen} tokens and the pass brings "
+            f"{num_tokens}, in {num_rows} rows; give one of {[num_rows, total]}, or none.",
+        )
+    positions = None if positions is None else positions.cpu()
+    if num_tokens > 1:
+        told = {name: x for name, x in inputs.items() if name != "attention_mask"} | {"position_ids": positions}
+        given = inputs.get("document_lengths") or document_lengths(told, num_rows, num_tokens) or (num_tokens,)
+        require(
+            len(given) == 1,
+            f"a cache holds one document in each row, and the pass has documents of {given} tokens: give one, or "
+            "use_cache=False in training.",
+        )
+    if positions is not None and not bool((positions == torch.arange(num_seen, total)).all()):
+        first, last = positions.flatten()[[0, -1]].tolist()
+        raise LRSAError(
+            f"the tokens of the pass have position_ids {first} to {last}, and the cache has seen {num_seen} tokens, so "
+            f"they stand at {num_seen} to {total - 1}: give `generate` the whole text and a cache that has not seen "
+            "its last token, as after lrsa_ds.prefill(model, ids[:, :-1], cache), and another text another cache."
+        )
+
+
+def check_unpadded(mask: torch.Tensor) -> None:
+    """Raises LRSAError if a mask of tokens behind a cache, [B, n], has padding."""
+    require(
+        bool((mask == 1).all()),
+        "the attention mask has padding, which LRSA would select and keep as if it were tokens: "
+        "give prompts of equal length, or one prompt at a time.",
+    )
+
+
+def attend_rows(
+    attend: AttentionFunction,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    config: LRSAConfig,
+    lengths: tuple[int, ...] | None,
+    scale: float | None,
+    layer: int,
+) -> torch.Tensor:
+    """`attend`, also where the documents differ from row to row: the rows are then packed into one sequence.
+
+    Args:
+        q: [B, H, N, D]; k, v: [B, G, N, D].
+        lengths: of the documents of every row, summing to N, or of the rows one after the other, summing to B * N.
+    """
+    num_rows, num_heads, num_tokens, head_dim = q.shape
+    if num_rows == 1 or lengths is None or sum(lengths) != num_rows * num_tokens:
+        return attend(q, k, v, config, lengths, scale, layer)
+    q, k, v = (x.transpose(0, 1).reshape(1, x.shape[1], -1, head_dim) for x in (q, k, v))
+    output = attend(q, k, v, config, lengths, scale, layer)
+    return output.view(num_heads, num_rows, num_tokens, head_dim).transpose(0, 1)

@@ -1,0 +1,245 @@
+"""Hugging Face causal language models: loading them, and replacing their attention by LRSA.
+
+A model is changed from outside its layers: `apply_lrsa` selects the attention function that is registered here under
+the name "lrsa", after checking that every layer is plain causal attention, and hooks on the decoder read what a pass is
+given.
+"""
+
+import warnings
+from collections.abc import Mapping
+from inspect import signature
+from typing import Any, cast
+
+import torch
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
+
+from lrsa_ds.attention import AttentionFunction, lrsa_attention
+from lrsa_ds.attention.cached import cached_attention
+from lrsa_ds.errors import LRSAError, require
+from lrsa_ds.layers import AnyConfig, describe, from_saved, resolve
+from lrsa_ds.lrsa_config import LRSAConfig
+from lrsa_ds.models.cache import LagKVCache
+from lrsa_ds.models.generation import use_lrsa_cache
+from lrsa_ds.models.passes import attend_rows, read_pass
+
+NAME = "lrsa"
+
+
+def apply_lrsa(model: PreTrainedModel, config: AnyConfig, layers: Mapping[Any, Any] | None = None) -> PreTrainedModel:
+    """Replaces the attention of every layer by LRSA under `config`, in place, and returns the model.
+
+    The settings stay in `model.config.lrsa`, so that a saved model remembers them. A forward pass may pass
+    `document_lengths` (packed documents), `lrsa_config` (other settings for this pass) and `attend` (a function like
+    `lrsa_attention` in its place: sequence parallelism). Without `document_lengths` they follow from what packing
+    collators give: restarting `position_ids`, `cu_seq_lens_q` and `_k`, `seq_idx`, or a mask of document numbers.
+
+    Args:
+        layers: where layers are to differ from `config`: from ranges of layers to a retention, such as
+            {"0-1": 1.0, "2-": 0.1}, or from each layer to an `LRSAConfig`. All layers have to be named.
+
+    Raises:
+        LRSAError: a layer is not plain causal attention; the sentence names the layer and why. Or `layers` leaves one
+            out, names one twice, or one that the model does not have.
+    """
+    check_supported(model)
+    model.config.lrsa = resolve(config, layers, num_layers(model)).saved()
+    model.set_attn_implementation(NAME)
+    decoder = model.get_decoder()  # every pass goes through it, also one that is not given to the whole model
+    if _describe_cache not in decoder._forward_pre_hooks.values():
+        decoder.register_forward_pre_hook(_read_pass, with_kwargs=True)
+        decoder.register_forward_pre_hook(_describe_cache, with_kwargs=True)
+        decoder.register_forward_hook(_release_cache, with_kwargs=True, always_call=True)
+    use_lrsa_cache(model, NAME, new_cache)
+    return model
+
+
+def new_cache(model: PreTrainedModel) -> LagKVCache:
+    """An empty cache that keeps what the attention of the model keeps, layer by layer.
+
+    Raises:
+        LRSAError: the model is not under `apply_lrsa`.
+    """
+    return LagKVCache(_settings(model))
+
+
+def num_layers(model: PreTrainedModel) -> int:
+    return model.config.get_text_config().num_hidden_layers
+
+
+def _settings(model: PreTrainedModel) -> AnyConfig:
+    settings = getattr(model.config, "lrsa", None)
+    if settings is None:
+        raise LRSAError("the model has no LRSA settings: call lrsa_ds.apply_lrsa(model, config) first.")
+    return from_saved(settings)
+
+
+def _read_pass(model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Before a forward pass: reads documents, padding and positions from its inputs."""
+    if model.config._attn_implementation != NAME:
+        return args, kwargs
+    named = dict(zip(signature(model.forward).parameters, args, strict=False)) if args else {}
+    return (), read_pass({"lrsa_config": _settings(model)} | named | kwargs, lambda: new_cache(model))
+
+
+def _describe_cache(model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Before a forward pass: tells the attention function of every layer what the cache of the pass holds."""
+    cache = kwargs.get("past_key_values")
+    if not isinstance(cache, LagKVCache):
+        return args, kwargs
+    _check_layers(cache, num_layers(model))
+    trained, kept = describe(_settings(model), _sizes), describe(cache.config, _sizes)
+    if kept != trained:
+        warnings.warn(
+            f"the cache keeps {kept}, and the model was trained with {trained}: its answers may suffer.", stacklevel=3
+        )
+    cache.is_attended_by_chunk = model.config._attn_implementation == NAME
+    return args, kwargs | {"num_seen": cache.get_seq_length(), "lrsa_config": cache.config}
+
+
+def _release_cache(model: PreTrainedModel, args: tuple, kwargs: dict, output) -> None:
+    """After a forward pass: the next one may be that of another model."""
+    if isinstance(cache := kwargs.get("past_key_values"), LagKVCache):
+        cache.is_attended_by_chunk = False
+
+
+def _check_layers(cache: LagKVCache, count: int) -> None:
+    """Raises LRSAError unless a cache is for, and was filled by, a model of `count` layers."""
+    planned, filled = len(cache.config.layers), len(cache.layers)
+    require(
+        planned in (1, count) and filled in (0, count),
+        f"the cache is one of {filled or planned} layers, and the model has {count}: make another with "
+        "lrsa_ds.new_cache(model).",
+    )
+
+
+def _sizes(config: LRSAConfig) -> str:
+    """The settings that decide what is kept; the selection where it is not the default."""
+    names = {"backend": None, "retention": f"{config.retention:g}"}
+    shown = {name: names.get(name, value) for name, value in config.saved().items()}
+    return ", ".join(f"{name}={value}" for name, value in shown.items() if value is not None)
+
+
+def check_supported(model: PreTrainedModel) -> None:
+    """Raises LRSAError unless LRSA can take the place of the attention of every layer of `model`."""
+    name, config = type(model).__name__, model.config.get_text_config()
+    require(
+        model._supports_attention_backend and model._can_set_attn_implementation(),
+        f"{name} does not call transformers' attention interface, through which LRSA replaces the attention.",
+    )
+    for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        value = getattr(config, key, None)
+        require(value in (None, 1), f"{name} changes its logits after the output layer ({key}={value}): not supported.")
+    _check_rope(model)
+    layers = [(path, m) for path, m in model.named_modules() if isinstance(getattr(m, "layer_idx", None), int)]
+    for path, module in layers:
+        reason = _unlike_causal_attention(module, config)
+        require(reason is None, f"layer {module.layer_idx} of {name} ({path}) {reason}: LRSA cannot take its place.")
+
+
+def _check_rope(model: PreTrainedModel) -> None:
+    """Refuses frequencies that depend on the length of the pass: chunks, shards and documents would have their own.
+
+    The kinds are looked for in the modules that compute them and in the settings, whose place and key differ by age.
+    """
+    config = model.config.get_text_config()
+    settings = [getattr(config, key, None) for key in ("rope_parameters", "rope_scaling")]
+    settings += [value for given in settings if given for value in given.values() if isinstance(value, dict)]
+    types = [given.get(key) for given in settings if given for key in ("rope_type", "type")]
+    for module in model.modules():
+        found = getattr(module, "rope_type", None)
+        types += found.values() if isinstance(found, dict) else [found]
+    for name in types:
+        require(
+            not isinstance(name, str) or ("dynamic" not in name and name not in ("longrope", "su")),
+            f"{type(model).__name__} has rope_type={name}, whose frequencies depend on the length of each pass, so "
+            "documents, chunks and ranks would not agree: use one that is fixed, such as yarn, linear or llama3.",
+        )
+
+
+def _unlike_causal_attention(module: torch.nn.Module, config: PreTrainedConfig) -> str | None:
+    """What in a layer is other than plain causal attention, or None."""
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is not None:
+        if layer_types[module.layer_idx] != "full_attention":
+            return f"is of type {layer_types[module.layer_idx]}"
+    elif getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True):
+        return f"has a sliding window of {config.sliding_window} tokens"
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        return f"caps its attention scores at {config.attn_logit_softcapping}"
+    if getattr(module, "sinks", None) is not None:
+        return "has learned attention sinks"
+    if getattr(module, "is_causal", True) is False:
+        return "is not causal"
+    if getattr(config, "attention_dropout", 0.0):
+        return f"drops attention weights with probability {config.attention_dropout} (attention_dropout)"
+    return None
+
+
+def _lrsa_attention_function(
+    module: Any,  # an attention layer of transformers
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    document_lengths: tuple[int, ...] | None = None,
+    lrsa_config: AnyConfig | None = None,
+    attend: AttentionFunction = lrsa_attention,
+    num_seen: int = 0,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """The form transformers calls: query [B, H, N, D], key and value [B, G, N, D] to ([B, N, H, D], no weights)."""
+    require(attention_mask is None, "LRSA attention makes its own mask: a 4D attention_mask is not supported.")
+    config = (lrsa_config or from_saved(module.config.lrsa)).at_layer(module.layer_idx)
+    if num_seen:
+        output = cached_attention(query, key, value, num_seen, config, scaling, module.layer_idx)
+        return output.transpose(1, 2).contiguous(), None
+    require(
+        query.shape[2] == key.shape[2],
+        f"a model with LRSA attention needs a cache that keeps what it keeps, and got one of "
+        f"{key.shape[2] - query.shape[2]} tokens: use past_key_values=lrsa_ds.LagKVCache(config), or "
+        "model.set_attn_implementation('sdpa') for dense attention.",
+    )
+    output = attend_rows(attend, query, key, value, config, document_lengths, scaling, module.layer_idx)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _lrsa_mask(attention_mask: torch.Tensor | None = None, **kwargs) -> None:
+    """LRSA makes its own mask, and `_read_pass` has taken away what the caller gave."""
+    require(
+        attention_mask is None or bool(attention_mask.all()),
+        "nobody has read the attention mask: call lrsa_ds.apply_lrsa(model, config) before the pass.",
+    )
+
+
+AttentionInterface.register(NAME, _lrsa_attention_function)
+AttentionMaskInterface.register(NAME, _lrsa_mask)
+
+
+def output_layer(model: PreTrainedModel) -> torch.nn.Module:
+    """The layer from hidden states to logits."""
+    head = model.get_output_embeddings()
+    if head is None:
+        raise LRSAError(f"{type(model).__name__} has no output layer: a causal language model is needed.")
+    return head
+
+
+def to_device(model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
+    """`model.to(device)`, which transformers wraps in a way that type checkers read wrongly."""
+    return cast(Any, model).to(device)
+
+
+def layer_classes(model: PreTrainedModel) -> list[str]:
+    """Names of the classes of the decoder layers."""
+    present = {type(module).__name__ for module in model.modules()}
+    return sorted(present & set(model._no_split_modules or ()))
+
+
+def enable_checkpointing(model: PreTrainedModel) -> None:
+    """Recomputes the activations of each decoder layer in the backward pass instead of holding them."""
+    kwargs = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # the name since transformers 5.2x; the older one warns there
+        model.activation_checkpointing_enable(kwargs)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)

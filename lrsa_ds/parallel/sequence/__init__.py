@@ -1,0 +1,1 @@
+"""Sequence parallelism: who holds and selects what, and how it is exchanged."""

@@ -1,0 +1,34 @@
+"""The attention function of a run: that of one rank, or that of several which share every sequence."""
+
+from functools import partial
+
+import torch
+
+from lrsa_ds.attention import AttentionFunction, lrsa_attention
+from lrsa_ds.lrsa_config import LRSAConfig
+from lrsa_ds.parallel.sequence.exchange import SequenceGroup
+from lrsa_ds.parallel.sequence.ulysses import ulysses_attention
+
+
+def attention_function(group: SequenceGroup | None) -> AttentionFunction:
+    """A function with the signature of `lrsa_attention`, for a whole sequence or for this rank's shard of it.
+
+    Under sequence parallelism dense attention (retention 1) is DeepSpeed's Ulysses, LRSA the strategy of the group.
+    """
+    return lrsa_attention if group is None else partial(_shared, group)
+
+
+def _shared(
+    group: SequenceGroup,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    config: LRSAConfig,
+    document_lengths: tuple[int, ...],
+    scale: float | None = None,
+    layer: int = 0,
+) -> torch.Tensor:
+    attend = ulysses_attention if config.is_dense else group.strategy.attend
+    output = attend(q, k, v, config, document_lengths, group, scale, layer)
+    group.traffic.count_ulysses(q, k, output, group.size, is_real=config.is_dense)
+    return output

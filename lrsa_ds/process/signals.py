@@ -1,0 +1,102 @@
+"""SIGTERM, SIGUSR1, Ctrl-C and the end of the launcher: a wish to stop after the step, or now if no step can end.
+
+A launcher sends SIGTERM for two reasons: the job is to end (then a checkpoint is written first), or another rank of the
+job has died (then no step will ever end, and this process has to go at once).
+"""
+
+import os
+import signal
+import socket
+import threading
+import time
+from contextlib import suppress
+
+from lrsa_ds.process.exits import Exit
+from lrsa_ds.process.launcher import Launcher, named
+from lrsa_ds.process.voice import heard, say_for_all
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+LAUNCHER_ENDED = "the end of its launcher"
+# Ranks notice at different times. They agree by numbers: the largest that any of them knows, and 0 for no reason.
+REASONS = (None, LAUNCHER_ENDED, *(number.name for number in SIGNALS))
+POLL_SECONDS = 0.5
+# A second Ctrl-C is one that comes later than this: torchrun passes on the first, which its ranks have had already.
+AGAIN_SECONDS = 1.0
+WORD_SECONDS = 2.0  # for a rank that has ended to have said why, on its way out
+
+
+class StopRequest:
+    """Knows whether this process is asked to stop. Make one in the main thread, before anything long.
+
+    Until `begin` the process ends at once: there is nothing yet to save. A thread of its own hears the signals, since
+    the main one may be deep in a collective for minutes.
+    """
+
+    def __init__(self):
+        self.reason: str | None = None
+        self._begun, self._accepted = threading.Event(), threading.Event()
+        self._interrupted: float | None = None
+        self._launcher = Launcher()
+        self._heard, sender = socket.socketpair()
+        self._heard.settimeout(POLL_SECONDS)
+        sender.setblocking(False)
+        self._sender = sender
+        for number in SIGNALS:
+            signal.signal(number, lambda *_: None)  # the thread acts; without a handler the process would end here
+        signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, name="signals", daemon=True).start()
+
+    @property
+    def is_set(self) -> bool:
+        return self.reason is not None
+
+    @property
+    def number(self) -> float:
+        """The place of the reason in `REASONS`, 0 without one: the maximum over the ranks is what they agree on."""
+        return float(REASONS.index(self.reason))
+
+    def begin(self) -> None:
+        """From now on a signal is a wish that the end of a step fulfils."""
+        self._begun.set()
+
+    def accept(self) -> None:
+        """All ranks have agreed to stop, or are done: from now on they may end one after the other."""
+        self._accepted.set()
+
+    def _listen(self) -> None:
+        while True:
+            with suppress(TimeoutError):
+                for number in self._heard.recv(64):
+                    self._note(number)
+            if self.reason is None and self._launcher.is_gone():
+                self.reason = LAUNCHER_ENDED
+            if self.is_set and not self._accepted.is_set():
+                self._act()
+
+    def _note(self, number: int) -> None:
+        if number not in SIGNALS:
+            return
+        self.reason = self.reason or signal.Signals(number).name
+        if number == signal.SIGINT:
+            now = time.monotonic()
+            self._interrupted = self._interrupted or now
+            if now - self._interrupted > AGAIN_SECONDS:
+                os._exit(
+                    say_for_all("interrupted twice: ended at once; earlier checkpoints are whole.", Exit.INTERRUPTED)
+                )
+
+    def _act(self) -> None:
+        missing = self._launcher.missing()
+        if missing:
+            code = heard(WORD_SECONDS)
+            os._exit(say_for_all(_lost(missing), Exit.LOST) if code is None else code)
+        if not self._begun.is_set():
+            sentence = f"stopped by {self.reason}: nothing is lost, the same command resumes or starts again."
+            os._exit(say_for_all(sentence, Exit.STOPPED))
+
+
+def _lost(ranks: list[int]) -> str:
+    return (
+        f"error: {named(ranks)} ended without a word, killed (for want of memory?) or crashed: all ranks end; the same "
+        "command resumes from the last checkpoint."
+    )

@@ -1,0 +1,139 @@
+"""Settings of the group `data`."""
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, cast
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lrsa_ds.errors import LRSAError, require, require_one_of, require_whole
+from lrsa_ds.settings.paths import expand_home, require_paths
+
+# Our names of the columns of a row, see lrsa_ds/data/shapes.py.
+COLUMNS = ("messages", "conversations", "tools", "system", "prompt", "completion", "instruction", "input", "output")
+
+
+COLUMNS += ("context", "question", "answer", "answers", "answer_start", "text", "input_ids", "labels", "task")
+
+
+@dataclass(kw_only=True)
+class SourceConfig:
+    """One source of a mixture: files (`path`) or a data set of the hub (`name`), and how often its rows are drawn."""
+
+    path: Any = None
+    validation_path: Any = None
+    name: str | None = None
+    subset: str | None = None
+    split: str = "train"
+    validation_split: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    weight: float | None = None
+
+    def __post_init__(self):
+        require(
+            (self.path is None) != (self.name is None), "data.sources: give path or name in each source, one of both."
+        )
+        weight = self.weight
+        require(weight is None or weight > 0, f"data.sources: weight={weight} is not valid: give a number above 0.")
+
+
+def _source(value: Any) -> SourceConfig:
+    """A source as the configuration has it, with its keys and their types checked."""
+    if isinstance(value, SourceConfig):
+        return value
+    require(isinstance(value, dict), f"data.sources: {value!r} is not valid: give objects such as {{path: a.jsonl}}.")
+    for key in value:
+        require_one_of("data.sources: key", key, tuple(f.name for f in fields(SourceConfig)))
+    try:
+        return cast(SourceConfig, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SourceConfig), value)))
+    except OmegaConfBaseException as error:
+        raise LRSAError(f"data.sources: {error.full_key}: {str(error.msg).splitlines()[0]}.") from error
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Where examples come from and how they are laid out; see README, "Your own data"."""
+
+    source: str = "stdlib_qa"
+    sources: list[Any] = field(default_factory=list)
+    path: Any = None
+    validation_path: Any = None
+    name: str | None = None
+    subset: str | None = None
+    split: str = "train"
+    validation_split: str | None = None
+    streaming: bool = False
+    columns: dict[str, str] = field(default_factory=dict)
+    tasks: list[str] = field(default_factory=lambda: ["signature", "passkey", "lookup"])
+    num_examples: int = 4096
+    context_length: int | None = None
+    chat_template: bool = True
+    on_bad_row: str = "error"
+    too_long: str = "cut"
+    report: str = "sample"
+    num_workers: int = 1
+
+    def __post_init__(self):
+        require_one_of("data.source", self.source, ("stdlib_qa", "files", "hub", "mixture"))
+        self._check_sources()
+        require_one_of("data.on_bad_row", self.on_bad_row, ("error", "skip"))
+        require_one_of("data.too_long", self.too_long, ("cut", "drop", "error"))
+        require_one_of("data.report", self.report, ("sample", "all"))
+        for key in ("path", "validation_path"):
+            require_paths(f"data.{key}", getattr(self, key))
+        expand_home(self, "path", "validation_path", "name")
+        require_whole("data.num_examples", self.num_examples, 1)
+        require(
+            self.num_workers in (0, 1),
+            f"data.num_workers={self.num_workers!r} is not valid: give 0 (prepare sequences in the training process) "
+            "or 1 (in another one); more would prepare the same sequences twice.",
+        )
+        for ours, theirs in self.columns.items():
+            require_one_of("data.columns", ours, COLUMNS)
+            require(
+                isinstance(theirs, str),
+                f"data.columns={{{ours}: {theirs!r}}} is not valid: give the name of a column, such as "
+                f"{{{ours}: passage}}.",
+            )
+        require(
+            self.source == "files" or (self.path is None and self.validation_path is None),
+            "data.path and data.validation_path are read only with data=files: add data=files.",
+        )
+        require(
+            self.source == "hub" or self.name is None,
+            "data.name names a hub data set and is read only with data=hub: add data=hub.",
+        )
+        require(
+            self.source == "hub" or (self.subset is None and self.validation_split is None),
+            "data.subset and data.validation_split are read only with data=hub: add data=hub.",
+        )
+        require(self.source != "files" or self.path is not None, "data=files needs data.path, a JSONL or Parquet file.")
+        require(self.source != "hub" or self.name is not None, "data=hub needs data.name, a data set of the hub.")
+        for task in self.tasks:
+            require_one_of("data.tasks", task, ("signature", "passkey", "lookup"))
+        require(self.tasks != [], "data.tasks=[] is not valid: choose among signature, passkey, lookup.")
+        if self.context_length is not None:
+            require_whole("data.context_length", self.context_length, 64)
+
+    def _check_sources(self) -> None:
+        self.sources = [_source(source) for source in self.sources]
+        require(
+            (self.source == "mixture") == (self.sources != []),
+            "data=mixture needs data.sources, which nothing else reads: such as '[{path: a.jsonl}, {path: b.jsonl}]'.",
+        )
+        require(
+            len({source.weight is None for source in self.sources}) < 2,
+            "data.sources: give a weight in every source, or in none: then every row is seen once in an epoch.",
+        )
+        require(
+            self.source != "mixture" or not self.streaming,
+            "data=mixture needs the numbers of rows, which data.streaming=true does not know: set it to false.",
+        )
+        for source in self.sources:
+            self.of_source(source)
+
+    def of_source(self, source: SourceConfig) -> "DataConfig":
+        """These settings for one source of the mixture alone."""
+        own = {f.name: getattr(source, f.name) for f in fields(source) if f.name != "weight"}
+        own["columns"] = source.columns or self.columns
+        return replace(self, source="hub" if source.path is None else "files", sources=[], **own)

@@ -1,0 +1,61 @@
+"""Settings of the group `model`."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from lrsa_ds.errors import require, require_one_of, require_whole
+from lrsa_ds.settings.paths import expand_home
+
+
+@dataclass(kw_only=True)
+class LoraConfig:
+    """Low-rank adapters through PEFT; rank 0 trains the model itself.
+
+    Args:
+        targets: "all-linear", or the names of layers, separated by commas, such as "q_proj,v_proj".
+        export: "merged" (a model as any other) or "adapter" (the adapters alone, in PEFT's format).
+    """
+
+    rank: int = 0
+    alpha: float = 32.0
+    targets: str = "all-linear"
+    export: str = "merged"
+
+    def __post_init__(self):
+        require_whole("model.lora.rank", self.rank, 0)
+        require(self.alpha > 0, f"model.lora.alpha={self.alpha} is not valid: give a number above 0.")
+        require_one_of("model.lora.export", self.export, ("merged", "adapter"))
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """Where the model comes from: a hub name, a local directory, a GGUF file, or random weights; what is trained."""
+
+    name: str | None = None
+    revision: str | None = None
+    gguf_file: str | None = None
+    random: dict[str, Any] | None = field(default_factory=dict)  # an empty one is none
+    tokenizer: str | None = None
+    trust_remote_code: bool = False
+    dtype: str = "auto"
+    liger_kernel: bool = False
+    freeze: list[str] = field(default_factory=list)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+    def __post_init__(self):
+        expand_home(self, "name", "tokenizer")
+        self.random = self.random or None
+        require(
+            self.lora.rank == 0 or not self.freeze,
+            "model.freeze has no effect beside model.lora.rank, which trains the adapters alone: set one of the two.",
+        )
+        require_one_of("model.dtype", self.dtype, ("auto", "bf16", "fp32"))
+        require(
+            (self.name is None) != (self.random is None),
+            "model: set exactly one of model.name (a hub name or a local directory) and model.random "
+            "(an architecture with random weights, such as {model_type: qwen2, ...}).",
+        )
+        require(self.gguf_file is None or self.name is not None, "model.gguf_file needs model.name, its directory.")
+        if self.random is not None:
+            require("model_type" in self.random, "model.random needs the key model_type, such as llama or qwen2.")
+            require(self.tokenizer is not None, "model.random needs model.tokenizer: a name, a directory, or 'bytes'.")

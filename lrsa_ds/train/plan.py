@@ -1,0 +1,182 @@
+"""All that can be known of a run, and all that can be wrong with it, before a process group starts."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple, cast
+
+import torch
+
+from lrsa_ds.attention.kernels.kernel import choose_kernel
+from lrsa_ds.config import TrainConfig
+from lrsa_ds.data.procedure import Procedure, RunData, prepare_data
+from lrsa_ds.data.survey import SAMPLED_TOKENS, DataReport, steps_of_epochs, survey
+from lrsa_ds.data.tokenizer import Tokenizer, load_tokenizer
+from lrsa_ds.dtypes import dtype_of
+from lrsa_ds.errors import Problems, require
+from lrsa_ds.inputs import check_inputs
+from lrsa_ds.logs.wandb_thread import check_wandb
+from lrsa_ds.models.adapters import check_peft
+from lrsa_ds.models.liger import check_liger
+from lrsa_ds.models.loading import empty_model
+from lrsa_ds.models.patch import PreTrainedModel, check_supported, num_layers
+from lrsa_ds.objectives import check_objective
+from lrsa_ds.parallel.mesh import check_world, world_size
+from lrsa_ds.parallel.sequence.strategy import Sharing
+from lrsa_ds.parallel.sequence.ulysses import check_dense
+from lrsa_ds.registry import EXCHANGES
+from lrsa_ds.settings.attention import AttentionConfig
+from lrsa_ds.telemetry.settings import check_telemetry
+from lrsa_ds.train.checkpoint import ResumePoint, check_resume, find_checkpoint
+from lrsa_ds.train.output import check_begun, check_output
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `prepare` has found out; `config` is the configuration with what it left to the data and to the model."""
+
+    config: TrainConfig
+    dtype: torch.dtype
+    num_parameters: int
+    tokenizer: Tokenizer
+    data: RunData
+    report: DataReport
+    resume: ResumePoint | None
+    num_frozen: int = 0
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """A checkpoint's size at most: the weights, in fp32 a copy of them and two moments, and what is frozen."""
+        return self.num_parameters * (self.dtype.itemsize + 12) + self.num_frozen * self.dtype.itemsize
+
+
+def prepare(config: TrainConfig, procedure: Procedure) -> Plan:
+    """Checks everything that can be checked on one process, at the cost of reading the data's head.
+
+    Raises:
+        LRSAError: what is wrong, a sentence for each of the checks that do not depend on each other.
+    """
+    problems = Problems()
+    for check in (partial(check_wandb, config.log), partial(check_peft, config.model.lora)):
+        with problems.collect():
+            check()
+    if config.output_dir is not None:
+        with problems.collect():  # before they are read: a tokenizer inside a run's directory is no other mistake
+            check_inputs(Path(config.output_dir).expanduser(), config.model, config.data)
+    architecture = data = None
+    with problems.collect():
+        architecture = _architecture(config)
+    with problems.collect():
+        tokenizer = load_tokenizer(config.model)
+        data = prepare_data(procedure, config, tokenizer)
+    if architecture is None or data is None:
+        problems.raise_all()
+    dtype, num_parameters, num_frozen, vocabulary, attention = architecture
+    config = replace(config, attention=attention)
+    with problems.collect():
+        check_output(config, num_parameters, dtype.itemsize)
+    with problems.collect():
+        require(
+            len(tokenizer) <= vocabulary,
+            f"model.tokenizer has {len(tokenizer)} tokens, and the model knows {vocabulary}: they do not belong "
+            "together.",
+        )
+    problems.raise_all()
+    config = _with_steps(config, data)
+    compressed = [config.attention.at_step(i) for i in range(len(config.attention.retentions))]
+    short = max(0 if settings.is_dense else settings.dense_prefix_size for settings in compressed)
+    report = survey(data, short, None if config.data.report == "all" else SAMPLED_TOKENS)
+    plan = Plan(config, dtype, num_parameters, tokenizer, data, report, resume=None, num_frozen=num_frozen)
+    return replace(plan, resume=find_resume(config, plan))
+
+
+class _Architecture(NamedTuple):
+    """What the run needs to know of its model; `num_frozen` are parameters of copies that are not trained."""
+
+    dtype: torch.dtype
+    num_parameters: int
+    num_frozen: int
+    vocabulary: int
+    attention: AttentionConfig  # with the settings of every layer
+
+
+def _architecture(config: TrainConfig) -> _Architecture:
+    """The sizes of the model, once it is known that the run can train it."""
+    objective = check_objective(config)
+    dtype = dtype_of(config.model.dtype)
+    structure = empty_model(config.model)
+    check_supported(structure)
+    check_liger(config.model, structure.config.model_type)
+    config = replace(config, attention=config.attention.resolved(num_layers(structure)))
+    _check_backend(config, structure, dtype)
+    _check_parallel(config, structure, objective.retentions)
+    check_telemetry(config, num_layers(structure))
+    num_parameters = sum(p.numel() for p in structure.parameters())
+    num_frozen = num_parameters * objective.num_frozen_copies(config)
+    vocabulary = cast(int, structure.get_input_embeddings().num_embeddings)
+    return _Architecture(dtype, num_parameters, num_frozen, vocabulary, config.attention)
+
+
+def find_resume(config: TrainConfig, plan: Plan) -> ResumePoint | None:
+    """The checkpoint from which the run resumes, if its directory holds one.
+
+    Raises:
+        LRSAError: the directory is not free for this run, or holds another one.
+    """
+    point = check_output(config, plan.num_parameters, plan.dtype.itemsize)
+    if point is None:
+        check_begun(config)
+        return None
+    return check_resume(point, config, plan.data.fingerprint())
+
+
+def _with_steps(config: TrainConfig, data: RunData) -> TrainConfig:
+    """The configuration with the steps that `optim.num_epochs` makes; a run that is resumed has counted them before."""
+    optim = config.optim
+    if optim.num_epochs is None:
+        return config
+    point = None
+    if config.output_dir is not None and not config.checkpoint.overwrite:
+        point = find_checkpoint(Path(config.output_dir).expanduser())
+    earlier = point.settings["optim"] if point else {}
+    if earlier.get("num_epochs") == optim.num_epochs:
+        num_steps = earlier["num_steps"]
+    else:
+        num_replicas = world_size() // config.parallel.sp_size
+        num_steps = steps_of_epochs(data, optim.num_epochs, num_replicas * optim.micro_batch * optim.grad_accum)
+    require(
+        optim.warmup_steps <= num_steps,
+        f"optim.num_epochs={optim.num_epochs} makes {num_steps} steps, fewer than optim.warmup_steps="
+        f"{optim.warmup_steps}: lower it.",
+    )
+    return replace(config, optim=replace(optim, num_steps=num_steps))
+
+
+def _check_backend(config: TrainConfig, structure: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Whether the attention backend that the settings name can run here."""
+    architecture = structure.config.get_text_config()
+    head_dim = getattr(architecture, "head_dim", None)
+    head_dim = head_dim or architecture.hidden_size // architecture.num_attention_heads
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    merges_parts = config.parallel.sp_size > 1 and EXCHANGES[config.parallel.exchange].merges_parts
+    for layer in set(config.attention.at_step(0).layers):
+        choose_kernel(layer, device, dtype, head_dim, needs_lse_gradient=merges_parts)
+
+
+def _check_parallel(config: TrainConfig, structure: PreTrainedModel, others: tuple[float, ...]) -> None:
+    """Whether the sequences of the run can be shared as `parallel.sp_size` asks, in training, also in the
+    passes of `others`, the retentions of the objective, and in evaluation."""
+    size, attention = config.parallel.sp_size, config.attention
+    if size == 1:
+        return
+    architecture = structure.config.get_text_config()
+    check_world(size)
+    row = config.seq_len * config.optim.micro_batch
+    heads = architecture.num_attention_heads, architecture.num_key_value_heads
+    strategy = EXCHANGES[config.parallel.exchange]
+    every = [attention.at_step(step) for step in range(len(attention.retentions))]
+    every += [cache for _, cache in attention.evaluated([*others, *config.eval.retentions])]
+    layers = {layer for settings in every for layer in settings.layers}
+    for settings in sorted(layers, key=lambda layer: layer.retention, reverse=True):
+        check = check_dense if settings.is_dense else strategy.check
+        check(Sharing(size, row, "seq_len * optim.micro_batch", *heads, settings))

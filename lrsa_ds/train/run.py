@@ -1,0 +1,349 @@
+"""A run from configuration to exported model: start or resume, evaluate, train, evaluate, export."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from lrsa_ds.compression import cache_lines, short_documents_sentence
+from lrsa_ds.config import TrainConfig, save_settings
+from lrsa_ds.data.procedure import Procedure
+from lrsa_ds.data.stream import TrainStream, make_loader
+from lrsa_ds.directories.occupy import occupy
+from lrsa_ds.dtypes import dtype_name
+from lrsa_ds.errors import Stopped
+from lrsa_ds.logs.journal import keep_rows_until, read_rows
+from lrsa_ds.logs.metrics import PREDICTIONS, RunLogger
+from lrsa_ds.logs.provenance import provenance
+from lrsa_ds.logs.report import draw_evaluation, evaluation_table
+from lrsa_ds.models.adapters import add_adapters, freeze
+from lrsa_ds.models.ends import set_ends
+from lrsa_ds.models.liger import apply_liger
+from lrsa_ds.models.loading import load_model
+from lrsa_ds.models.patch import PreTrainedModel, apply_lrsa, enable_checkpointing, layer_classes
+from lrsa_ds.objectives import check_objective, make_objective
+from lrsa_ds.parallel.mesh import Mesh, start_mesh, stop_mesh
+from lrsa_ds.parallel.watch import Watch
+from lrsa_ds.parallel.zero import deepspeed_config, make_engine
+from lrsa_ds.process.signals import REASONS, StopRequest
+from lrsa_ds.telemetry.report import report_telemetry
+from lrsa_ds.train import checkpoint, output
+from lrsa_ds.train.plan import Plan, find_resume, prepare
+from lrsa_ds.train.profiling import StepProfiler
+from lrsa_ds.train.saving import CheckpointSaver
+from lrsa_ds.train.scoring import Evaluation, Moment, evaluate, look_inside
+from lrsa_ds.train.trainer import Engine, Trainer, cosine_schedule
+
+
+def train(config: TrainConfig, procedure: Procedure, notes: list[str]) -> None:
+    """Runs the whole job on this rank. `notes` are sentences about the configuration that rank 0 shows first.
+
+    Raises:
+        LRSAError: anything that the user can mend.
+        Stopped: a signal has ended the run after a checkpoint.
+    """
+    stop = StopRequest()
+    plan = prepare(config, procedure)
+    config = plan.config
+    # Our own watch, which names the rank that hangs, is to speak before torch's, which does not.
+    patience = timedelta(seconds=3 * config.parallel.timeout) if config.parallel.timeout else timedelta(days=30)
+    join = timedelta(seconds=config.parallel.timeout) if config.parallel.timeout else patience
+    mesh = start_mesh(config.parallel.sp_size, patience, config.parallel.exchange, join)
+    torch.manual_seed(config.seed)
+
+    def enter(directory: Path) -> checkpoint.ResumePoint | None:
+        return output.enter_output(directory, config, lambda: find_resume(config, plan))
+
+    with occupy(config.output_dir, config.run_name, mesh, enter) as (directory, resume):
+        _train_in(directory, config, replace(plan, resume=resume), mesh, stop, notes)
+    stop_mesh()
+
+
+def _train_in(
+    directory: Path, config: TrainConfig, plan: Plan, mesh: Mesh, stop: StopRequest, notes: list[str]
+) -> None:
+    """The run in its directory, which no other run enters meanwhile."""
+    settings = asdict(config) | {"output_dir": str(directory)}
+    first_step = plan.resume.step if plan.resume else 0
+    kept_until = first_step if plan.resume else -1  # without a checkpoint what came before the first step is done again
+    earlier = keep_rows_until(directory / "metrics.jsonl", kept_until, mesh.is_main)
+    keep_rows_until(directory / PREDICTIONS, kept_until, mesh.is_main)
+    if mesh.is_main:
+        save_settings(settings, directory / "config.yaml")
+    watch = Watch(directory, mesh, config.parallel.timeout)
+    about = {"step": first_step} | provenance(mesh.world_size, plan.num_parameters, mesh.device_name)
+    steps = config.optim.num_steps
+    logger = RunLogger(directory, config.log, settings, about, config.run_name, steps, enabled=mesh.is_main)
+    failed = True
+    try:
+        for note in [*notes, *_describe(config, plan, mesh, directory)] if mesh.is_main else []:
+            logger.message(note)
+        logger.data(plan.report.row())
+        scores = [row for row in earlier if row["kind"] == "eval"]
+        setup = _Setup(config=config, plan=plan, mesh=mesh, directory=directory, logger=logger, watch=watch, stop=stop)
+        _Run(setup, scores).all()
+        stop.accept()  # there is no step left that could fulfil a wish to stop
+        failed = False
+    finally:
+        logger.close(failed=failed)
+        watch.close()
+    if mesh.is_main:
+        output.mark(directory, output.COMPLETED)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Setup:
+    """What a run has been given when its directory is its own: settings, what is planned, and whom it talks to."""
+
+    config: TrainConfig
+    plan: Plan
+    mesh: Mesh
+    directory: Path
+    logger: RunLogger
+    watch: Watch
+    stop: StopRequest
+
+
+class _Run:
+    """What happens between the start and the end of a run. Loads the model, and its checkpoint if the run resumes.
+
+    Args:
+        scores: rows of metrics.jsonl, the evaluations before the run was interrupted.
+    """
+
+    def __init__(self, setup: _Setup, scores: list[dict]):
+        config, plan, mesh = setup.config, setup.plan, setup.mesh
+        self.config, self.plan, self.mesh, self.directory = config, plan, mesh, setup.directory
+        self.logger, self.watch, self.stop = setup.logger, setup.watch, setup.stop
+        self.rows = [{key: value for key, value in row.items() if key != "kind"} for row in scores]
+        self.watch.doing("loading the model")
+        self.engine = build_engine(config, plan, mesh)
+        point = plan.resume
+        if point is not None:
+            checkpoint.load_checkpoint(self.engine, point, mesh)
+        # The last step and the position of the data after it, and the last step that is in a checkpoint.
+        self.place = (point.step, point.position) if point else (0, {})
+        self.saved_step = self.place[0]
+        self.profiler = StepProfiler(config.log.profile_steps if mesh.is_main else [], self.directory)
+        save = config.checkpoint
+        self.saver = CheckpointSaver(self.engine, self.directory, save.keep, plan.checkpoint_bytes, save.write, mesh)
+
+    def all(self) -> None:
+        """Evaluates, trains, evaluates and exports."""
+        config = self.config
+        if self.plan.resume is None and config.eval.before:
+            self.evaluate("before", 0)
+            self.telemetry("before", 0)
+        self.stop.begin()
+        trainer = build_trainer(config, self.plan, self.mesh, self.engine, self.watch.doing)
+        trainer.fit(self.after_step, self.profiler.before)
+        if self.mesh.is_main:
+            self.summarize()
+        if config.eval.after:
+            self.evaluate("after", config.optim.num_steps)
+            self.telemetry("after", config.optim.num_steps)
+        if config.checkpoint.export:
+            self.stop_if_asked()
+            self.export(output.MODEL_DIRECTORY)
+
+    def after_step(self, metrics: dict, position: dict) -> None:
+        """Logs a step; then evaluates, keeps the best model, writes a checkpoint, or stops, where that is due."""
+        config, step = self.config, metrics["step"]
+        self.place = step, position
+        is_last = step == config.optim.num_steps
+        self.profiler.after(step)
+        self.logger.step(metrics)
+        if config.eval.every and step % config.eval.every == 0 and not is_last:
+            self.evaluate(f"step {step}", step)
+            if config.checkpoint.best and self._is_best(f"step {step}"):
+                self.export(output.BEST_DIRECTORY)
+        # Whether some rank was asked to stop, or still writes: all ranks have to agree, and this is where they meet.
+        reason, busy = self.mesh.max([self.stop.number, float(self.saver.is_busy)])
+        wants_stop = reason > 0
+        if wants_stop:
+            self.stop.accept()
+        every = config.checkpoint.every
+        is_due = wants_stop or (every and (step % every == 0 or is_last))
+        if self.saver.is_pending and (is_due or not busy):
+            self.finish_saving()
+        if is_due:
+            self.save(step, position)
+            if wants_stop or is_last or not self.saver.is_background:
+                self.finish_saving()
+        if wants_stop:
+            self._end(step, reason)
+
+    def stop_if_asked(self) -> None:
+        """After the last step: stops as training does, after a checkpoint, where some rank was asked to."""
+        reason = self.mesh.max([self.stop.number])[0]
+        if not reason:
+            return
+        self.stop.accept()
+        step, position = self.place
+        if self.saved_step != step:
+            self.save(step, position)
+            self.finish_saving()
+        self._end(step, reason)
+
+    def _end(self, step: int, reason: float) -> None:
+        """Ends this rank for the reason that all have agreed on, by its place in `REASONS`."""
+        if self.mesh.is_main:
+            output.mark(self.directory, output.STOPPED)
+        name = REASONS[int(reason)]
+        raise Stopped(f"stopped after step {step} by {name}: the same command resumes, in {self.directory}.")
+
+    def summarize(self) -> None:
+        """The share of the tokens trained on, over all steps, that were in documents too short for LRSA."""
+        config = self.config
+        steps = [row for row in read_rows(self.directory / "metrics.jsonl") if row["kind"] == "train"]
+        steps = [row for row in steps if "num_short_tokens" in row]  # not where the attention was dense
+        if steps:
+            share = sum(row["num_short_tokens"] for row in steps) / sum(row["num_tokens"] for row in steps)
+            self.logger.summary({"step": config.optim.num_steps, "short_token_share": share})
+            sentence = short_documents_sentence(share, config.attention.at_step(0), "the tokens trained on")
+            if sentence:
+                self.logger.message(sentence)
+
+    def save(self, step: int, position: dict) -> None:
+        config = self.config
+        self.watch.doing(f"step {step}: writing a checkpoint")
+        trainer = {
+            "step": step,
+            "position": position,
+            "world_size": self.mesh.world_size,
+            "settings": checkpoint.plain_settings(config),
+            "data": self.plan.data.fingerprint(),
+        }
+        self.saver.start(trainer)
+        self.saved_step = step
+
+    def finish_saving(self) -> None:
+        self.watch.doing("finishing a checkpoint")
+        written = self.saver.finish()
+        self.logger.checkpoint(written.step, written.path, written.waited, written.took)
+
+    def evaluate(self, when: str, step: int) -> None:
+        config, tokenizer = self.config, self.plan.tokenizer
+
+        def on_batch(done: int, total: int) -> None:
+            self.watch.doing(f"evaluation ({when})")
+            self.logger.evaluating(when, done, total)
+            if when == "after":
+                self.stop_if_asked()
+
+        examples = self.plan.data.validation_examples()
+        found = evaluate(self.engine, config, self.mesh, examples, tokenizer, Moment(when, step), on_batch)
+        self.rows.extend(found.scores)
+        if self.mesh.is_main:
+            _report(config, self.rows, found, self.directory, self.logger)
+
+    def telemetry(self, when: str, step: int) -> None:
+        """Measures what each layer loses under the smallest cache, where that is asked for, and says it."""
+        config = self.config
+        if not config.eval.telemetry:
+            return
+
+        def on_pass(done: int, total: int) -> None:
+            self.watch.doing(f"telemetry ({when})")
+            self.logger.evaluating(f"telemetry {when}", done, total, unit="pass")
+            if when == "after":
+                self.stop_if_asked()
+
+        examples = self.plan.data.validation_examples()
+        found = look_inside(self.engine, config, self.mesh, examples, self.plan.tokenizer, on_pass)
+        if self.mesh.is_main:
+            report_telemetry(found, when, step, self.directory, config.run_name, self.logger)
+
+    def _is_best(self, when: str) -> bool:
+        """Whether an evaluation on the way is better than all others on the way, under the smallest cache."""
+        smallest = min(self.config.eval.retentions)
+        scores: dict[str, list[float]] = {}
+        for row in self.rows:
+            if row["retention"] == smallest and row["when"].startswith("step"):
+                scores.setdefault(row["when"], []).append(row["exact_match"] + row["token_accuracy"] / 1000)
+        means = {name: sum(values) / len(values) for name, values in scores.items()}
+        return means[when] == max(means.values())
+
+    def export(self, name: str) -> None:
+        self.watch.doing("exporting the model")
+        output.export_model(self.engine, self.plan.tokenizer, self.config, self.directory / name, self.mesh)
+        self.logger.message(f"model: {self.directory / name}")
+
+
+def build_engine(config: TrainConfig, plan: Plan, mesh: Mesh) -> Engine:
+    """The model with LRSA attention and its objective, in DeepSpeed's engine."""
+    point = plan.resume
+    universal = point is not None and checkpoint.needs_conversion(point, mesh)
+    if universal:
+        checkpoint.convert_checkpoint(point, config.zero.stage, mesh)
+    model = _start_model(config, plan)
+    set_ends(model, plan.tokenizer, config.model, config.data.chat_template)
+    if config.model.lora.rank:
+        add_adapters(model, config.model.lora)
+    freeze(model, config.model.freeze)
+    if config.activation_checkpointing:
+        enable_checkpointing(model)
+    objective = make_objective(config, model, partial(_start_model, config, plan))
+    return make_engine(config, objective, plan.dtype, cosine_schedule(config.optim), layer_classes(model), universal)
+
+
+def _start_model(config: TrainConfig, plan: Plan) -> PreTrainedModel:
+    """The model with LRSA attention before any training; random weights are the same each time."""
+    sharded = deepspeed_config(config, plan.dtype) if config.zero.stage == 3 else None
+    torch.manual_seed(config.seed)
+    model = apply_lrsa(load_model(config.model, plan.dtype, sharded), config.attention.at_step(0))
+    if config.model.liger_kernel:
+        apply_liger(model)
+    return model
+
+
+def build_trainer(
+    config: TrainConfig, plan: Plan, mesh: Mesh, engine: Engine, doing: Callable[[str], None] = lambda what: None
+) -> Trainer:
+    """The training loop over this rank's share of the sequences, from where the run resumes."""
+    point = plan.resume
+    per_step = config.optim.micro_batch * config.optim.grad_accum
+    start = point.position if point else None
+    stream = TrainStream(plan.data, per_step, mesh.dp_rank, mesh.dp_size, start)
+    loader = iter(make_loader(stream, config.data.num_workers))
+    return Trainer(config, mesh, engine, loader, point.step if point else 0, doing)
+
+
+def _report(config: TrainConfig, rows: list[dict], new: Evaluation, directory: Path, logger: RunLogger) -> None:
+    """The table in the terminal and on disk, the picture, and what was found last in the logs."""
+    table = evaluation_table(rows)
+    logger.message(table)
+    (directory / "evaluation.txt").write_text(table + "\n", encoding="utf-8")
+    picture = directory / "evaluation.png"
+    draw_evaluation(rows, picture, f"{config.run_name}: answers under a compressed KV cache")
+    logger.evaluation(new.scores, new.predictions, picture)
+
+
+def _describe(config: TrainConfig, plan: Plan, mesh: Mesh, directory: Path) -> list[str]:
+    attention, optim = config.attention, config.optim
+    kind = (
+        "dense attention"
+        if attention.kind == "dense"
+        else f"LRSA, sink {attention.sink_size}, lag {attention.lag_size}, {attention.described()}"
+    )
+    caches = dict.fromkeys(attention.at_step(step) for step in range(len(attention.retentions)))
+    sequences = mesh.dp_size * optim.micro_batch * optim.grad_accum
+    shared = f", {mesh.sp_size} ranks to a sequence" if mesh.sp_size > 1 else ""
+    lines = [
+        f"{config.run_name}: {plan.num_parameters / 1e6:,.1f}M parameters in {dtype_name(plan.dtype)} "
+        f"on {mesh.world_size} × {mesh.device_name}, ZeRO stage {config.zero.stage}{shared}",
+        f"attention: {kind}",
+        *filter(None, [check_objective(config).describe(config)]),
+        *cache_lines(config.seq_len, caches, plan.report.share_short, plan.report.long_answers()),
+        f"{optim.num_steps} steps of {sequences} × {config.seq_len:,} tokens, peak learning rate {optim.lr:g}",
+        *plan.report.lines(sequences, optim.num_steps),
+        f"output: {directory}",
+    ]
+    if plan.resume is not None:
+        was = f", which {plan.resume.world_size} ranks wrote" if plan.resume.world_size != mesh.world_size else ""
+        lines.append(f"resuming after step {plan.resume.step}, from {plan.resume.directory}{was}")
+        lines += filter(None, [plan.resume.changed])
+    return lines

@@ -1,0 +1,225 @@
+"""Writing checkpoints: whole or not there, and in the background where the host has memory for a copy.
+
+DeepSpeed says what belongs into which file. A checkpoint grows under a name that ends in `.partial` and is renamed when
+every rank has written its part, so that a kill at any moment leaves the earlier ones as they were.
+"""
+
+import copy
+import json
+import os
+import shutil
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+from deepspeed import DeepSpeedEngine
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+
+from lrsa_ds.directories.layout import STEP_FILES, remove_files, replace_folder
+from lrsa_ds.errors import LRSAError
+from lrsa_ds.parallel.mesh import Mesh
+from lrsa_ds.train.checkpoint import DIRECTORY, PARTIAL, SAVED, TRAINER, remove_partial, whole_checkpoints
+
+# What torch's archive writer says, in one of several places, where the disk is full: a RuntimeError.
+TORCH_WRITER = ("inline_container", "PytorchStreamWriter", "file write failed")
+# Free host memory that a copy is made in, as a multiple of its size: pinned memory comes in powers of two.
+ROOM_FOR_COPY = 3
+
+
+@dataclass
+class _Writing:
+    """A checkpoint that is on its way to the disk."""
+
+    trainer: dict
+    partial: Path
+    started: float
+    foreign: list[Path]  # what somebody else has put into `partial`
+    waited: float = 0.0  # seconds that the training stood still for it
+    thread: threading.Thread | None = None
+    error: Exception | None = None
+
+    @property
+    def final(self) -> Path:
+        return self.partial.with_suffix("")
+
+
+@dataclass(frozen=True)
+class Written:
+    """A whole checkpoint, the seconds that the training waited for it, and those until it was whole."""
+
+    step: int
+    path: Path
+    waited: float
+    took: float
+
+
+class CheckpointSaver:
+    """Writes the checkpoints of a run; at most one is on its way. Every method is called by all ranks together.
+
+    Args:
+        keep: so many of the newest stay.
+        num_bytes: what a checkpoint takes at most, of all ranks together.
+        write: "background", "wait", or "auto": in the background on GPUs whose host has memory for a copy.
+    """
+
+    def __init__(self, engine: DeepSpeedEngine, output: Path, keep: int, num_bytes: int, write: str, mesh: Mesh):
+        self.engine, self.output, self.keep, self.num_bytes, self.mesh = engine, output, keep, num_bytes, mesh
+        self.write = write
+        self._files = _Files(engine)
+        self._writing: _Writing | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether this rank still writes."""
+        thread = self._writing.thread if self._writing else None
+        return thread is not None and thread.is_alive()
+
+    @property
+    def is_background(self) -> bool:
+        """Whether training continues while the newest checkpoint is written."""
+        return self._files.copy_to_host
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether a checkpoint has been started that `finish` has not made whole."""
+        return self._writing is not None
+
+    def start(self, trainer: dict) -> None:
+        """Begins a checkpoint with the state of now; `trainer` are the fields of a `ResumePoint` but its directory.
+
+        Raises:
+            LRSAError: there is not enough room, or the directory cannot be written; earlier checkpoints are whole.
+        """
+        started = time.perf_counter()
+        partial = self.output / DIRECTORY / f"step_{trainer['step']:06d}{PARTIAL}"
+        foreign = self.mesh.on_main(lambda: _make_room(partial, self.num_bytes))
+        writing = self._writing = _Writing(trainer, partial, started, foreign)
+        self._files.copy_to_host = self._in_background()
+        try:
+            self.engine.save_checkpoint(str(partial), tag=SAVED, save_latest=False)
+        except (OSError, RuntimeError) as error:
+            writing.error = error
+        if self._files.copied:
+            writing.thread = threading.Thread(target=self._write, args=(writing, self._files.take()), daemon=True)
+            writing.thread.start()
+        writing.waited = time.perf_counter() - started
+
+    def _in_background(self) -> bool:
+        if self.write != "auto":
+            return self.write == "background"
+        share = self.num_bytes * int(os.environ.get("LOCAL_SIZE", self.mesh.world_size)) / self.mesh.world_size
+        lacks_room = self.mesh.device.type == "cpu" or psutil.virtual_memory().available < ROOM_FOR_COPY * share
+        return self.mesh.max([float(lacks_room)])[0] == 0
+
+    def _write(self, writing: _Writing, files: list[tuple[Any, str]]) -> None:
+        try:
+            while files:  # each copy is let go as soon as it is written
+                state, path = files.pop(0)
+                self._files.write(state, path)
+        except (OSError, RuntimeError) as error:
+            writing.error = error
+
+    def finish(self) -> Written:
+        """Waits for what is on its way and makes it whole.
+
+        Raises:
+            LRSAError: a rank could not write its part, as on a full disk; earlier checkpoints are whole.
+        """
+        writing, begun = self._writing, time.perf_counter()
+        assert writing is not None, "no checkpoint has been started"
+        if writing.thread is not None:
+            writing.thread.join()
+        self._writing = None
+        self._raise_together(writing)
+        if self.mesh.is_main:
+            text = json.dumps(writing.trainer, indent=1) + "\n"
+            (writing.partial / TRAINER).write_text(text, encoding="utf-8")
+            # There may be one of the same step, after a stop at its end.
+            replace_folder(writing.partial, writing.final, STEP_FILES, writing.foreign)
+            _prune(self.output, self.keep)
+        dist.barrier()
+        now = time.perf_counter()
+        return Written(writing.trainer["step"], writing.final, writing.waited + now - begun, now - writing.started)
+
+    def _raise_together(self, writing: _Writing) -> None:
+        """Raises on every rank what has gone wrong on any; an error that is no matter of the disk as it came."""
+        error = writing.error
+        if isinstance(error, RuntimeError) and not any(name in str(error) for name in TORCH_WRITER):
+            raise error
+        reasons: list[str | None] = [None] * self.mesh.world_size
+        dist.all_gather_object(reasons, str(error).splitlines()[0] if error else None)
+        for reason in filter(None, reasons):
+            raise LRSAError(f"the checkpoint {writing.final} could not be written: {reason}; earlier ones are whole.")
+
+
+class _Files(TorchCheckpointEngine):
+    """DeepSpeed's writer of files, which can also copy what is to be written, for a later moment."""
+
+    def __init__(self, engine: DeepSpeedEngine):
+        super().__init__(engine._config)
+        self.copy_to_host = False
+        self.copied: list[tuple[Any, str]] = []
+        engine.checkpoint_engine = self
+
+    def save(self, state_dict: Any, path: str) -> None:
+        """What DeepSpeed calls for each file."""
+        if not self.copy_to_host:
+            return self.write(state_dict, path)
+        self.copied.append((on_host(state_dict), path))
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    def write(self, state_dict: Any, path: str) -> None:
+        super().save(state_dict, path)
+
+    def take(self) -> list[tuple[Any, str]]:
+        files, self.copied = self.copied, []
+        return files
+
+
+def on_host(state: Any) -> Any:
+    """A copy of nested dicts, lists and tensors that the training does not change; copies from a GPU may be pending."""
+    if isinstance(state, torch.Tensor):
+        if not state.is_cuda:
+            return state.detach().clone()
+        host = torch.empty(state.shape, dtype=state.dtype, pin_memory=True)
+        return host.copy_(state.detach(), non_blocking=True)
+    if isinstance(state, dict):
+        copied = copy.copy(state)
+        copied.update({key: on_host(value) for key, value in state.items()})
+        return copied
+    if type(state) in (list, tuple):
+        return type(state)(map(on_host, state))
+    return copy.deepcopy(state)
+
+
+def _make_room(partial: Path, num_bytes: int) -> list[Path]:
+    """Removes what a killed run left behind and makes the directory; returns the files in it that are not ours.
+
+    Raises:
+        LRSAError: there is no room.
+    """
+    try:
+        remove_partial(partial.parent)
+        foreign = remove_files(partial, STEP_FILES)
+        partial.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(partial).free
+    except OSError as error:
+        raise LRSAError(f"the checkpoint {partial.with_suffix('')} could not be written: {error.strerror}.") from error
+    if free < num_bytes:
+        remove_files(partial, STEP_FILES)
+        raise LRSAError(
+            f"the checkpoint {partial.with_suffix('')} needs {num_bytes / 1e9:.2f} GB and {free / 1e9:.2f} GB are "
+            "free: make room and start the same command again; earlier checkpoints are whole."
+        )
+    return foreign
+
+
+def _prune(output: Path, keep: int) -> None:
+    for path in whole_checkpoints(output)[:-keep]:
+        remove_files(path, STEP_FILES)

@@ -1,0 +1,192 @@
+"""Answers under the caches that inference would keep.
+
+Under teacher forcing one pass with LRSA attention tells whether greedy decoding with the compressed cache gives the
+answer: it does if and only if every answer token is the likeliest one, given the true tokens before it. Until the first
+token that is not, decoding has seen exactly those tokens.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from lrsa_ds.attention import AttentionFunction
+from lrsa_ds.attention.partition import cache_factor
+from lrsa_ds.config import TrainConfig
+from lrsa_ds.data.packing import IGNORE, Example, PackedSequence, collate, pack, padding_sequence
+from lrsa_ds.data.tokenizer import Tokenizer
+from lrsa_ds.layers import AnyConfig
+from lrsa_ds.models.patch import num_layers
+from lrsa_ds.objectives import objective_of
+from lrsa_ds.parallel.mesh import Mesh
+from lrsa_ds.telemetry.measure import Measurement, Telemetry, some_of_each_task
+from lrsa_ds.telemetry.settings import smallest_cache
+from lrsa_ds.train.predictions import ShownAnswers, prediction_row
+from lrsa_ds.train.trainer import Engine, forward, held_of
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When an evaluation takes place: `when` is "before" or "after" training, or "step N"; `step` counts from 0."""
+
+    when: str
+    step: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` finds.
+
+    Args:
+        scores: a row for each task and retention, with `when`, `step`, `task`, `retention`, `cache_factor` (tokens seen
+            over entries held by the caches at the end of the examples), `exact_match` and `token_accuracy` in percent,
+            `nll` per answer token in nats, and `num_examples`.
+        predictions: a row for each of a few examples and each retention, with the same names and `exact`, `prompt`,
+            `answer` and `prediction`; see `lrsa_ds.train.predictions`.
+    """
+
+    scores: list[dict]
+    predictions: list[dict]
+
+
+@torch.no_grad()
+def evaluate(
+    engine: Engine,
+    config: TrainConfig,
+    mesh: Mesh,
+    examples: list[Example],
+    tokenizer: Tokenizer,
+    moment: Moment,
+    on_batch: Callable[[int, int], None] = lambda done, total: None,
+) -> Evaluation:
+    """Exact match and token accuracy of the answers, by task and retention, the same on every rank.
+
+    Args:
+        examples: all of them on every rank; each rank takes its share.
+        on_batch: called before each batch and at the end, with the answers that are done and those of all caches.
+    """
+    was_training = engine.training
+    engine.eval()
+    pad_id = tokenizer.pad_token_id
+    batches = _batches(examples, config, pad_id, mesh.row_multiple)
+    num_slots = max(1, *(batch.num_target_tokens for batch in batches))
+    # Under ZeRO-3 every pass is a collective: a rank without a batch of its own runs an empty one along.
+    idle = collate([padding_sequence(config.seq_len, pad_id)] * config.optim.micro_batch, mesh.row_multiple)
+    batches += [idle] * (-len(batches) % mesh.dp_size)
+    shown = ShownAnswers(examples)
+    found = Evaluation([], [])
+    caches = config.attention.resolved(num_layers(objective_of(engine).lm)).evaluated(config.eval.retentions)
+    total, done = len(examples) * len(caches), 0
+    for retention, attention in caches:
+        totals = torch.zeros(len(examples), 3, dtype=torch.float64)
+        shown.clear()
+        for first in range(0, len(batches), mesh.dp_size):
+            on_batch(done, total)
+            batch = batches[first + mesh.dp_rank]
+            targets = _targets(batch, mesh.held(len(batch.labels)))
+            statistics = forward(engine, held_of(batch, mesh), attention, num_slots, mesh).double().cpu()
+            _add_scores(totals, targets[0], statistics)
+            shown.add(*targets, statistics[:, 2])
+            done += sum(_num_examples(other) for other in batches[first : first + mesh.dp_size])
+        totals = torch.tensor(mesh.sum(totals.flatten().tolist())).view_as(totals)
+        likeliest = shown.found(mesh.sum(shown.tokens_EM.flatten().tolist()))
+        name = {"when": moment.when, "step": moment.step}
+        found.scores.extend(name | row for row in _score_rows(examples, retention, attention, totals))
+        found.predictions.extend(
+            name | row for row in _prediction_rows(examples, retention, attention, totals, likeliest, tokenizer)
+        )
+    on_batch(total, total)
+    engine.train(was_training)
+    return found
+
+
+def look_inside(
+    engine: Engine,
+    config: TrainConfig,
+    mesh: Mesh,
+    examples: list[Example],
+    tokenizer: Tokenizer,
+    on_pass: Callable[[int, int], None] = lambda done, total: None,
+) -> Telemetry:
+    """What each layer loses under the smallest cache of the evaluation (`eval.telemetry`), the same on every rank."""
+
+    def run_pass(row: PackedSequence, attention: AnyConfig, num_slots: int, attend: AttentionFunction) -> torch.Tensor:
+        return forward(engine, row, attention, num_slots, mesh, attend)
+
+    was_training = engine.training
+    engine.eval()
+    chosen = some_of_each_task(examples, config.eval.telemetry_examples)
+    cache = smallest_cache(config.attention, config.eval.retentions)
+    layers = num_layers(objective_of(engine).lm)
+    found = Measurement(run_pass, cache, layers, chosen, config.seq_len, tokenizer, mesh, on_pass).run(
+        config.eval.telemetry_greedy
+    )
+    engine.train(was_training)
+    return found
+
+
+def _batches(examples: list[Example], config: TrainConfig, pad_id: int, multiple_of: int) -> list[PackedSequence]:
+    """All examples, each known by its place in the list, in batches of `micro_batch` sequences."""
+    numbered = (replace(example, index=i) for i, example in enumerate(examples))
+    sequences = list(pack(numbered, config.seq_len, pad_id))
+    size = config.optim.micro_batch
+    sequences += [padding_sequence(config.seq_len, pad_id)] * (-len(sequences) % size)
+    return [collate(sequences[i : i + size], multiple_of) for i in range(0, len(sequences), size)]
+
+
+def _num_examples(row: PackedSequence) -> int:
+    return sum(index >= 0 for index in row.example_indices)  # padding has none
+
+
+def _targets(row: PackedSequence, parts: tuple[slice, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each target in these parts of a whole row: the number of its example, and its place among its targets."""
+    lengths, is_target = torch.tensor(row.document_lengths), row.labels != IGNORE
+    document = torch.arange(len(lengths)).repeat_interleave(lengths)
+    counts = document[is_target].bincount(minlength=len(lengths))
+    place = is_target.cumsum(0) - 1 - (counts.cumsum(0) - counts)[document]
+    example = torch.tensor(row.example_indices)[document]
+    examples, places = (torch.cat([x[part][is_target[part]] for part in parts]) for x in (example, place))
+    return examples, places
+
+
+def _add_scores(totals_E3: torch.Tensor, examples_T: torch.Tensor, statistics_T3: torch.Tensor) -> None:
+    """Adds to each target's example an answer token, whether it is correct, and its negative log-likelihood."""
+    nll, correct, _ = statistics_T3.unbind(dim=1)
+    totals_E3.index_add_(0, examples_T, torch.stack([torch.ones_like(nll), correct, nll], dim=1))
+
+
+def _score_rows(examples: list[Example], retention: float, attention: AnyConfig, totals_E3: torch.Tensor) -> list[dict]:
+    rows = []
+    for task in sorted({example.task for example in examples}):
+        mine = totals_E3[[example.task == task for example in examples]]
+        num_tokens, num_correct, nll = mine.sum(dim=0).tolist()
+        exact = (mine[:, 0] == mine[:, 1]).double().mean().item()
+        rows.append(
+            {
+                "task": task,
+                "retention": retention,
+                "cache_factor": cache_factor((len(e.input_ids) for e in examples if e.task == task), attention),
+                "exact_match": 100 * exact,
+                "token_accuracy": 100 * num_correct / num_tokens,
+                "nll": nll / num_tokens,
+                "num_examples": len(mine),
+            }
+        )
+    return rows
+
+
+def _prediction_rows(
+    examples: list[Example],
+    retention: float,
+    attention: AnyConfig,
+    totals_E3: torch.Tensor,
+    likeliest: dict[int, list[int]],
+    tokenizer: Tokenizer,
+) -> list[dict]:
+    rows = []
+    for number, tokens in likeliest.items():
+        example, (num_tokens, num_correct, _) = examples[number], totals_E3[number].tolist()
+        row = {"task": example.task, "example": number, "retention": retention}
+        row |= {"cache_factor": cache_factor([len(example.input_ids)], attention), "exact": num_tokens == num_correct}
+        rows.append(row | prediction_row(tokenizer, example, tokens))
+    return rows

@@ -1,0 +1,140 @@
+"""Does sequence parallelism change the training? Two steps of one configuration with it and without, side by side."""
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import deepspeed
+import torch
+
+from lrsa_ds.config import TrainConfig
+from lrsa_ds.data.procedure import Procedure
+from lrsa_ds.dtypes import dtype_name
+from lrsa_ds.errors import require
+from lrsa_ds.objectives import objective_of
+from lrsa_ds.parallel.mesh import Mesh, start_mesh, stop_mesh
+from lrsa_ds.process.signals import StopRequest
+from lrsa_ds.settings.run import OptimConfig
+from lrsa_ds.train.plan import Plan, prepare
+from lrsa_ds.train.run import build_engine, build_trainer
+from lrsa_ds.train.trainer import Engine
+
+NUM_STEPS = 2
+# Relative differences that rounding explains, of losses and of gradients. In bf16 a sum in another order is another
+# sum, and a key that was kept by a hair is not: single gradients then differ by far more than the whole.
+TOLERANCES = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (1e-2, 3e-1)}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Metrics of the steps, and the first step's gradients: of each parameter what this rank holds of it, in fp32."""
+
+    rows: list[dict]
+    gradients: dict[str, torch.Tensor]
+
+
+def selftest(config: TrainConfig, procedure: Procedure) -> bool:
+    """Prints the comparison on rank 0. Returns, on every rank, whether the differences are those of rounding.
+
+    Raises:
+        LRSAError: the configuration asks for no sequence parallelism, or anything that a run refuses.
+    """
+    StopRequest()
+    size = config.parallel.sp_size
+    require(size > 1, "the self-test compares sequence parallelism with none: set parallel.sp_size to 2 or more.")
+    config = replace(config, output_dir=None)
+    plan = prepare(config, procedure)
+    mesh = start_mesh(size, exchange=config.parallel.exchange)
+    # As many sequences in a step: there are `size` times fewer replicas with sequence parallelism than without.
+    shared = _measure(_two_steps(config, size, config.optim.grad_accum * size), plan, mesh)
+    alone = _measure(_two_steps(config, 1, config.optim.grad_accum), plan, replace(mesh, sequence=None))
+    worst, name = _worst_gradient(shared.gradients, alone.gradients, mesh)
+    passed = _differences(shared, alone, worst, plan.dtype)
+    if mesh.is_main:
+        print("\n".join(_table(shared, alone, worst, name, size)), flush=True)
+        print(_verdict(passed, plan.dtype), flush=True)
+    stop_mesh()
+    return passed
+
+
+def _two_steps(config: TrainConfig, sp_size: int, grad_accum: int) -> TrainConfig:
+    optim: OptimConfig = replace(config.optim, num_steps=NUM_STEPS, warmup_steps=0, grad_accum=grad_accum)
+    return replace(config, optim=optim, parallel=replace(config.parallel, sp_size=sp_size))
+
+
+def _measure(config: TrainConfig, plan: Plan, mesh: Mesh) -> Measured:
+    torch.manual_seed(config.seed)
+    engine = build_engine(config, plan, mesh)
+    # Under ZeRO-3 a rank holds its part of every gradient; both runs cut them alike, so the parts can be compared.
+    sharded = config.zero.stage == 3
+    read = deepspeed.utils.safe_get_local_grad if sharded else deepspeed.utils.safe_get_full_grad
+    gradients, rows = keep_gradients(engine, read), []
+    build_trainer(config, plan, mesh, engine).fit(lambda row, position: rows.append(row))
+    engine.destroy()
+    del engine
+    gc.collect()
+    if mesh.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return Measured(rows, gradients)
+
+
+def keep_gradients(engine: Engine, read: Callable[[torch.nn.Parameter], Any]) -> dict[str, torch.Tensor]:
+    """A dict that will hold, on the CPU, what `read` gives for each parameter just before the first optimizer step."""
+    kept: dict[str, torch.Tensor] = {}
+    take_step = engine.step
+
+    def keep_and_step(lr_kwargs: dict | None = None) -> None:
+        if engine.is_gradient_accumulation_boundary() and not kept:
+            for name, parameter in objective_of(engine).lm.named_parameters():
+                kept[name] = read(parameter).detach().float().cpu().clone()
+        take_step(lr_kwargs)
+
+    engine.step = keep_and_step
+    return kept
+
+
+def _worst_gradient(actual: dict, expected: dict, mesh: Mesh) -> tuple[float, str]:
+    """The largest relative error of a whole gradient (RMS of the difference over RMS), and whose it is."""
+    names = list(expected)
+    squares = [[(actual[n] - expected[n]).square().sum().item(), expected[n].square().sum().item()] for n in names]
+    totals = torch.tensor(mesh.sum([x for pair in squares for x in pair]), dtype=torch.float64).view(-1, 2).sqrt()
+    # A gradient that is zero but for rounding (a bias of the keys has no effect) is measured against the largest one.
+    scale = totals[:, 1].clamp(min=1e-6 * totals[:, 1].max().item())
+    errors = totals[:, 0] / scale
+    place = int(errors.argmax())
+    return errors[place].item(), names[place]
+
+
+def _relative(a: float, b: float) -> float:
+    return abs(a - b) / abs(b) if b else abs(a)
+
+
+def _differences(shared: Measured, alone: Measured, worst: float, dtype: torch.dtype) -> bool:
+    of_loss, of_gradient = TOLERANCES[dtype]
+    pairs = list(zip(shared.rows, alone.rows, strict=True))
+    counted = all(a[key] == b[key] for a, b in pairs for key in ("num_tokens", "num_target_tokens"))
+    losses = max(_relative(a["loss"], b["loss"]) for a, b in pairs)
+    norm = _relative(shared.rows[0]["grad_norm"], alone.rows[0]["grad_norm"])
+    return counted and losses <= of_loss and max(norm, worst) <= of_gradient
+
+
+def _table(shared: Measured, alone: Measured, worst: float, name: str, size: int) -> list[str]:
+    lines = [f"{'':<24}{'sp_size=1':>14}{f'sp_size={size}':>14}{'difference':>14}"]
+    for step in range(NUM_STEPS):
+        for key, title in (("loss", "loss"), ("grad_norm", "gradient norm")):
+            a, b = alone.rows[step][key], shared.rows[step][key]
+            lines.append(f"{f'{title}, step {step + 1}':<24}{a:>14.6f}{b:>14.6f}{_relative(b, a):>14.1e}")
+    for key, title in (("num_tokens", "tokens"), ("num_target_tokens", "target tokens")):
+        a, b = (sum(row[key] for row in measured.rows) for measured in (alone, shared))
+        lines.append(f"{title:<24}{a:>14,}{b:>14,}{b - a:>14}")
+    lines.append(f"{'optimizer steps':<24}{len(alone.rows):>14}{len(shared.rows):>14}")
+    return [*lines, f"{'worst gradient, step 1':<24}{'':>28}{worst:>14.1e}  {name}"]
+
+
+def _verdict(passed: bool, dtype: torch.dtype) -> str:
+    of_loss, of_gradient = TOLERANCES[dtype]
+    limits = f"{of_loss:.0e} of the losses and {of_gradient:.0e} of the gradients in {dtype_name(dtype)}"
+    if passed:
+        return f"passed: the differences are within {limits}"
+    return f"FAILED: the differences are not within {limits}"

@@ -1,0 +1,236 @@
+"""The training loop: optimizer steps over packed sequences, with a loss that is exact to the token."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import astuple
+from typing import Any, cast
+
+import psutil
+import torch
+import torch.distributed as dist
+from deepspeed import DeepSpeedEngine as Engine
+
+from lrsa_ds.attention import AttentionFunction
+from lrsa_ds.compression import Compression
+from lrsa_ds.config import TrainConfig
+from lrsa_ds.data.packing import PackedSequence, collate, padding_sequence, shard
+from lrsa_ds.data.stream import StepData
+from lrsa_ds.errors import LRSAError, require
+from lrsa_ds.layers import AnyConfig
+from lrsa_ds.models.patch import num_layers
+from lrsa_ds.objectives import objective_of
+from lrsa_ds.parallel.mesh import Mesh
+from lrsa_ds.parallel.sequence.attention import attention_function
+from lrsa_ds.parallel.zero import gradient_scale
+from lrsa_ds.settings.run import OptimConfig
+
+# Rows left out that are named in one step; the others are counted.
+MOST_REASONS = 10
+
+
+def cosine_schedule(optim: OptimConfig) -> Callable[[int], float]:
+    """Share of the peak learning rate at step s (from 0): linear warm-up, then a cosine down to `min_lr_ratio`."""
+
+    def factor(step: int) -> float:
+        if step < optim.warmup_steps:
+            return (step + 1) / optim.warmup_steps
+        progress = (step - optim.warmup_steps) / max(1, optim.num_steps - optim.warmup_steps)
+        return optim.min_lr_ratio + (1 - optim.min_lr_ratio) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
+
+    return factor
+
+
+def held_of(row: PackedSequence, mesh: Mesh) -> PackedSequence:
+    """What this rank holds of a row."""
+    return shard(row, mesh.held(len(row.labels)), is_first=mesh.sp_rank == 0)
+
+
+def forward(
+    engine: Engine,
+    batch: PackedSequence,
+    attention: AnyConfig,
+    num_slots: int,
+    mesh: Mesh,
+    attend: AttentionFunction | None = None,
+) -> Any:
+    """One pass of the objective over this rank's shard of a row; returns what `Objective.forward` does.
+
+    Args:
+        attend: an attention function in place of that of `mesh`.
+    """
+    return engine(
+        input_ids=batch.input_ids[None].to(mesh.device, non_blocking=True),
+        position_ids=batch.position_ids[None].to(mesh.device, non_blocking=True),
+        labels=batch.labels[None].to(mesh.device, non_blocking=True),
+        document_lengths=batch.document_lengths,
+        lrsa_config=attention,
+        num_slots=num_slots,
+        attend=attend or attention_function(mesh.sequence),
+    )
+
+
+class Trainer:
+    """Runs optimizer steps of `engine` over this rank's share of the data, up to `config.optim.num_steps`.
+
+    Args:
+        steps: the data of one step after the other, from that of `first_step` on.
+        first_step: steps that were done before.
+        doing: told what this rank begins.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        mesh: Mesh,
+        engine: Engine,
+        steps: Iterator[StepData],
+        first_step: int = 0,
+        doing: Callable[[str], None] = lambda what: None,
+    ):
+        self.config = config
+        self.mesh = mesh
+        self.engine = engine
+        self.steps = steps
+        self.first_step = first_step
+        self.doing = doing
+        self.scale = gradient_scale(config, mesh.world_size)
+        self.num_layers = num_layers(objective_of(engine).lm)
+        self.attention = config.attention.resolved(self.num_layers)
+
+    def fit(
+        self, on_step: Callable[[dict, dict], None], before_step: Callable[[int], None] = lambda step: None
+    ) -> None:
+        """Trains, and calls `on_step` after each step with its metrics and the position of the data after it.
+
+        Both are the same on every rank. `before_step` is called with the number of the step that begins, from 1.
+        """
+        self.engine.train()
+        reset_peak_memory(self.mesh.device)
+        for step in range(self.first_step, self.config.optim.num_steps):
+            before_step(step + 1)
+            start = time.perf_counter()
+            self.doing(f"step {step + 1}: reading data")
+            data = next(self.steps)
+            self.doing(f"step {step + 1}: computing")
+            metrics = self.train_step(step, data.sequences) | self._changed_rows(data)
+            seconds = time.perf_counter() - start
+            metrics |= {"tokens_per_second": metrics["num_tokens"] / seconds, "step_seconds": seconds}
+            on_step(metrics, data.position)
+
+    def train_step(self, step: int, sequences: list[PackedSequence]) -> dict:
+        """One optimizer step: `grad_accum` micro-batches of `micro_batch` sequences. Returns its metrics."""
+        mesh, size = self.mesh, self.config.optim.micro_batch
+        if mesh.sequence is not None:
+            mesh.sequence.traffic.clear()  # what an evaluation has sent since the last step belongs to no step
+        rows = [collate(sequences[i : i + size], mesh.row_multiple) for i in range(0, len(sequences), size)]
+        batches = [held_of(row, mesh) for row in rows]
+        counts = [float(b.num_target_tokens) for b in batches]
+        num_tokens, num_targets = mesh.sum([sum(float(b.num_tokens) for b in batches), sum(counts)])
+        slots = mesh.max(counts)
+        require(num_targets > 0, f"step {step + 1} has no target token: look at the answers of the data.")
+        attention = self.attention.at_step(step)
+        compressed = self._compression(rows, attention)
+        local_loss: float | torch.Tensor = 0.0
+        local_logged: Any = 0.0  # a tensor after the first pass
+        num_skipped = 0
+        for batch, num_slots in zip(batches, slots, strict=True):
+            total, logged = forward(self.engine, batch, attention, max(1, int(num_slots)), mesh)
+            loss = total / num_targets
+            bad = self._replicas_with_bad_loss(loss)
+            if bad:
+                self._report_bad_loss(step, batch, bad)
+                num_skipped += len(bad)
+                # A pass is a collective: the others repeat theirs, while those with a bad loss go over padding.
+                if mesh.dp_rank in bad:
+                    padding = padding_sequence(sum(batch.document_lengths), pad_id=0)
+                    batch = held_of(padding, mesh)
+                total, logged = forward(self.engine, batch, attention, max(1, int(num_slots)), mesh)
+                loss = total / num_targets
+            local_loss = local_loss + loss.detach()
+            local_logged = local_logged + logged / num_targets
+            self.engine.backward(loss * self.scale)
+            self.engine.step()
+        return {
+            "step": step + 1,
+            "loss": mesh.sum([float(local_loss)])[0],
+            "grad_norm": float(cast(float, self.engine.get_global_grad_norm())),
+            "lr": self.config.optim.lr * cosine_schedule(self.config.optim)(step),
+            "retention": attention.retention,
+            "num_tokens": int(num_tokens),
+            "num_target_tokens": int(num_targets),
+            **compressed,
+            "peak_memory_gb": mesh.max([peak_memory_gb(mesh.device)])[0],
+            **self._logged(local_logged),
+            **({"num_skipped_rows": num_skipped} if num_skipped else {}),
+            **self._traffic(),
+        }
+
+    def _compression(self, rows: list[PackedSequence], attention: AnyConfig) -> dict[str, float]:
+        """How many times smaller the caches of the step's documents are, and tokens in documents that are too short."""
+        if attention.is_dense:
+            return {}
+        mine = rows if self.mesh.sp_rank == 0 else []  # of the ranks that share a row one counts it
+        lengths = [n for row in mine for n, i in zip(row.document_lengths, row.example_indices, strict=True) if i >= 0]
+        total = Compression(*self.mesh.sum(list(astuple(Compression.of(lengths, attention)))))
+        return {"cache_factor": total.factor, "num_short_tokens": int(total.num_short)}
+
+    def _changed_rows(self, data: StepData) -> dict:
+        """Counts the rows that this step leaves out or cuts, and names those that cannot be used."""
+        reasons = [row.reason for row in data.left_out if not row.is_too_long]
+        if self.mesh.is_main:
+            for reason in reasons[:MOST_REASONS]:
+                print(f"left out: {reason}", flush=True)
+            if len(reasons) > MOST_REASONS:
+                print(f"left out: {len(reasons) - MOST_REASONS} more rows", flush=True)
+        counts = {
+            "num_left_out_rows": len(data.left_out),
+            "num_cut_tokens": data.num_cut_tokens,
+            "num_lost_answers": data.num_lost_answers,
+        }
+        return {name: count for name, count in counts.items() if count}
+
+    def _logged(self, local_sums: torch.Tensor) -> dict[str, float]:
+        """What the objective logs beside the loss, from this rank's sums over targets of the step."""
+        names = objective_of(self.engine).logged
+        return dict(zip(names, self.mesh.sum(local_sums.tolist()), strict=True)) if names else {}
+
+    def _replicas_with_bad_loss(self, loss: torch.Tensor) -> list[int]:
+        """Which replicas have a loss that is not finite; the same on every rank."""
+        flags = [0.0] * self.mesh.dp_size
+        flags[self.mesh.dp_rank] = float(not math.isfinite(loss.item()))
+        return [replica for replica, flag in enumerate(self.mesh.max(flags)) if flag]
+
+    def _report_bad_loss(self, step: int, batch: PackedSequence, bad: list[int]) -> None:
+        """Names the samples with a bad loss; unless they are to be skipped, on every rank as an error."""
+        mesh = self.mesh
+        mine = [i for i in batch.example_indices if i >= 0] if mesh.dp_rank in bad and mesh.sp_rank == 0 else []
+        everyone: list[list[int]] = [[] for _ in range(mesh.world_size)]
+        dist.all_gather_object(everyone, mine)
+        samples = ", ".join(str(i) for indices in everyone for i in indices)
+        what = f"the loss of step {step + 1} is not finite at sample{'s' * (samples.count(',') > 0)} {samples}"
+        if self.config.optim.on_nan == "skip":
+            if mesh.is_main:
+                print(f"{what}: left out (optim.on_nan=skip)", flush=True)
+            return
+        raise LRSAError(f"{what}: lower optim.lr, look at the data, or set optim.on_nan=skip to leave them out.")
+
+    def _traffic(self) -> dict[str, float]:
+        """Bytes that a rank sent in a layer in this step, forward and backward, on average over the ranks."""
+        if self.mesh.sequence is None:
+            return {}
+        counts = self.mesh.sequence.traffic.take(self.num_layers)
+        totals = self.mesh.sum(list(counts.values()))
+        return {name: total / self.mesh.world_size for name, total in zip(counts, totals, strict=True)}
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """On a GPU the most memory that tensors have held, on the CPU what the process holds now; in 1e9 bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return psutil.Process().memory_info().rss / 1e9
