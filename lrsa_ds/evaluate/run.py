@@ -40,6 +40,7 @@ from lrsa_ds.logs.wandb_thread import check_wandb
 from lrsa_ds.models.ends import set_ends
 from lrsa_ds.models.loading import empty_model, load_model
 from lrsa_ds.models.patch import apply_lrsa, check_supported, num_layers, to_device
+from lrsa_ds.models.rope import check_reach
 from lrsa_ds.parallel.mesh import Mesh, start_mesh, stop_mesh
 from lrsa_ds.process.signals import StopRequest
 from lrsa_ds.settings.attention import require_compression
@@ -75,6 +76,7 @@ def evaluate(
     check_wandb(config.log)
     structure = empty_model(config.model)
     check_supported(structure)
+    check_reach(structure.config, config.model.rope, "lengths", max(config.lengths))
     trained = getattr(structure.config, "lrsa", None)
     caches = config.cache.caches(trained)
     own = [caches.share_kept] if len(caches.layers) > 1 else []  # what layers that differ were trained with
@@ -201,7 +203,7 @@ def _fixed(value):
     """
     if isinstance(value, dict):
         may_grow = ("retentions", "prefill")
-        return {key: item for key, item in value.items() if key not in may_grow and item is not None}
+        return {key: item for key, item in value.items() if key not in may_grow and item not in (None, {})}
     return value
 
 

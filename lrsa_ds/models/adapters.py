@@ -13,12 +13,14 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from lrsa_ds.errors import LRSAError, require
 from lrsa_ds.hub import looks_local
+from lrsa_ds.models.rope import saved_rope
 from lrsa_ds.settings.model import LoraConfig, ModelConfig
 
 ADAPTER = "default"
-# In a directory of adapters: PEFT's settings, those of LRSA, and a base that could not be found by a name.
+# In a directory of adapters: PEFT's settings, those of LRSA, positions, and a base that could not be found by a name.
 PEFT_SETTINGS = "adapter_config.json"
 SETTINGS = "lrsa.json"
+ROPE = "rope.json"
 BASE = "base"
 
 
@@ -124,7 +126,7 @@ def save_adapters(
     base: str,
     revision: str | None = None,
 ) -> None:
-    """The adapters alone, in PEFT's format, beside the LRSA settings and what ends a generation.
+    """The adapters alone, in PEFT's format, beside the LRSA settings, the positions and what ends a generation.
 
     Args:
         base: the name of the model that they belong to, see `base_name`.
@@ -144,17 +146,20 @@ def save_adapters(
     save_file(prefixed, directory / "adapter_model.safetensors")
     config.save_pretrained(directory)
     # A config.json would tell transformers that the directory holds a whole model.
-    (directory / SETTINGS).write_text(json.dumps(model.config.lrsa, indent=2) + "\n", encoding="utf-8")
+    for name, settings in ((SETTINGS, model.config.lrsa), (ROPE, saved_rope(model.config))):
+        (directory / name).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     model.generation_config.save_pretrained(directory)
 
 
 @dataclass(frozen=True)
 class SavedAdapters:
-    """Adapters in a local directory, the model that they belong to, and the LRSA settings of their training, if any."""
+    """Adapters in a local directory, the model that they belong to, and the LRSA settings and positions of their
+    training, if any."""
 
     directory: Path
     base: ModelConfig
     lrsa: dict | None
+    rope: dict
 
 
 def find_adapters(model: ModelConfig) -> SavedAdapters | None:
@@ -177,9 +182,10 @@ def find_adapters(model: ModelConfig) -> SavedAdapters | None:
         f"base_model_name_or_path of {directory / PEFT_SETTINGS}.",
     )
     _require_peft(f"model.name={directory} holds adapters, which need")
-    settings = directory / SETTINGS
+    settings, positions = directory / SETTINGS, directory / ROPE
     lrsa = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else None
-    return SavedAdapters(directory, replace(model, name=name, revision=peft.get("revision")), lrsa)
+    rope = json.loads(positions.read_text(encoding="utf-8")) if positions.is_file() else {}
+    return SavedAdapters(directory, replace(model, name=name, revision=peft.get("revision")), lrsa, rope)
 
 
 def merge_saved(model: PreTrainedModel, saved: SavedAdapters) -> PreTrainedModel:

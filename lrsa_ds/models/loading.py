@@ -11,22 +11,30 @@ from transformers.utils.logging import disable_progress_bar
 from lrsa_ds.errors import require
 from lrsa_ds.hub import hub_error, resolve_name
 from lrsa_ds.models.adapters import find_adapters, merge_saved
+from lrsa_ds.models.rope import check_taken, restore_rope, saved_rope, set_rope
 from lrsa_ds.settings.model import ModelConfig
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
 
 
 def model_config(model: ModelConfig) -> PreTrainedConfig:
-    """The architecture that `model` names, without its weights.
+    """The architecture that `model` names, with the positions of `model.rope`, without its weights.
 
     Raises:
         LRSAError: the hub cannot be reached, the directory does not exist or lacks weights, the file is not there.
     """
+    config = _own_config(model)
+    set_rope(config, model.rope)
+    return config
+
+
+def _own_config(model: ModelConfig) -> PreTrainedConfig:
     if model.random is not None:
         settings = dict(model.random)
         return _named("model.random", AutoConfig.for_model, settings.pop("model_type"), **settings)
     if (adapters := find_adapters(model)) is not None:
-        config = model_config(adapters.base)
+        config = _own_config(adapters.base)
+        restore_rope(config, adapters.rope)
         config.lrsa = adapters.lrsa or getattr(config, "lrsa", None)
         return config
     assert model.name is not None
@@ -71,7 +79,9 @@ def empty_model(model: ModelConfig) -> PreTrainedModel:
     """The model on the meta device: its structure and sizes at no cost, to check them before anything is loaded."""
     config = model_config(model)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+        structure = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+    check_taken(structure, model.rope)
+    return structure
 
 
 def load_model(model: ModelConfig, dtype: torch.dtype | str, deepspeed_config: dict | None = None) -> PreTrainedModel:
@@ -96,21 +106,21 @@ def _load(model: ModelConfig, config: PreTrainedConfig, dtype: torch.dtype | str
     if model.random is not None:
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
     if model.gguf_file is not None:
-        return _load_gguf(model, dtype)
+        return _load_gguf(model, config, dtype)
     if (adapters := find_adapters(model)) is not None:
         merged = merge_saved(_load(adapters.base, config, dtype), adapters)
         merged.config.lrsa = config.lrsa
         return merged
-    return _pretrained(AutoModelForCausalLM, model, dtype=dtype)
+    return _pretrained(AutoModelForCausalLM, model, config=config, dtype=dtype)
 
 
-def _load_gguf(model: ModelConfig, dtype: torch.dtype | str) -> PreTrainedModel:
+def _load_gguf(model: ModelConfig, config: PreTrainedConfig, dtype: torch.dtype | str) -> PreTrainedModel:
     """A GGUF file, dequantized. The result is an ordinary model that can be trained and saved."""
     loaded = _pretrained(AutoModelForCausalLM, model, dtype=dtype)
     # transformers marks the model as quantized and then refuses to save or train it; the weights are plain by now.
     settings = loaded.config.to_dict()
     settings.pop("quantization_config", None)
-    plain = type(loaded)(type(loaded.config)(**settings)).to(dtype)
+    plain = type(loaded)(type(loaded.config)(**settings | saved_rope(config))).to(dtype)
     plain.load_state_dict(loaded.state_dict(), strict=True)
     plain.tie_weights()
     return plain

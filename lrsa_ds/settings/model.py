@@ -5,6 +5,7 @@ from typing import Any
 
 from lrsa_ds.errors import require, require_one_of, require_whole
 from lrsa_ds.settings.paths import expand_home
+from lrsa_ds.settings.rope import check_rope
 
 
 @dataclass(kw_only=True)
@@ -39,6 +40,7 @@ class ModelConfig:
     trust_remote_code: bool = False
     dtype: str = "auto"
     liger_kernel: bool = False
+    rope: dict[str, Any] = field(default_factory=dict)  # as rope_parameters of transformers; empty: the model's own
     freeze: list[str] = field(default_factory=list)
     lora: LoraConfig = field(default_factory=LoraConfig)
 
@@ -49,6 +51,7 @@ class ModelConfig:
             self.lora.rank == 0 or not self.freeze,
             "model.freeze has no effect beside model.lora.rank, which trains the adapters alone: set one of the two.",
         )
+        check_rope(self.rope)
         require_one_of("model.dtype", self.dtype, ("auto", "bf16", "fp32"))
         require(
             (self.name is None) != (self.random is None),

@@ -25,6 +25,7 @@ from lrsa_ds.directories.lock import check_lock
 from lrsa_ds.errors import LRSAError, require
 from lrsa_ds.logs.journal import read_rows
 from lrsa_ds.models.adapters import BASE, base_name, base_weights, merge_adapters, save_adapters
+from lrsa_ds.models.rope import raise_reach
 from lrsa_ds.objectives import objective_of
 from lrsa_ds.parallel.mesh import Mesh
 from lrsa_ds.train.checkpoint import ResumePoint, differing_settings, find_checkpoint
@@ -138,6 +139,7 @@ def export_model(engine: DeepSpeedEngine, tokenizer, config: TrainConfig, final:
         return
     assert weights is not None  # as on the first rank
     lm, lora = objective_of(engine).lm, config.model.lora
+    raise_reach(lm.config, config.model.rope, config.seq_len)
     # The objective may hold other weights too.
     weights = {n.removeprefix(WRAPPER_PREFIX): x for n, x in weights.items() if n.startswith(WRAPPER_PREFIX)}
     partial = final.with_name(f"{final.name}.partial")

@@ -20,6 +20,7 @@ from lrsa_ds.models.adapters import check_peft
 from lrsa_ds.models.liger import check_liger
 from lrsa_ds.models.loading import empty_model
 from lrsa_ds.models.patch import PreTrainedModel, check_supported, num_layers
+from lrsa_ds.models.rope import check_reach
 from lrsa_ds.objectives import check_objective
 from lrsa_ds.parallel.mesh import check_world, world_size
 from lrsa_ds.parallel.sequence.strategy import Sharing
@@ -106,6 +107,7 @@ def _architecture(config: TrainConfig) -> _Architecture:
     dtype = dtype_of(config.model.dtype)
     structure = empty_model(config.model)
     check_supported(structure)
+    check_reach(structure.config, config.model.rope, "seq_len", config.seq_len)
     check_liger(config.model, structure.config.model_type)
     config = replace(config, attention=config.attention.resolved(num_layers(structure)))
     _check_backend(config, structure, dtype)

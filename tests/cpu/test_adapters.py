@@ -65,7 +65,7 @@ def exported(path, source, lora, monkeypatch):
             torch.nn.init.normal_(parameter, std=0.1)
     model.generation_config.eos_token_id = [5, 258]
     monkeypatch.setattr(output, "_full_weights", lambda engine: dict(TargetLoss(model, 1).state_dict()))
-    config = SimpleNamespace(model=replace(source, lora=lora))
+    config = SimpleNamespace(model=replace(source, lora=lora), seq_len=64)
     directory = path / "run" / "model"
     engine = SimpleNamespace(module=SimpleNamespace(lm=model))
     output.export_model(engine, byte_tokenizer(), config, directory, SimpleNamespace(is_main=True))
