@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lrsa_ds.labels import factor_name, retention_name
+from lrsa_ds.labels import cache_of, caches_in_order, factor_name
 
 
 def rows_of(directory: Path, kind: str) -> list[dict]:
@@ -42,10 +42,10 @@ def step_line(directory: Path) -> str | None:
 def answer_lines(directory: Path) -> list[str]:
     rows = [row for row in rows_of(directory, "eval") if row["when"] == "after"]
     lines = []
-    for retention in sorted({row["retention"] for row in rows}, reverse=True):
-        cells = [f"{row['task']} {row['exact_match']:.1f}" for row in rows if row["retention"] == retention]
-        factors = [row.get("cache_factor") for row in rows if row["retention"] == retention]
-        cache = f"{retention_name(retention)} ({factor_name(factors)})"
+    for name in caches_in_order(rows):
+        mine = [row for row in rows if cache_of(row) == name]
+        cells = [f"{row['task']} {row['exact_match']:.1f}" for row in mine]
+        cache = f"{name} ({factor_name(row.get('cache_factor') for row in mine)})"
         lines.append(f"{directory.name:<28}{cache:>20}  {', '.join(cells)}")
     return lines
 
@@ -53,5 +53,5 @@ def answer_lines(directory: Path) -> list[str]:
 if __name__ == "__main__":
     directories = [Path(argument) for argument in sys.argv[1:]]
     print("\n".join(filter(None, map(step_line, directories))))
-    print("exact match in percent after training, by retention (how many times smaller the cache was)")
+    print("exact match in percent after training, by cache (how many times smaller the cache was)")
     print("\n".join(line for directory in directories for line in answer_lines(directory)))

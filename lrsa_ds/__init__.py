@@ -5,7 +5,7 @@ from lrsa_ds.attention import SelectionRule, lrsa_attention, register_selection,
 from lrsa_ds.lrsa_config import LRSAConfig
 from lrsa_ds.models.cache import LagKVCache
 from lrsa_ds.models.inference import load, prefill
-from lrsa_ds.models.patch import apply_lrsa, new_cache
+from lrsa_ds.models.patch import apply_lrsa, new_cache, trained_caches
 
 __version__ = "0.1.0"
 __all__ = [
@@ -19,4 +19,5 @@ __all__ = [
     "prefill",
     "register_selection",
     "select_kept",
+    "trained_caches",
 ]

@@ -84,8 +84,7 @@ class TrainConfig:
 
     def _check_that_lrsa_does_something(self) -> None:
         """Refuses LRSA on documents that are never long enough to be compressed: it would be dense attention."""
-        steps = map(self.attention.at_step, range(len(self.attention.retentions)))
-        compressed = [attention for attention in steps if not attention.is_dense]
+        compressed = [attention for attention in self.attention.turns if not attention.is_dense]
         if not compressed:
             return
         key, length = "seq_len", self.seq_len

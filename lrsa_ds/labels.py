@@ -26,7 +26,37 @@ def factor_name(factors: Iterable[float | None]) -> str:
     return "–".join(ends) + "x"
 
 
-def cache_tick(rows: list[dict], retention: float) -> str:
+def cache_of(row: dict) -> str:
+    """The name of the cache of a row; rows of earlier releases have only its retention."""
+    return row.get("cache") or retention_name(row["retention"])
+
+
+def caches_in_order(rows: list[dict]) -> list[str]:
+    """The names of all caches, from the largest to the smallest."""
+    mine: dict[str, list[dict]] = {}
+    for row in rows:
+        mine.setdefault(cache_of(row), []).append(row)
+    return sorted(mine, key=lambda name: _smallness(mine[name]))
+
+
+def rows_of_smallest(rows: list[dict]) -> list[dict]:
+    """The rows of the smallest cache."""
+    smallest = caches_in_order(rows)[-1]
+    return [row for row in rows if cache_of(row) == smallest]
+
+
+def _smallness(rows: list[dict]) -> tuple[float, float]:
+    factors = [row.get("cache_factor") or 1.0 for row in rows]
+    return sum(factors) / len(factors), -rows[0]["retention"]
+
+
+def is_dense_cache(row: dict) -> bool:
+    return row["retention"] == 1
+
+
+def cache_tick(rows: list[dict], cache: str) -> str:
     """For an axis: the name of a cache, and below it how many times smaller it was in these rows."""
-    factors = (row.get("cache_factor") for row in rows if row["retention"] == retention)
-    return retention_name(retention) + ("" if retention == 1 else f"\n({factor_name(factors)})")
+    mine = [row for row in rows if cache_of(row) == cache]
+    factors = factor_name(row.get("cache_factor") for row in mine)
+    name = cache.replace(" + ", "\n+ ")
+    return name if all(is_dense_cache(row) for row in mine) else f"{name}\n({factors})"

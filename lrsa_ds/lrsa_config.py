@@ -12,8 +12,9 @@ AUTO = "auto"  # of the kernels the fastest that is possible
 def require_retention(key: str, value: Any) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     require(
-        number and 0 < value <= 1,
-        f"{key}={value!r} is not valid: give the share of each partition that is kept, above 0 and at most 1.",
+        number and 0 <= value <= 1,
+        f"{key}={value!r} is not valid: give the share of each partition that is kept, from 0 (nothing but sink and "
+        "window) to 1.",
     )
 
 
@@ -32,7 +33,7 @@ class LRSAConfig:
     Args:
         sink_size: tokens at the start of a document that stay visible to all of it (S).
         lag_size: tokens of a partition, and of the lag reference that scores it (L).
-        retention: share of each partition that is kept, in (0, 1]; 1.0 is dense attention.
+        retention: share of each partition that is kept; 1.0 is dense attention, 0.0 keeps nothing but sink and window.
         selection: the rule that chooses what is kept (see `lrsa_ds.attention.selection`).
         value_weight: weight of the values' score beside that of the keys, at least 0 (`score_v_ratio` in the authors'
             code), for rules that score both.
@@ -63,9 +64,9 @@ class LRSAConfig:
         )
         require_one_of("attention.backend", self.backend, (AUTO, *KERNELS))
         require(
-            self.num_kept >= 1 or rule.keeps_nothing,
+            self.num_kept >= 1 or self.retention == 0 or rule.keeps_nothing,
             f"attention.retention={self.retention} keeps nothing of a partition of attention.lag_size={self.lag_size} "
-            f"tokens: give at least {1 / self.lag_size:.4g}.",
+            f"tokens: give at least {1 / self.lag_size:.4g}, or 0 for sink and window alone.",
         )
 
     @property

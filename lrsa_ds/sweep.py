@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 
 from lrsa_ds.directories.layout import TRAIN, check_directory, mark_directory
 from lrsa_ds.errors import LRSAError
-from lrsa_ds.labels import SMALLER, factor_name
+from lrsa_ds.labels import SMALLER, factor_name, rows_of_smallest
 from lrsa_ds.parallel.rendezvous import free_port
 from lrsa_ds.process.exits import Exit
 from lrsa_ds.train.output import COMPLETED
@@ -203,7 +203,7 @@ def result(directory: Path) -> dict:
         row["step_seconds"] = statistics.median(r["step_seconds"] for r in (steps[1:] or steps))
         row["peak_memory_gb"] = max(r["peak_memory_gb"] for r in steps)
     if after:
-        smallest = [r for r in after if r["retention"] == min(r["retention"] for r in after)]
+        smallest = rows_of_smallest(after)
         factors = [r["cache_factor"] for r in smallest if "cache_factor" in r]  # jobs of an earlier version have none
         row["cache_factor"] = statistics.mean(factors) if factors else None
         row["score"] = statistics.mean(r["exact_match"] for r in smallest)

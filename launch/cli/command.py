@@ -45,13 +45,16 @@ def leave(code: int) -> None:
 
 
 def plain_keys(argument: str) -> str:
-    """An override whose value is a dictionary, its keys without the quotes that JSON and Python put around them.
+    """An override whose value holds dictionaries, their keys without the quotes that JSON and Python put around them.
 
-    Hydra takes 'attention.layers={0-1: 1.0}' and refuses the same with "0-1".
+    Hydra takes 'attention.layers={0-1: 1.0}' and refuses the same with "0-1". Keys may hold spaces and commas. One
+    dictionary of layers becomes a list of one, which takes the place of what stood there: Hydra would add to it.
     """
-    if not re.match(r"[+~]*[\w./@-]+=\{", argument):
+    if not re.match(r"[+~]*[\w./@-]+=(\[\s*)?\{", argument):
         return argument
-    return re.sub(r"""([{,]\s*)(["'])([\w.-]+)\2(?=\s*:)""", r"\1\3", argument)
+    quoted = r"""([{,]\s*)(["'])([\w. ,-]+)\2(?=\s*:)"""
+    argument = re.sub(quoted, lambda found: found[1] + found[3].replace(",", " "), argument)
+    return re.sub(r"^(\w+\.layers=)(\{.*\})$", r"\1[\2]", argument.strip()).replace("=[{}]", "=[]")
 
 
 def _lost_a_rank(error: Exception) -> bool:

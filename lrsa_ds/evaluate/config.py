@@ -1,15 +1,26 @@
 """Every setting of an evaluation, typed; Hydra composes it from `conf/evaluate.yaml`."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from lrsa_ds.errors import require, require_one_of, require_whole
-from lrsa_ds.layers import AnyConfig, uniform
+from lrsa_ds.layers import (
+    AnyConfig,
+    cache_names,
+    largest_first,
+    mappings,
+    read_layers,
+    settings_of,
+    trained_turns,
+    uniform,
+)
 from lrsa_ds.lrsa_config import LRSAConfig, require_retention
 from lrsa_ds.settings.data import DataConfig
 from lrsa_ds.settings.model import ModelConfig
 from lrsa_ds.settings.paths import expand_home
 from lrsa_ds.settings.run import LogConfig
 
+LAYERS = "cache.layers"
 PREFILLS = ("dense", "chunked", "after")
 OLD_SPELLINGS = {"full": "after"}
 GENERATED = ("passkey", "needle", "needle_multikey", "variable_tracking", "common_words", "signature")
@@ -23,6 +34,7 @@ class CacheConfig:
     Args:
         sink_size, lag_size, selection, value_weight: None takes what the model was trained with, or else the defaults.
         retentions: shares of each partition that are kept, for the compressed caches.
+        layers: further compressed caches, whose layers differ, as in `attention.layers`.
         prefill: "dense" keeps all; "chunked" compresses while it prefills, chunk by chunk, as LRSA trains;
             "after" prefills densely and compresses afterwards, as most methods are evaluated ("full" is its old name).
     """
@@ -32,6 +44,7 @@ class CacheConfig:
     selection: str | None = None
     value_weight: float | None = None
     retentions: list[float] = field(default_factory=lambda: [0.25, 0.125])
+    layers: Any = None
     prefill: list[str] = field(default_factory=lambda: ["dense", "chunked"])
 
     def __post_init__(self):
@@ -41,14 +54,30 @@ class CacheConfig:
             require_one_of("cache.prefill", prefill, PREFILLS)
         for retention in self.retentions:
             require_retention("cache.retentions", retention)
+        differing = [read_layers(layers, LAYERS) for layers in mappings(LAYERS, self.layers)]
         require(
-            self.prefill == ["dense"] or self.retentions != [],
-            "cache.retentions=[] is not valid: give numbers in (0, 1], or cache.prefill=[dense].",
+            self.prefill == ["dense"] or bool(self.retentions or differing),
+            "cache.retentions=[] is not valid: give numbers from 0 to 1, cache.layers, or cache.prefill=[dense].",
         )
         if self.sink_size is not None:
             require_whole("cache.sink_size", self.sink_size, 0)
         if self.lag_size is not None:
             require_whole("cache.lag_size", self.lag_size, 2)
+
+    def differing(self, trained: dict | None, num_layers: int) -> dict[str, AnyConfig]:
+        """The caches whose layers differ, by name: those that a model was trained with, and those of `layers`.
+
+        Raises:
+            LRSAError: `layers` is not for a model of so many layers.
+        """
+        own = [self.caches(each.saved()) for each in largest_first(trained_turns(trained))] if trained else []
+        found = [config for config in own if len(config.layers) > 1]
+        base = self._layer((trained or {}).get("layers", [trained])[0], 1.0)
+        for layers in mappings(LAYERS, self.layers):
+            values = read_layers(layers, LAYERS).of_each(num_layers)
+            found.append(uniform([settings_of(value, base) for value in values]))
+        found = list(dict.fromkeys(found))
+        return dict(zip(cache_names(found), found, strict=True))
 
     def caches(self, trained: dict | None) -> AnyConfig:
         """What the compressed caches have in common, for a model trained with the settings `trained`, if with any.

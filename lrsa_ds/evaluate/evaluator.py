@@ -5,7 +5,7 @@ chunk, which is the function that LRSA trains; "after" prefills densely and comp
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,10 +52,15 @@ class Sample:
 
 @dataclass(frozen=True)
 class Mode:
-    """A way to fill the cache; `retention` is 1 for "dense"."""
+    """A way to fill the cache; `retention` is 1 for "dense".
+
+    Args:
+        layers: the name of a cache whose layers differ, of which `retention` is the mean share kept.
+    """
 
     prefill: str
     retention: float
+    layers: str = ""
 
 
 DENSE = Mode("dense", 1.0)
@@ -69,10 +74,14 @@ class Answer:
     size: dict[str, float]
 
 
-def modes(prefills: Sequence[str], retentions: Sequence[float]) -> list[Mode]:
-    """All that are to be compared, the dense one first."""
+def modes(
+    prefills: Sequence[str], retentions: Sequence[float], differing: Mapping[str, AnyConfig] | None = None
+) -> list[Mode]:
+    """All that are to be compared, the dense one first; `differing` are caches whose layers differ, by name."""
     dense = [DENSE] if "dense" in prefills else []
-    return dense + [Mode(p, r) for p in prefills if p != "dense" for r in retentions]
+    caches = [(config.share_kept, name) for name, config in (differing or {}).items()]
+    caches += [(retention, "") for retention in retentions]
+    return dense + [Mode(p, *cache) for p in prefills if p != "dense" for cache in caches]
 
 
 class Evaluator:
@@ -82,6 +91,7 @@ class Evaluator:
         model: under `apply_lrsa`, on its device.
         attention: sink and lag size; layers that differ as they are, of which the dense ones stay so in every mode but
             that. Other retentions are not read.
+        differing: the caches whose layers differ, by the names of the modes.
         score: from the name of a metric, a prediction and the right answers to a number from 0 to 1.
     """
 
@@ -91,11 +101,13 @@ class Evaluator:
         tokenizer: PreTrainedTokenizerBase,
         attention: AnyConfig,
         score: Callable[[str, str, Sequence[str]], float],
+        differing: Mapping[str, AnyConfig] | None = None,
     ):
         self.model = model
         self.tokenizer = tokenizer
         self.attention = attention
         self.score = score
+        self.differing = differing or {}
         self.ends = end_tokens(model, tokenizer)
 
     @torch.no_grad()
@@ -129,7 +141,7 @@ class Evaluator:
         return [self._answer_row(sample, mode, answers[mode], answers.get(DENSE)) for mode in wanted]
 
     def _config(self, mode: Mode) -> AnyConfig:
-        return self.attention.at_retention(mode.retention)
+        return self.differing[mode.layers] if mode.layers else self.attention.at_retention(mode.retention)
 
     def _filled(self, prompt: torch.Tensor, mode: Mode) -> LagKVCache:
         """A cache that has seen all of the prompt but its last token, which is the first step of decoding."""
@@ -179,5 +191,5 @@ def _size(cache: LagKVCache) -> dict[str, float]:
 def _identity(sample: Sample, mode: Mode) -> dict:
     """What tells a row from every other, and the depth, if there is one."""
     row = {"task": sample.task, "length": sample.length, "index": sample.index}
-    row |= {"prefill": mode.prefill, "retention": mode.retention}
+    row |= {"prefill": mode.prefill, "retention": mode.retention, "layers": mode.layers}
     return row if sample.depth is None else row | {"depth": sample.depth}

@@ -8,8 +8,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from lrsa_ds.errors import LRSAError
-from lrsa_ds.evaluate.results import cache_name, measured_factor
-from lrsa_ds.labels import SMALLER, cache_tick, factor_name
+from lrsa_ds.evaluate.results import cache_name, caches_of, measured_factor
+from lrsa_ds.labels import SMALLER, cache_of, cache_tick, caches_in_order, factor_name, retention_name
 
 CACHES_PER_BLOCK = 4
 WIDTH, TITLE_WIDTH = 18, 28  # of a column of the table and of its first one: a line stays within 100 columns
@@ -34,6 +34,7 @@ METRICS = {
     "first_token": "samples whose first generated token is that of the dense cache",
     "nll": "negative log-likelihood of a token of the text, in nats",
 }
+LAYERED = ["6 dense + 24 window and the like: of the layers, 6 keep everything and 24 nothing but sink and window"]
 UNCOMPRESSED = "1.00x: too short for this cache to drop anything; such samples have no first_token"
 
 
@@ -46,7 +47,7 @@ def results_table(rows: list[dict]) -> str:
     blocks = []
     for length in sorted({row["length"] for row in rows}):
         mine = [row for row in rows if row["length"] == length]
-        caches = sorted({(row["prefill"], -row["retention"]) for row in mine}, key=_order)
+        caches = caches_of(mine)
         for start in range(0, len(caches), CACHES_PER_BLOCK):
             blocks.append("\n".join(_block(mine, length, caches[start : start + CACHES_PER_BLOCK])))
     return "\n\n".join([*blocks, "\n".join(_legend(rows))])
@@ -60,6 +61,7 @@ def _legend(rows: list[dict]) -> list[str]:
     if prefills != {"dense"}:
         lines += [
             "1/8 and the like: the share of each partition that is kept",
+            *LAYERED[: any(row["layers"] for row in rows)],
             f"smaller: {SMALLER} when the answer begins (nll: at the end of the text)",
         ]
     if any(row["retention"] < 1 and row["cache_factor"] == 1 for row in rows):
@@ -67,13 +69,16 @@ def _legend(rows: list[dict]) -> list[str]:
     return lines + [f"{name}: {meaning}" for name, meaning in METRICS.items() if name in metrics]
 
 
-def _order(cache: tuple[str, float]) -> tuple:
-    return (list(COLORS).index(cache[0]), cache[1])
-
-
-def _block(rows: list[dict], length: int, caches: list[tuple[str, float]]) -> list[str]:
-    names = [cache_name(prefill, -negative) for prefill, negative in caches]
-    lines = [f"{f'{length:,} tokens':<{TITLE_WIDTH}}" + "".join(f"{name:>{WIDTH}}" for name in names)]
+def _block(rows: list[dict], length: int, caches: list[tuple[str, float, str]]) -> list[str]:
+    names = [cache_name(*cache) for cache in caches]
+    headings = [textwrap.wrap(name, WIDTH - 2) for name in names]  # a cache whose layers differ has a long name
+    height = max(map(len, headings))
+    cells = [[""] * (height - len(heading)) + heading for heading in headings]
+    titles = [""] * (height - 1) + [f"{length:,} tokens"]
+    lines = [
+        f"{title:<{TITLE_WIDTH}}" + "".join(f"{cell[line]:>{WIDTH}}" for cell in cells)
+        for line, title in enumerate(titles)
+    ]
     if set(names) != {"dense"}:
         factors = [factor_name(row["cache_factor"] for row in rows if row["cache"] == name) for name in names]
         cells = ["" if name == "dense" else factor for name, factor in zip(names, factors, strict=True)]
@@ -142,6 +147,9 @@ def _scores(rows: list[dict], title: str) -> Figure:
     num_columns = min(4, len(tasks))
     figure, panels = _figure(-(-len(tasks) // num_columns), num_columns, (3.0, 2.8), title, sharey=True)
     handles = {}
+    # Caches stand by what they keep, however they are filled; all that hold everything in one place.
+    rows = [row | {"cache": row["layers"] or retention_name(row["retention"])} for row in rows]
+    places = caches_in_order(rows)
     for number, panel in enumerate(panels.flat):
         if number >= len(tasks):
             panel.set_visible(False)
@@ -149,21 +157,19 @@ def _scores(rows: list[dict], title: str) -> Figure:
         metric = next(row["metric"] for row in rows if row["task"] == tasks[number])
         mine = [row for row in rows if (row["task"], row["metric"]) == (tasks[number], metric)]
         for prefill in COLORS:
-            line = sorted((row for row in mine if row["prefill"] == prefill), key=lambda row: row["retention"])
+            line = [row for row in mine if row["prefill"] == prefill]
+            line.sort(key=lambda row: places.index(cache_of(row)))
             if line:
-                handles[prefill] = _errorbar(panel, line, prefill)
-        retentions = sorted({row["retention"] for row in rows})
-        panel.set_xscale("log", base=2)
-        panel.set_xticks(retentions, [cache_tick(mine, retention) for retention in retentions])
-        panel.minorticks_off()
-        panel.set_xlim(retentions[-1] * 1.25, retentions[0] / 1.25)
+                handles[prefill] = _errorbar(panel, line, [places.index(cache_of(row)) for row in line], prefill)
+        panel.set_xticks(range(len(places)), [cache_tick(mine, place) for place in places])
+        panel.set_xlim(-0.4, len(places) - 0.6)
         panel.set_ylim(-4, 104)
         panel.set_title(textwrap.fill(f"{tasks[number]} ({metric})", 32), fontsize=9)
         panel.tick_params(labelsize=8)
         panel.grid(alpha=0.25, linewidth=0.6)
         panel.spines[["top", "right"]].set_visible(False)
         if number + num_columns >= len(tasks):
-            panel.set_xlabel(f"share of each partition kept\n({SMALLER})", fontsize=8.5)
+            panel.set_xlabel(f"cache\n({SMALLER})", fontsize=8.5)
     for panel in panels[:, 0]:
         panel.set_ylabel("%", fontsize=8.5)
     names = [f"{prefill}: {CACHES[prefill]}" for prefill in handles]
@@ -171,13 +177,13 @@ def _scores(rows: list[dict], title: str) -> Figure:
     return figure
 
 
-def _errorbar(panel, line: list[dict], prefill: str):
+def _errorbar(panel, line: list[dict], places: list[int], prefill: str):
     # A little beside each other, so that equal scores do not hide one another.
-    shift = 1 + 0.04 * (list(COLORS).index(prefill) - 1)
+    shift = 0.06 * (list(COLORS).index(prefill) - 1)
     means = [row["mean"] for row in line]
     errors = [[row["mean"] - row["low"] for row in line], [row["high"] - row["mean"] for row in line]]
     return panel.errorbar(
-        [row["retention"] * shift for row in line],
+        [place + shift for place in places],
         means,
         yerr=[[max(0.0, error) for error in side] for side in errors],
         color=COLORS[prefill],
@@ -189,34 +195,38 @@ def _errorbar(panel, line: list[dict], prefill: str):
     )
 
 
-def _title(samples: list[dict], prefill: str, retention: float) -> str:
+def _cache(sample: dict) -> tuple[str, float, str]:
+    return sample["prefill"], sample["retention"], sample["layers"]
+
+
+def _title(samples: list[dict], cache: tuple[str, float, str]) -> str:
     """The name of a cache, and how many times smaller it was at these samples."""
-    mine = [s for s in samples if (s["prefill"], s["retention"]) == (prefill, retention)]
+    mine = [s for s in samples if _cache(s) == cache]
     lengths = sorted({sample["length"] for sample in mine})
     factors = [measured_factor([s for s in mine if s["length"] == length]) for length in lengths]
-    name = cache_name(prefill, retention)
-    return name if prefill == "dense" else f"{name} ({factor_name(factors)})"
+    name = cache_name(*cache)
+    return name if cache[0] == "dense" else f"{name} ({factor_name(factors)})"
 
 
 def _needles(samples: list[dict], title: str) -> Figure:
     samples = [sample for sample in samples if "depth" in sample]
     tasks = list(dict.fromkeys(sample["task"] for sample in samples))
-    caches = sorted({(sample["prefill"], -sample["retention"]) for sample in samples}, key=_order)
+    caches = caches_of(samples)
     lengths = sorted({sample["length"] for sample in samples})
     depths = sorted({sample["depth"] for sample in samples})
     size = (max(2.2, 0.55 * len(lengths) + 1.2), max(1.8, 0.28 * len(depths) + 1.0))
     figure, panels = _figure(len(tasks), len(caches), size, title, sharex=True, sharey=True)
     image = None
     for task, line in zip(tasks, panels, strict=True):
-        for (prefill, negative), panel in zip(caches, line, strict=True):
-            grid = [[_mean(samples, task, prefill, -negative, n, depth) for n in lengths] for depth in depths]
+        for cache, panel in zip(caches, line, strict=True):
+            grid = [[_mean(samples, task, cache, n, depth) for n in lengths] for depth in depths]
             image = panel.imshow(grid, vmin=0, vmax=100, cmap="RdYlGn", alpha=0.65, aspect="auto")
             for y, values in enumerate(grid):
                 for x, value in enumerate(values):
                     if not math.isnan(value):
                         panel.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=7)
-            title = _title([sample for sample in samples if sample["task"] == task], prefill, -negative)
-            panel.set_title(f"{textwrap.fill(task, 26)}\n{title}", fontsize=8)
+            title = _title([sample for sample in samples if sample["task"] == task], cache)
+            panel.set_title(f"{textwrap.fill(task, 26)}\n{textwrap.fill(title, 26)}", fontsize=8)
             panel.set_xticks(range(len(lengths)), [_short(n) for n in lengths], fontsize=7.5)
             panel.set_yticks(range(len(depths)), [f"{100 * depth:.0f} %" for depth in depths], fontsize=7.5)
     figure.supxlabel("tokens", fontsize=8.5)
@@ -226,10 +236,9 @@ def _needles(samples: list[dict], title: str) -> Figure:
     return figure
 
 
-def _mean(samples: list[dict], task: str, prefill: str, retention: float, length: int, depth: float) -> float:
-    wanted = (task, prefill, retention, length, depth)
-    names = ("task", "prefill", "retention", "length", "depth")
-    scores = [next(iter(s["scores"].values())) for s in samples if tuple(s[name] for name in names) == wanted]
+def _mean(samples: list[dict], task: str, cache: tuple[str, float, str], length: int, depth: float) -> float:
+    mine = [s for s in samples if (s["task"], _cache(s), s["length"], s["depth"]) == (task, cache, length, depth)]
+    scores = [next(iter(s["scores"].values())) for s in mine]
     return sum(scores) / len(scores) if scores else math.nan
 
 
@@ -244,11 +253,11 @@ def _perplexity(samples: list[dict], title: str) -> Figure:
     styles = ["-", "--", "-.", ":"]
     for length, panel in zip(lengths, panels[0], strict=True):
         mine = [sample for sample in samples if sample["length"] == length]
-        for number, cache in enumerate(sorted({(s["prefill"], -s["retention"]) for s in mine}, key=_order)):
-            curves = [s["nll_by_position"] for s in mine if (s["prefill"], -s["retention"]) == cache]
+        for number, cache in enumerate(caches_of(mine)):
+            curves = [s["nll_by_position"] for s in mine if _cache(s) == cache]
             mean = [sum(values) / len(values) for values in zip(*curves, strict=True)]
             ends = [length * (i + 1) / len(mean) for i in range(len(mean))]
-            label = _title(mine, cache[0], -cache[1])
+            label = _title(mine, cache)
             panel.plot(ends, mean, color=COLORS[cache[0]], linestyle=styles[number % 4], linewidth=1.5, label=label)
         panel.legend(fontsize=8, frameon=False)  # each has its own: the factors depend on the length
         panel.set_xlabel("position (tokens)", fontsize=8.5)

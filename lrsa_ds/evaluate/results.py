@@ -7,12 +7,12 @@ from collections import defaultdict
 from pathlib import Path
 
 from lrsa_ds.errors import LRSAError
-from lrsa_ds.evaluate.config import OLD_SPELLINGS
+from lrsa_ds.evaluate.config import OLD_SPELLINGS, PREFILLS
 from lrsa_ds.labels import retention_name
 
 RESULTS = "results.jsonl"
 PARTS = "results.rank*.jsonl"
-KEY = ("task", "length", "index", "prefill", "retention")
+KEY = ("task", "length", "index", "prefill", "retention", "layers")
 NUM_SHOWN = 3  # samples of each task, length and cache whose answers W&B shows
 Z = 1.96  # of a 95 % interval
 
@@ -60,7 +60,8 @@ def _read(path: Path) -> list[dict]:
         try:
             if line:
                 row = json.loads(line)
-                rows.append(row | {"prefill": OLD_SPELLINGS.get(row["prefill"], row["prefill"])})
+                prefill = OLD_SPELLINGS.get(row["prefill"], row["prefill"])
+                rows.append({"layers": ""} | row | {"prefill": prefill})
         except json.JSONDecodeError as error:
             if number == len(lines):  # without a line's end: the run was stopped while it wrote
                 break
@@ -78,13 +79,13 @@ def summary(rows: list[dict]) -> list[dict]:
     groups: dict[tuple, list[dict]] = defaultdict(list)
     for row in rows:
         for metric in row["scores"]:
-            groups[row["task"], row["length"], row["prefill"], row["retention"], metric].append(row)
+            groups[row["task"], row["length"], row["prefill"], row["retention"], row["layers"], metric].append(row)
     found = []
-    for (task, length, prefill, retention, metric), mine in groups.items():
+    for (task, length, prefill, retention, layers, metric), mine in groups.items():
         scores = [row["scores"][metric] for row in mine]
         mean, low, high = interval(scores) if metric == "nll" else wilson(scores)
-        row = {"task": task, "length": length, "prefill": prefill, "retention": retention}
-        row |= {"cache": cache_name(prefill, retention), "metric": metric, "num_samples": len(scores)}
+        row = {"task": task, "length": length, "prefill": prefill, "retention": retention, "layers": layers}
+        row |= {"cache": cache_name(prefill, retention, layers), "metric": metric, "num_samples": len(scores)}
         row["cache_factor"] = measured_factor(mine)
         found.append(row | {"mean": mean, "low": low, "high": high})
     return found
@@ -92,7 +93,7 @@ def summary(rows: list[dict]) -> list[dict]:
 
 def shown_predictions(rows: list[dict]) -> list[dict]:
     """What was said to the first samples of each task, length and cache, beside the right answers."""
-    names = ("task", "length", "index", "prefill", "retention", "answers", "prediction")
+    names = ("task", "length", "index", "prefill", "retention", "layers", "answers", "prediction")
     first = [row for row in rows if row["index"] < NUM_SHOWN and "prediction" in row]
     return [{name: row[name] for name in names} | row["scores"] for row in first]
 
@@ -121,6 +122,13 @@ def interval(values: list[float]) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
-def cache_name(prefill: str, retention: float) -> str:
-    """Such as "dense" or "chunked 1/8"."""
-    return prefill if prefill == "dense" else f"{prefill} {'1' if retention == 1 else retention_name(retention)}"
+def cache_name(prefill: str, retention: float, layers: str = "") -> str:
+    """Such as "dense", "chunked 1/8" or "chunked 6 dense + 24 window"."""
+    share = "1" if retention == 1 else retention_name(retention)
+    return prefill if prefill == "dense" else f"{prefill} {layers or share}"
+
+
+def caches_of(rows: list[dict]) -> list[tuple[str, float, str]]:
+    """Prefill, retention and layers of all caches of these rows, in the order in which they are shown."""
+    caches = {(row["prefill"], row["retention"], row["layers"]) for row in rows}
+    return sorted(caches, key=lambda cache: (PREFILLS.index(cache[0]), -cache[1], cache[2]))

@@ -79,14 +79,14 @@ def evaluate(
     check_reach(structure.config, config.model.rope, "lengths", max(config.lengths))
     trained = getattr(structure.config, "lrsa", None)
     caches = config.cache.caches(trained)
-    own = [caches.share_kept] if len(caches.layers) > 1 else []  # what layers that differ were trained with
-    wanted = modes(config.cache.prefill, [*own, *config.cache.retentions])
+    differing = config.cache.differing(trained, num_layers(structure))
+    wanted = modes(config.cache.prefill, config.cache.retentions, differing)
     settings = asdict(config)
     if config.telemetry:
         cache, wanted = telemetry_cache(config, trained, num_layers(structure)), []
     else:
         cache = None
-        _check_lengths(config, trained, wanted)
+        _check_lengths(config, trained, wanted, differing)
     _check_directory(config, settings)
     tokenizer = load_tokenizer(config.model)
     samples = make_samples(config, tokenizer)
@@ -94,7 +94,7 @@ def evaluate(
     # Ranks meet at the end of the work only, and some may be long done by then.
     mesh = start_mesh(timeout=timedelta(days=7))
     num_parameters = sum(p.numel() for p in structure.parameters())
-    plan = _Plan(config, caches, wanted, cache, num_parameters, tokenizer, samples, score)
+    plan = _Plan(config, caches, differing, wanted, cache, num_parameters, tokenizer, samples, score)
 
     def enter(directory: Path) -> None:
         _enter(directory, config, settings)
@@ -110,11 +110,13 @@ class _Plan:
 
     Args:
         attention: what its caches have in common.
+        differing: its caches whose layers differ, by name.
         measured: the cache that telemetry measures, in place of answers under those `wanted`; None without telemetry.
     """
 
     config: EvaluateConfig
     attention: AnyConfig
+    differing: dict[str, AnyConfig]
     wanted: list[Mode]
     measured: AnyConfig | None
     num_parameters: int
@@ -138,7 +140,7 @@ def _evaluate_in(directory: Path, plan: _Plan, mesh: Mesh) -> None:
         if plan.measured is not None:
             _measure(directory, plan, plan.measured, mesh, logger)
         elif missing:
-            evaluator = Evaluator(_model(plan, mesh), plan.tokenizer, attention, plan.score)
+            evaluator = Evaluator(_model(plan, mesh), plan.tokenizer, attention, plan.score, plan.differing)
             _work(evaluator, samples, missing, directory, mesh, config.log)
         dist.barrier()
         if mesh.is_main and plan.measured is None:
@@ -168,10 +170,12 @@ def _measure(directory: Path, plan: _Plan, cache: AnyConfig, mesh: Mesh, logger:
         report_telemetry(found, WHEN, 0, directory, config.run_name, logger)
 
 
-def _check_lengths(config: EvaluateConfig, trained: dict | None, wanted: list[Mode]) -> None:
+def _check_lengths(
+    config: EvaluateConfig, trained: dict | None, wanted: list[Mode], differing: dict[str, AnyConfig]
+) -> None:
     """Refuses prompts that are so short that no cache would drop anything: every score would be the dense one."""
     for mode in wanted:
-        attention = config.cache.attention(trained, mode.retention)
+        attention = differing[mode.layers] if mode.layers else config.cache.attention(trained, mode.retention)
         for length in config.lengths if mode.prefill != "dense" and not attention.is_dense else ():
             require_compression("lengths", length, attention, "cache", "cache.prefill=[dense]")
 
@@ -222,7 +226,7 @@ def _missing(samples: SampleSource, wanted: list[Mode], done: set[tuple]) -> lis
     missing = []
     for item in samples.items():
         expected = [m for m in wanted if not (item[0] == "perplexity" and m.prefill == "after")]
-        if any((*item, m.prefill, m.retention) not in done for m in expected):
+        if any((*item, m.prefill, m.retention, m.layers) not in done for m in expected):
             missing.append((item, expected))
     return missing
 
@@ -263,7 +267,7 @@ def _description(
     mesh: Mesh,
 ) -> list[str]:
     total = len(samples.items())
-    caches = ", ".join(cache_name(mode.prefill, mode.retention) for mode in wanted)
+    caches = ", ".join(cache_name(mode.prefill, mode.retention, mode.layers) for mode in wanted)
     done = f"{total - len(missing)} of them done before; seed {config.seed}; greedy decoding"
     if config.telemetry:
         caches = f"telemetry at retention {retention_name(min(config.cache.retentions))} in every layer"

@@ -7,6 +7,7 @@ own, so that no server, and no server's absence, can stop or slow the training.
 from pathlib import Path
 from types import ModuleType
 
+from lrsa_ds.labels import cache_of
 from lrsa_ds.logs.journal import JSONLines, Progress, print_above, read_rows
 from lrsa_ds.logs.wandb_thread import WandbThread, check_wandb
 from lrsa_ds.settings.run import LogConfig
@@ -197,7 +198,8 @@ def _table(wandb: ModuleType, rows: list[dict]):
 
 
 def _cache_key(row: dict) -> str:
-    return row["prefill"] if row["prefill"] == "dense" else f"{row['prefill']}@{row['retention']:g}"
+    share = row.get("layers") or f"{row['retention']:g}"
+    return row["prefill"] if row["prefill"] == "dense" else f"{row['prefill']}@{share}"
 
 
 def _results_log(wandb: ModuleType, rows: list[dict], tables: dict[str, list[dict]], pictures: dict[str, Path]) -> dict:
@@ -213,10 +215,16 @@ def _telemetry_log(wandb: ModuleType, rows: list[dict], table: list[dict], pictu
     return log | {"telemetry_picture": wandb.Image(str(picture))}
 
 
+def _share_or_name(row: dict, rows: list[dict]) -> str:
+    """What tells the cache of a row from others: the share that it keeps, or its name where several keep as much."""
+    alike = {cache_of(other) for other in rows if other["retention"] == row["retention"]}
+    return f"{row['retention']:g}" if len(alike) == 1 else cache_of(row)
+
+
 def _evaluation_log(wandb: ModuleType, rows: list[dict], tables: dict[str, list[dict]], picture: Path | None) -> dict:
-    """Scores by task and retention over `train/step`, and tables of all that was found so far."""
+    """Scores by task and cache over `train/step`, and tables of all that was found so far."""
     log = {"train/step": rows[0]["step"]}
-    log |= {f"eval/{r['task']}/{name}@{r['retention']:g}": r[name] for r in rows for name in EVAL_METRICS}
+    log |= {f"eval/{r['task']}/{name}@{_share_or_name(r, rows)}": r[name] for r in rows for name in EVAL_METRICS}
     log |= {name: _table(wandb, so_far) for name, so_far in tables.items() if so_far}
     if picture is not None:
         log["evaluation_picture"] = wandb.Image(str(picture))

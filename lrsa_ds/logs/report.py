@@ -5,7 +5,7 @@ import textwrap
 from pathlib import Path
 
 from lrsa_ds.errors import LRSAError
-from lrsa_ds.labels import SMALLER, cache_tick, factor_name, retention_name
+from lrsa_ds.labels import SMALLER, cache_of, cache_tick, caches_in_order, factor_name, is_dense_cache
 
 COLUMNS = 100  # of a line of the table, unless the name of a task alone is longer
 PANELS_PER_LINE = 4
@@ -16,6 +16,7 @@ BEFORE, AFTER = "#8a8f98", "#1f6feb"
 LEGEND = """cache: the share of each partition that is kept; dense: everything is
 smaller: {smaller} at the end of an example
 exact %: answers of which every token is right; tokens %: tokens of the answers that are right"""
+LAYERED = "6 dense + 24 window: of the layers, 6 keep everything and 24 nothing but sink and window"
 UNCOMPRESSED = "1.00x: the examples are too short for this cache to drop anything"
 
 
@@ -23,9 +24,9 @@ def evaluation_table(rows: list[dict]) -> str:
     """Scores in percent, one line per cache and one pair of columns per task: "before → after", or what there is.
 
     Args:
-        rows: `when` ("before", "step N" or "after"; the first and the last are shown), `task`, `retention` in (0, 1],
-            `cache_factor` (how many times smaller the cache was), `exact_match` and `token_accuracy` in percent,
-            `num_examples`.
+        rows: `when` ("before", "step N" or "after"; the first and the last are shown), `task`, `cache` (its name),
+            `retention`, `cache_factor` (how many times smaller the cache was), `exact_match` and `token_accuracy` in
+            percent, `num_examples`.
 
     Returns:
         Lines of at most `COLUMNS` columns; tasks that do not fit go below each other. "-" is a score that was not
@@ -39,6 +40,8 @@ def evaluation_table(rows: list[dict]) -> str:
         blocks[-1].append(task)
     tables = ["\n".join(_block(rows, tasks)) for tasks in blocks]
     legend = [" → ".join(_phrase(when) for when in _times(rows)), LEGEND.format(smaller=SMALLER)]
+    if any(" + " in cache for cache in caches_in_order(rows)):
+        legend.append(LAYERED)
     if any(row.get("cache_factor") == 1 and row["retention"] < 1 for row in rows):
         legend.append(UNCOMPRESSED)
     return "\n\n".join([*tables, "\n".join(legend)])
@@ -51,9 +54,10 @@ def _width(task: str) -> int:
 def _labels(rows: list[dict]) -> list[str]:
     """The first columns of the lines of a block: two of the header's lines, then a line for each cache."""
     lines = [("cache", "smaller")]
-    for retention in _retentions(rows):
-        factors = [row.get("cache_factor") for row in rows if row["retention"] == retention]
-        lines.append((retention_name(retention), "" if retention == 1 else factor_name(factors)))
+    for cache in caches_in_order(rows):
+        mine = [row for row in rows if cache_of(row) == cache]
+        is_dense = all(map(is_dense_cache, mine))
+        lines.append((cache, "" if is_dense else factor_name(row.get("cache_factor") for row in mine)))
     widths = [max(len(line[i]) for line in lines) for i in range(2)]
     labels = [f"{name:<{widths[0]}}  {factor:>{widths[1]}}" for name, factor in lines]
     return [" " * len(labels[0])] * 2 + labels
@@ -64,21 +68,17 @@ def _block(rows: list[dict], tasks: list[str]) -> list[str]:
     for task in tasks:
         count = f"{_num_examples(rows, task)} examples"
         lines = [task, count, "  ".join(f"{label:>{CELL}}" for label in METRICS.values())]
-        for retention in _retentions(rows):
-            lines.append("  ".join(f"{_cell(rows, task, retention, name):>{CELL}}" for name in METRICS))
+        for cache in caches_in_order(rows):
+            lines.append("  ".join(f"{_cell(rows, task, cache, name):>{CELL}}" for name in METRICS))
         width = _width(task)
         columns.append([f"{line:^{width}}" for line in lines])
     return [" │ ".join(line).rstrip() for line in zip(_labels(rows), *columns, strict=True)]
 
 
-def _retentions(rows: list[dict]) -> list[float]:
-    return sorted({row["retention"] for row in rows}, reverse=True)
-
-
-def _cell(rows: list[dict], task: str, retention: float, metric: str) -> str:
+def _cell(rows: list[dict], task: str, cache: str, metric: str) -> str:
     scores = []
     for when in _times(rows):
-        found = [r for r in rows if (r["when"], r["task"], r["retention"]) == (when, task, retention)]
+        found = [r for r in rows if (r["when"], r["task"], cache_of(r)) == (when, task, cache)]
         value = found[-1].get(metric) if found else None
         scores.append("-" if value is None or math.isnan(value) else f"{value:.1f}")
     return "→".join(f"{score:>5}" for score in scores)
@@ -130,7 +130,7 @@ def draw_evaluation(rows: list[dict], path: Path, title: str) -> None:
         if number < len(tasks):
             _draw_panel(panel, rows, tasks[number])
             if number + num_columns >= len(tasks):
-                panel.set_xlabel(f"share of each partition kept\n({SMALLER})", fontsize=8.5)
+                panel.set_xlabel(f"cache\n({SMALLER})", fontsize=8.5)
         else:
             panel.set_visible(False)
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
@@ -168,21 +168,19 @@ def _legend(times: list[str]) -> list:
 
 
 def _draw_panel(panel, rows: list[dict], task: str) -> None:
+    caches = caches_in_order(rows)  # the dense cache on the left, as in the table's first line
     for when in _times(rows):
-        mine = sorted((r for r in rows if (r["when"], r["task"]) == (when, task)), key=lambda row: row["retention"])
+        mine = [r for r in rows if (r["when"], r["task"]) == (when, task)]
+        mine.sort(key=lambda row: caches.index(cache_of(row)))
         for metric in ("token_accuracy", "exact_match"):
             panel.plot(
-                [r["retention"] for r in mine],
+                [caches.index(cache_of(r)) for r in mine],
                 [r[metric] for r in mine],
                 **_style(_is_start(when, _times(rows)), metric),
             )
-    retentions = _retentions(rows)
-    panel.set_xscale("log", base=2)
     mine = [row for row in rows if row["task"] == task]
-    panel.set_xticks(retentions, [cache_tick(mine, retention) for retention in retentions], minor=False)
-    panel.minorticks_off()
-    # The dense cache on the left, as in the table's first line; room at both ends for the markers.
-    panel.set_xlim(retentions[0] * 1.2, retentions[-1] / 1.2)
+    panel.set_xticks(range(len(caches)), [cache_tick(mine, cache) for cache in caches])
+    panel.set_xlim(-0.3, len(caches) - 0.7)  # room at both ends for the markers
     panel.set_ylim(-4, 104)
     panel.set_yticks(range(0, 101, 25))
     title = textwrap.fill(f"{task} ({_num_examples(rows, task)} examples)", TITLE_COLUMNS)

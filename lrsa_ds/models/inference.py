@@ -1,7 +1,8 @@
 """Using a trained model: loading it with its settings, and prefilling a compressed cache chunk by chunk."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -9,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lrsa_ds.attention.partition import room_in_chunk
 from lrsa_ds.data.tokenizer import load_tokenizer
 from lrsa_ds.errors import LRSAError, require, require_whole
-from lrsa_ds.layers import from_saved
+from lrsa_ds.layers import from_saved, trained_turns
 from lrsa_ds.models.cache import LagKVCache
 from lrsa_ds.models.loading import load_model
 from lrsa_ds.models.passes import check_unpadded
@@ -18,23 +19,34 @@ from lrsa_ds.settings.model import ModelConfig
 
 
 class Loaded(NamedTuple):
-    """A model with LRSA attention, its tokenizer, and a function that makes an empty cache with its settings."""
+    """A model with LRSA attention, its tokenizer, and a function that makes an empty cache with its settings.
+
+    `new_cache(layers)` makes one of which layers differ, as `lrsa_ds.new_cache(model, layers)` does.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    new_cache: Callable[[], LagKVCache]
+    new_cache: Callable[..., LagKVCache]
 
 
-def load(path: str, dtype: torch.dtype | str = "auto", device: torch.device | str | None = None) -> Loaded:
+def load(
+    path: str,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str | None = None,
+    layers: Mapping[Any, Any] | None = None,
+) -> Loaded:
     """A model that `launch/train.py` or `save_pretrained` after `apply_lrsa` has saved, ready to answer.
 
     Args:
         path: its directory, or its name on the hub.
         dtype: "auto" is the one that it was saved in.
         device: where to put it; default: the GPU if there is one.
+        layers: what its layers keep instead of what it was saved with, as for `lrsa_ds.apply_lrsa`. Without it a model
+            that was trained with several settings in turn has those of the smallest cache; `lrsa_ds.trained_caches`
+            has all of them.
 
     Raises:
-        LRSAError: nothing is there, or the model was saved without LRSA settings.
+        LRSAError: nothing is there, `layers` is not for the model, or the model was saved without LRSA settings.
     """
     source = ModelConfig(name=str(path))
     model = load_model(source, dtype)
@@ -45,8 +57,9 @@ def load(path: str, dtype: torch.dtype | str = "auto", device: torch.device | st
             "lrsa_ds.apply_lrsa(model, lrsa_ds.LRSAConfig(...))."
         )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = to_device(apply_lrsa(model, from_saved(settings)), device).eval()
-    return Loaded(model, load_tokenizer(source), lambda: new_cache(model))
+    model = apply_lrsa(model, from_saved(settings), layers) if layers else apply_lrsa(model, trained_turns(settings))
+    model = to_device(model, device).eval()
+    return Loaded(model, load_tokenizer(source), partial(new_cache, model))
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ given.
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from inspect import signature
 from typing import Any, cast
 
@@ -17,7 +17,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from lrsa_ds.attention import AttentionFunction, lrsa_attention
 from lrsa_ds.attention.cached import cached_attention
 from lrsa_ds.errors import LRSAError, require
-from lrsa_ds.layers import AnyConfig, describe, from_saved, resolve
+from lrsa_ds.layers import AnyConfig, describe, from_saved, largest_first, resolve, saved_turns, trained_turns
 from lrsa_ds.lrsa_config import LRSAConfig
 from lrsa_ds.models.cache import LagKVCache
 from lrsa_ds.models.generation import use_lrsa_cache
@@ -26,7 +26,9 @@ from lrsa_ds.models.passes import attend_rows, read_pass
 NAME = "lrsa"
 
 
-def apply_lrsa(model: PreTrainedModel, config: AnyConfig, layers: Mapping[Any, Any] | None = None) -> PreTrainedModel:
+def apply_lrsa(
+    model: PreTrainedModel, config: AnyConfig | Sequence[AnyConfig], layers: Mapping[Any, Any] | None = None
+) -> PreTrainedModel:
     """Replaces the attention of every layer by LRSA under `config`, in place, and returns the model.
 
     The settings stay in `model.config.lrsa`, so that a saved model remembers them. A forward pass may pass
@@ -35,15 +37,18 @@ def apply_lrsa(model: PreTrainedModel, config: AnyConfig, layers: Mapping[Any, A
     collators give: restarting `position_ids`, `cu_seq_lens_q` and `_k`, `seq_idx`, or a mask of document numbers.
 
     Args:
-        layers: where layers are to differ from `config`: from ranges of layers to a retention, such as
-            {"0-1": 1.0, "2-": 0.1}, or from each layer to an `LRSAConfig`. All layers have to be named.
+        config: or several, which training takes in turn: the one with the smallest cache is that of the model, and it
+            remembers all of them (`trained_caches`).
+        layers: where layers are to differ from `config`: from layers to a retention, such as
+            {"0 3 7-9": 1.0, "rest": 0.1}, to some settings, or to an `LRSAConfig`; see `lrsa_ds.layers.read_layers`.
 
     Raises:
         LRSAError: a layer is not plain causal attention; the sentence names the layer and why. Or `layers` leaves one
             out, names one twice, or one that the model does not have.
     """
     check_supported(model)
-    model.config.lrsa = resolve(config, layers, num_layers(model)).saved()
+    configs = [config] if isinstance(config, AnyConfig) else config
+    model.config.lrsa = saved_turns([resolve(each, layers, num_layers(model)) for each in configs])
     model.set_attn_implementation(NAME)
     decoder = model.get_decoder()  # every pass goes through it, also one that is not given to the whole model
     if _describe_cache not in decoder._forward_pre_hooks.values():
@@ -54,13 +59,26 @@ def apply_lrsa(model: PreTrainedModel, config: AnyConfig, layers: Mapping[Any, A
     return model
 
 
-def new_cache(model: PreTrainedModel) -> LagKVCache:
+def new_cache(model: PreTrainedModel, layers: Mapping[Any, Any] | None = None) -> LagKVCache:
     """An empty cache that keeps what the attention of the model keeps, layer by layer.
+
+    Args:
+        layers: where the cache is to differ from that, as for `apply_lrsa`: {"0-": 1.0} makes a dense one.
+
+    Raises:
+        LRSAError: the model is not under `apply_lrsa`, or `layers` is not for it.
+    """
+    return LagKVCache(resolve(_settings(model), layers, num_layers(model)))
+
+
+def trained_caches(model: PreTrainedModel) -> list[AnyConfig]:
+    """The settings that training took in turn, the largest cache first; `LagKVCache` takes any of them.
 
     Raises:
         LRSAError: the model is not under `apply_lrsa`.
     """
-    return LagKVCache(_settings(model))
+    _settings(model)
+    return largest_first(trained_turns(model.config.lrsa))
 
 
 def num_layers(model: PreTrainedModel) -> int:
@@ -88,11 +106,13 @@ def _describe_cache(model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[
     if not isinstance(cache, LagKVCache):
         return args, kwargs
     _check_layers(cache, num_layers(model))
-    trained, kept = describe(_settings(model), _sizes), describe(cache.config, _sizes)
-    if kept != trained:
-        warnings.warn(
-            f"the cache keeps {kept}, and the model was trained with {trained}: its answers may suffer.", stacklevel=3
-        )
+    if cache.config != _settings(model):
+        kept, trained = describe(cache.config, _sizes), [describe(turn, _sizes) for turn in trained_caches(model)]
+        if kept not in trained:
+            said = " and, in turn, ".join(trained)
+            warnings.warn(
+                f"the cache keeps {kept}, and the model was trained with {said}: its answers may suffer.", stacklevel=3
+            )
     cache.is_attended_by_chunk = model.config._attn_implementation == NAME
     return args, kwargs | {"num_seen": cache.get_seq_length(), "lrsa_config": cache.config}
 
@@ -115,6 +135,8 @@ def _check_layers(cache: LagKVCache, count: int) -> None:
 
 def _sizes(config: LRSAConfig) -> str:
     """The settings that decide what is kept; the selection where it is not the default."""
+    if config.is_dense:
+        return "retention=1"
     names = {"backend": None, "retention": f"{config.retention:g}"}
     shown = {name: names.get(name, value) for name, value in config.saved().items()}
     return ", ".join(f"{name}={value}" for name, value in shown.items() if value is not None)

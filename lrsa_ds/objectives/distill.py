@@ -58,7 +58,7 @@ class Distill(Objective):
     @classmethod
     def check(cls, config: TrainConfig) -> None:
         attention = config.attention
-        is_dense = all(attention.at_step(step).is_dense for step in range(len(attention.retentions)))
+        is_dense = all(settings.is_dense for settings in attention.turns)
         require(
             config.objective.teacher == "start" or not is_dense,
             "objective.teacher=self under dense attention is the student itself, from which nothing can be learnt: use "

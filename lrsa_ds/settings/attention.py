@@ -1,22 +1,24 @@
 """Settings of the group `attention`."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lrsa_ds.errors import require, require_one_of
-from lrsa_ds.layers import AnyConfig, close_ranges, describe, read_ranges, uniform
+from lrsa_ds.layers import KEY, AnyConfig, describe, mappings, read_layers, settings_of, uniform
 from lrsa_ds.lrsa_config import LRSAConfig
 
 
 @dataclass(kw_only=True)
 class AttentionConfig:
-    """LRSA or dense attention in training; `sink_size` and `lag_size` also serve the evaluation of a dense run.
+    """LRSA or dense attention in training; sizes and selection also serve the evaluation of a dense run.
 
     Args:
         retention: a number, or a list of which each step takes the next one.
-        layers: from ranges of layers to a retention of their own, 1.0 for dense attention, or None for `retention`; see
-            `lrsa_ds.layers`. `resolved` is needed before the settings reach a model.
+        layers: from layers to a retention of their own, 1.0 for dense attention, to several settings, or to None for
+            `retention`, see `lrsa_ds.layers.read_layers`; or a list of such mappings, of which each step takes the next
+            one. `resolved` is needed before the settings reach a model.
     """
 
     kind: str = "lrsa"
@@ -25,19 +27,19 @@ class AttentionConfig:
     retention: Any = 0.125
     selection: str = "lagkv"
     value_weight: float = 1.0
-    layers: dict[Any, Any] = field(default_factory=dict)
+    layers: Any = None
     backend: str = "auto"
 
     def __post_init__(self):
         require_one_of("attention.kind", self.kind, ("lrsa", "dense"))
         require(
             self.kind == "lrsa" or not self.layers,
-            "attention.layers has no effect under dense attention: use attention=lrsa.",
+            "attention.layers has no effect under dense attention: use attention=lrsa, or eval.layers for the caches "
+            "of an evaluation.",
         )
-        self._ranges = read_ranges(self.layers)
-        require(self.retentions != [], "attention.retention=[] is not valid: give a number in (0, 1], or a list.")
-        for step in range(len(self.retentions)):
-            self.at_step(step)
+        self._written = [read_layers(layers) for layers in mappings(KEY, self.layers)]
+        require(self.retentions != [], "attention.retention=[] is not valid: give a number from 0 to 1, or a list.")
+        require(bool(self.turns), "attention.layers has no settings.")
         require(
             self.kind == "lrsa" or self.retentions == [1.0],
             f"attention.retention={self.retention!r} has no effect under dense attention: use attention=lrsa.",
@@ -47,49 +49,61 @@ class AttentionConfig:
     def retentions(self) -> list:
         return list(self.retention) if isinstance(self.retention, (list, tuple)) else [self.retention]
 
+    @property
+    def turns(self) -> list[AnyConfig]:
+        """All settings that steps take, each once."""
+        num_steps = math.lcm(len(self.retentions), len(self._written) or 1)
+        return list(dict.fromkeys(self.at_step(step) for step in range(num_steps)))
+
     def resolved(self, num_layers: int) -> "AttentionConfig":
         """The same for a model of so many layers, each of which has an entry in `layers` if any has.
 
         Raises:
             LRSAError: `layers` leaves a layer out, or names one beyond the model.
         """
-        if not self.layers:
+        if not self._written:
             return self
-        ranges = close_ranges(self._ranges, num_layers)
-        return replace(self, layers={str(i): value for first, last, value in ranges for i in range(first, last + 1)})
+        each = [written.of_each(num_layers) for written in self._written]
+        return replace(self, layers=[{str(i): value for i, value in enumerate(values)} for values in each])
 
     def at_step(self, step: int) -> AnyConfig:
-        """The attention of optimizer step `step` (counted from 0): a list of retentions is taken in turn.
+        """The attention of optimizer step `step` (counted from 0): lists are taken in turn.
 
-        A step at 1.0 is dense in every layer. Otherwise each layer has the retention that `layers` gives it, or that of
-        the step.
+        A step at retention 1.0 is dense in every layer. Otherwise each layer has what `layers` gives it, or the
+        retention of the step.
         """
         retention = self.retentions[step % len(self.retentions)]
-        return self._by_layer(retention, lambda own: retention if own is None else own)
+        base = self._config(retention)
+        if not self._written or retention == 1:
+            return base
+        return uniform([settings_of(value, base) for value in self._written[step % len(self._written)].values])
 
     def with_retention(self, retention: float) -> AnyConfig:
-        """The attention under another cache: layers that `layers` makes dense stay so, unless all are to be dense."""
-        return self._by_layer(retention, lambda own: 1.0 if own == 1 else retention)
+        """The attention under another cache, alike in every layer.
 
-    def evaluated(self, retentions: list[float]) -> list[tuple[float, AnyConfig]]:
-        """The caches of an evaluation with their names: these retentions, and what is trained where layers differ.
-
-        The latter is named by the mean share that it keeps.
+        Layers that `layers` makes dense stay so, unless all are to be dense, or `layers` is a list that is taken in
+        turn.
         """
-        caches = [(retention, self.with_retention(retention)) for retention in retentions]
-        trained = self.at_step(0)
-        is_new = self.layers and trained not in [config for _, config in caches]
-        return [*caches, (trained.share_kept, trained)] if is_new else caches
+        base = self._config(retention)
+        if len(self._written) != 1 or retention == 1:
+            return base
+        own = [settings_of(value, base) for value in self._written[0].values]
+        return uniform([config if config.is_dense else base for config in own])
+
+    def with_layers(self, layers: Mapping[Any, Any], num_layers: int, key: str) -> AnyConfig:
+        """The attention under a cache whose layers differ, with these sizes and rule where `layers` says nothing else.
+
+        Args:
+            key: the setting that holds `layers`, for errors.
+        """
+        base = self._config(self.retentions[0])
+        return uniform([settings_of(value, base) for value in read_layers(layers, key).of_each(num_layers)])
 
     def described(self) -> str:
         """Such as "retention 0.125"; with `layers` also what each layer keeps, step by step."""
-        if not self.layers:
+        if not self._written:
             return f"retention {self.retentions[0] if len(self.retentions) == 1 else self.retentions}"
-        return ", then ".join(dict.fromkeys(describe(self.at_step(step)) for step in range(len(self.retentions))))
-
-    def _by_layer(self, retention: float, choose: Callable[[float | None], float]) -> AnyConfig:
-        values = [choose(own) for *_, own in self._ranges] if self._ranges and retention != 1 else [retention]
-        return uniform([self._config(value) for value in values])
+        return ", then ".join(map(describe, self.turns))
 
     def _config(self, retention: float) -> LRSAConfig:
         return LRSAConfig(

@@ -1,8 +1,10 @@
 """Settings of the groups that say how a run computes, and what it leaves."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from lrsa_ds.errors import require, require_one_of, require_whole
+from lrsa_ds.layers import mappings, read_layers
 from lrsa_ds.lrsa_config import require_retention
 from lrsa_ds.registry import EXCHANGES
 
@@ -109,6 +111,7 @@ class EvalConfig:
     """Answers under the caches that inference would keep: before, after, and every so many steps (0: never).
 
     Args:
+        layers: further caches, whose layers differ, as in `attention.layers`; None: those that steps take.
         telemetry: whether to measure, before and after, what each layer loses under the smallest of the caches.
         telemetry_examples: over how many examples.
         telemetry_greedy: how many layers to choose, one after the other, that are better left dense.
@@ -120,6 +123,7 @@ class EvalConfig:
     num_examples: int = 48
     allow_fewer: bool = False
     retentions: list[float] = field(default_factory=lambda: [1.0, 0.5, 0.25, 0.125])
+    layers: Any = None
     telemetry: bool = False
     telemetry_examples: int = 16
     telemetry_greedy: int = 0
@@ -137,9 +141,11 @@ class EvalConfig:
             "eval.telemetry=true measures when eval.before or eval.after does, and both are false: set one to true.",
         )
         require_whole("eval.every", self.every, 0)
-        require(self.retentions != [], "eval.retentions=[] is not valid: give numbers in (0, 1].")
+        require(self.retentions != [], "eval.retentions=[] is not valid: give numbers from 0 to 1.")
         for retention in self.retentions:
             require_retention("eval.retentions", retention)
+        for layers in mappings("eval.layers", self.layers):
+            read_layers(layers, "eval.layers")
 
 
 @dataclass(kw_only=True)

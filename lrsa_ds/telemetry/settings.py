@@ -11,7 +11,7 @@ from lrsa_ds.settings.attention import AttentionConfig, require_compression
 
 def smallest_cache(attention: AttentionConfig, retentions: Sequence[float]) -> AnyConfig:
     """The smallest of an evaluation's caches in every layer: those that are kept dense are measured too."""
-    return replace(attention, layers={}).with_retention(min(retentions))
+    return replace(attention, layers=None).with_retention(min(retentions))
 
 
 def every_layer(config: AnyConfig, retention: float) -> AnyConfig:

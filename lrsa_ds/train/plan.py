@@ -27,6 +27,7 @@ from lrsa_ds.parallel.sequence.strategy import Sharing
 from lrsa_ds.parallel.sequence.ulysses import check_dense
 from lrsa_ds.registry import EXCHANGES
 from lrsa_ds.settings.attention import AttentionConfig
+from lrsa_ds.settings.caches import caches_of
 from lrsa_ds.telemetry.settings import check_telemetry
 from lrsa_ds.train.checkpoint import ResumePoint, check_resume, find_checkpoint
 from lrsa_ds.train.output import check_begun, check_output
@@ -84,8 +85,7 @@ def prepare(config: TrainConfig, procedure: Procedure) -> Plan:
         )
     problems.raise_all()
     config = _with_steps(config, data)
-    compressed = [config.attention.at_step(i) for i in range(len(config.attention.retentions))]
-    short = max(0 if settings.is_dense else settings.dense_prefix_size for settings in compressed)
+    short = max(0 if settings.is_dense else settings.dense_prefix_size for settings in config.attention.turns)
     report = survey(data, short, None if config.data.report == "all" else SAMPLED_TOKENS)
     plan = Plan(config, dtype, num_parameters, tokenizer, data, report, resume=None, num_frozen=num_frozen)
     return replace(plan, resume=find_resume(config, plan))
@@ -161,7 +161,8 @@ def _check_backend(config: TrainConfig, structure: PreTrainedModel, dtype: torch
     head_dim = head_dim or architecture.hidden_size // architecture.num_attention_heads
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     merges_parts = config.parallel.sp_size > 1 and EXCHANGES[config.parallel.exchange].merges_parts
-    for layer in set(config.attention.at_step(0).layers):
+    caches = [cache.config for cache in caches_of(config.attention, config.eval, num_layers(structure))]
+    for layer in {layer for settings in [*config.attention.turns, *caches] for layer in settings.layers}:
         choose_kernel(layer, device, dtype, head_dim, needs_lse_gradient=merges_parts)
 
 
@@ -176,8 +177,8 @@ def _check_parallel(config: TrainConfig, structure: PreTrainedModel, others: tup
     row = config.seq_len * config.optim.micro_batch
     heads = architecture.num_attention_heads, architecture.num_key_value_heads
     strategy = EXCHANGES[config.parallel.exchange]
-    every = [attention.at_step(step) for step in range(len(attention.retentions))]
-    every += [cache for _, cache in attention.evaluated([*others, *config.eval.retentions])]
+    every = [*attention.turns, *map(attention.with_retention, others)]
+    every += [cache.config for cache in caches_of(attention, config.eval, num_layers(structure))]
     layers = {layer for settings in every for layer in settings.layers}
     for settings in sorted(layers, key=lambda layer: layer.retention, reverse=True):
         check = check_dense if settings.is_dense else strategy.check

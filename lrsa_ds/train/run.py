@@ -15,6 +15,8 @@ from lrsa_ds.data.stream import TrainStream, make_loader
 from lrsa_ds.directories.occupy import occupy
 from lrsa_ds.dtypes import dtype_name
 from lrsa_ds.errors import Stopped
+from lrsa_ds.labels import rows_of_smallest
+from lrsa_ds.layers import smallest_of
 from lrsa_ds.logs.journal import keep_rows_until, read_rows
 from lrsa_ds.logs.metrics import PREDICTIONS, RunLogger
 from lrsa_ds.logs.provenance import provenance
@@ -203,7 +205,7 @@ class _Run:
         if steps:
             share = sum(row["num_short_tokens"] for row in steps) / sum(row["num_tokens"] for row in steps)
             self.logger.summary({"step": config.optim.num_steps, "short_token_share": share})
-            sentence = short_documents_sentence(share, config.attention.at_step(0), "the tokens trained on")
+            sentence = short_documents_sentence(share, smallest_of(config.attention.turns), "the tokens trained on")
             if sentence:
                 self.logger.message(sentence)
 
@@ -259,10 +261,9 @@ class _Run:
 
     def _is_best(self, when: str) -> bool:
         """Whether an evaluation on the way is better than all others on the way, under the smallest cache."""
-        smallest = min(self.config.eval.retentions)
         scores: dict[str, list[float]] = {}
-        for row in self.rows:
-            if row["retention"] == smallest and row["when"].startswith("step"):
+        for row in rows_of_smallest(self.rows):
+            if row["when"].startswith("step"):
                 scores.setdefault(row["when"], []).append(row["exact_match"] + row["token_accuracy"] / 1000)
         means = {name: sum(values) / len(values) for name, values in scores.items()}
         return means[when] == max(means.values())
@@ -294,7 +295,7 @@ def _start_model(config: TrainConfig, plan: Plan) -> PreTrainedModel:
     """The model with LRSA attention before any training; random weights are the same each time."""
     sharded = deepspeed_config(config, plan.dtype) if config.zero.stage == 3 else None
     torch.manual_seed(config.seed)
-    model = apply_lrsa(load_model(config.model, plan.dtype, sharded), config.attention.at_step(0))
+    model = apply_lrsa(load_model(config.model, plan.dtype, sharded), config.attention.turns)
     if config.model.liger_kernel:
         apply_liger(model)
     return model
@@ -329,7 +330,6 @@ def _describe(config: TrainConfig, plan: Plan, mesh: Mesh, directory: Path) -> l
         if attention.kind == "dense"
         else f"LRSA, sink {attention.sink_size}, lag {attention.lag_size}, {attention.described()}"
     )
-    caches = dict.fromkeys(attention.at_step(step) for step in range(len(attention.retentions)))
     sequences = mesh.dp_size * optim.micro_batch * optim.grad_accum
     shared = f", {mesh.sp_size} ranks to a sequence" if mesh.sp_size > 1 else ""
     lines = [
@@ -337,7 +337,7 @@ def _describe(config: TrainConfig, plan: Plan, mesh: Mesh, directory: Path) -> l
         f"on {mesh.world_size} × {mesh.device_name}, ZeRO stage {config.zero.stage}{shared}",
         f"attention: {kind}",
         *filter(None, [check_objective(config).describe(config)]),
-        *cache_lines(config.seq_len, caches, plan.report.share_short, plan.report.long_answers()),
+        *cache_lines(config.seq_len, attention.turns, plan.report.share_short, plan.report.long_answers()),
         f"{optim.num_steps} steps of {sequences} × {config.seq_len:,} tokens, peak learning rate {optim.lr:g}",
         *plan.report.lines(sequences, optim.num_steps),
         f"output: {directory}",

@@ -19,6 +19,7 @@ from lrsa_ds.layers import AnyConfig
 from lrsa_ds.models.patch import num_layers
 from lrsa_ds.objectives import objective_of
 from lrsa_ds.parallel.mesh import Mesh
+from lrsa_ds.settings.caches import NamedCache, caches_of
 from lrsa_ds.telemetry.measure import Measurement, Telemetry, some_of_each_task
 from lrsa_ds.telemetry.settings import smallest_cache
 from lrsa_ds.train.predictions import ShownAnswers, prediction_row
@@ -38,10 +39,10 @@ class Evaluation:
     """What `evaluate` finds.
 
     Args:
-        scores: a row for each task and retention, with `when`, `step`, `task`, `retention`, `cache_factor` (tokens seen
-            over entries held by the caches at the end of the examples), `exact_match` and `token_accuracy` in percent,
-            `nll` per answer token in nats, and `num_examples`.
-        predictions: a row for each of a few examples and each retention, with the same names and `exact`, `prompt`,
+        scores: a row for each task and cache, with `when`, `step`, `task`, `cache` (its name), `retention` (or the mean
+            share kept), `cache_factor` (tokens seen over entries held by the caches at the end of the examples),
+            `exact_match` and `token_accuracy` in percent, `nll` per answer token in nats, and `num_examples`.
+        predictions: a row for each of a few examples and each cache, with the same names and `exact`, `prompt`,
             `answer` and `prediction`; see `lrsa_ds.train.predictions`.
     """
 
@@ -59,7 +60,7 @@ def evaluate(
     moment: Moment,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
-    """Exact match and token accuracy of the answers, by task and retention, the same on every rank.
+    """Exact match and token accuracy of the answers, by task and cache, the same on every rank.
 
     Args:
         examples: all of them on every rank; each rank takes its share.
@@ -75,26 +76,24 @@ def evaluate(
     batches += [idle] * (-len(batches) % mesh.dp_size)
     shown = ShownAnswers(examples)
     found = Evaluation([], [])
-    caches = config.attention.resolved(num_layers(objective_of(engine).lm)).evaluated(config.eval.retentions)
+    caches = caches_of(config.attention, config.eval, num_layers(objective_of(engine).lm))
     total, done = len(examples) * len(caches), 0
-    for retention, attention in caches:
+    for cache in caches:
         totals = torch.zeros(len(examples), 3, dtype=torch.float64)
         shown.clear()
         for first in range(0, len(batches), mesh.dp_size):
             on_batch(done, total)
             batch = batches[first + mesh.dp_rank]
             targets = _targets(batch, mesh.held(len(batch.labels)))
-            statistics = forward(engine, held_of(batch, mesh), attention, num_slots, mesh).double().cpu()
+            statistics = forward(engine, held_of(batch, mesh), cache.config, num_slots, mesh).double().cpu()
             _add_scores(totals, targets[0], statistics)
             shown.add(*targets, statistics[:, 2])
             done += sum(_num_examples(other) for other in batches[first : first + mesh.dp_size])
         totals = torch.tensor(mesh.sum(totals.flatten().tolist())).view_as(totals)
         likeliest = shown.found(mesh.sum(shown.tokens_EM.flatten().tolist()))
         name = {"when": moment.when, "step": moment.step}
-        found.scores.extend(name | row for row in _score_rows(examples, retention, attention, totals))
-        found.predictions.extend(
-            name | row for row in _prediction_rows(examples, retention, attention, totals, likeliest, tokenizer)
-        )
+        found.scores.extend(name | row for row in _score_rows(examples, cache, totals))
+        found.predictions.extend(name | row for row in _prediction_rows(examples, cache, totals, likeliest, tokenizer))
     on_batch(total, total)
     engine.train(was_training)
     return found
@@ -155,7 +154,7 @@ def _add_scores(totals_E3: torch.Tensor, examples_T: torch.Tensor, statistics_T3
     totals_E3.index_add_(0, examples_T, torch.stack([torch.ones_like(nll), correct, nll], dim=1))
 
 
-def _score_rows(examples: list[Example], retention: float, attention: AnyConfig, totals_E3: torch.Tensor) -> list[dict]:
+def _score_rows(examples: list[Example], cache: NamedCache, totals_E3: torch.Tensor) -> list[dict]:
     rows = []
     for task in sorted({example.task for example in examples}):
         mine = totals_E3[[example.task == task for example in examples]]
@@ -164,8 +163,9 @@ def _score_rows(examples: list[Example], retention: float, attention: AnyConfig,
         rows.append(
             {
                 "task": task,
-                "retention": retention,
-                "cache_factor": cache_factor((len(e.input_ids) for e in examples if e.task == task), attention),
+                "cache": cache.name,
+                "retention": cache.retention,
+                "cache_factor": cache_factor((len(e.input_ids) for e in examples if e.task == task), cache.config),
                 "exact_match": 100 * exact,
                 "token_accuracy": 100 * num_correct / num_tokens,
                 "nll": nll / num_tokens,
@@ -177,8 +177,7 @@ def _score_rows(examples: list[Example], retention: float, attention: AnyConfig,
 
 def _prediction_rows(
     examples: list[Example],
-    retention: float,
-    attention: AnyConfig,
+    cache: NamedCache,
     totals_E3: torch.Tensor,
     likeliest: dict[int, list[int]],
     tokenizer: Tokenizer,
@@ -186,7 +185,10 @@ def _prediction_rows(
     rows = []
     for number, tokens in likeliest.items():
         example, (num_tokens, num_correct, _) = examples[number], totals_E3[number].tolist()
-        row = {"task": example.task, "example": number, "retention": retention}
-        row |= {"cache_factor": cache_factor([len(example.input_ids)], attention), "exact": num_tokens == num_correct}
+        row = {"task": example.task, "example": number, "cache": cache.name, "retention": cache.retention}
+        row |= {
+            "cache_factor": cache_factor([len(example.input_ids)], cache.config),
+            "exact": num_tokens == num_correct,
+        }
         rows.append(row | prediction_row(tokenizer, example, tokens))
     return rows

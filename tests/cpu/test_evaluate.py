@@ -164,7 +164,7 @@ def test_perplexity_is_that_of_the_training_pass():
 
 
 def result(index, prefill="chunked", retention=0.25, task="needle", score=100.0, **more):
-    identity = dict(task=task, length=1024, index=index, prefill=prefill, retention=retention, depth=0.5)
+    identity = dict(task=task, length=1024, index=index, prefill=prefill, retention=retention, layers="", depth=0.5)
     held = 1000 if prefill == "dense" else 1000 * retention + 100
     return identity | {"num_tokens": 1000, "num_held": held, "scores": {"recall": score}} | more
 
@@ -202,6 +202,7 @@ def test_table_and_pictures(tmp_path):
             prefill=p,
             retention=r,
             num_tokens=1024,
+            layers="",
             num_held=1024 * r,
             scores={"nll": 2.5},
             nll_by_position=[3, 2],
@@ -348,7 +349,7 @@ def test_mistakes(settings, said):
 @pytest.mark.parametrize(
     "settings,said",
     [
-        (dict(retentions=[0.0]), "cache.retentions=0.0 .*above 0 and at most 1"),
+        (dict(retentions=[-1.0]), "cache.retentions=-1.0 .*from 0 .* to 1"),
         (dict(retentions=[2]), "cache.retentions=2 "),
         (dict(retentions=[]), r"cache.retentions=\[\]"),
         (dict(prefill=["sparse"]), "cache.prefill='sparse' .*dense, chunked, after"),

@@ -19,6 +19,7 @@ from lrsa_ds import LRSAConfig, apply_lrsa
 from lrsa_ds.config import TrainConfig
 from lrsa_ds.data.packing import IGNORE, Example, collate, pack
 from lrsa_ds.data.stream import StepData
+from lrsa_ds.layers import resolve
 from lrsa_ds.models.patch import enable_checkpointing, layer_classes
 from lrsa_ds.objectives import make_objective
 from lrsa_ds.parallel.mesh import rank, start_mesh, stop_mesh
@@ -70,8 +71,14 @@ def make_model(options):
         with torch.no_grad():
             for matrix in (p for p in model.parameters() if p.dim() > 1):
                 matrix.mul_(6)
+    return apply_lrsa(model, turns_of(options)).train()
+
+
+def turns_of(options):
+    """The settings that steps take in turn."""
     config = LRSAConfig(**settings_of(options))
-    return apply_lrsa(model, config, options.layers).train()
+    turns = options.layers if isinstance(options.layers, list) else [options.layers]
+    return [resolve(config, layers, SIZES["num_hidden_layers"]) for layers in turns]
 
 
 def reference(options, optim):
@@ -93,8 +100,10 @@ def reference(options, optim):
             **settings,
         ).logits[0]
 
-    def forward():
-        logits = logits_of(model)
+    turns = turns_of(options)
+
+    def forward(step):
+        logits = logits_of(model, lrsa_config=turns[step % len(turns)])
         loss = torch.nn.functional.cross_entropy(logits, batch.labels, ignore_index=IGNORE, reduction="sum")
         if options.teacher:
             with torch.no_grad():
@@ -105,11 +114,11 @@ def reference(options, optim):
             loss = (1 - WEIGHT) * loss + WEIGHT * TEMPERATURE**2 * divergence
         return loss / num_targets
 
-    loss = forward()
+    loss = forward(0)
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
     torch.optim.AdamW(model.parameters(), optim.lr, (optim.beta1, optim.beta2), weight_decay=0.0).step()
-    return loss.item(), gradients, forward().item()
+    return loss.item(), gradients, forward(1).item()
 
 
 @contextmanager

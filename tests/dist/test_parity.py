@@ -20,6 +20,8 @@ SHARED = [
     (4, ["--sp-size", 4, "--kv-heads", 2, "--micro-batch", 2, "--checkpointing"]),
     (3, ["--sp-size", 3, "--heads", 6, "--kv-heads", 2, "--micro-batch", 4, "--family", "qwen3"]),
 ]
+# Settings that steps take in turn: first a layer with nothing but sink and window, then dense attention.
+TURNS = '[{"1": {"retention": 0.0, "lag_size": 24}, "rest": 1.0}, {"0-": 1.0}]'
 PARITY = [
     (1, ["--micro-batch", 2]),
     (2, ["--micro-batch", 1, "--tied", "--checkpointing"]),
@@ -41,6 +43,8 @@ PARITY = [
         for exchange in EXCHANGES
         for layers in ('{"0": 1.0, "1": 0.25}', '{"0": 0.5, "1": null}')
     ),
+    (2, ["--layers", TURNS, "--checkpointing"]),
+    *((2, ["--sp-size", 2, "--exchange", exchange, "--layers", TURNS, "--checkpointing"]) for exchange in EXCHANGES),
     # Only where heads are dealt out do the ranks have to divide them.
     (2, ["--sp-size", 2, "--heads", 3, "--kv-heads", 1, "--checkpointing"]),
     # Dense attention under sequence parallelism is DeepSpeed's Ulysses.

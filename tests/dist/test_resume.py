@@ -32,6 +32,7 @@ NUM_STEPS = 14
 SETTINGS = [
     "+recipe=smoke",
     f"optim.num_steps={NUM_STEPS}",
+    "attention.layers=[{0-: 0.125}, {0: 1.0, rest: 0.0}, {1: 0.25, rest: 0.0}]",  # in turn, by step
     "eval.before=false",
     "eval.after=false",
     "eval.num_examples=1",
