@@ -16,6 +16,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from lrsa_ds.errors import LRSAError, all_of, noting, require, require_whole
 from lrsa_ds.settings.attention import AttentionConfig, require_compression
 from lrsa_ds.settings.data import DataConfig
+from lrsa_ds.settings.memory import MemoryConfig
 from lrsa_ds.settings.model import ModelConfig
 from lrsa_ds.settings.paths import expand_home
 from lrsa_ds.settings.run import (
@@ -46,6 +47,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
@@ -68,6 +70,11 @@ class TrainConfig:
             f"data.context_length={context_length} is longer than seq_len={self.seq_len}: give at most seq_len.",
         )
         self._check_that_lrsa_does_something()
+        require(
+            self.activation_checkpointing or not self.memory.offload_checkpoints,
+            "memory.offload_checkpoints=true moves what activation checkpointing holds, and activation_checkpointing "
+            "is false: set it to true, or the lever to false.",
+        )
         require(
             not self.eval.telemetry or self.parallel.sp_size == 1,
             f"eval.telemetry=true needs whole sequences on each rank, and parallel.sp_size is {self.parallel.sp_size}: "

@@ -21,6 +21,7 @@ from lrsa_ds.layers import AnyConfig, describe, from_saved, largest_first, resol
 from lrsa_ds.lrsa_config import LRSAConfig
 from lrsa_ds.models.cache import LagKVCache
 from lrsa_ds.models.generation import use_lrsa_cache
+from lrsa_ds.models.offload import offload_checkpoints
 from lrsa_ds.models.passes import attend_rows, read_pass
 
 NAME = "lrsa"
@@ -258,10 +259,16 @@ def layer_classes(model: PreTrainedModel) -> list[str]:
     return sorted(present & set(model._no_split_modules or ()))
 
 
-def enable_checkpointing(model: PreTrainedModel) -> None:
-    """Recomputes the activations of each decoder layer in the backward pass instead of holding them."""
+def enable_checkpointing(model: PreTrainedModel, offload: bool = False) -> None:
+    """Recomputes the activations of each decoder layer in the backward pass instead of holding them.
+
+    Args:
+        offload: whether to hold the inputs of the layers in host memory meanwhile.
+    """
     kwargs = {"use_reentrant": False}
     if hasattr(model, "activation_checkpointing_enable"):  # the name since transformers 5.2x; the older one warns there
         model.activation_checkpointing_enable(kwargs)
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+    if offload:
+        offload_checkpoints(model)

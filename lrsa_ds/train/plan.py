@@ -19,8 +19,10 @@ from lrsa_ds.logs.wandb_thread import check_wandb
 from lrsa_ds.models.adapters import check_peft
 from lrsa_ds.models.liger import check_liger
 from lrsa_ds.models.loading import empty_model
+from lrsa_ds.models.offload import check_host_memory
 from lrsa_ds.models.patch import PreTrainedModel, check_supported, num_layers
 from lrsa_ds.models.rope import check_reach
+from lrsa_ds.models.tiling import check_tiling
 from lrsa_ds.objectives import check_objective
 from lrsa_ds.parallel.mesh import check_world, world_size
 from lrsa_ds.parallel.sequence.strategy import Sharing
@@ -108,6 +110,8 @@ def _architecture(config: TrainConfig) -> _Architecture:
     structure = empty_model(config.model)
     check_supported(structure)
     check_reach(structure.config, config.model.rope, "seq_len", config.seq_len)
+    check_tiling(config, structure)
+    check_host_memory(config, structure, dtype)
     check_liger(config.model, structure.config.model_type)
     config = replace(config, attention=config.attention.resolved(num_layers(structure)))
     _check_backend(config, structure, dtype)

@@ -26,6 +26,7 @@ from lrsa_ds.models.ends import set_ends
 from lrsa_ds.models.liger import apply_liger
 from lrsa_ds.models.loading import load_model
 from lrsa_ds.models.patch import PreTrainedModel, apply_lrsa, enable_checkpointing, layer_classes
+from lrsa_ds.models.tiling import describe_levers, num_tiles, tile_mlps
 from lrsa_ds.objectives import check_objective, make_objective
 from lrsa_ds.parallel.mesh import Mesh, start_mesh, stop_mesh
 from lrsa_ds.parallel.watch import Watch
@@ -286,7 +287,7 @@ def build_engine(config: TrainConfig, plan: Plan, mesh: Mesh) -> Engine:
         add_adapters(model, config.model.lora)
     freeze(model, config.model.freeze)
     if config.activation_checkpointing:
-        enable_checkpointing(model)
+        enable_checkpointing(model, config.memory.offload_checkpoints)
     objective = make_objective(config, model, partial(_start_model, config, plan))
     return make_engine(config, objective, plan.dtype, cosine_schedule(config.optim), layer_classes(model), universal)
 
@@ -298,7 +299,7 @@ def _start_model(config: TrainConfig, plan: Plan) -> PreTrainedModel:
     model = apply_lrsa(load_model(config.model, plan.dtype, sharded), config.attention.turns)
     if config.model.liger_kernel:
         apply_liger(model)
-    return model
+    return tile_mlps(model, num_tiles(config))
 
 
 def build_trainer(
@@ -336,7 +337,7 @@ def _describe(config: TrainConfig, plan: Plan, mesh: Mesh, directory: Path) -> l
         f"{config.run_name}: {plan.num_parameters / 1e6:,.1f}M parameters in {dtype_name(plan.dtype)} "
         f"on {mesh.world_size} × {mesh.device_name}, ZeRO stage {config.zero.stage}{shared}",
         f"attention: {kind}",
-        *filter(None, [check_objective(config).describe(config)]),
+        *filter(None, [check_objective(config).describe(config), describe_levers(config)]),
         *cache_lines(config.seq_len, attention.turns, plan.report.share_short, plan.report.long_answers()),
         f"{optim.num_steps} steps of {sequences} × {config.seq_len:,} tokens, peak learning rate {optim.lr:g}",
         *plan.report.lines(sequences, optim.num_steps),

@@ -20,13 +20,16 @@ from lrsa_ds.config import TrainConfig
 from lrsa_ds.data.packing import IGNORE, Example, collate, pack
 from lrsa_ds.data.stream import StepData
 from lrsa_ds.layers import resolve
+from lrsa_ds.models.adapters import add_adapters
 from lrsa_ds.models.patch import enable_checkpointing, layer_classes
+from lrsa_ds.models.tiling import num_tiles, tile_mlps
 from lrsa_ds.objectives import make_objective
 from lrsa_ds.parallel.mesh import rank, start_mesh, stop_mesh
 from lrsa_ds.parallel.sequence import exchange, gather_kept, head_groups
 from lrsa_ds.parallel.zero import make_engine
 from lrsa_ds.settings.attention import AttentionConfig
-from lrsa_ds.settings.model import ModelConfig
+from lrsa_ds.settings.memory import MemoryConfig
+from lrsa_ds.settings.model import LoraConfig, ModelConfig
 from lrsa_ds.settings.run import ObjectiveConfig, OptimConfig, ParallelConfig, ZeroConfig
 from lrsa_ds.train.selftest import keep_gradients
 from lrsa_ds.train.trainer import Trainer, cosine_schedule
@@ -71,7 +74,13 @@ def make_model(options):
         with torch.no_grad():
             for matrix in (p for p in model.parameters() if p.dim() > 1):
                 matrix.mul_(6)
-    return apply_lrsa(model, turns_of(options)).train()
+    apply_lrsa(model, turns_of(options))
+    if options.lora:
+        add_adapters(model, LoraConfig(rank=2))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:  # larger ones amplify the rounding of fp32 beyond what is asked of gradients here
+                torch.nn.init.normal_(parameter, std=0.02)
+    return model.train()
 
 
 def turns_of(options):
@@ -116,7 +125,7 @@ def reference(options, optim):
 
     loss = forward(0)
     loss.backward()
-    gradients = {name: p.grad for name, p in model.named_parameters()}
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     torch.optim.AdamW(model.parameters(), optim.lr, (optim.beta1, optim.beta2), weight_decay=0.0).step()
     return loss.item(), gradients, forward(1).item()
 
@@ -156,6 +165,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--layers", type=json.loads, default={})
     parser.add_argument("--tied", action="store_true")
     parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--offload", action="store_true")
+    parser.add_argument("--tile-size", type=int, default=0)
+    parser.add_argument("--lora", action="store_true")
+    parser.add_argument("--by-module", action="store_true")
     parser.add_argument("--break-scale", action="store_true")
     parser.add_argument("--break-halo", action="store_true")
     parser.add_argument("--bad-loss", action="store_true")
@@ -173,7 +186,8 @@ def check(options: argparse.Namespace) -> dict:
         model=ModelConfig(random={"model_type": options.family}, tokenizer="bytes"),
         attention=AttentionConfig(**settings_of(options), layers=options.layers),
         parallel=ParallelConfig(sp_size=options.sp_size, exchange=options.exchange),
-        zero=ZeroConfig(stage=options.stage),
+        zero=ZeroConfig(stage=options.stage, gather_layers=not options.by_module),
+        memory=MemoryConfig(tiled_mlp=options.tile_size > 0, tile_size=options.tile_size or 1),
         optim=OptimConfig(
             num_steps=2,
             warmup_steps=0,
@@ -183,12 +197,12 @@ def check(options: argparse.Namespace) -> dict:
             on_nan="skip",
         ),
     )
-    model = make_model(options)
+    model = tile_mlps(make_model(options), num_tiles(config))
     if options.bad_loss:
         with torch.no_grad():
             model.get_input_embeddings().weight[BAD_TOKEN] = torch.nan
     if options.checkpointing:
-        enable_checkpointing(model)
+        enable_checkpointing(model, options.offload)
     objective = make_objective(config, model, load_start=lambda: make_model(options))
     engine = make_engine(config, objective, torch.float32, cosine_schedule(config.optim), layer_classes(model))
     gradients = keep_gradients(engine, deepspeed.utils.safe_get_full_grad)

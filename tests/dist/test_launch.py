@@ -117,15 +117,16 @@ def test_a_finished_run_is_kept(smoke):
     assert (output / "COMPLETED").read_text() == before
 
 
-def test_sequence_parallelism_changes_nothing_but_the_speed(smoke, tmp_path):
+def test_sequence_parallelism_and_memory_levers_change_nothing_but_the_speed(smoke, tmp_path):
     """The same sequences in the same order, the same losses and the same evaluation, before and after."""
     output, _ = smoke
     done = launch(
         *["+recipe=smoke", "parallel.sp_size=2", "optim.grad_accum=2", "log.wandb=disabled"],
-        *[f"output_dir={tmp_path}/run", "checkpoint.export=false"],
+        *[f"output_dir={tmp_path}/run", "checkpoint.export=false", "memory=long", "memory.tile_size=200"],
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 ranks to a sequence" in done.stdout
+    assert "memory: checkpointed activations in host memory, MLPs in 3 tiles" in done.stdout
     for shared, alone in zip(rows_of(tmp_path / "run", "train"), rows_of(output, "train"), strict=True):
         for name in ("step", "num_tokens", "num_target_tokens", "lr", "retention"):
             assert shared[name] == alone[name], name

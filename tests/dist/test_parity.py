@@ -52,6 +52,17 @@ PARITY = [
     (2, ["--sp-size", 2, "--retention", 1.0, "--kv-heads", 1]),
     (4, ["--sp-size", 4, "--retention", 1.0, "--micro-batch", 2, "--checkpointing"]),
 ]
+# Tiles of the MLPs, and checkpoints in host memory: several tiles a rank, the last one shorter.
+LEVERS = [
+    (2, ["--tile-size", 48, "--offload", "--checkpointing", "--tied"]),
+    (2, ["--tile-size", 48, "--offload", "--checkpointing", "--by-module", "--family", "llama"]),
+    (2, ["--tile-size", 30, "--offload", "--checkpointing", "--sp-size", 2]),
+    (2, ["--tile-size", 30, "--offload", "--checkpointing", "--sp-size", 2, "--lora"]),
+    (2, ["--tile-size", 100, "--micro-batch", 2, "--stage", 2, "--tied"]),
+    (2, ["--tile-size", 48, "--stage", 1, "--offload", "--checkpointing", "--lora"]),
+    (2, ["--tile-size", 48, "--offload", "--checkpointing", "--bad-loss"]),
+]
+PARITY += [case for case in LEVERS if "--bad-loss" not in case[1]]
 DISTILL = [
     (1, ["--teacher", "self", "--micro-batch", 2]),
     (2, ["--teacher", "self", "--tied", "--checkpointing"]),
@@ -69,6 +80,7 @@ DISTILL = [
 WRONG_SCALE = [(2, ["--break-scale"]), (2, ["--sp-size", 2, "--break-scale"])]
 NO_HALO = [(2, ["--sp-size", 2, "--break-halo", "--exchange", exchange]) for exchange in EXCHANGES]
 BAD_LOSS = [
+    *(case for case in LEVERS if "--bad-loss" in case[1]),
     (2, ["--bad-loss", "--checkpointing"]),
     (4, ["--bad-loss", "--checkpointing", "--sp-size", 2]),
     (2, ["--bad-loss", "--stage", 2]),

@@ -1,0 +1,99 @@
+"""The gated MLP of every layer over one tile of tokens after the other, so that only a tile's activations are held.
+
+An MLP treats each token alone, so its output over tiles is the same. Each tile is checkpointed: its activations, as
+wide as the MLP, are made anew in its backward pass. Autograd adds up the tiles' gradients before a parameter sees them,
+so that ZeRO reduces each of them once, as without tiles.
+"""
+
+from collections.abc import Callable
+from typing import cast
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from lrsa_ds.config import TrainConfig
+from lrsa_ds.errors import LRSAError
+
+KEY = "memory.tiled_mlp"
+
+
+def check_tiling(config: TrainConfig, model: PreTrainedModel) -> None:
+    """Raises LRSAError if the MLPs of `model` are to be tiled and cannot be."""
+    if config.memory.tiled_mlp:
+        gated_mlps(model)
+
+
+def num_tiles(config: TrainConfig) -> int:
+    """Tiles of each MLP, at most `memory.tile_size` tokens each; 1 where it is not to be tiled.
+
+    The same on every rank, whatever the length of its row: under ZeRO-3 a tile may be a collective.
+    """
+    if not config.memory.tiled_mlp:
+        return 1
+    num_tokens = config.seq_len * config.optim.micro_batch // config.parallel.sp_size
+    return -(-num_tokens // config.memory.tile_size)
+
+
+def describe_levers(config: TrainConfig) -> str:
+    """What a run says of `memory` when it starts; empty where no lever is on."""
+    count, offload = num_tiles(config), config.memory.offload_checkpoints
+    levers = [
+        *(["checkpointed activations in host memory"] if offload else []),
+        *([f"MLPs in {count} tiles"] if count > 1 else []),
+    ]
+    return f"memory: {', '.join(levers)}" if levers else ""
+
+
+def tile_mlps(model: PreTrainedModel, count: int) -> PreTrainedModel:
+    """Runs every MLP of `model` in `count` tiles, in place, and returns it; one tile leaves it as it is."""
+    for mlp in gated_mlps(model) if count > 1 else []:
+        mlp.forward = _tiled(mlp.forward, count)
+    return model
+
+
+def _tiled(forward: Callable[[torch.Tensor], torch.Tensor], count: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    def tiled(x: torch.Tensor) -> torch.Tensor:
+        # [..., N, C]. There are always `count` tiles; those of a row with fewer tokens are empty.
+        tiles = x.tensor_split(count, dim=-2)
+        return torch.cat([checkpoint(forward, tile, use_reentrant=False) for tile in tiles], dim=-2)
+
+    return tiled
+
+
+def gated_mlps(model: PreTrainedModel) -> list[nn.Module]:
+    """The MLP of each decoder layer, found by its matrices: from the hidden size to a width, twice, and back.
+
+    Raises:
+        LRSAError: a layer has none, or experts.
+    """
+    size = model.config.get_text_config().hidden_size
+    kinds, found = set(model._no_split_modules or ()), []
+    for path, layer in model.named_modules():
+        if type(layer).__name__ not in kinds or not any(hasattr(m, "layer_idx") for m in layer.modules()):
+            continue
+        mlps = [module for module in layer.modules() if _is_gated_mlp(module, size)]
+        has_experts = any(hasattr(module, "experts") for module in layer.modules())
+        if has_experts or len(mlps) != 1:
+            what = "a mixture of experts" if has_experts else "no gated MLP of plain matrices"
+            raise LRSAError(
+                f"{KEY}=true needs one gated MLP in each layer, and {path} of {type(model).__name__} has {what}: set "
+                "it to false."
+            )
+        found += mlps
+    return found
+
+
+def _is_gated_mlp(module: nn.Module, size: int) -> bool:
+    """Two matrices from `size` to one width, or one to twice the width, and one back; attention has a layer_idx."""
+    if hasattr(module, "layer_idx"):
+        return False
+    # Adapters around a matrix have its sizes too.
+    matrices = [child for child in module.children() if hasattr(child, "in_features")]
+    sizes = [(cast(int, m.in_features), cast(int, m.out_features)) for m in matrices]
+    return any(
+        sorted(sizes) == sorted([*into, (width, size)])
+        for width, _ in sizes
+        for into in ([(size, width)] * 2, [(size, 2 * width)])
+    )

@@ -1,0 +1,41 @@
+"""Checkpoints in host memory on a GPU: the same gradients, less memory, and buffers that are pinned once."""
+
+import pytest
+import torch
+
+from lrsa_ds import LRSAConfig, apply_lrsa
+from lrsa_ds.models.offload import offload_checkpoints
+from lrsa_ds.models.patch import enable_checkpointing, to_device
+from tests.cpu.test_model import tiny
+from tests.helpers import assert_close
+
+pytestmark = pytest.mark.gpu
+LAYERS, TOKENS, SIZE = 8, 8192, 512
+
+
+def measured(offload):
+    """Gradients of the third of three passes, the peak memory beyond the weights, and the store."""
+    torch.manual_seed(0)
+    sizes = dict(num_hidden_layers=LAYERS, hidden_size=SIZE, intermediate_size=SIZE, head_dim=64)
+    model = apply_lrsa(tiny("llama", num_attention_heads=8, **sizes), LRSAConfig(lag_size=512))
+    model = to_device(model, "cuda").to(torch.bfloat16).train()
+    enable_checkpointing(model)
+    store = offload_checkpoints(model) if offload else None
+    ids = torch.randint(0, 101, (1, TOKENS), device="cuda")
+    for _ in range(3):
+        model.zero_grad()
+        torch.cuda.reset_peak_memory_stats()
+        model.get_decoder()(ids, use_cache=False).last_hidden_state.float().square().sum().backward()
+    torch.cuda.synchronize()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return gradients, torch.cuda.max_memory_allocated(), store
+
+
+def test_checkpoints_in_host_memory():
+    expected, peak, _ = measured(offload=False)
+    found, less, store = measured(offload=True)
+    for name, gradient in expected.items():
+        assert_close(found[name], gradient, 1e-2, name)
+    assert store.num_bytes == LAYERS * TOKENS * SIZE * 2
+    assert all(buffer.is_pinned() for buffer in store._free) and len(store._free) == LAYERS
+    assert peak - less > (LAYERS - 3) * TOKENS * SIZE * 2
