@@ -95,7 +95,7 @@ class TrainConfig:
         if not compressed:
             return
         key, length = "seq_len", self.seq_len
-        if self.data.source == "stdlib_qa" and self.data.context_length is not None:
+        if self.data.makes_contexts and self.data.context_length is not None:
             key, length = "data.context_length", self.data.context_length
         require_compression(key, length, compressed[0], "attention", "attention=dense")
 

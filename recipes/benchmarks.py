@@ -76,7 +76,7 @@ def qa_entries(data: DataConfig, seed: int, num_samples: int) -> dict[str, list[
     entries = []
     for held_out in open_rows(data, seed, num_samples).validation():
         row = held_out.content
-        assert not isinstance(row, LRSAError)  # only rows that can be used are held out
+        assert isinstance(row, dict)  # only rows that can be used are held out
         if "text" in row or "input_ids" in row:
             kind = "plain text" if "text" in row else "tokenized"
             raise LRSAError(f"{held_out.place}: a validation row is {kind}, which asks nothing.")

@@ -5,17 +5,16 @@ ends its turn; of plain text, on every token.
 """
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from lrsa_ds.config import TrainConfig
 from lrsa_ds.data.cutting import TooLong
 from lrsa_ds.data.encoder import Encoder
-from lrsa_ds.data.mixture import Mixture, open_rows
+from lrsa_ds.data.opening import rows_of
 from lrsa_ds.data.packing import Example, LeftOut
+from lrsa_ds.data.rows import Row
 from lrsa_ds.data.shapes import ToRow, uncut_length
-from lrsa_ds.data.sources import Row, Rows
-from lrsa_ds.data.stdlib_docs import documents_fingerprint
-from lrsa_ds.data.stdlib_qa import MARGIN, StdlibQA
 from lrsa_ds.data.tokenizer import Tokenizer
 from lrsa_ds.errors import LRSAError
 
@@ -57,6 +56,7 @@ class QAData:
         pad_id: the token of padding.
         num_rows: training rows of an epoch, or None if that is not known.
         num_bad_rows: those among them of which it is known that they cannot be used.
+        num_too_long_rows: rows that are left out of all contexts since none holds them.
     """
 
     def __init__(self, config: TrainConfig, tokenizer: Tokenizer, to_row: ToRow | None = None):
@@ -64,44 +64,33 @@ class QAData:
         self.seq_len = config.seq_len
         self.pad_id: int = tokenizer.pad_token_id
         self.encoder = Encoder(tokenizer, config.seq_len, data.chat_template, data.too_long == "cut")
-        self.num_validation = config.eval.num_examples
         self.on_bad_row, self.too_long = data.on_bad_row, data.too_long
-        self.rows: Rows | Mixture | None = None
-        self.generated: dict[str, StdlibQA] = {}
-        if data.source == "stdlib_qa":
-            self.num_generated = data.num_examples
-            length = data.context_length or config.seq_len
-            for split in ("train", "validation"):
-                self.generated[split] = StdlibQA(split, config.seed, data.tasks, length, tokenizer, self.encoder.length)
-        else:
-            self.rows = open_rows(data, config.seed, config.eval.num_examples, to_row, config.eval.allow_fewer)
+        self.rows = rows_of(config, tokenizer, self.encoder, to_row)
 
     @property
     def num_rows(self) -> int | None:
-        return self.num_generated if self.rows is None else self.rows.num_trained
+        return self.rows.num_trained
 
     @property
     def num_bad_rows(self) -> int:
-        return 0 if self.rows is None else self.rows.num_bad
+        return self.rows.num_bad
+
+    @property
+    def num_too_long_rows(self) -> int:
+        return self.rows.num_too_long
 
     def row_order(self, epoch: int) -> Iterable[int] | None:
         """The numbers of the rows in the order of the epoch, where the rows are the same in each."""
-        order = None if self.rows is None else self.rows.order(epoch)
+        order = self.rows.order(epoch)
         return None if order is None else order.tolist()
 
     def examples_of_rows(self, epoch: int, first: int = 0) -> Iterator[list[Example]]:
         """The examples of every training row, in the order of the epoch, from row `first` on: as on every rank."""
-        if self.rows is None:
-            for index in range(first, self.num_generated):
-                yield [self._generated_example("train", epoch, index, None)]
-        else:
-            for row in self.rows.epoch(epoch, first):
-                yield self._examples(row)
+        for row in self.rows.epoch(epoch, first):
+            yield self._examples(row)
 
     def examples_at(self, epoch: int, rows: list[int]) -> dict[int, list[Example]]:
         """The examples of the rows at these places in the order of the epoch."""
-        if self.rows is None:
-            return {i: [self._generated_example("train", epoch, i, None)] for i in rows}
         return {place: self._examples(row) for place, row in self.rows.at(epoch, rows).items()}
 
     def _examples(self, row: Row) -> list[Example]:
@@ -109,6 +98,8 @@ class QAData:
         try:
             if isinstance(row.content, LRSAError):
                 raise row.content
+            if not isinstance(row.content, dict):  # as it is made, with a number of its own
+                return [replace(example, index=row.index) for example in row.content()]
             return self.encoder.examples(row.content, row.index, row.place)
         except TooLong as error:
             if self.too_long == "drop":
@@ -124,45 +115,20 @@ class QAData:
 
     def fingerprint(self) -> str:
         """What the training rows are, so that a run that resumes notices when they have changed."""
-        if self.rows is None:
-            return f"{self.num_generated} questions over {documents_fingerprint()}"
         return self.rows.fingerprint()
 
     def validation_examples(self) -> list[Example]:
-        """What answers are scored on: `eval.num_examples` rows, or as many of each task of the generated source."""
-        return list(self._validation_examples())
+        """What answers are scored on: `eval.num_examples` rows or questions, or as many contexts of each task."""
+        return [example for row in self.rows.validation() for example in self._examples(row)]
 
     def check(self) -> None:
         """Encodes the validation rows of a user's data, those that are most likely too long, and the first to train."""
-        if self.rows is not None:
-            num_usable = sum(1 for _ in self._validation_examples())
-            if num_usable == 0:
-                raise LRSAError("no validation row can be used: see data.on_bad_row, data.too_long and seq_len.")
-            for row in self.rows.longest():
-                if isinstance(row.content, dict) and 4 * uncut_length(row.content) + FRAME_TOKENS <= self.seq_len:
-                    break  # a character has at most four bytes, and a byte is at most one token
-                self._examples(row)
+        # What is made fits, and takes time to make.
+        num_usable = sum(1 if callable(row.content) else len(self._examples(row)) for row in self.rows.validation())
+        if num_usable == 0:
+            raise LRSAError("no validation row can be used: see data.on_bad_row, data.too_long and seq_len.")
+        for row in self.rows.longest():
+            if isinstance(row.content, dict) and 4 * uncut_length(row.content) + FRAME_TOKENS <= self.seq_len:
+                break  # a character has at most four bytes, and a byte is at most one token
+            self._examples(row)
         next(self.examples_of_rows(0), None)
-
-    def _validation_examples(self) -> Iterator[Example]:
-        if self.rows is None:
-            for task in dict.fromkeys(self.generated["validation"].tasks):
-                for index in range(self.num_validation):
-                    yield self._generated_example("validation", 0, index, task)
-        else:
-            for row in self.rows.validation():
-                yield from self._examples(row)
-
-    def _generated_example(self, split: str, epoch: int, index: int, task: str | None) -> Example:
-        """An uncut example: where joined texts have more tokens than their parts, with a little less context."""
-        source = self.generated[split]
-        margin = MARGIN
-        while True:
-            row = source.row(epoch, index, task, margin)
-            example = self.encoder.uncut(row, index)
-            excess = len(example.input_ids) - source.context_length
-            if excess <= 0:
-                return example
-            margin += excess
-            if margin > source.context_length:
-                raise LRSAError(f"seq_len={source.context_length} is too short for a question of task {row['task']}.")

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
+from lrsa_ds.settings.data import MADE_SOURCES
+
 
 def fit_defaults(composed: DictConfig, overrides: Sequence[str]) -> dict[str, str]:
     """Lowers defaults of files in `conf/` where what was typed leaves no room for them.
@@ -23,9 +25,16 @@ def fit_defaults(composed: DictConfig, overrides: Sequence[str]) -> dict[str, st
         notes["optim.warmup_steps"] = (
             f"optim.warmup_steps={fewer} (its default, {warmup}, is more than optim.num_steps={steps})"
         )
+    several = composed.data.get("questions_per_context", 1) > 1
+    if several and not _makes_contexts(composed.data) and not _is_typed("data.questions_per_context", overrides):
+        composed.data.questions_per_context = 1  # that of a recipe, for contexts that nobody asks for here
     if not _is_typed("eval.num_examples", overrides) and not _is_typed("eval.allow_fewer", overrides):
         composed.eval.allow_fewer = True  # how many rows there are is known when the data are read
     return notes
+
+
+def _makes_contexts(data: DictConfig) -> bool:
+    return bool(data.get("make_contexts")) or data.source in MADE_SOURCES
 
 
 def _is_typed(key: str, overrides: Sequence[str]) -> bool:

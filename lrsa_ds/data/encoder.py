@@ -78,13 +78,13 @@ class Encoder:
         except LRSAError as error:
             raise type(error)(f"{place}: {error}") from error
 
-    def uncut(self, row: dict[str, Any], index: int) -> Example:
-        """The last example of a canonical row, however long."""
-        return self._examples(self._conversation(row), index, None)[-1]
+    def uncut(self, row: dict[str, Any], index: int) -> list[Example]:
+        """The examples of a canonical row, however long."""
+        return self._examples(self._conversation(row), index, None)
 
     def length(self, row: dict[str, Any]) -> int:
-        """The number of tokens of a canonical row, uncut."""
-        return len(self.uncut(row, 0).input_ids)
+        """The number of tokens of the last example of a canonical row, uncut."""
+        return len(self.uncut(row, 0)[-1].input_ids)
 
     def prompt(self, row: dict[str, Any]) -> Prompt:
         """What inference gets of a row: its last turn, of at most `seq_len` tokens with the right answer.

@@ -10,6 +10,7 @@ import re
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any, BinaryIO, NamedTuple
 
 from lrsa_ds.errors import LRSAError
@@ -86,7 +87,8 @@ def rows_in(found: Found) -> list[Any]:
     if not paragraphs or not is_article:
         return [row]
     asked = [(paragraph.get("context"), qa) for paragraph in paragraphs for qa in paragraph["qas"] or ()]
-    return [{**qa, "context": context} if isinstance(qa, dict) else qa for context, qa in asked]
+    title = {"title": row["title"]} if "title" in row else {}
+    return [{**title, **qa, "context": context} if isinstance(qa, dict) else qa for context, qa in asked]
 
 
 def spans_of(found: Found, count: int | None = None) -> list[Span]:
@@ -103,13 +105,18 @@ def read_span(path: str, span: Span) -> Any:
     Raises:
         LRSAError: there is no row any more; the sentence has the place.
     """
-    with open(path, "rb") as file:
-        file.seek(span.start)
-        data = file.read(span.stop - span.start)
-    rows = rows_in(Found(path, span.unit, span.number, span.start, data))
+    rows = _rows_at(path, span._replace(part=0))
     if span.part >= len(rows):
         raise LRSAError(f"{path} has changed while it was read.")
     return rows[span.part]
+
+
+@lru_cache(maxsize=1)  # the questions of an article are mostly read one after the other
+def _rows_at(path: str, span: Span) -> list[Any]:
+    with open(path, "rb") as file:
+        file.seek(span.start)
+        data = file.read(span.stop - span.start)
+    return rows_in(Found(path, span.unit, span.number, span.start, data))
 
 
 class SpanIndex:

@@ -1,20 +1,22 @@
 """Rows of several sources, mixed by weights, in an order that is found again at any place."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from lrsa_ds.data.shapes import ToRow
-from lrsa_ds.data.sources import Row, Rows
+from lrsa_ds.data.rows import Row, RowSource
+from lrsa_ds.data.sources import Rows
 from lrsa_ds.settings.data import DataConfig
 
+OpenSource = Callable[[DataConfig, int, int], RowSource]
+"""From the settings of one source, a seed and a number of validation rows to its rows."""
 
-def open_rows(
-    data: DataConfig, seed: int, num_validation: int, to_row: ToRow | None = None, allow_fewer: bool = False
-) -> "Rows | Mixture":
-    """The rows that `data` names, of one source or of several; see `Rows`."""
-    kind = Mixture if data.source == "mixture" else Rows
-    return kind(data, seed, num_validation, to_row, allow_fewer)
+
+def open_rows(data: DataConfig, seed: int, num_validation: int, open_source: OpenSource = Rows) -> RowSource:
+    """The rows that `data` names, of one source or of several."""
+    if data.source == "mixture":
+        return Mixture(data, seed, num_validation, open_source)
+    return open_source(data, seed, num_validation)
 
 
 class Mixture:
@@ -32,15 +34,14 @@ class Mixture:
         data: DataConfig,
         seed: int,
         num_validation: int,
-        to_row: ToRow | None = None,
-        allow_fewer: bool = False,
+        open_source: OpenSource,
     ):
         self.seed = seed
         weights = [source.weight for source in data.sources]
         self.has_weights = None not in weights
         counts = shares(num_validation, weights if self.has_weights else [1.0] * len(weights))
         self.sources = [
-            Rows(data.of_source(source), seed + number, max(1, count), to_row, allow_fewer)
+            open_source(data.of_source(source), seed + number, max(1, count))
             for number, (source, count) in enumerate(zip(data.sources, counts, strict=True))
         ]
         self._sizes = [_known(source.num_trained) for source in self.sources]
@@ -49,12 +50,21 @@ class Mixture:
         # A row's number is unique among all sources: those of a source follow those of the one before.
         ends = np.cumsum([_known(source.num_all) for source in self.sources])
         self.first_number = np.concatenate([[0], ends]).tolist()
+        self._num_all = int(ends[-1])
         self._weights = weights
         self._last_order: tuple[int, np.ndarray, np.ndarray] | None = None
 
     @property
     def num_bad(self) -> int:
         return sum(source.num_bad for source in self.sources)
+
+    @property
+    def num_all(self) -> int:
+        return self._num_all
+
+    @property
+    def num_too_long(self) -> int:
+        return sum(source.num_too_long for source in self.sources)
 
     def validation(self) -> list[Row]:
         return [self._numbered(i, row) for i, source in enumerate(self.sources) for row in source.validation()]

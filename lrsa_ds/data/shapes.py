@@ -11,8 +11,9 @@ and always `task` (text):
       "function": {"name": text, "arguments": dict}}), `tool_call_id` and `name` (text).
   `tools` is a list of {"type": "function", "function": {"name", ...}}, as `apply_chat_template` takes it.
 - `prompt`, `completion`: texts.
-- `context`, `question`, `answer`: texts; where given, `answers`, all texts that count as right, and `answer_start`,
-  the character of the context at which the answer stands (checked: the answer does stand there).
+- `context`, `question`, `answer`: texts; where given, `answers`, all texts that count as right, `answer_start`,
+  the character of the context at which the answer stands (checked: the answer does stand there), and `title`, the
+  article that the context is from.
 - `text`: a text.
 - `input_ids`, `labels`: lists of integers of one length; a label is the token itself, or -100: not trained on.
 
@@ -46,9 +47,21 @@ ToRow = Callable[[dict[str, Any]], dict[str, Any]]
 """From a row as it was read, where a column that the row lacks may be there as None, to one in any of the shapes."""
 
 
-def row_reader(columns: dict[str, str], to_row: ToRow | None = None) -> ReadRow:
-    """Reads rows as `canonical` does with `columns`, after `to_row` if there is one; picklable where `to_row` is."""
-    return partial(canonical, columns=columns) if to_row is None else partial(_converted, to_row, columns)
+def row_reader(columns: dict[str, str], to_row: ToRow | None = None, needs: str | None = None) -> ReadRow:
+    """Reads rows as `canonical` does with `columns`, after `to_row` if there is one; picklable where `to_row` is.
+
+    Args:
+        needs: a key of a canonical row; rows without it are refused.
+    """
+    read = partial(canonical, columns=columns) if to_row is None else partial(_converted, to_row, columns)
+    return read if needs is None else partial(_with_key, read, needs)
+
+
+def _with_key(read: ReadRow, needs: str, row: Any) -> dict[str, Any]:
+    found = read(row)
+    if needs not in found:
+        raise LRSAError(f"it has no {needs}, which contexts are made of: its columns are {', '.join(row)}.")
+    return found
 
 
 def _converted(to_row: ToRow, columns: dict[str, str], row: Any) -> dict[str, Any]:
@@ -206,6 +219,9 @@ def _question(row: dict) -> dict[str, Any]:
     # Some data count bytes or were edited since: a place where the answer does not stand tells nothing.
     if type(start) is int and start >= 0 and found["context"].startswith(answer, start):
         found["answer_start"] = start
+    title = row.get("title")
+    if isinstance(title, (str, int)) and str(title).strip():
+        found["title"] = str(title).strip()
     return found
 
 

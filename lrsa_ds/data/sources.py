@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator
 from itertools import islice
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import datasets
 import numpy as np
 
 from lrsa_ds.data.files import find_files
+from lrsa_ds.data.rows import Place, Row
 from lrsa_ds.data.rowstreams import FileStream, HubStream, RowStream
 from lrsa_ds.data.shapes import USED_COLUMNS, ToRow, row_reader
 from lrsa_ds.data.stores import READ_ERRORS, HubStore, Store, file_store
@@ -18,30 +19,6 @@ from lrsa_ds.settings.data import DataConfig
 
 # One in so many rows is held out where rows are few and their number is a default.
 ROWS_TO_ONE = 4
-
-
-class Place:
-    """Where a row is, put into words when it is written into an error."""
-
-    def __init__(self, opened: Store | RowStream, at: Any):
-        self._opened, self._at = opened, at
-
-    def __str__(self) -> str:
-        return self._opened.place(self._at)
-
-
-class Row(NamedTuple):
-    """A row of a source.
-
-    Args:
-        index: its number in the source, or, streaming, in the order of the epoch.
-        content: canonical, see `lrsa_ds.data.shapes`; or the error of a row that cannot be used, with its place.
-        place: where it is.
-    """
-
-    index: int
-    content: dict[str, Any] | LRSAError
-    place: Place
 
 
 class Rows:
@@ -55,6 +32,7 @@ class Rows:
     Args:
         to_row: brings a row, as the file or the data set holds it, into one of the known shapes.
         allow_fewer: whether at most a quarter of the rows is held out, at least one, where there are few.
+        needs: a key that every canonical row has to have; a row without it is a bad one.
 
     Raises:
         LRSAError: nothing to read, nothing readable, a bad row (with `data.on_bad_row=error`), or too few rows to hold
@@ -68,9 +46,10 @@ class Rows:
         num_validation: int,
         to_row: ToRow | None = None,
         allow_fewer: bool = False,
+        needs: str | None = None,
     ):
         self.seed, self.allow_fewer = seed, allow_fewer
-        self.read_row = row_reader(dict(data.columns), to_row)
+        self.read_row = row_reader(dict(data.columns), to_row, needs)
         # What a function of the user's looks at is not known.
         self.columns = [*USED_COLUMNS, *data.columns.values()] if to_row is None else None
         self.keep_bad = data.on_bad_row == "skip"
@@ -135,6 +114,15 @@ class Rows:
         """Training rows of which it is known that they cannot be used."""
         return self.source.num_bad
 
+    @property
+    def num_too_long(self) -> int:
+        """Rows of which it is known that nothing holds them: none, before they are encoded."""
+        return 0
+
+    def first_error(self) -> LRSAError | None:
+        """What is wrong with the first row that cannot be used, if it is known that there is one."""
+        return self.source.first_error()
+
     def longest(self) -> list[Row]:
         """The rows that are most likely too long, whatever is cut; none of a stream, which has not met them yet."""
         return self.source.longest()
@@ -174,6 +162,9 @@ class _Stored:
     @property
     def num_bad(self) -> int:
         return sum(index in self.opened.bad for index in self.trained.tolist()) if self.opened.bad else 0
+
+    def first_error(self) -> LRSAError | None:
+        return next(iter(self.opened.bad.values()), None)
 
     def order(self, epoch: int) -> np.ndarray:
         if self._last_order is None or self._last_order[0] != epoch:
@@ -220,6 +211,9 @@ class _Streamed:
         self.keep_bad, self.num_skipped = rows.keep_bad, 0
         for _ in islice(self.good_rows(), self.opened.num_checked):
             pass
+
+    def first_error(self) -> None:
+        return None
 
     def order(self, epoch: int) -> None:
         return None

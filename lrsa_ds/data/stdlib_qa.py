@@ -6,20 +6,20 @@ the validation split are never seen in training. Example i is a pure function of
 
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
+from lrsa_ds.data.contexts import MARGIN, Asked, asked_row
 from lrsa_ds.data.facts import PASSKEY_QUESTION, draw_passkey, number_fact, number_question, plain_words
-from lrsa_ds.data.stdlib_docs import Document, load_documents
+from lrsa_ds.data.lengths import TokenCounts
+from lrsa_ds.data.stdlib_docs import Document, documents_fingerprint, load_documents
 from lrsa_ds.data.tokenizer import Tokenizer
 from lrsa_ds.errors import LRSAError
 
 PASSKEY_DIGITS = 32
 NUM_LOOKUP_KEYS = 16
 MIN_LOOKUP_KEYS = 2
-# Room for what the tokens of joined texts may differ from the sum of their parts.
-MARGIN = 16
 # A context length serves signature questions if at least this many of them fit.
 _MIN_SIGNATURES = 32
 # "()" and "(x)" can be guessed; they are no question.
@@ -30,8 +30,7 @@ _MIN_SIGNATURE_CHARACTERS = 7
 class _Question:
     """`facts` have to stand in the context uncut; `detail` may follow the first of them and may be cut."""
 
-    question: str
-    answer: str
+    asked: Asked
     facts: list[str]
     detail: str = ""
     name: str | None = None
@@ -46,10 +45,13 @@ class StdlibQA:
         tasks: what training draws from, uniformly.
         context_length: tokens that a whole example may have: template, context, question and answer.
         tokenizer: counts the tokens of documents, once each.
-        frame_length: the number of tokens of a row `{context, question, answer, task}` when it is encoded.
+        frame_length: the number of tokens of a canonical row when it is encoded.
+        num_examples: contexts of an epoch.
+        questions_per_context: questions over one context, as turns of a conversation; at most one of them is for a pass
+            key.
 
     Raises:
-        LRSAError: `context_length` holds too few questions of a task.
+        LRSAError: `context_length` holds too few questions of a task, or not so many.
     """
 
     def __init__(
@@ -60,7 +62,10 @@ class StdlibQA:
         context_length: int,
         tokenizer: Tokenizer,
         frame_length: Callable[[dict[str, Any]], int],
+        num_examples: int = 1,
+        questions_per_context: int = 1,
     ):
+        self.num_examples, self.questions_per_context = num_examples, questions_per_context
         self.split = split
         self.seed = seed
         self.tasks = list(tasks)
@@ -68,7 +73,7 @@ class StdlibQA:
         self.tokenizer = tokenizer
         self.frame_length = frame_length
         self.documents = [d for d in load_documents() if d.is_validation == (split == "validation")]
-        self.lengths = self._count([d.text for d in self.documents])
+        self.lengths: list[int] = TokenCounts(tokenizer).count([d.text for d in self.documents]).tolist()
         self.words = plain_words(d.name for d in self.documents)
         self.signatures: list[Document] = []
         minimum = max(self._minimum_length(task) for task in dict.fromkeys(self.tasks))
@@ -77,58 +82,105 @@ class StdlibQA:
                 f"seq_len (and data.context_length where it is set) leaves {context_length} tokens for an example, "
                 f"too few for a question of data.tasks={self.tasks}: give at least {minimum}."
             )
+        if questions_per_context > 1:
+            self._check_number_of_questions()
+
+    def num_contexts(self, epoch: int) -> int:
+        return self.num_examples
+
+    def scored(self, num_examples: int) -> list[tuple[int, str]]:
+        return [(index, task) for task in dict.fromkeys(self.tasks) for index in range(num_examples)]
+
+    def fingerprint(self) -> str:
+        return f"{self.num_examples} questions over {documents_fingerprint()}"
 
     def row(self, epoch: int, index: int, task: str | None = None, margin: int = MARGIN) -> dict[str, Any]:
-        """`{context, question, answer, task}` of example `index`.
+        """Example `index`: `{context, question, answer, task}`, or a conversation of several questions of the task.
 
         Args:
             epoch: of training; 0 for validation.
             index: any number from 0.
-            task: the task, or None for a random one of `tasks`.
+            task: the task, or None for random ones of `tasks`.
             margin: tokens of `context_length` that the estimate leaves free.
         """
         rng = random.Random(f"{self.split} {self.seed} {epoch} {index} {task}")
-        task = task or rng.choice(self.tasks)
-        question = self._draw(task, rng)
-        row = {"context": "", "question": question.question, "answer": question.answer, "task": task}
-        room = self.context_length - self.frame_length(row) - margin
-        if task == "lookup":
-            question = self._fewer_keys(question, room)
-        return {**row, "context": self._context(question, room, rng)}
+        if self.questions_per_context == 1:
+            questions = [self._draw(task or rng.choice(self.tasks), rng)]
+        else:
+            questions = self._draw_several(task, rng)
+        room = self._room(questions) - margin
+        while len(questions) > 1 and self._needed(questions) > room:
+            del questions[-1]
+            room = self._room(questions) - margin
+        context = self._context([self._fewer_keys(question, room) for question in questions], room, rng)
+        return asked_row(context, [question.asked for question in questions])
+
+    def _room(self, questions: list[_Question]) -> int:
+        return self.context_length - self.frame_length(asked_row("", [question.asked for question in questions]))
+
+    def _needed(self, questions: list[_Question]) -> int:
+        return sum(self._count([fact for question in questions for fact in question.facts]))
 
     def _draw(self, task: str, rng: random.Random) -> _Question:
         if task == "signature":
-            asked = rng.choice(self.signatures)
-            assert asked.signature is not None
-            question = f"What is the signature of {asked.name}?"
-            return _Question(question, asked.signature, [asked.header], asked.text[len(asked.header) :], asked.name)
+            return _signature_question(rng.choice(self.signatures))
         if task == "passkey":
             key, fact = draw_passkey(PASSKEY_DIGITS, rng)
-            return _Question(PASSKEY_QUESTION, key, [fact])
-        words = rng.sample(self.words, NUM_LOOKUP_KEYS)
+            return _Question(Asked(PASSKEY_QUESTION, key, task), [fact])
+        # The question asks for the first one: its place in the context is drawn later, and it is dropped last.
+        asked, facts = self._draw_lookups(NUM_LOOKUP_KEYS, rng)
+        return _Question(asked[0], facts)
+
+    def _draw_lookups(self, num_keys: int, rng: random.Random) -> tuple[list[Asked], list[str]]:
+        """A question for each of so many keys, and the facts that answer them."""
+        words = rng.sample(self.words, num_keys)
         numbers = [str(rng.randrange(10**6, 10**7)) for _ in words]
         facts = [number_fact(word, number) for word, number in zip(words, numbers, strict=True)]
-        # The question asks for the first one: its place in the context is drawn later, and it is dropped last.
-        return _Question(number_question(words[0]), numbers[0], facts)
+        pairs = zip(words, numbers, strict=True)
+        return [Asked(number_question(word), number, "lookup") for word, number in pairs], facts
+
+    def _draw_several(self, task: str | None, rng: random.Random) -> list[_Question]:
+        """`questions_per_context` different questions in random order; of the pass key, one."""
+        tasks: list[str] = []
+        others = [other for other in self.tasks if other != "passkey"]
+        for _ in range(1 if task == "passkey" else self.questions_per_context):
+            tasks.append(task or rng.choice(others if "passkey" in tasks else self.tasks))
+        asked_about = rng.sample(self.signatures, tasks.count("signature")) if "signature" in tasks else []
+        questions = [_signature_question(document) for document in asked_about]
+        if num_lookups := tasks.count("lookup"):
+            lookups, facts = self._draw_lookups(max(NUM_LOOKUP_KEYS, num_lookups), rng)
+            of_lookup = zip(lookups[:num_lookups], facts[:num_lookups], strict=True)
+            questions += [_Question(asked, [fact]) for asked, fact in of_lookup]
+            # The keys that nothing asks for go with the last question.
+            questions[-1].facts.extend(facts[num_lookups:])
+        if "passkey" in tasks:
+            questions.append(self._draw("passkey", rng))
+        rng.shuffle(questions)
+        return questions
 
     def _fewer_keys(self, question: _Question, room: int) -> _Question:
-        """As many of the 16 facts as fit, and at least two."""
+        """As many of the 16 facts of a lookup as fit, and at least two."""
+        if question.asked.task != "lookup" or len(question.facts) < MIN_LOOKUP_KEYS:
+            return question
         fitting = sum(total <= room for total in accumulate(self._count(question.facts)))
-        return _Question(question.question, question.answer, question.facts[: max(fitting, MIN_LOOKUP_KEYS)])
+        return replace(question, facts=question.facts[: max(fitting, MIN_LOOKUP_KEYS)])
 
-    def _context(self, question: _Question, room: int, rng: random.Random) -> str:
-        """Documents that fill `room` tokens, the question's facts at random places among them."""
-        facts = list(question.facts)
+    def _context(self, questions: list[_Question], room: int, rng: random.Random) -> str:
+        """Documents that fill `room` tokens, the questions' facts at random places among them."""
+        facts = [fact for question in questions for fact in question.facts]
         room -= sum(self._count(facts))
-        if question.detail:
-            detail, used = self._prefix(question.detail, room)
-            facts[0] += detail
+        detailed = [question for question in questions if question.detail]
+        for number, question in enumerate(detailed):
+            # Each may take its share of what is left.
+            detail, used = self._prefix(question.detail, room // (len(detailed) - number))
+            facts[facts.index(question.facts[0])] += detail
             room -= used
+        names = {question.name for question in questions}
         parts: list[str] = []
         # The last room is filled with the first lines of a document; of several, as the first may have a long one.
         tries_left = 3
         for i in self._endless_order(rng):
-            if self.documents[i].name == question.name:
+            if self.documents[i].name in names:
                 continue
             part, used = self.documents[i].text, self.lengths[i]
             if used > room:
@@ -156,11 +208,25 @@ class StdlibQA:
     def _count(self, texts: list[str]) -> list[int]:
         return [len(ids) for ids in self.tokenizer(texts, add_special_tokens=False).input_ids] if texts else []
 
+    def _check_number_of_questions(self) -> None:
+        key = f"data.questions_per_context={self.questions_per_context}"
+        if set(self.tasks) == {"passkey"}:
+            raise LRSAError(f"{key}: a context holds one pass key; add signature or lookup to data.tasks.")
+        if self.questions_per_context > min(len(self.signatures) or len(self.words), len(self.words)):
+            raise LRSAError(f"{key} is more than there are questions: give at most {len(self.words)}.")
+        drawn = [self._draw_several(None, random.Random(number)) for number in range(8)]
+        needed = max(self.context_length - self._room(asked) + self._needed(asked) for asked in drawn) + 2 * MARGIN
+        if needed > self.context_length:
+            raise LRSAError(
+                f"{key} is more than fits: they need {needed} tokens, and seq_len (and data.context_length where it is "
+                f"set) leaves {self.context_length}."
+            )
+
     def _minimum_length(self, task: str) -> int:
         """Tokens that an example of this task needs; for signatures, also notes which of them fit."""
         if task != "signature":
             rng = random.Random(0)
-            return max(self._length_without_documents(self._draw(task, rng), task) for _ in range(8)) + 2 * MARGIN
+            return max(self._length_without_documents(self._draw(task, rng)) for _ in range(8)) + 2 * MARGIN
         asked = [d for d in self.documents if d.signature and len(d.signature) >= _MIN_SIGNATURE_CHARACTERS]
         # The template around them is the same for all: the rest is counted in one go.
         empty = self.frame_length({"context": "", "question": "?", "answer": "?", "task": task}) + 2 * MARGIN
@@ -174,6 +240,12 @@ class StdlibQA:
         self.signatures = [d for d, length in zip(asked, needed, strict=True) if length <= self.context_length]
         return sorted(needed)[_MIN_SIGNATURES - 1]
 
-    def _length_without_documents(self, question: _Question, task: str) -> int:
-        row = {"context": "", "question": question.question, "answer": question.answer, "task": task}
-        return self.frame_length(row) + sum(self._count(question.facts[:MIN_LOOKUP_KEYS]))
+    def _length_without_documents(self, question: _Question) -> int:
+        return self.frame_length(asked_row("", [question.asked])) + sum(self._count(question.facts[:MIN_LOOKUP_KEYS]))
+
+
+def _signature_question(document: Document) -> _Question:
+    assert document.signature is not None
+    question = f"What is the signature of {document.name}?"
+    detail = document.text[len(document.header) :]
+    return _Question(Asked(question, document.signature, "signature"), [document.header], detail, document.name)

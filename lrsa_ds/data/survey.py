@@ -135,8 +135,8 @@ def survey(data: TrainingRows, short_length: int, limit: int | None = SAMPLED_TO
     """Reads the rows of epoch 0, all of them or up to `limit` tokens.
 
     Args:
-        data: where it has the attributes `num_rows` and `num_bad_rows`, they are the rows of an epoch, and those among
-            them of which it is known already that they cannot be used.
+        data: where it has the attributes `num_rows`, `num_bad_rows` and `num_too_long_rows`, they are the rows of an
+            epoch, and those of which it is known already that they cannot be used, or are too long.
 
     Raises:
         LRSAError: a row that cannot be used.
@@ -153,6 +153,7 @@ def survey(data: TrainingRows, short_length: int, limit: int | None = SAMPLED_TO
         num_closed += sum(len(packer.add(example)) for example in examples)
     open_tokens = sum(len(example.input_ids) for members in packer.open for example in members)
     report.num_bad_rows = max(report.num_bad_rows, getattr(data, "num_bad_rows", 0))
+    report.num_too_long_rows = max(report.num_too_long_rows, getattr(data, "num_too_long_rows", 0))
     report.num_sequences = num_closed + (len(packer.flush()) if report.is_whole else open_tokens / data.seq_len)
     return report
 

@@ -159,6 +159,11 @@ class EvaluateConfig:
             "the task qa needs data=files or data=hub, and data are read only for the task qa.",
         )
         require(
+            not self.data.make_contexts,
+            "data.make_contexts=true makes contexts for training, and the task qa asks rows as they are: set it to "
+            "false.",
+        )
+        require(
             "perplexity" not in self.tasks or self.cache.prefill != ["after"],
             "perplexity needs cache.prefill to hold dense or chunked: a cache that is compressed after the prompt has "
             "nothing left to predict.",

@@ -11,9 +11,10 @@ from lrsa_ds.settings.paths import expand_home, require_paths
 
 # Our names of the columns of a row, see lrsa_ds/data/shapes.py.
 COLUMNS = ("messages", "conversations", "tools", "system", "prompt", "completion", "instruction", "input", "output")
+COLUMNS += ("context", "question", "answer", "answers", "answer_start", "title", "text", "input_ids", "labels", "task")
 
-
-COLUMNS += ("context", "question", "answer", "answers", "answer_start", "text", "input_ids", "labels", "task")
+# Sources that are made of contexts in any case.
+MADE_SOURCES = ("stdlib_qa",)
 
 
 @dataclass(kw_only=True)
@@ -66,7 +67,9 @@ class DataConfig:
     columns: dict[str, str] = field(default_factory=dict)
     tasks: list[str] = field(default_factory=lambda: ["signature", "passkey", "lookup"])
     num_examples: int = 4096
+    make_contexts: bool = False
     context_length: int | None = None
+    questions_per_context: int = 1
     chat_template: bool = True
     on_bad_row: str = "error"
     too_long: str = "cut"
@@ -114,6 +117,30 @@ class DataConfig:
         require(self.tasks != [], "data.tasks=[] is not valid: choose among signature, passkey, lookup.")
         if self.context_length is not None:
             require_whole("data.context_length", self.context_length, 64)
+        self._check_contexts()
+
+    @property
+    def makes_contexts(self) -> bool:
+        """Whether contexts are made, rather than read as rows: of `context_length` tokens, or of seq_len."""
+        return self.source in MADE_SOURCES or self.make_contexts
+
+    def _check_contexts(self) -> None:
+        require_whole("data.questions_per_context", self.questions_per_context, 1)
+        require(
+            not self.make_contexts or self.source in ("files", "hub"),
+            "data.make_contexts=true makes contexts of the rows of data=files or data=hub: set it to false with "
+            f"data={self.source}.",
+        )
+        require(
+            not self.make_contexts or not self.streaming,
+            "data.make_contexts=true needs all passages at hand, which data.streaming=true does not have: set one of "
+            "them to false.",
+        )
+        require(
+            self.questions_per_context == 1 or self.makes_contexts,
+            f"data.questions_per_context={self.questions_per_context} is read where contexts are made: add "
+            "data.make_contexts=true, or leave it at 1.",
+        )
 
     def _check_sources(self) -> None:
         self.sources = [_source(source) for source in self.sources]

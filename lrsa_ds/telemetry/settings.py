@@ -27,7 +27,7 @@ def check_telemetry(config: TrainConfig, num_layers: int) -> None:
     require_dropping("eval.telemetry", "eval.retentions", cache)
     require_greedy("eval.telemetry_greedy", config.eval.telemetry_greedy, num_layers)
     key, length = "seq_len", config.seq_len
-    if config.data.source == "stdlib_qa" and config.data.context_length is not None:
+    if config.data.makes_contexts and config.data.context_length is not None:
         key, length = "data.context_length", config.data.context_length
     require_compression(key, length, cache, "attention", "eval.telemetry=false")
 

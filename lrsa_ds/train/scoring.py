@@ -41,7 +41,8 @@ class Evaluation:
     Args:
         scores: a row for each task and cache, with `when`, `step`, `task`, `cache` (its name), `retention` (or the mean
             share kept), `cache_factor` (tokens seen over entries held by the caches at the end of the examples),
-            `exact_match` and `token_accuracy` in percent, `nll` per answer token in nats, and `num_examples`.
+            `exact_match` and `token_accuracy` in percent, `nll` per answer token in nats, `num_examples`, and
+            `num_answers`, which `exact_match` is of.
         predictions: a row for each of a few examples and each cache, with the same names and `exact`, `prompt`,
             `answer` and `prediction`; see `lrsa_ds.train.predictions`.
     """
@@ -75,25 +76,30 @@ def evaluate(
     idle = collate([padding_sequence(config.seq_len, pad_id)] * config.optim.micro_batch, mesh.row_multiple)
     batches += [idle] * (-len(batches) % mesh.dp_size)
     shown = ShownAnswers(examples)
+    num_answers = torch.tensor([_num_answers(example) for example in examples])
+    first_answer = num_answers.cumsum(0) - num_answers
     found = Evaluation([], [])
     caches = caches_of(config.attention, config.eval, num_layers(objective_of(engine).lm))
     total, done = len(examples) * len(caches), 0
     for cache in caches:
-        totals = torch.zeros(len(examples), 3, dtype=torch.float64)
+        totals = torch.zeros(int(num_answers.sum()), 3, dtype=torch.float64)
         shown.clear()
         for first in range(0, len(batches), mesh.dp_size):
             on_batch(done, total)
             batch = batches[first + mesh.dp_rank]
             targets = _targets(batch, mesh.held(len(batch.labels)))
             statistics = forward(engine, held_of(batch, mesh), cache.config, num_slots, mesh).double().cpu()
-            _add_scores(totals, targets[0], statistics)
+            answers = first_answer[targets[0]] + _answers(batch, mesh.held(len(batch.labels)))
+            _add_scores(totals, answers, statistics)
             shown.add(*targets, statistics[:, 2])
             done += sum(_num_examples(other) for other in batches[first : first + mesh.dp_size])
         totals = torch.tensor(mesh.sum(totals.flatten().tolist())).view_as(totals)
         likeliest = shown.found(mesh.sum(shown.tokens_EM.flatten().tolist()))
         name = {"when": moment.when, "step": moment.step}
-        found.scores.extend(name | row for row in _score_rows(examples, cache, totals))
-        found.predictions.extend(name | row for row in _prediction_rows(examples, cache, totals, likeliest, tokenizer))
+        found.scores.extend(name | row for row in _score_rows(examples, cache, totals, num_answers))
+        of_examples = torch.stack([answers.sum(dim=0) for answers in totals.split(num_answers.tolist())])
+        rows = _prediction_rows(examples, cache, of_examples, likeliest, tokenizer)
+        found.predictions.extend(name | row for row in rows)
     on_batch(total, total)
     engine.train(was_training)
     return found
@@ -148,16 +154,36 @@ def _targets(row: PackedSequence, parts: tuple[slice, ...]) -> tuple[torch.Tenso
     return examples, places
 
 
-def _add_scores(totals_E3: torch.Tensor, examples_T: torch.Tensor, statistics_T3: torch.Tensor) -> None:
-    """Adds to each target's example an answer token, whether it is correct, and its negative log-likelihood."""
+def _num_answers(example: Example) -> int:
+    """Runs of targets: the answers of a conversation."""
+    is_target = [label != IGNORE for label in example.labels]
+    return sum(is_target[i] and not is_target[i - 1] for i in range(1, len(is_target)))
+
+
+def _answers(row: PackedSequence, parts: tuple[slice, ...]) -> torch.Tensor:
+    """Of each target in these parts of a whole row: the number of its answer within its document."""
+    lengths, is_target = torch.tensor(row.document_lengths), row.labels != IGNORE
+    document = torch.arange(len(lengths)).repeat_interleave(lengths)
+    # The last label of a document is no target, so that no run of targets goes on in the next one.
+    begins = is_target & ~torch.cat([torch.zeros(1, dtype=torch.bool), is_target[:-1]])
+    counts = document[begins].bincount(minlength=len(lengths))
+    number = begins.cumsum(0) - 1 - (counts.cumsum(0) - counts)[document]
+    return torch.cat([number[part][is_target[part]] for part in parts])
+
+
+def _add_scores(totals_A3: torch.Tensor, answers_T: torch.Tensor, statistics_T3: torch.Tensor) -> None:
+    """Adds to each target's answer a token, whether it is correct, and its negative log-likelihood."""
     nll, correct, _ = statistics_T3.unbind(dim=1)
-    totals_E3.index_add_(0, examples_T, torch.stack([torch.ones_like(nll), correct, nll], dim=1))
+    totals_A3.index_add_(0, answers_T, torch.stack([torch.ones_like(nll), correct, nll], dim=1))
 
 
-def _score_rows(examples: list[Example], cache: NamedCache, totals_E3: torch.Tensor) -> list[dict]:
+def _score_rows(
+    examples: list[Example], cache: NamedCache, totals_A3: torch.Tensor, num_answers_E: torch.Tensor
+) -> list[dict]:
     rows = []
     for task in sorted({example.task for example in examples}):
-        mine = totals_E3[[example.task == task for example in examples]]
+        is_mine = torch.tensor([example.task == task for example in examples])
+        mine = totals_A3[is_mine.repeat_interleave(num_answers_E)]
         num_tokens, num_correct, nll = mine.sum(dim=0).tolist()
         exact = (mine[:, 0] == mine[:, 1]).double().mean().item()
         rows.append(
@@ -169,7 +195,8 @@ def _score_rows(examples: list[Example], cache: NamedCache, totals_E3: torch.Ten
                 "exact_match": 100 * exact,
                 "token_accuracy": 100 * num_correct / num_tokens,
                 "nll": nll / num_tokens,
-                "num_examples": len(mine),
+                "num_examples": int(is_mine.sum()),
+                "num_answers": len(mine),
             }
         )
     return rows

@@ -212,7 +212,7 @@ ROWS = {
             "question": "Where?",
             "answers": {"text": ["in Rome"], "answer_start": [10]},
         },
-        asked(CONTEXT, answer_start=10),
+        asked(CONTEXT, answer_start=10, title="T"),
     ),
     "squad, several answers": (
         {"context": CONTEXT, "question": "Where?", "answers": {"text": ["in Rome", "Rome"], "answer_start": [10, 13]}},

@@ -332,7 +332,7 @@ def test_squad_as_it_is_published(tmp_path, indent, streaming):
     path.write_text(json.dumps({"data": [article(n) for n in range(4)], "version": "1.1"}, indent=indent))
     found = open_rows(path, streaming=streaming)
     rows = [row.content for row in [*found.validation(), *found.epoch(0)]]
-    assert len(rows) == 24 and {row["answer_start"] for row in rows} == {6}
+    assert len(rows) == 24 and {(row["answer_start"], row["title"]) for row in rows} == {(6, "T")}
     assert {(row["question"], row["context"]) for row in rows} == {
         (f"Which {i}?", f"It is {n}, they say.{end}") for n in range(4) for i in range(3) for end in ("", "!")
     }

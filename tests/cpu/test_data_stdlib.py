@@ -109,3 +109,36 @@ def test_too_short_for_one_question():
     rows = source(context_length=minimum)
     for index in range(30):
         assert Encoder(TOKENIZER, minimum).length(rows.row(0, index)) <= minimum
+
+
+def test_several_questions_over_one_context():
+    length = 6000
+    options = (TASKS, length, TOKENIZER, Encoder(TOKENIZER, length).length, 8, 6)
+    rows = StdlibQA("train", 0, *options)
+    seen = set()
+    for index in range(8):
+        row = rows.row(0, index)
+        assert Encoder(TOKENIZER, length).length(row) <= length + 64
+        context, first = row["messages"][0]["content"].rsplit("\n\nQuestion: ", 1)
+        questions = [first, *(m["content"].removeprefix("Question: ") for m in row["messages"][2::2])]
+        answers = [m["content"] for m in row["messages"][1::2]]
+        assert len(set(questions)) == len(answers) == 6 and questions.count("What is the pass key?") <= 1
+        pairs = dict(re.findall(r"The special number for (\w+) is (\d{7})\.", context))
+        for question, answer in zip(questions, answers, strict=True):
+            seen.add(question.split(" ")[3])
+            if found := re.fullmatch(r"What is the signature of (.+)\?", question):
+                assert f"### {found[1]}{answer}" in context.splitlines()
+            elif found := re.fullmatch(r"What is the special number for (\w+)\?", question):
+                assert pairs[found[1]] == answer
+            else:
+                assert f"The pass key is {answer}." in context
+    assert {"pass", "signature", "special"} <= seen
+    assert len(rows.row(0, 0, "passkey")["answer"]) == 32
+    assert {m["content"] for m in rows.row(0, 0, "lookup")["messages"][1::2]} <= set(
+        re.findall(r"\d{7}", rows.row(0, 0, "lookup")["messages"][0]["content"])
+    )
+    assert rows.row(3, 5) == pickle.loads(pickle.dumps(rows)).row(3, 5)
+    with pytest.raises(LRSAError, match=r"questions_per_context=6: a context holds one pass key"):
+        StdlibQA("train", 0, ["passkey"], *options[1:])
+    with pytest.raises(LRSAError, match=r"questions_per_context=90 is more than fits: they need \d+ tokens"):
+        StdlibQA("train", 0, TASKS, *options[1:-1], 90)

@@ -8,7 +8,7 @@ import torch
 from lrsa_ds.data.packing import IGNORE, Example, packed
 from lrsa_ds.data.tokenizer import byte_tokenizer
 from lrsa_ds.train.predictions import ANSWER_TOKENS, SHOWN_PER_TASK, ShownAnswers, prediction_row
-from lrsa_ds.train.scoring import _targets
+from lrsa_ds.train.scoring import _answers, _num_answers, _targets
 
 TOKENIZER = byte_tokenizer()
 
@@ -58,3 +58,13 @@ def test_the_row_of_a_prediction():
     long = example(0, answers=("x" * (ANSWER_TOKENS + 40),))
     found = ShownAnswers([long]).found([0.0] * ANSWER_TOKENS)
     assert len(found[0]) == len(prediction_row(TOKENIZER, long, found[0])["answer"]) == ANSWER_TOKENS
+
+
+def test_answers_of_a_conversation_are_told_apart():
+    labels = [[-100, 1, 2, -100, 3], [-100, -100, 4, -100, -100], [-100, 5, -100, 6, -100]]
+    examples = [Example(list(range(5)), row, "t", i) for i, row in enumerate(labels)]
+    row = packed(examples, 20, 0)
+    assert [_num_answers(example) for example in examples] == [2, 1, 2]
+    numbers = _answers(row, (slice(0, 20),)).tolist()
+    assert numbers == [0, 0, 1, 0, 0, 1]
+    assert [n for lo in (0, 7, 14) for n in _answers(row, (slice(lo, min(lo + 7, 20)),)).tolist()] == numbers
