@@ -24,6 +24,7 @@ from lrsa_ds.data.encoder import Encoder, Prompt, after_lead
 from lrsa_ds.data.tokenizer import decoded
 from lrsa_ds.errors import LRSAError, require
 from lrsa_ds.models.generation import end_tokens, generate
+from recipes.user_code import import_code
 
 
 def arguments() -> argparse.Namespace:
@@ -32,6 +33,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("file", type=Path, help="a text file")
     parser.add_argument("question", nargs="*")
     parser.add_argument("--max-new-tokens", type=int, default=200)
+    parser.add_argument("--plugin", action="append", default=[], help="a module or .py file to import first")
     return parser.parse_args()
 
 
@@ -99,6 +101,8 @@ def typed_questions() -> Iterator[str]:
 def main() -> int:
     options = arguments()
     try:
+        for name in options.plugin:
+            import_code(f"--plugin {name!r}", name)
         require(options.file.is_file(), f"{options.file} does not exist: give a text file.")
         reader = Reader(options.model, options.file.read_text(encoding="utf-8", errors="replace"))
     except LRSAError as error:

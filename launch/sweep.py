@@ -37,9 +37,10 @@ from launch.cli.accelerator import register_resolver  # noqa: E402
 from launch.cli.checkout import CONF, register_checkout  # noqa: E402
 from launch.cli.command import plain_keys  # noqa: E402
 from launch.cli.defaults import fit_defaults  # noqa: E402
+from launch.cli.plugins import typed_with_plugins  # noqa: E402
 from launch.cli.schema import register_schema  # noqa: E402
 from launch.cli.sentences import hydra_sentence, quoted  # noqa: E402
-from lrsa_ds.config import TrainConfig, typed_config  # noqa: E402
+from lrsa_ds.config import TrainConfig  # noqa: E402
 from lrsa_ds.directories.layout import OUTPUTS, SWEEP, check_directory, mark_directory  # noqa: E402
 from lrsa_ds.directories.lock import locked  # noqa: E402
 from lrsa_ds.errors import LRSAError, require  # noqa: E402
@@ -92,7 +93,7 @@ def base_config(typed: list[str]) -> TrainConfig:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         composed = compose("train", fixed)
         fit_defaults(composed, fixed)
-        return typed_config(composed)
+        return typed_with_plugins(composed, TrainConfig)
 
 
 def sweep_directory(config: TrainConfig) -> Path:

@@ -36,6 +36,7 @@ class TrainConfig:
 
     run_name: str = "train"
     procedure: str = "qa"
+    plugins: list[str] = field(default_factory=list)
     seq_len: int = 8192
     seed: int = 0
     output_dir: str | None = None
@@ -126,7 +127,8 @@ def _all_mistakes(merged: DictConfig) -> list[str]:
                 OmegaConf.to_object(node)
             except LRSAError as error:
                 noted.append(str(error))
-            except Exception:  # a check that went on with the wrong value, which is noted
+            # A check that went on with a wrong value, which is noted.
+            except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
                 pass
     return noted
 

@@ -58,4 +58,6 @@ class Registry(Generic[Entry]):
 
 KERNELS: Registry[Any] = Registry("attention.backend")
 EXCHANGES: Registry[Any] = Registry("parallel.exchange")
-SELECTION_RULES: Registry[Any] = Registry("attention.selection", ", or a rule added by lrsa_ds.register_selection")
+SELECTION_RULES: Registry[Any] = Registry(
+    "attention.selection", ", or one that a module in plugins adds by lrsa_ds.register_selection"
+)

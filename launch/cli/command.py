@@ -20,8 +20,9 @@ from launch.cli.accelerator import PICKS, register_resolver
 from launch.cli.checkout import CONF, check_fetched, register_checkout
 from launch.cli.defaults import fit_defaults
 from launch.cli.mistakes import every_mistake
+from launch.cli.plugins import typed_with_plugins
 from launch.cli.schema import register_schema
-from lrsa_ds.config import TrainConfig, typed_config
+from lrsa_ds.config import TrainConfig
 from lrsa_ds.errors import LRSAError, Stopped
 from lrsa_ds.hub import NOT_WRITABLE
 from lrsa_ds.parallel.mesh import rank
@@ -104,7 +105,7 @@ def _composed_and_run(action: Callable[[Any], bool], name: str, schema: type) ->
         try:
             if schema is TrainConfig:
                 PICKS.update(fit_defaults(composed, HydraConfig.get().overrides.task))
-            config = typed_config(composed, schema)
+            config = typed_with_plugins(composed, schema)
             check_fetched(config.model)
             succeeded = action(config)
         except Exception as error:  # on its way through Hydra it would print the overrides on every rank

@@ -8,8 +8,8 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf.errors import OmegaConfBaseException
 
 from launch.cli.checkout import CONF
+from launch.cli.plugins import typed_with_plugins
 from launch.cli.sentences import hydra_sentence, quoted
-from lrsa_ds.config import typed_config
 from lrsa_ds.errors import LRSAError, all_of, sentences_of
 
 Found = LRSAError | HydraException | OmegaConfBaseException
@@ -41,7 +41,7 @@ def _first_mistake(overrides: list[str], name: str, schema: type) -> Found | Non
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            typed_config(compose(name, overrides), schema)
+            typed_with_plugins(compose(name, overrides), schema)
     except (LRSAError, HydraException, OmegaConfBaseException) as error:
         return error
     return None

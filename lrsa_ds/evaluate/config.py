@@ -113,6 +113,7 @@ class EvaluateConfig:
     """
 
     run_name: str = "evaluate"
+    plugins: list[str] = field(default_factory=list)
     seed: int = 0
     output_dir: str | None = None
     overwrite: bool = False

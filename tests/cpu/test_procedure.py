@@ -32,7 +32,7 @@ def outside(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
     yield tmp_path
     for name in set(sys.modules) - known:
-        if name.split(".")[0] in ("my_package", "my_module", "my_helper") or name.startswith("procedure_"):
+        if name.split(".")[0] in ("my_package", "my_module", "my_helper") or name.startswith("user_code_"):
             del sys.modules[name]
 
 
@@ -99,8 +99,8 @@ prepare = Counting
 @pytest.mark.parametrize(
     "name,text,said",
     [
-        ("nothing.py", None, "'nothing.py' does not exist: give a .py file, a module, or qa"),
-        ("no.such.module", None, "'no.such.module' is not valid: give qa, a module"),
+        ("nothing.py", None, "'nothing.py' does not exist: give qa or a module .* or the path of a .py file"),
+        ("no.such.module", None, "'no.such.module' is not valid: give qa or a module"),
         ("my_module", "import no_such_thing", r"cannot be imported \(ModuleNotFoundError: .*no_such_thing.*line 1"),
         ("my_module.py", "x = 1\ny = 1 / 0", r"cannot be imported \(ZeroDivisionError: .*my_module.py, line 2"),
         ("my_module.py", "def prepare(:", r"cannot be imported \(SyntaxError"),

@@ -1,47 +1,22 @@
-"""One rank of a run with a selection rule from outside the package, and with layers that differ.
+"""A model that was trained with a selection rule from outside the package, reloaded, prefilled and decoded with.
 
-The model is trained, exported, reloaded, prefilled and decoded with.
-
-The argument is the output directory. Prints, on rank 0, a JSON object: how far prefill and decoding with the exported
-model are from a training pass of it, and how far that pass is from the one under LagKV.
+The arguments are the file that registers the rule and the model's directory. Prints a JSON object: how far prefill and
+decoding are from a training pass, and how far that pass is from the one under LagKV.
 """
 
 import json
 import sys
 
 import torch
-from hydra import compose, initialize_config_dir
 
 import lrsa_ds
-import recipes
-from launch.cli.accelerator import register_resolver
-from launch.cli.schema import register_schema
-from lrsa_ds.config import TrainConfig, typed_config
 from lrsa_ds.layers import LayeredConfig
-from lrsa_ds.parallel.mesh import rank
-from lrsa_ds.train.run import train
-from tests.helpers import ROOT
-
-
-def nearest_to_the_reference(candidates):
-    """The tokens whose keys point where those of the next partition point on average."""
-    mean = candidates.key_reference.float().mean(dim=-2, keepdim=True)
-    return (candidates.keys.float() * mean).sum(dim=-1)
-
-
-def settings(directory: str) -> TrainConfig:
-    register_resolver()
-    register_schema("train", TrainConfig)
-    overrides = ["+recipe=smoke", f"output_dir={directory}", "attention.selection=nearest", "parallel.sp_size=2"]
-    overrides += ["attention.layers={0: null, 1: 0.5}"]
-    overrides += ["model.dtype=fp32", "optim.num_steps=2", "eval.num_examples=1", "log.wandb=disabled"]
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return typed_config(compose("train", overrides))
+from recipes.user_code import import_code
 
 
 @torch.no_grad()
 def compare(directory: str) -> dict:
-    model, _, new_cache = lrsa_ds.load(f"{directory}/model", device="cpu")
+    model, _, new_cache = lrsa_ds.load(directory, device="cpu")
     ids, cache = torch.randint(1, 300, (1, 600)), new_cache()
     expected = model(ids, use_cache=False).logits
     parts = [lrsa_ds.prefill(model, ids[:, :500], cache)[:, None]]
@@ -54,12 +29,6 @@ def compare(directory: str) -> dict:
     return {"saved": model.config.lrsa["layers"], "difference": difference, "to_lagkv": other, "held": held}
 
 
-def main():
-    rule = lrsa_ds.SelectionRule(score=nearest_to_the_reference, reads=("keys", "reference"))
-    lrsa_ds.register_selection("nearest", rule)
-    train(settings(sys.argv[1]), recipes.load_procedure("qa"), [])
-    if rank() == 0:
-        print(json.dumps(compare(sys.argv[1])))
-
-
-main()
+if __name__ == "__main__":
+    import_code("the argument", sys.argv[1])
+    print(json.dumps(compare(sys.argv[2])))

@@ -1,15 +1,30 @@
 """Extensions from outside the repository, as users start them: from a directory and with columns of their own."""
 
 import json
+import sys
 
 import pytest
 
 from lrsa_ds.config import load_settings
 from tests.cpu.test_procedure import OWN_COLUMNS
-from tests.dist.launcher import launch_command, rows_of, run
+from tests.dist.launcher import launch, launch_command, rows_of, run
+from tests.dist.test_launch import refused
 from tests.helpers import ROOT, run_ranks
 
 pytestmark = pytest.mark.dist
+
+NEAREST = """
+import lrsa_ds
+
+
+def score(candidates):
+    '''The tokens whose keys point where those of the next partition point on average.'''
+    mean = candidates.key_reference.float().mean(dim=-2, keepdim=True)
+    return (candidates.keys.float() * mean).sum(dim=-1)
+
+
+lrsa_ds.register_selection("nearest", lrsa_ds.SelectionRule(score=score, reads=("keys", "reference")))
+"""
 
 
 def test_a_procedure_from_another_directory(tmp_path):
@@ -40,19 +55,42 @@ def test_a_selection_rule_from_outside(tmp_path):
 
     Its two layers keep 1/8 and 1/2, of 600 tokens with a sink of 16 and partitions of 64.
     """
-    output = run_ranks(ROOT / "tests/dist/selection_worker.py", 2, tmp_path / "run")[0]
-    assert (
-        "attention: LRSA, sink 16, lag 64, layers 0 retention 0.125, 1 retention 0.5; mean share kept 0.312" in output
-    )
-    result = json.loads(output.strip().splitlines()[-1])
+    plugin, output = tmp_path / "nearest.py", tmp_path / "run"
+    plugin.write_text(NEAREST)
+    done = launch(
+        "+recipe=smoke", f"plugins=[{plugin}]", "attention.selection=nearest", "attention.layers={0: null, 1: 0.5}",
+        "parallel.sp_size=2", "model.dtype=fp32", "optim.num_steps=2", "eval.num_examples=1", "log.wandb=disabled",
+        f"output_dir={output}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    said = "attention: LRSA, sink 16, lag 64, layers 0 retention 0.125, 1 retention 0.5; mean share kept 0.312"
+    assert said in done.stdout
+    model = output / "model"
+    result = json.loads(run_ranks(ROOT / "tests/dist/selection_worker.py", 1, plugin, model)[0].splitlines()[-1])
     assert [(layer["selection"], layer["retention"]) for layer in result["saved"]] == [
         ("nearest", 0.125),
         ("nearest", 0.5),
     ]
     assert result["held"] == [16 + 8 * 8 + 64 + 8, 16 + 8 * 32 + 64 + 8]
     assert result["difference"] <= 1e-4 < result["to_lagkv"]
-    rows = rows_of(tmp_path / "run", "eval")
+    rows = rows_of(output, "eval")
     assert {row["when"] for row in rows} == {"before", "after"}
     assert {row["retention"] for row in rows} == {1.0, 0.5, 0.25, 0.125, 0.3125}  # the last is the mean of the layers
-    assert {row["retention"] for row in rows_of(tmp_path / "run", "train")} == {0.3125}
-    assert load_settings(tmp_path / "run" / "config.yaml")["attention"]["selection"] == "nearest"
+    assert {row["retention"] for row in rows_of(output, "train")} == {0.3125}
+    settings = load_settings(output / "config.yaml")
+    assert (settings["attention"]["selection"], settings["plugins"]) == ("nearest", [str(plugin)])
+    evaluate = [sys.executable, "launch/evaluate.py", f"model.name={model}", "tasks=[passkey]", "lengths=[512]"]
+    evaluate += ["num_samples=1", "log.wandb=disabled", "cache.prefill=[chunked]", f"output_dir={tmp_path}/scores"]
+    done = run([*evaluate, f"plugins=[{plugin}]"])
+    assert done.returncode == 0 and "passkey recall" in done.stdout, done.stdout + done.stderr
+
+
+def test_plugins_that_cannot_be_imported(tmp_path, capfd, monkeypatch):
+    broken = tmp_path / "broken.py"
+    broken.write_text("import lrsa_ds\n\nlrsa_ds.no_such_name\n")
+    said = refused(capfd, monkeypatch, "+recipe=smoke", f"plugins=[{broken}]")
+    assert f"plugins: '{broken}' cannot be imported (AttributeError: " in said and "line 3)" in said
+    said = refused(capfd, monkeypatch, "+recipe=smoke", "plugins=[no_such.module]", "attention.selection=nearest")
+    assert "plugins: 'no_such.module' is not valid: give a module that can be imported" in said
+    said = refused(capfd, monkeypatch, "+recipe=smoke", "attention.selection=unheard_of")
+    assert "choose one of lagkv, key_norm, random, window" in said and "plugins" in said
