@@ -26,11 +26,11 @@ from lrsa_ds.config import TrainConfig
 from lrsa_ds.errors import LRSAError, Stopped
 from lrsa_ds.hub import NOT_WRITABLE
 from lrsa_ds.parallel.mesh import rank
+from lrsa_ds.process.exit_message import report_exit, reported_exit
 from lrsa_ds.process.exits import Exit
 from lrsa_ds.process.launcher import check_launcher
-from lrsa_ds.process.voice import heard, say_for_all
 
-WORD_SECONDS = 5.0  # for another rank to say why it has ended
+EXIT_MESSAGE_SECONDS = 5.0  # for another rank to print why it has ended
 
 
 def leave(code: int) -> None:
@@ -67,7 +67,7 @@ def run_command(action: Callable[[Any], bool], name: str = "train", schema: type
     """Runs `action` on what `conf/<name>.yaml` and the command line compose, as an instance of `schema`.
 
     Returns:
-        The exit code. What there is to say is said once for all ranks of a host; see `lrsa_ds.process.voice`.
+        The exit code. Its message is printed once on each host, see `lrsa_ds.process.exit_message`.
     """
     if not gc.isenabled():  # see no_gc.py
         gc.enable()
@@ -75,17 +75,17 @@ def run_command(action: Callable[[Any], bool], name: str = "train", schema: type
     try:
         return Exit.DONE if _composed_and_run(action, name, schema) else Exit.FAILED
     except Stopped as stopped:
-        return say_for_all(str(stopped), Exit.STOPPED)
+        return report_exit(str(stopped), Exit.STOPPED)
     except LRSAError as error:
-        return say_for_all(f"error: {error}", Exit.REFUSED)
+        return report_exit(f"error: {error}", Exit.REFUSED)
     except Exception as error:
         if isinstance(error, OSError) and error.filename and error.errno in NOT_WRITABLE:
-            return say_for_all(f"error: {error.filename} cannot be written or read ({error.strerror}).", Exit.REFUSED)
+            return report_exit(f"error: {error.filename} cannot be written or read ({error.strerror}).", Exit.REFUSED)
         if not _lost_a_rank(error):
-            return say_for_all(traceback.format_exc().rstrip(), Exit.FAILED)
-        code = heard(WORD_SECONDS)
+            return report_exit(traceback.format_exc().rstrip(), Exit.FAILED)
+        code = reported_exit(EXIT_MESSAGE_SECONDS)
         lost = f"error: rank {rank()} lost another rank of the run, which ended without a word."
-        return say_for_all(lost, Exit.LOST) if code is None else code
+        return report_exit(lost, Exit.LOST) if code is None else code
 
 
 def _composed_and_run(action: Callable[[Any], bool], name: str, schema: type) -> bool:

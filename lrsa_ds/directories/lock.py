@@ -19,8 +19,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from lrsa_ds.errors import LRSAError
+from lrsa_ds.process.exit_message import report_exit
 from lrsa_ds.process.exits import Exit
-from lrsa_ds.process.voice import say_for_all
 
 LOCK = "run.lock"
 BEAT_SECONDS = 10.0
@@ -157,7 +157,7 @@ class RunLock:
 
     def _end(self) -> None:
         reason = f"another run has taken {self._path}, since this one gave no sign of life for {self._patience:g} s"
-        os._exit(say_for_all(f"error: {reason}: it ends here.", Exit.HUNG))
+        os._exit(report_exit(f"error: {reason}: it ends here.", Exit.HUNG))
 
 
 @contextmanager

@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 
 from lrsa_ds.config import load_settings, save_settings
 from lrsa_ds.data.tokenizer import Tokenizer, load_tokenizer
+from lrsa_ds.directories.claim import claim
 from lrsa_ds.directories.layout import EVALUATE, check_directory, mark_directory, remove_run
 from lrsa_ds.directories.lock import check_lock
-from lrsa_ds.directories.occupy import occupy
 from lrsa_ds.dtypes import dtype_of
 from lrsa_ds.errors import require
 from lrsa_ds.evaluate.config import EvaluateConfig
@@ -37,10 +37,10 @@ from lrsa_ds.logs.journal import JSONLines, Progress
 from lrsa_ds.logs.metrics import RunLogger
 from lrsa_ds.logs.provenance import provenance
 from lrsa_ds.logs.wandb_thread import check_wandb
-from lrsa_ds.models.ends import set_ends
 from lrsa_ds.models.loading import empty_model, load_model
 from lrsa_ds.models.patch import apply_lrsa, check_supported, num_layers, to_device
 from lrsa_ds.models.rope import check_reach
+from lrsa_ds.models.stop_tokens import set_stop_tokens
 from lrsa_ds.parallel.mesh import Mesh, start_mesh, stop_mesh
 from lrsa_ds.process.signals import StopRequest
 from lrsa_ds.settings.attention import require_compression
@@ -99,7 +99,7 @@ def evaluate(
     def enter(directory: Path) -> None:
         _enter(directory, config, settings)
 
-    with occupy(config.output_dir, config.run_name, mesh, enter) as (directory, _):
+    with claim(config.output_dir, config.run_name, mesh, enter) as (directory, _):
         _evaluate_in(directory, plan, mesh)
     stop_mesh()
 
@@ -155,7 +155,7 @@ def _model(plan: _Plan, mesh: Mesh) -> PreTrainedModel:
     settings = plan.config.model
     model = apply_lrsa(load_model(settings, dtype_of(settings.dtype)), plan.attention)
     model = to_device(model, mesh.device).eval()
-    set_ends(model, plan.tokenizer, settings, plan.config.data.chat_template)
+    set_stop_tokens(model, plan.tokenizer, settings, plan.config.data.chat_template)
     return model
 
 

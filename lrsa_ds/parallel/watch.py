@@ -12,12 +12,12 @@ from contextlib import suppress
 from pathlib import Path
 
 from lrsa_ds.parallel.mesh import Mesh
+from lrsa_ds.process.exit_message import report_exit, reported_exit
 from lrsa_ds.process.exits import Exit
 from lrsa_ds.process.launcher import named
-from lrsa_ds.process.voice import heard, say_for_all
 
 DIRECTORY = "ranks"
-WORD_SECONDS = 5.0  # for the rank that speaks to do so
+EXIT_MESSAGE_SECONDS = 5.0  # for the reporting rank to print its message
 
 
 class Watch:
@@ -86,9 +86,11 @@ class Watch:
         alive = {r: state for r, state in enumerate(now) if state is not None and state != before[r]}
         silent = [r for r in range(self._world_size) if r not in alive]
         if self._rank == min(alive, default=self._rank):
-            say_for_all(f"error: {self._sentence(silent, alive)}", Exit.HUNG)
+            report_exit(f"error: {self._sentence(silent, alive)}", Exit.HUNG)
         else:
-            heard(WORD_SECONDS)  # the launcher ends all when one ends: the one that speaks comes first
+            reported_exit(
+                EXIT_MESSAGE_SECONDS
+            )  # the launcher ends all ranks when one ends: let the reporting rank exit first
         os._exit(Exit.HUNG)
 
     def _sentence(self, silent: list[int], alive: dict[int, dict]) -> str:

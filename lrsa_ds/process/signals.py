@@ -11,9 +11,9 @@ import threading
 import time
 from contextlib import suppress
 
+from lrsa_ds.process.exit_message import report_exit, reported_exit
 from lrsa_ds.process.exits import Exit
 from lrsa_ds.process.launcher import Launcher, named
-from lrsa_ds.process.voice import heard, say_for_all
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 LAUNCHER_ENDED = "the end of its launcher"
@@ -22,7 +22,7 @@ REASONS = (None, LAUNCHER_ENDED, *(number.name for number in SIGNALS))
 POLL_SECONDS = 0.5
 # A second Ctrl-C is one that comes later than this: torchrun passes on the first, which its ranks have had already.
 AGAIN_SECONDS = 1.0
-WORD_SECONDS = 2.0  # for a rank that has ended to have said why, on its way out
+EXIT_MESSAGE_SECONDS = 2.0  # for a rank that is exiting to print why
 
 
 class StopRequest:
@@ -82,17 +82,17 @@ class StopRequest:
             self._interrupted = self._interrupted or now
             if now - self._interrupted > AGAIN_SECONDS:
                 os._exit(
-                    say_for_all("interrupted twice: ended at once; earlier checkpoints are whole.", Exit.INTERRUPTED)
+                    report_exit("interrupted twice: ended at once; earlier checkpoints are whole.", Exit.INTERRUPTED)
                 )
 
     def _act(self) -> None:
         missing = self._launcher.missing()
         if missing:
-            code = heard(WORD_SECONDS)
-            os._exit(say_for_all(_lost(missing), Exit.LOST) if code is None else code)
+            code = reported_exit(EXIT_MESSAGE_SECONDS)
+            os._exit(report_exit(_lost(missing), Exit.LOST) if code is None else code)
         if not self._begun.is_set():
             sentence = f"stopped by {self.reason}: nothing is lost, the same command resumes or starts again."
-            os._exit(say_for_all(sentence, Exit.STOPPED))
+            os._exit(report_exit(sentence, Exit.STOPPED))
 
 
 def _lost(ranks: list[int]) -> str:

@@ -12,7 +12,7 @@ from lrsa_ds.compression import cache_lines, short_documents_sentence
 from lrsa_ds.config import TrainConfig, save_settings
 from lrsa_ds.data.procedure import Procedure
 from lrsa_ds.data.stream import TrainStream, make_loader
-from lrsa_ds.directories.occupy import occupy
+from lrsa_ds.directories.claim import claim
 from lrsa_ds.dtypes import dtype_name
 from lrsa_ds.errors import Stopped
 from lrsa_ds.labels import rows_of_smallest
@@ -22,10 +22,10 @@ from lrsa_ds.logs.metrics import PREDICTIONS, RunLogger
 from lrsa_ds.logs.provenance import provenance
 from lrsa_ds.logs.report import draw_evaluation, evaluation_table
 from lrsa_ds.models.adapters import add_adapters, freeze
-from lrsa_ds.models.ends import set_ends
 from lrsa_ds.models.liger import apply_liger
 from lrsa_ds.models.loading import load_model
 from lrsa_ds.models.patch import PreTrainedModel, apply_lrsa, enable_checkpointing, layer_classes
+from lrsa_ds.models.stop_tokens import set_stop_tokens
 from lrsa_ds.models.tiling import describe_levers, num_tiles, tile_mlps
 from lrsa_ds.objectives import check_objective, make_objective
 from lrsa_ds.parallel.mesh import Mesh, start_mesh, stop_mesh
@@ -60,7 +60,7 @@ def train(config: TrainConfig, procedure: Procedure, notes: list[str]) -> None:
     def enter(directory: Path) -> checkpoint.ResumePoint | None:
         return output.enter_output(directory, config, lambda: find_resume(config, plan))
 
-    with occupy(config.output_dir, config.run_name, mesh, enter) as (directory, resume):
+    with claim(config.output_dir, config.run_name, mesh, enter) as (directory, resume):
         _train_in(directory, config, replace(plan, resume=resume), mesh, stop, notes)
     stop_mesh()
 
@@ -282,7 +282,7 @@ def build_engine(config: TrainConfig, plan: Plan, mesh: Mesh) -> Engine:
     if universal:
         checkpoint.convert_checkpoint(point, config.zero.stage, mesh)
     model = _start_model(config, plan)
-    set_ends(model, plan.tokenizer, config.model, config.data.chat_template)
+    set_stop_tokens(model, plan.tokenizer, config.model, config.data.chat_template)
     if config.model.lora.rank:
         add_adapters(model, config.model.lora)
     freeze(model, config.model.freeze)

@@ -7,8 +7,8 @@ from transformers import ByT5Tokenizer, GenerationConfig
 from lrsa_ds.data.encoder import Encoder, after_lead
 from lrsa_ds.data.packing import IGNORE
 from lrsa_ds.errors import LRSAError
-from lrsa_ds.models.ends import set_ends, trained_ends
 from lrsa_ds.models.loading import load_model
+from lrsa_ds.models.stop_tokens import set_stop_tokens, trained_stop_tokens
 from lrsa_ds.settings.model import ModelConfig
 from tests.chat_templates import IM, KINDS, TEMPLATES, tokenizer_of
 
@@ -64,7 +64,7 @@ def test_prompts_are_those_of_inference_and_targets_continue_them(name, kind):
             before = without_train(messages[:number])
             assert prompt == tokenizer.apply_chat_template(before, add_generation_prompt=True, return_dict=False)
             end = template.ends or tokenizer.eos_token
-            assert target[-1] == tokenizer.convert_tokens_to_ids(end) and target[-1] in trained_ends(tokenizer)
+            assert target[-1] == tokenizer.convert_tokens_to_ids(end) and target[-1] in trained_stop_tokens(tokenizer)
             assert target.count(target[-1]) == 1
             rendered = tokenizer.apply_chat_template(before, add_generation_prompt=True, tokenize=False)
             text = rendered + template.lead + messages[number]["content"] + template.trail + end
@@ -201,7 +201,7 @@ def test_tools_and_their_calls_go_through_the_template(name, expected):
     ((prompt, _), *_) = turns_of(Encoder(tokenizer, 4096).examples(row))
     options = {"tools": [TOOL], "add_generation_prompt": True, "return_dict": False}
     assert prompt == tokenizer.apply_chat_template([ASKED], **options)
-    assert tokenizer.convert_tokens_to_ids("<|eom_id|>") in trained_ends(tokenizer) or "eom" not in expected
+    assert tokenizer.convert_tokens_to_ids("<|eom_id|>") in trained_stop_tokens(tokenizer) or "eom" not in expected
 
 
 def test_only_the_messages_that_are_to_be_trained_are():
@@ -276,14 +276,14 @@ def test_generation_stops_where_training_does(tmp_path):
     source = ModelConfig(random=settings, tokenizer="bytes")
     model = load_model(source, torch.float32)
     assert model.generation_config.eos_token_id == 2, "of another tokenizer"
-    set_ends(model, tokenizer, source)
+    set_stop_tokens(model, tokenizer, source)
     model.save_pretrained(tmp_path)
     saved = GenerationConfig.from_pretrained(tmp_path)
     assert saved.eos_token_id == ends and saved.bos_token_id is None
-    set_ends(model, tokenizer, source, chat_template=False)
+    set_stop_tokens(model, tokenizer, source, chat_template=False)
     assert model.generation_config.eos_token_id == [tokenizer.eos_token_id]
     model.generation_config.eos_token_id = 7
-    set_ends(model, tokenizer, ModelConfig(name=str(tmp_path)))
+    set_stop_tokens(model, tokenizer, ModelConfig(name=str(tmp_path)))
     assert model.generation_config.eos_token_id == [7, *ends]
 
 

@@ -1,7 +1,8 @@
-"""One sentence for the whole run: the first rank of a host that has one says it, the others wait for that.
+"""The message with which a run ends: printed once on each host, by the first rank that has one.
 
-A launcher ends all ranks when one ends. So a rank must not leave while another is about to say why, and two must not
-say the same. They share a small file: whoever holds its lock may speak, and writes down that it has.
+A launcher ends all ranks when one ends. So a rank must not exit while another is about to print the reason, and two
+ranks must not print the same message. The ranks of a host share a small file: a rank locks it, prints unless the file
+names an exit code already, and writes its own exit code.
 """
 
 import fcntl
@@ -25,32 +26,32 @@ _STARTED = psutil.Process().create_time()
 _PARENT = os.getppid()
 
 
-def say_for_all(text: str, code: int) -> int:
-    """Prints `text` to stderr, unless another rank of this run has said something on this host.
+def report_exit(text: str, code: int) -> int:
+    """Prints `text` to stderr, unless another rank of this run has printed a message on this host.
 
     Returns:
-        The exit code that goes with what was said: `code`, or that of the rank that has spoken.
+        The exit code that belongs to the printed message: `code`, or that of the other rank.
     """
     if not is_one_of_several():
-        _say(text)
+        _print(text)
         return code
     try:
         with _shared_file() as file:
             earlier = _code_in(file)
             if earlier is not None:
                 return earlier
-            _say(text)
+            _print(text)
             file.seek(0)
             file.truncate()
             json.dump({"code": int(code), "time": time.time()}, file)
             return code
-    except OSError:  # no place for the file: better twice than not at all
-        _say(text)
+    except OSError:  # the shared file cannot be written: printing twice is better than not at all
+        _print(text)
         return code
 
 
-def heard(seconds: float) -> int | None:
-    """The exit code that goes with what another rank has said, waiting for it so long; None if none has spoken."""
+def reported_exit(seconds: float) -> int | None:
+    """The exit code of a rank that has printed a message; waits up to `seconds`, and returns None without one."""
     deadline = time.monotonic() + seconds
     while is_one_of_several():
         with suppress(OSError), _shared_file() as file:
@@ -63,11 +64,11 @@ def heard(seconds: float) -> int | None:
     return None
 
 
-def _say(text: str) -> None:
-    with suppress(OSError, ValueError):  # nobody reads any more
+def _print(text: str) -> None:
+    with suppress(OSError, ValueError):  # stdout or stderr is closed
         sys.stdout.flush()
     with suppress(OSError, ValueError):
-        over_bar = "\r\x1b[K" if sys.stderr.isatty() else ""  # a progress bar may stand in this line
+        over_bar = "\r\x1b[K" if sys.stderr.isatty() else ""  # clears a progress bar in this line
         print(f"{over_bar}{text}", file=sys.stderr, flush=True)
 
 
@@ -88,7 +89,7 @@ def _shared_file() -> Iterator[IO[str]]:
 
 
 def _code_in(file: IO[str]) -> int | None:
-    """What was noted since this process started; a note from before is of an earlier run under the same parent."""
+    """The exit code in the file, or None. One from before this process started is of an earlier run of the parent."""
     try:
         note = json.loads(file.read() or "{}")
     except json.JSONDecodeError:

@@ -1,4 +1,4 @@
-"""The tokens that end an answer: those that training teaches, and so those that generation has to stop at."""
+"""Stop tokens: training teaches the model to end an answer with them, so generation has to stop at them."""
 
 from typing import cast
 
@@ -11,7 +11,7 @@ from lrsa_ds.models.generation import end_tokens
 from lrsa_ds.settings.model import ModelConfig
 
 
-def trained_ends(tokenizer: Tokenizer, chat_template: bool = True) -> list[int]:
+def trained_stop_tokens(tokenizer: Tokenizer, chat_template: bool = True) -> list[int]:
     """The tokens that end what is trained: the tokenizer's own, and those that its chat template ends a turn with."""
     ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if chat_template and tokenizer.chat_template is not None:
@@ -20,14 +20,18 @@ def trained_ends(tokenizer: Tokenizer, chat_template: bool = True) -> list[int]:
     return sorted(set(ends))
 
 
-def set_ends(model: PreTrainedModel, tokenizer: Tokenizer, source: ModelConfig, chat_template: bool = True) -> None:
-    """Lets the generation settings of `model`, which are saved with it, name all tokens of `trained_ends`.
+def set_stop_tokens(
+    model: PreTrainedModel, tokenizer: Tokenizer, source: ModelConfig, chat_template: bool = True
+) -> None:
+    """Adds `trained_stop_tokens` to the generation settings of `model`, which are exported with it.
 
-    What they name already stays, unless it is of another tokenizer, as with random weights.
+    Stop tokens that are set already stay, unless they belong to another tokenizer, as with random weights.
     """
     settings = model.generation_config
     if source.random is not None or source.tokenizer is not None:
         settings.eos_token_id, settings.bos_token_id = None, tokenizer.bos_token_id
-    ends = {*end_tokens(model, tokenizer), *trained_ends(tokenizer, chat_template)}
+    ends = {*end_tokens(model, tokenizer), *trained_stop_tokens(tokenizer, chat_template)}
     settings.eos_token_id = sorted(ends) or None
-    settings._from_model_config = False  # or older versions of transformers read the model's settings in their place
+    settings._from_model_config = (
+        False  # else older versions of transformers read the stop tokens of the model's config
+    )

@@ -1,4 +1,4 @@
-"""A run's directory while it runs: chosen by rank 0, locked against other runs, and with a log of what is said."""
+"""Claims the output directory of a run: rank 0 chooses it and locks it against other runs; console.log is opened."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -14,17 +14,17 @@ from lrsa_ds.parallel.mesh import Mesh
 
 
 @contextmanager
-def occupy(
+def claim(
     output_dir: str | None, run_name: str, mesh: Mesh, enter: Callable[[Path], Any]
 ) -> Iterator[tuple[Path, Any]]:
-    """The directory of a run, which no other run enters meanwhile, and what `enter` returned; the same on every rank.
+    """Locks the directory of a run against other runs; yields it and what `enter` returned, the same on every rank.
 
     Args:
         output_dir: the directory, or None for `outputs/<run_name>/<time>` by rank 0's clock.
-        enter: called on rank 0 once no other run can change the directory: checks it again, marks it and clears it.
+        enter: called on rank 0 under the lock: checks the directory again, marks it and clears it.
 
     Raises:
-        LRSAError: another run is there, the directory cannot be written, or `enter` raised it; on every rank.
+        LRSAError: another run has the lock, the directory cannot be written, or `enter` raised it; on every rank.
     """
     processes = mesh.gather(this_process())
     lock: RunLock | None = None
@@ -42,7 +42,7 @@ def occupy(
             raise LRSAError(f"output_dir={directory} cannot be written: {error.strerror}.") from error
 
     try:
-        # The others hear of the directory when it is clear: they begin to write into it at once.
+        # The other ranks get the directory once it is cleared, since they write into it at once.
         directory, entered = mesh.on_main(take)
         keep_console(Path(directory), mesh.is_main)
         yield Path(directory), entered
