@@ -66,7 +66,7 @@ _MODELS = {f"{name}{state}": MODEL_FILES for name in ("model", "best") for state
 TRAIN = Layout(
     "train",
     (
-        r"COMPLETED|STOPPED|config\.yaml|(metrics|predictions)\.(jsonl|partial)|evaluation\.(txt|png)|trace\.json",
+        r"COMPLETED|STOPPED|config\.yaml|(metrics|predictions|answers)\.(jsonl|partial)|evaluation\.(txt|png)|trace\.json",
         r"wandb_run\.txt|telemetry_\w+\.(json|png)",
         re.escape(CONSOLE),
     ),

@@ -4,6 +4,7 @@
 own, so that no server, and no server's absence, can stop or slow the training.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -13,6 +14,7 @@ from lrsa_ds.logs.wandb_thread import WandbThread, check_wandb
 from lrsa_ds.settings.run import LogConfig
 
 PREDICTIONS = "predictions.jsonl"
+ANSWERS = "answers.jsonl"
 EVAL_METRICS = ("exact_match", "token_accuracy", "nll", "cache_factor")
 
 
@@ -96,8 +98,10 @@ class RunLogger:
             self._evaluation.close()
             self._evaluation = None
 
-    def evaluation(self, rows: list[dict], predictions: list[dict], picture: Path | None) -> None:
-        """Records the new scores and predictions of an evaluation (`lrsa_ds.train.scoring`), and a PNG of all scores.
+    def evaluation(
+        self, rows: list[dict], predictions: list[dict], picture: Path | None, answers: Sequence[dict] = ()
+    ) -> None:
+        """Records what an evaluation has found (`lrsa_ds.train.scoring.Evaluation`), and a PNG of all scores.
 
         Raises:
             LRSAError: the disk is full, or the file is not writable any more.
@@ -106,10 +110,11 @@ class RunLogger:
             return
         for row in rows:
             self._file.write({"kind": "eval", **row})
-        file = JSONLines(self._output_dir / PREDICTIONS)
-        for row in predictions:
-            file.write({"kind": "prediction", **row})
-        file.close()
+        for name, kind, found in ((PREDICTIONS, "prediction", predictions), (ANSWERS, "answer", answers)):
+            file = JSONLines(self._output_dir / name)
+            for row in found:
+                file.write({"kind": kind, **row})
+            file.close()
         if self._wandb:
             # From the files: a run that was resumed shows what it found before, too.
             tables = {"evaluation": self._recorded("metrics.jsonl", "eval")}

@@ -18,7 +18,7 @@ from lrsa_ds.errors import Stopped
 from lrsa_ds.labels import rows_of_smallest
 from lrsa_ds.layers import smallest_of
 from lrsa_ds.logs.journal import keep_rows_until, read_rows
-from lrsa_ds.logs.metrics import PREDICTIONS, RunLogger
+from lrsa_ds.logs.metrics import ANSWERS, PREDICTIONS, RunLogger
 from lrsa_ds.logs.provenance import provenance
 from lrsa_ds.logs.report import draw_evaluation, evaluation_table
 from lrsa_ds.models.adapters import add_adapters, freeze
@@ -72,8 +72,8 @@ def _train_in(
     settings = asdict(config) | {"output_dir": str(directory)}
     first_step = plan.resume.step if plan.resume else 0
     kept_until = first_step if plan.resume else -1  # without a checkpoint what came before the first step is done again
-    earlier = keep_rows_until(directory / "metrics.jsonl", kept_until, mesh.is_main)
-    keep_rows_until(directory / PREDICTIONS, kept_until, mesh.is_main)
+    files = (directory / name for name in ("metrics.jsonl", PREDICTIONS, ANSWERS))
+    earlier, *_ = [keep_rows_until(file, kept_until, mesh.is_main) for file in files]
     if mesh.is_main:
         save_settings(settings, directory / "config.yaml")
     watch = Watch(directory, mesh, config.parallel.timeout)
@@ -321,7 +321,7 @@ def _report(config: TrainConfig, rows: list[dict], new: Evaluation, directory: P
     (directory / "evaluation.txt").write_text(table + "\n", encoding="utf-8")
     picture = directory / "evaluation.png"
     draw_evaluation(rows, picture, f"{config.run_name}: answers under a compressed KV cache")
-    logger.evaluation(new.scores, new.predictions, picture)
+    logger.evaluation(new.scores, new.predictions, picture, new.answers)
 
 
 def _describe(config: TrainConfig, plan: Plan, mesh: Mesh, directory: Path) -> list[str]:

@@ -22,6 +22,7 @@ from lrsa_ds.parallel.mesh import Mesh
 from lrsa_ds.settings.caches import NamedCache, caches_of
 from lrsa_ds.telemetry.measure import Measurement, Telemetry, some_of_each_task
 from lrsa_ds.telemetry.settings import smallest_cache
+from lrsa_ds.train.answers import answer_rows
 from lrsa_ds.train.predictions import ShownAnswers, prediction_row
 from lrsa_ds.train.trainer import Engine, forward, held_of
 
@@ -45,10 +46,12 @@ class Evaluation:
             `num_answers`, which `exact_match` is of.
         predictions: a row for each of a few examples and each cache, with the same names and `exact`, `prompt`,
             `answer` and `prediction`; see `lrsa_ds.train.predictions`.
+        answers: a row for each answer and cache, with `when`, `step` and what `lrsa_ds.train.answers` says.
     """
 
     scores: list[dict]
     predictions: list[dict]
+    answers: list[dict]
 
 
 @torch.no_grad()
@@ -78,7 +81,7 @@ def evaluate(
     shown = ShownAnswers(examples)
     num_answers = torch.tensor([_num_answers(example) for example in examples])
     first_answer = num_answers.cumsum(0) - num_answers
-    found = Evaluation([], [])
+    found = Evaluation([], [], [])
     caches = caches_of(config.attention, config.eval, num_layers(objective_of(engine).lm))
     total, done = len(examples) * len(caches), 0
     for cache in caches:
@@ -96,6 +99,7 @@ def evaluate(
         totals = torch.tensor(mesh.sum(totals.flatten().tolist())).view_as(totals)
         likeliest = shown.found(mesh.sum(shown.tokens_EM.flatten().tolist()))
         name = {"when": moment.when, "step": moment.step}
+        found.answers.extend(name | row for row in answer_rows(examples, cache, totals, num_answers.tolist()))
         found.scores.extend(name | row for row in _score_rows(examples, cache, totals, num_answers))
         of_examples = torch.stack([answers.sum(dim=0) for answers in totals.split(num_answers.tolist())])
         rows = _prediction_rows(examples, cache, of_examples, likeliest, tokenizer)

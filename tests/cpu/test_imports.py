@@ -25,7 +25,7 @@ LAYERS = (
     ("telemetry",),
     ("evaluate",),
     ("train",),
-    ("sweep",),
+    ("sweep", "comparison"),
 )
 
 # The same for the whole project.

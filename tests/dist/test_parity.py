@@ -21,7 +21,7 @@ SHARED = [
     (3, ["--sp-size", 3, "--heads", 6, "--kv-heads", 2, "--micro-batch", 4, "--family", "qwen3"]),
 ]
 # Settings that steps take in turn: first a layer with nothing but sink and window, then dense attention.
-TURNS = '[{"1": {"retention": 0.0, "lag_size": 24}, "rest": 1.0}, {"0-": 1.0}]'
+TURNS = '[{"1": {"retention": 0.0, "lag_size": 12}, "rest": 1.0}, {"0-": 1.0}]'
 PARITY = [
     (1, ["--micro-batch", 2]),
     (2, ["--micro-batch", 1, "--tied", "--checkpointing"]),

@@ -36,6 +36,13 @@ def test_trained_exported_and_evaluated(tmp_path):
     charts = [row for row in wandb_history(wandb_records(output)) if "eval/passkey/nll@0.125" in row][-1]
     assert {"eval/passkey/nll@0.5", "eval/passkey/nll@1 dense + 1 window"} - charts.keys() == {"eval/passkey/nll@0.5"}
 
+    # The scores of single answers are those of all of them.
+    answers = list(map(json.loads, (output / "answers.jsonl").read_text().splitlines()))
+    for row in rows:
+        mine = [a for a in answers if all(a[name] == row[name] for name in ("when", "task", "cache"))]
+        num_tokens = sum(a["num_tokens"] for a in mine)
+        assert len(mine) == row["num_answers"] and sum(a["nll"] for a in mine) == pytest.approx(row["nll"] * num_tokens)
+
     # Every cache that was trained is there, without a warning.
     loaded = lrsa_ds.load(str(output / "model"), device="cpu")
     trained = lrsa_ds.trained_caches(loaded.model)
