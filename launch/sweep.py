@@ -37,6 +37,7 @@ from launch.cli.accelerator import register_resolver  # noqa: E402
 from launch.cli.checkout import CONF, register_checkout  # noqa: E402
 from launch.cli.command import plain_keys  # noqa: E402
 from launch.cli.defaults import fit_defaults  # noqa: E402
+from launch.cli.mistakes import every_mistake  # noqa: E402
 from launch.cli.plugins import typed_with_plugins  # noqa: E402
 from launch.cli.schema import register_schema  # noqa: E402
 from launch.cli.sentences import hydra_sentence, quoted  # noqa: E402
@@ -90,10 +91,13 @@ def base_config(typed: list[str]) -> TrainConfig:
     """The configuration without the swept keys: where the sweep's directory is, and whether the rest is right."""
     others = [o for o in parsed(typed) if not o.is_sweep_override()]
     fixed = [str(o.input_line) for o in others if re.split("[./]", o.key_or_group)[0] not in ("hydra", "sweep")]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        composed = compose("train", fixed)
-        fit_defaults(composed, fixed)
-        return typed_with_plugins(composed, TrainConfig)
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            composed = compose("train", fixed)
+            fit_defaults(composed, fixed)
+            return typed_with_plugins(composed, TrainConfig)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise every_mistake(error, fixed, "train", TrainConfig) from error
 
 
 def sweep_directory(config: TrainConfig) -> Path:

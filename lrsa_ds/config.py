@@ -86,7 +86,7 @@ class TrainConfig:
             "optim.num_epochs needs the number of rows, which data.streaming=true does not know: set optim.num_steps.",
         )
         require(
-            self.optim.warmup_steps <= self.optim.num_steps,
+            self.optim.num_epochs is not None or self.optim.warmup_steps <= self.optim.num_steps,
             f"optim.warmup_steps={self.optim.warmup_steps} is more than optim.num_steps={self.optim.num_steps}.",
         )
 

@@ -6,6 +6,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
 from lrsa_ds.settings.data import MADE_SOURCES
+from lrsa_ds.settings.run import shortened_warmup
 
 
 def fit_defaults(composed: DictConfig, overrides: Sequence[str]) -> dict[str, str]:
@@ -20,8 +21,12 @@ def fit_defaults(composed: DictConfig, overrides: Sequence[str]) -> dict[str, st
     """
     notes = {}
     steps, warmup = composed.optim.num_steps, composed.optim.warmup_steps
-    if 0 < steps < warmup and not _is_typed("optim.warmup_steps", overrides):
-        composed.optim.warmup_steps = fewer = max(1, steps // 10)
+    is_warmup_typed = _is_typed("optim.warmup_steps", overrides)
+    if composed.optim.get("num_epochs") is not None:
+        # How many steps there are is known when the data are read.
+        composed.optim.shorten_warmup |= not is_warmup_typed
+    elif 0 < steps < warmup and not is_warmup_typed:
+        composed.optim.warmup_steps = fewer = shortened_warmup(steps)
         notes["optim.warmup_steps"] = (
             f"optim.warmup_steps={fewer} (its default, {warmup}, is more than optim.num_steps={steps})"
         )

@@ -70,14 +70,24 @@ class ZeroConfig:
         )
 
 
+def shortened_warmup(num_steps: int) -> int:
+    """Warm-up steps of a run that is shorter than the warm-up that the settings have."""
+    return max(1, num_steps // 10)
+
+
 @dataclass(kw_only=True)
 class OptimConfig:
-    """AdamW with linear warm-up and cosine decay to `min_lr_ratio` of the peak."""
+    """AdamW with linear warm-up and cosine decay to `min_lr_ratio` of the peak.
+
+    Args:
+        shorten_warmup: whether a warm-up that is longer than the steps of `num_epochs` becomes a tenth of them.
+    """
 
     lr: float = 1e-5
     num_steps: int = 1000
     num_epochs: float | None = None
     warmup_steps: int = 20
+    shorten_warmup: bool = False
     grad_accum: int = 1
     micro_batch: int = 1
     weight_decay: float = 0.0

@@ -44,6 +44,7 @@ MAY_CHANGE = (
     "zero.gather_layers",
     "zero.reduce_bucket_size",
     "zero.overlap_comm",
+    "optim.shorten_warmup",
     "optim.micro_batch",
     "optim.grad_accum",
     "eval",

@@ -85,7 +85,8 @@ def check_begun(config: TrainConfig) -> None:
         return
     differing = differing_settings(load_settings(directory / "config.yaml"), config)
     if config.optim.num_epochs is not None and "optim.num_epochs" not in differing:
-        differing.pop("optim.num_steps", None)  # counted anew, maybe for another number of ranks
+        for key in ("optim.num_steps", "optim.warmup_steps"):
+            differing.pop(key, None)  # counted anew, maybe for another number of ranks
     require(
         not differing,
         f"output_dir={directory} holds an unfinished run that left no checkpoint, with other settings, "

@@ -23,6 +23,7 @@ from lrsa_ds.models.offload import check_host_memory
 from lrsa_ds.models.patch import PreTrainedModel, check_supported, num_layers
 from lrsa_ds.models.rope import check_reach
 from lrsa_ds.models.tiling import check_tiling
+from lrsa_ds.notices import say_once
 from lrsa_ds.objectives import check_objective
 from lrsa_ds.parallel.mesh import check_world, world_size
 from lrsa_ds.parallel.sequence.strategy import Sharing
@@ -30,6 +31,7 @@ from lrsa_ds.parallel.sequence.ulysses import check_dense
 from lrsa_ds.registry import EXCHANGES
 from lrsa_ds.settings.attention import AttentionConfig
 from lrsa_ds.settings.caches import caches_of
+from lrsa_ds.settings.run import shortened_warmup
 from lrsa_ds.telemetry.settings import check_telemetry
 from lrsa_ds.train.checkpoint import ResumePoint, check_resume, find_checkpoint
 from lrsa_ds.train.output import check_begun, check_output
@@ -150,12 +152,12 @@ def _with_steps(config: TrainConfig, data: RunData) -> TrainConfig:
     else:
         num_replicas = world_size() // config.parallel.sp_size
         num_steps = steps_of_epochs(data, optim.num_epochs, num_replicas * optim.micro_batch * optim.grad_accum)
-    require(
-        optim.warmup_steps <= num_steps,
-        f"optim.num_epochs={optim.num_epochs} makes {num_steps} steps, fewer than optim.warmup_steps="
-        f"{optim.warmup_steps}: lower it.",
-    )
-    return replace(config, optim=replace(optim, num_steps=num_steps))
+    warmup_steps, makes = optim.warmup_steps, f"optim.num_epochs={optim.num_epochs} makes {num_steps} steps"
+    if warmup_steps > num_steps and optim.shorten_warmup:
+        warmup_steps = shortened_warmup(num_steps)
+        say_once(f"optim.warmup_steps={warmup_steps} in place of {optim.warmup_steps}: {makes}.")
+    require(warmup_steps <= num_steps, f"{makes}, fewer than optim.warmup_steps={warmup_steps}: lower it.")
+    return replace(config, optim=replace(optim, num_steps=num_steps, warmup_steps=warmup_steps))
 
 
 def _check_backend(config: TrainConfig, structure: PreTrainedModel, dtype: torch.dtype) -> None:

@@ -46,14 +46,20 @@ def rows(path, count: int) -> str:
     return f"data.path={path}"
 
 
-@pytest.mark.parametrize("streaming", ["false", "true"])
-def test_a_small_file_and_few_steps_are_enough(tmp_path, streaming):
+@pytest.mark.parametrize(
+    "settings,said",
+    [
+        (["data.streaming=true", "optim.num_steps=1"], "=1 (its default, 2, is more than optim.num_steps=1)"),
+        (["optim.num_epochs=0.1"], "=1 in place of 2: optim.num_epochs=0.1 makes 1 steps."),
+    ],
+)
+def test_a_small_file_and_few_steps_are_enough(tmp_path, settings, said):
     """Neither the warm-up nor the number of held-out rows was typed: both give way, and that is said."""
     data = rows(tmp_path / "rows.jsonl", 12)
-    more = ["optim.num_steps=1", "checkpoint.export=false", f"output_dir={tmp_path}/run", f"data.streaming={streaming}"]
+    more = ["checkpoint.export=false", f"output_dir={tmp_path}/run", *settings]
     done = train_alone(*TRAIN, "data=files", data, "eval.before=false", *more)
     assert done.returncode == 0, done.stderr
-    assert "optim.warmup_steps=1 (its default, 2, is more than optim.num_steps=1)" in done.stdout
+    assert f"optim.warmup_steps{said}" in done.stdout + done.stderr
     assert "eval.num_examples=4 is a default" in done.stderr and "has 12 rows: 3 of them are held out" in done.stderr
     assert {row["num_examples"] for row in rows_of(tmp_path / "run", "eval")} == {3}
 
@@ -64,3 +70,6 @@ def test_numbers_that_were_typed_do_not_give_way(capfd, monkeypatch, tmp_path):
     assert "eval.num_examples=4 rows cannot be held out" in refused(capfd, monkeypatch, *command, "eval.num_examples=4")
     said = refused(capfd, monkeypatch, *command, "optim.num_steps=3", "optim.warmup_steps=9")
     assert "optim.warmup_steps=9 is more than optim.num_steps=3" in said
+    few = [*command, "eval.num_examples=1", "optim.num_epochs=0.1", "optim.warmup_steps=9"]
+    said = refused(capfd, monkeypatch, *few)
+    assert "optim.num_epochs=0.1 makes 1 steps, fewer than optim.warmup_steps=9" in said
