@@ -1,7 +1,7 @@
-"""What a run says while it goes: to `metrics.jsonl`, to the terminal, and to Weights & Biases.
+"""Logs a run to `metrics.jsonl`, to the terminal, and to Weights & Biases.
 
-`metrics.jsonl` is the record: each row is in it before the step is over. W&B gets the same rows from a thread of its
-own, so that no server, and no server's absence, can stop or slow the training.
+Each row is written to `metrics.jsonl` before the step ends. A thread sends the same rows to W&B, so a slow or missing
+server neither stops nor slows the training.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ EVAL_METRICS = ("exact_match", "token_accuracy", "nll", "cache_factor")
 
 
 class RunLogger:
-    """Writes down what happens in a run, on the one rank that is `enabled`; on the others every method does nothing.
+    """Logs a run on the one rank that is `enabled`; on the others every method does nothing.
 
     Args:
         output_dir: an existing directory; receives `metrics.jsonl` and `wandb/`.
@@ -44,6 +44,9 @@ class RunLogger:
         enabled: bool = True,
     ):
         self._enabled, self._closed = enabled, False
+        self._progress: Progress | None = None
+        self._evaluation: Progress | None = None
+        self._wandb: WandbThread | None = None
         if not enabled:
             return
         mode = check_wandb(log)
@@ -51,9 +54,8 @@ class RunLogger:
         self._file.write({"kind": "start", **about})
         self._output_dir = Path(output_dir)
         self._shows_progress = log.progress
-        self._progress = Progress(num_steps) if log.progress else None
-        self._evaluation: Progress | None = None
-        self._wandb = None
+        if log.progress:
+            self._progress = Progress(num_steps)
         if mode != "disabled":
             identity = {"project": log.project, "name": log.name or run_name, "group": log.group, "tags": log.tags}
             identity |= {"config": config | {"run": about}}
@@ -61,14 +63,12 @@ class RunLogger:
             self._wandb.start()
 
     def summary(self, row: dict) -> None:
-        """Records what holds of the run as a whole.
+        """Records values of the whole run.
 
         Raises:
             LRSAError: the disk is full, or the file is not writable any more.
         """
-        if not self._enabled:
-            return
-        self._file.write({"kind": "summary", **row})
+        self._write("summary", [row])
         if self._wandb:
             self._wandb.send(lambda wandb, run: run.summary.update(row))
 
@@ -78,9 +78,7 @@ class RunLogger:
         Raises:
             LRSAError: the disk is full, or the file is not writable any more.
         """
-        if not self._enabled:
-            return
-        self._file.write({"kind": "train", **row})
+        self._write("train", [row])
         if self._progress:
             self._progress.show(row)
         if self._wandb:
@@ -108,8 +106,7 @@ class RunLogger:
         """
         if not self._enabled:
             return
-        for row in rows:
-            self._file.write({"kind": "eval", **row})
+        self._write("eval", rows)
         for name, kind, found in ((PREDICTIONS, "prediction", predictions), (ANSWERS, "answer", answers)):
             file = JSONLines(self._output_dir / name)
             for row in found:
@@ -124,15 +121,12 @@ class RunLogger:
     def results(self, rows: list[dict], predictions: list[dict], pictures: dict[str, Path]) -> None:
         """Records the summary of `lrsa_ds.evaluate`: one row for each task, length and cache, and PNGs by name.
 
-        W&B also gets some of what was said, as a table: a row for each of the `predictions`.
+        W&B also gets a table with some of the answers: a row for each of the `predictions`.
 
         Raises:
             LRSAError: the disk is full, or the file is not writable any more.
         """
-        if not self._enabled:
-            return
-        for row in rows:
-            self._file.write({"kind": "result", **row})
+        self._write("result", rows)
         if self._wandb:
             tables = {"results": rows, "predictions": predictions}
             self._wandb.send(lambda wandb, run: run.log(_results_log(wandb, rows, tables, pictures)))
@@ -143,10 +137,7 @@ class RunLogger:
         Raises:
             LRSAError: the disk is full, or the file is not writable any more.
         """
-        if not self._enabled:
-            return
-        for row in rows:
-            self._file.write({"kind": "telemetry", **row})
+        self._write("telemetry", rows)
         if self._wandb:
             table = self._recorded("metrics.jsonl", "telemetry")
             self._wandb.send(lambda wandb, run: run.log(_telemetry_log(wandb, rows, table, picture)))
@@ -157,8 +148,7 @@ class RunLogger:
         Raises:
             LRSAError: the disk is full, or the file is not writable any more.
         """
-        if self._enabled:
-            self._file.write({"kind": "data", **row})
+        self._write("data", [row])
 
     def checkpoint(self, step: int, path: Path, waited: float, took: float) -> None:
         """Records a whole checkpoint: seconds that the training waited for it, and those until it was whole.
@@ -166,14 +156,18 @@ class RunLogger:
         Raises:
             LRSAError: the disk is full, or the file is not writable any more.
         """
-        if not self._enabled:
-            return
-        self._file.write({"kind": "checkpoint", "step": step, "seconds": waited, "seconds_until_whole": took})
+        self._write("checkpoint", [{"step": step, "seconds": waited, "seconds_until_whole": took}])
         background = f", whole after {took:.1f} s" if took > waited + 0.1 else ""
         self.message(f"checkpoint: {path} ({waited:.1f} s{background})")
         if self._wandb:
             values = {"train/step": step, "train/checkpoint_seconds": waited}
             self._wandb.send(lambda wandb, run: run.log(values))
+
+    def _write(self, kind: str, rows: list[dict]) -> None:
+        """Appends rows to `metrics.jsonl`, on the rank that is enabled."""
+        if self._enabled:
+            for row in rows:
+                self._file.write({"kind": kind, **row})
 
     def _recorded(self, file: str, kind: str) -> list[dict]:
         rows = [row for row in read_rows(self._output_dir / file) if row["kind"] == kind]
@@ -221,7 +215,7 @@ def _telemetry_log(wandb: ModuleType, rows: list[dict], table: list[dict], pictu
 
 
 def _share_or_name(row: dict, rows: list[dict]) -> str:
-    """What tells the cache of a row from others: the share that it keeps, or its name where several keep as much."""
+    """Identifies the cache of a row: its retention, or its name where several caches have the same retention."""
     alike = {cache_of(other) for other in rows if other["retention"] == row["retention"]}
     return f"{row['retention']:g}" if len(alike) == 1 else cache_of(row)
 

@@ -7,7 +7,7 @@ from lrsa_ds.data.tokenizer import load_tokenizer
 from lrsa_ds.errors import LRSAError
 from lrsa_ds.hub import hub_error
 from lrsa_ds.settings.model import ModelConfig
-from tests.chat_templates import tokenizer_of
+from tests.chat_tokenizers import tokenizer_of
 
 BYTES = ModelConfig(random={"model_type": "llama"}, tokenizer="bytes")
 

@@ -10,7 +10,8 @@ from lrsa_ds.errors import LRSAError
 from lrsa_ds.models.loading import load_model
 from lrsa_ds.models.stop_tokens import set_stop_tokens, trained_stop_tokens
 from lrsa_ds.settings.model import ModelConfig
-from tests.chat_templates import IM, KINDS, TEMPLATES, tokenizer_of
+from tests.chat_templates import IM, TEMPLATES
+from tests.chat_tokenizers import KINDS, tokenizer_of
 
 QUESTION = {"context": "Some long text.\nMore of it.", "question": "Where is it?", "answer": "Paris"}
 SYSTEM = {"role": "system", "content": "Be kind."}

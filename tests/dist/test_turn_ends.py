@@ -3,7 +3,8 @@
 import json
 import sys
 
-from tests.chat_templates import TEMPLATES, tokenizer_of
+from tests.chat_templates import TEMPLATES
+from tests.chat_tokenizers import tokenizer_of
 from tests.dist.launcher import rows_of, run
 
 ANSWERS = {"Paris": "It is Paris.", "Hello": "in this text", "345": "Think about it", "kind": "Be kind."}
