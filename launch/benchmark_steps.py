@@ -18,6 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import psutil  # noqa: E402
 import torch  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
@@ -71,6 +72,7 @@ def measure(trainer: Trainer, sequences: list[PackedSequence], num_steps: int, d
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
     values = percentiles([1e3 * t for t in times[1:]]) | {"first_step_s": times[0], "peak_gb": peak_memory_gb(device)}
+    values["host_gb"] = psutil.Process().memory_info().rss / 1e9
     values["tokens_per_second"] = metrics["num_tokens"] / (values["ms_p50"] / 1e3)
     for name in ("sent_bytes", "ulysses_bytes"):
         directions = [metrics.get(f"{name}_{direction}", 0) for direction in ("forward", "backward")]
@@ -111,7 +113,9 @@ def benchmark(config: TrainConfig, options: argparse.Namespace) -> bool:
     where = setting(mesh.device) | {"gpus": mesh.world_size, "sp_size": mesh.sp_size, "run": config.run_name}
     where |= {"exchange": config.parallel.exchange if mesh.sp_size > 1 else "", "backend": config.attention.backend}
     where |= {"zero": config.zero.stage, "liger_kernel": config.model.liger_kernel}
-    where |= {"lag_size": config.attention.lag_size}
+    where |= {"lag_size": config.attention.lag_size, "lora_rank": config.model.lora.rank}
+    where |= {"offload_checkpoints": config.memory.offload_checkpoints, "tiled_mlp": config.memory.tiled_mlp}
+    where |= {"offload_optimizer": config.zero.offload_optimizer, "offload_param": config.zero.offload_param}
     if mesh.is_main:
         print(", ".join(f"{key} {value}" for key, value in where.items()), flush=True)
     baseline: dict[int, float] = {}
@@ -124,7 +128,7 @@ def benchmark(config: TrainConfig, options: argparse.Namespace) -> bool:
     return True
 
 
-COLUMNS = ["ms_p20", "ms_p50", "ms_p80", "first_step_s", "peak_gb", "tokens_per_second"]
+COLUMNS = ["ms_p20", "ms_p50", "ms_p80", "first_step_s", "peak_gb", "host_gb", "tokens_per_second"]
 COLUMNS += ["sent_bytes_per_layer", "ulysses_bytes_per_layer"]
 
 
@@ -136,7 +140,7 @@ def line(row: dict, baseline: dict[int, float]) -> str:
     speedup = baseline.setdefault(row["num_tokens"], row["ms_p50"]) / row["ms_p50"]
     return (
         f"{head}{row['ms_p50'] / 1e3:>8.2f} s a step (first {row['first_step_s']:.1f} s){speedup:>7.2f}x"
-        f"{row['tokens_per_second']:>10,.0f} tokens/s{row['peak_gb']:>7.1f} GB"
+        f"{row['tokens_per_second']:>10,.0f} tokens/s{row['peak_gb']:>7.1f} GB{row['host_gb']:>7.1f} GB on the host"
         f"{row['sent_bytes_per_layer'] / 1e6:>9.1f} MB sent a layer"
     )
 

@@ -247,7 +247,7 @@ def test_a_resolved_configuration_reads_back(tmp_path):
         (["attention.selection=random", "attention.value_weight=2"], "value_weight=2.0 has no effect"),
         (["attention=dense", "attention.retention=0.5"], "no effect under dense attention"),
         (["attention=sparse"], "attention/sparse.*dense, lrsa"),
-        (["+recipe=nothing"], "recipe/nothing.*qa_128k, qa_smollm2, smoke"),
+        (["+recipe=nothing"], "recipe/nothing.*lora_8b_1gpu, qa_128k, qa_128k_1gpu"),
         (["recipe=smoke"], r"\+recipe=smoke"),
         (["seq_len=8"], "seq_len=8"),
         (["zero.stage=4"], "zero.stage=4 .*1, 2, 3"),
