@@ -72,6 +72,11 @@ class TrainConfig:
         )
         self._check_that_lrsa_does_something()
         require(
+            self.optim.name != "adamw_8bit" or self.zero.offload_optimizer == self.zero.offload_param == "none",
+            "optim.name=adamw_8bit holds its states on the GPU, and DeepSpeed's offload computes AdamW on the host: "
+            "set zero.offload_optimizer and zero.offload_param to none, or optim.name=adamw.",
+        )
+        require(
             self.activation_checkpointing or not self.memory.offload_checkpoints,
             "memory.offload_checkpoints=true moves what activation checkpointing holds, and activation_checkpointing "
             "is false: set it to true, or the lever to false.",

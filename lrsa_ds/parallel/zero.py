@@ -7,6 +7,7 @@ import deepspeed
 import torch
 
 from lrsa_ds.config import TrainConfig
+from lrsa_ds.parallel.optimizers import make_optimizer
 
 
 def deepspeed_config(config: TrainConfig, dtype: torch.dtype, load_universal: bool = False) -> dict:
@@ -54,22 +55,14 @@ def make_engine(
     layer_classes: list[str],
     load_universal: bool = False,
 ) -> deepspeed.DeepSpeedEngine:
-    """DeepSpeed's engine around `model`, with AdamW and the learning-rate factor `schedule(step)`.
+    """DeepSpeed's engine around `model`, with the optimizer of the run and the learning-rate factor `schedule(step)`.
 
     `layer_classes` names the classes of the decoder layers. Under ZeRO-3 each is gathered as a whole: DeepSpeed's hooks
     around every single module would otherwise take longer than the layers of a small model.
     """
-    optim = config.optim
     if config.zero.stage == 3 and config.zero.gather_layers:
         deepspeed.utils.set_z3_leaf_modules(model, layer_classes)
-    settings = {"lr": optim.lr, "betas": (optim.beta1, optim.beta2), "weight_decay": optim.weight_decay}
-    groups = _parameter_groups(model, optim.weight_decay)
-    if config.zero.offload_optimizer == "cpu" or config.zero.offload_param == "cpu":
-        from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiled at first use, so imported only where it is used
-
-        optimizer = DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
-    else:
-        optimizer = torch.optim.AdamW(groups, fused=torch.cuda.is_available(), **settings)
+    optimizer = make_optimizer(_parameter_groups(model, config.optim.weight_decay), config)
 
     def scheduler(wrapped: torch.optim.Optimizer) -> Any:
         return torch.optim.lr_scheduler.LambdaLR(wrapped, schedule)

@@ -96,8 +96,10 @@ class OptimConfig:
     min_lr_ratio: float = 0.1
     grad_clip: float = 1.0
     on_nan: str = "stop"
+    name: str = "adamw"
 
     def __post_init__(self):
+        require_one_of("optim.name", self.name, ("adamw", "adamw_8bit"))
         require(self.lr > 0, f"optim.lr={self.lr} is not valid: give a number above 0.")
         require_whole("optim.num_steps", self.num_steps, 1)
         epochs = self.num_epochs

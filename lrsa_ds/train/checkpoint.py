@@ -19,7 +19,7 @@ from lrsa_ds.config import TrainConfig
 from lrsa_ds.data.stream import reread
 from lrsa_ds.directories.layout import STEP_FILES, UNIVERSAL_FILES, remove_files
 from lrsa_ds.errors import LRSAError, require
-from lrsa_ds.parallel.mesh import Mesh
+from lrsa_ds.parallel.mesh import Mesh, world_size
 from lrsa_ds.settings.model import ModelConfig
 
 DIRECTORY = "checkpoints"
@@ -115,6 +115,11 @@ def check_resume(point: ResumePoint, config: TrainConfig, data: str) -> ResumePo
         instead = f"{instead}; checkpoint.accept_data_change=true resumes over the data as they are now"
     refused = [said for key, said in differing.items() if not (accept and key in of_data)]
     require(not refused, f"{place} with other settings, {', '.join(refused)}: {instead}.")
+    require(
+        config.optim.name != "adamw_8bit" or point.world_size == world_size(),
+        f"{place} with optim.name=adamw_8bit that {point.world_size} ranks wrote, and states of 8 bits cannot be cut "
+        f"anew for {world_size()}: start as many ranks, or set checkpoint.overwrite=true to start anew.",
+    )
     if data == point.data and not of_data:
         return point
     changes = ", ".join([*differing.values(), *([f"it was {point.data}, and is {data}"] if data != point.data else [])])

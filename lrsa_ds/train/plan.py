@@ -26,6 +26,7 @@ from lrsa_ds.models.tiling import check_tiling
 from lrsa_ds.notices import say_once
 from lrsa_ds.objectives import check_objective
 from lrsa_ds.parallel.mesh import check_world, world_size
+from lrsa_ds.parallel.optimizers import check_optimizer
 from lrsa_ds.parallel.sequence.strategy import Sharing
 from lrsa_ds.parallel.sequence.ulysses import check_dense
 from lrsa_ds.registry import EXCHANGES
@@ -63,7 +64,11 @@ def prepare(config: TrainConfig, procedure: Procedure) -> Plan:
         LRSAError: what is wrong, a sentence for each of the checks that do not depend on each other.
     """
     problems = Problems()
-    for check in (partial(check_wandb, config.log), partial(check_peft, config.model.lora)):
+    for check in (
+        partial(check_wandb, config.log),
+        partial(check_peft, config.model.lora),
+        partial(check_optimizer, config),
+    ):
         with problems.collect():
             check()
     if config.output_dir is not None:

@@ -18,7 +18,7 @@ def test_lora_with_all_levers_and_other_positions(tmp_path):
         "+recipe=lora_8b_1gpu", "model=tiny_qwen2", "model.liger_kernel=false",
         "model.random.max_position_embeddings=512", "seq_len=1024",
         "data.num_workers=0", "attention.lag_size=64", "memory.tile_size=100", "optim.num_steps=2",
-        "optim.warmup_steps=1", "eval.num_examples=1", "log.wandb=disabled", f"output_dir={output}",
+        "optim.warmup_steps=1", "eval.num_examples=1", "optim=adamw_8bit", "log.wandb=disabled", f"output_dir={output}",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "memory: checkpointed activations in host memory, MLPs in 11 tiles" in done.stdout
