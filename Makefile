@@ -23,8 +23,15 @@ setup: $(INSTALLED) $(MODEL) ## make the environment (.venv) and fetch the small
 train: setup ## fine-tune the small model on questions; ARGS="optim.num_steps=10" overrides settings
 	$(DEEPSPEED) $(LAUNCH) launch/train.py +recipe=qa_smollm2 $(ARGS)
 
-test: setup lint ## lint, then all tests; ARGS="tests/cpu -k select" chooses some
+# Coverage is that of the tests in one process: those of several processes and of the commands come on top.
+test: setup lint ## lint, then all tests and their coverage; ARGS="tests/cpu -k select" chooses some
+ifdef ARGS
 	$(BIN)/python -m pytest $(ARGS)
+else
+	$(BIN)/python -m pytest tests/cpu --cov --cov-report=
+	@$(BIN)/python -m coverage report --format=total | sed 's/.*/coverage of tests\/cpu: & %/'
+	$(BIN)/python -m pytest tests/dist tests/gpu tests/multi_gpu
+endif
 
 smoke: setup ## a few training steps in two processes (CPU, or two GPUs)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(DEEPSPEED) --num_accelerators 2 $(LAUNCH) launch/train.py +recipe=smoke $(ARGS)

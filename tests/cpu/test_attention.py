@@ -321,8 +321,8 @@ def test_a_constant_channel_does_not_change_what_the_others_say():
 @pytest.mark.parametrize(
     "setting,said",
     [
-        (dict(retention=0), "attention.retention=0"),
-        (dict(retention=1.5), "above 0 and at most 1"),
+        (dict(retention=-0.1), "attention.retention=-0.1"),
+        (dict(retention=1.5), "attention.retention=1.5"),
         (dict(retention="half"), "attention.retention"),
         (dict(lag_size=0), "attention.lag_size=0"),
         (dict(sink_size=-1), "attention.sink_size=-1"),

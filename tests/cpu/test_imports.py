@@ -1,4 +1,4 @@
-"""Imports flow one way, and each large dependency is known in few places: both are read off the source here."""
+"""Read off the source: imports flow one way, few places know a large dependency, functions and files are short."""
 
 import ast
 from pathlib import Path
@@ -49,6 +49,9 @@ ONLY_IN = {
         "lrsa_ds/train/",
     ),
 }
+
+# A file can be read in a sitting, and a function fits on a screen.
+MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION = 350, 60
 
 LAYER_OF = {module: number for number, modules in enumerate(LAYERS) for module in modules}
 
@@ -112,7 +115,23 @@ def modules_without_layer(root):
     ]
 
 
-CHECKS = (misplaced_dependencies, later_packages, later_layers, modules_without_layer)
+def functions_and_files_too_long(root):
+    found = []
+    for package in PACKAGES:
+        for path in sorted((root / package).rglob("*.py")):
+            source, file = path.read_text(encoding="utf-8"), path.relative_to(root)
+            if (count := len(source.splitlines())) > MOST_LINES_OF_A_FILE:
+                found.append(f"{file} has {count} lines: at most {MOST_LINES_OF_A_FILE}")
+            found += [
+                f"{file}:{node.lineno} {node.name} has {node.end_lineno - node.lineno + 1} lines: at most "
+                f"{MOST_LINES_OF_A_FUNCTION}"
+                for node in ast.walk(ast.parse(source))
+                if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= MOST_LINES_OF_A_FUNCTION
+            ]
+    return found
+
+
+CHECKS = (functions_and_files_too_long, misplaced_dependencies, later_packages, later_layers, modules_without_layer)
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
@@ -134,6 +153,8 @@ def test_project_has_no(check):
         ("lrsa_ds/attention/lrsa.py", "from ..parallel import mesh", later_layers),
         ("lrsa_ds/train/trainer.py", "from lrsa_ds import LRSAConfig", later_layers),
         ("lrsa_ds/unheard_of.py", "", modules_without_layer),
+        ("recipes/qa.py", "x = 1\n" * 351, functions_and_files_too_long),
+        ("recipes/qa.py", "def f():\n" + "    x = 1\n" * 60, functions_and_files_too_long),
     ],
 )
 def test_violation_is_reported(tmp_path, file, source, reported_by):
