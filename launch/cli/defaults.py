@@ -39,7 +39,8 @@ def fit_defaults(composed: DictConfig, overrides: Sequence[str]) -> dict[str, st
 
 
 def _makes_contexts(data: DictConfig) -> bool:
-    return bool(data.get("make_contexts")) or data.source in MADE_SOURCES
+    settings = [data, *(data.get("sources") or ())]
+    return any(one.get("make_contexts") or one.get("source") in MADE_SOURCES for one in settings)
 
 
 def _is_typed(key: str, overrides: Sequence[str]) -> bool:

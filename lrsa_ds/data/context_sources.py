@@ -11,6 +11,8 @@ from lrsa_ds.data.lengths import TokenCounts
 from lrsa_ds.data.packing import Example
 from lrsa_ds.data.passage_contexts import PassageContexts
 from lrsa_ds.data.passages import open_passages
+from lrsa_ds.data.recall import RecallContexts
+from lrsa_ds.data.recall_texts import open_texts
 from lrsa_ds.data.rows import Row
 from lrsa_ds.data.shapes import ToRow
 from lrsa_ds.data.stdlib_qa import StdlibQA
@@ -96,18 +98,23 @@ def open_contexts(
             f"data.questions_per_context={data.questions_per_context} makes conversations, which need a chat template: "
             "set data.chat_template=true and take a tokenizer that has one, or ask 1 question."
         )
-    length = data.context_length or config.seq_len
+    length, questions = data.context_length or config.seq_len, data.questions_per_context
+    counts = TokenCounts(tokenizer)
     if data.source == "stdlib_qa":
-        options = (data.tasks, length, tokenizer, encoder.length, data.num_examples, data.questions_per_context)
+        options = (data.tasks, length, tokenizer, encoder.length, data.num_examples, questions)
         contexts = SplitContexts(StdlibQA("train", seed, *options), StdlibQA("validation", seed, *options))
+    elif data.source == "recall":
+        texts = open_texts(data, seed, to_row)
+        options = (seed, length, data.num_examples, questions, counts, encoder.length, texts.label, texts.fingerprint)
+        train = RecallContexts(texts.train, (), data.recall_tasks, "train", *options)
+        validation = RecallContexts(texts.held_out, texts.train, data.recall_tasks, "validation", *options)
+        contexts = SplitContexts(train, validation, texts.num_bad)
     else:
         split = open_passages(data, seed, num_validation, to_row, config.eval.allow_fewer)
-        options = (seed, length, data.questions_per_context, TokenCounts(tokenizer), encoder.length)
-        options = (*options, split.label, split.fingerprint)
+        options = (seed, length, questions, counts, encoder.length, split.label, split.fingerprint)
         train = PassageContexts(split.train, (), "train", *options)
         validation = PassageContexts(split.held_out, split.train, "validation", *options)
-        num_too_long = _without_too_long(train, validation, data.too_long)
-        contexts = SplitContexts(train, validation, split.num_bad, num_too_long)
+        contexts = SplitContexts(train, validation, split.num_bad, _without_too_long(train, validation, data.too_long))
     return ContextRows(contexts, encoder, num_validation)
 
 

@@ -80,11 +80,14 @@ class Mixture:
         return {place: self._row(epoch, place) for place in places if place < self.num_trained}
 
     def order(self, epoch: int) -> np.ndarray | None:
-        """As of `Rows`; None with weights, where an epoch does not have the rows of another one."""
+        """As of `Rows`; None with weights or contexts, where an epoch does not have the rows of another one."""
         if self.has_weights:
             return None
         sources, draws = self._draws(epoch)
-        orders = [source.order(epoch) + self.first_number[i] for i, source in enumerate(self.sources)]
+        known = [order for source in self.sources if (order := source.order(epoch)) is not None]
+        if len(known) < len(self.sources):
+            return None
+        orders = [order + self.first_number[i] for i, order in enumerate(known)]
         numbers = np.empty(len(sources), dtype=np.int64)
         for i, order in enumerate(orders):
             numbers[sources == i] = order[draws[sources == i] % len(order)]
@@ -99,7 +102,9 @@ class Mixture:
         number, draw = int(sources[place]), int(draws[place])
         source = self.sources[number]
         times, at = divmod(draw, self._sizes[number])
-        return self._numbered(number, source.at(times, [at])[at])
+        # An epoch of contexts may have fewer than the first: the draw that is beyond its end takes its beginning.
+        found = source.at(times, [at]) or source.at(times, [0])
+        return self._numbered(number, *found.values())
 
     def _numbered(self, number: int, row: Row) -> Row:
         return row._replace(index=self.first_number[number] + row.index)

@@ -15,7 +15,7 @@ from lrsa_ds.layers import (
     uniform,
 )
 from lrsa_ds.lrsa_config import LRSAConfig, require_retention
-from lrsa_ds.settings.data import DataConfig
+from lrsa_ds.settings.data import MADE_SOURCES, DataConfig
 from lrsa_ds.settings.model import ModelConfig
 from lrsa_ds.settings.paths import expand_home
 from lrsa_ds.settings.run import LogConfig
@@ -156,13 +156,14 @@ class EvaluateConfig:
                 f"the task {key} needs {key}=PATH, its JSONL files, and {key} is read only for the task {key}.",
             )
         require(
-            ("qa" in self.tasks) == (self.data.source != "stdlib_qa"),
+            ("qa" in self.tasks) == (self.data.source not in MADE_SOURCES),
             "the task qa needs data=files or data=hub, and data are read only for the task qa.",
         )
         require(
-            not self.data.make_contexts,
-            "data.make_contexts=true makes contexts for training, and the task qa asks rows as they are: set it to "
-            "false.",
+            not any(source.makes_contexts for source in [self.data, *map(self.data.of_source, self.data.sources)])
+            or self.data.source in MADE_SOURCES,
+            "contexts are made for training, and the task qa asks rows as they are: leave out data.make_contexts=true, "
+            "and of a mixture what makes contexts.",
         )
         require(
             "perplexity" not in self.tasks or self.cache.prefill != ["after"],

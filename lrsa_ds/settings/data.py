@@ -14,12 +14,24 @@ COLUMNS = ("messages", "conversations", "tools", "system", "prompt", "completion
 COLUMNS += ("context", "question", "answer", "answers", "answer_start", "title", "text", "input_ids", "labels", "task")
 
 # Sources that are made of contexts in any case.
-MADE_SOURCES = ("stdlib_qa",)
+MADE_SOURCES = ("stdlib_qa", "recall")
+
+RECALL_TASKS = ("continue", "fill", "heading", "order")
 
 
 @dataclass(kw_only=True)
 class SourceConfig:
-    """One source of a mixture: files (`path`) or a data set of the hub (`name`), and how often its rows are drawn."""
+    """One source of a mixture, and how often its rows are drawn.
+
+    Files (`path`) or a data set of the hub (`name`), as rows or, with `make_contexts`, as contexts; or a `source` that
+    makes contexts: stdlib_qa, or recall over files, a data set or neither. What is None is that of `data`.
+    """
+
+    source: str | None = None
+    make_contexts: bool = False
+    tasks: list[str] | None = None
+    recall_tasks: list[str] | None = None
+    num_examples: int | None = None
 
     path: Any = None
     validation_path: Any = None
@@ -31,11 +43,21 @@ class SourceConfig:
     weight: float | None = None
 
     def __post_init__(self):
+        kinds = ("files", "hub", *MADE_SOURCES)
+        if self.source is not None:
+            require_one_of("data.sources: source", self.source, kinds)
+        given = (self.path is not None) + (self.name is not None)
         require(
-            (self.path is None) != (self.name is None), "data.sources: give path or name in each source, one of both."
+            given == 1 or (given == 0 and self.source in MADE_SOURCES),
+            "data.sources: give path or name in each source, one of both, or a source that needs neither, "
+            f"{' or '.join(MADE_SOURCES)}.",
         )
         weight = self.weight
         require(weight is None or weight > 0, f"data.sources: weight={weight} is not valid: give a number above 0.")
+
+
+def _makes_contexts(source: SourceConfig) -> bool:
+    return source.make_contexts or source.source in MADE_SOURCES
 
 
 def _source(value: Any) -> SourceConfig:
@@ -66,6 +88,7 @@ class DataConfig:
     streaming: bool = False
     columns: dict[str, str] = field(default_factory=dict)
     tasks: list[str] = field(default_factory=lambda: ["signature", "passkey", "lookup"])
+    recall_tasks: list[str] | None = None
     num_examples: int = 4096
     make_contexts: bool = False
     context_length: int | None = None
@@ -77,7 +100,7 @@ class DataConfig:
     num_workers: int = 1
 
     def __post_init__(self):
-        require_one_of("data.source", self.source, ("stdlib_qa", "files", "hub", "mixture"))
+        require_one_of("data.source", self.source, ("stdlib_qa", "recall", "files", "hub", "mixture"))
         self._check_sources()
         require_one_of("data.on_bad_row", self.on_bad_row, ("error", "skip"))
         require_one_of("data.too_long", self.too_long, ("cut", "drop", "error"))
@@ -98,22 +121,33 @@ class DataConfig:
                 f"data.columns={{{ours}: {theirs!r}}} is not valid: give the name of a column, such as "
                 f"{{{ours}: passage}}.",
             )
+        from_files = self.source == "files" or (self.source == "recall" and self.path is not None)
+        from_hub = self.source == "hub" or (self.source == "recall" and self.name is not None)
         require(
-            self.source == "files" or (self.path is None and self.validation_path is None),
-            "data.path and data.validation_path are read only with data=files: add data=files.",
+            from_files or (self.path is None and self.validation_path is None),
+            "data.path and data.validation_path are read only with data=files or data=recall: add data=files.",
         )
         require(
-            self.source == "hub" or self.name is None,
-            "data.name names a hub data set and is read only with data=hub: add data=hub.",
+            from_hub or self.name is None,
+            "data.name names a hub data set and is read only with data=hub or data=recall: add data=hub.",
         )
         require(
-            self.source == "hub" or (self.subset is None and self.validation_split is None),
+            from_hub or (self.subset is None and self.validation_split is None),
             "data.subset and data.validation_split are read only with data=hub: add data=hub.",
+        )
+        require(
+            not (from_files and from_hub), "data=recall takes its texts from data.path or data.name: give one of both."
         )
         require(self.source != "files" or self.path is not None, "data=files needs data.path, a JSONL or Parquet file.")
         require(self.source != "hub" or self.name is not None, "data=hub needs data.name, a data set of the hub.")
         for task in self.tasks:
             require_one_of("data.tasks", task, ("signature", "passkey", "lookup"))
+        for task in self.recall_tasks or ():
+            require_one_of("data.recall_tasks", task, RECALL_TASKS)
+        require(
+            self.recall_tasks != [],
+            f"data.recall_tasks=[] is not valid: choose among {', '.join(RECALL_TASKS)}, or give null for all.",
+        )
         require(self.tasks != [], "data.tasks=[] is not valid: choose among signature, passkey, lookup.")
         if self.context_length is not None:
             require_whole("data.context_length", self.context_length, 64)
@@ -132,12 +166,12 @@ class DataConfig:
             f"data={self.source}.",
         )
         require(
-            not self.make_contexts or not self.streaming,
-            "data.make_contexts=true needs all passages at hand, which data.streaming=true does not have: set one of "
-            "them to false.",
+            not self.makes_contexts or not self.streaming,
+            "data.streaming=true reads rows in their order, and contexts are made of all of them: set it to false with "
+            "data.make_contexts=true or data=recall.",
         )
         require(
-            self.questions_per_context == 1 or self.makes_contexts,
+            self.questions_per_context == 1 or self.makes_contexts or any(map(_makes_contexts, self.sources)),
             f"data.questions_per_context={self.questions_per_context} is read where contexts are made: add "
             "data.make_contexts=true, or leave it at 1.",
         )
@@ -162,5 +196,8 @@ class DataConfig:
     def of_source(self, source: SourceConfig) -> "DataConfig":
         """These settings for one source of the mixture alone."""
         own = {f.name: getattr(source, f.name) for f in fields(source) if f.name != "weight"}
+        own = {name: value for name, value in own.items() if value is not None}
         own["columns"] = source.columns or self.columns
-        return replace(self, source="hub" if source.path is None else "files", sources=[], **own)
+        own.setdefault("source", "hub" if source.path is None else "files")
+        questions = self.questions_per_context if _makes_contexts(source) else 1
+        return replace(self, sources=[], questions_per_context=questions, **own)

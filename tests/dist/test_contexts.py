@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from lrsa_ds.logs.report import evaluation_table
 from tests.dist.launcher import rows_of, train_alone
 from tests.dist.test_launch import refused
 from tests.helpers import free_port
@@ -64,6 +65,38 @@ def test_a_run_over_contexts_and_its_resume(tmp_path):
     assert [[row[name] for name in names] for row in resumed] == [[row[name] for name in names] for row in steps]
 
 
+def test_a_mixture_of_questions_recall_and_keys(tmp_path):
+    output = tmp_path / "run"
+    made = "{source: recall, num_examples: 8, weight: 1}, {source: stdlib_qa, tasks: [lookup], weight: 1}"
+    sources = f"data.sources=[{{path: {squad(tmp_path / 'squad.json', 16)}, make_contexts: true, weight: 2}}, {made}]"
+    more = ["data=mixture", sources, "data.questions_per_context=2", "data.context_length=1000"]
+    short = ["optim.num_steps=2", "optim.warmup_steps=1", "eval.before=false"]
+    done = train_alone("+recipe=smoke", *more, *short, f"output_dir={output}", "log.wandb=disabled")
+    assert done.returncode == 0, done.stderr
+    tasks = {row["task"] for row in rows_of(output, "eval")}
+    assert tasks == {"qa", "continue", "fill", "heading", "order", "lookup"}
+    table = evaluation_table(rows_of(output, "eval"))
+    assert all(task in table for task in tasks)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["data.recall_tasks=[continue,sum]"], "data.recall_tasks"),
+        (["data.questions_per_context=50"], "data.questions_per_context=50 is more than fits"),
+        (["data.path=PATH"], "line 1: it has no text, which contexts are made of"),
+        (["data.path=PATH", "data.name=a/b"], "data=recall takes its texts from data.path or data.name"),
+    ],
+)
+def test_recall_that_cannot_be_made(capfd, monkeypatch, tmp_path, more, said):
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b"}\n')
+    more = [argument.replace("PATH", str(path)) for argument in more]
+    where = [f"output_dir={tmp_path / 'run'}", "log.wandb=disabled"]
+    assert said in refused(capfd, monkeypatch, "+recipe=smoke", "data=recall", *where, *more)
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
@@ -72,7 +105,7 @@ def test_a_run_over_contexts_and_its_resume(tmp_path):
             "too few for a context of data.context_length=1024",
         ),
         (["data.questions_per_context=20"], "data.questions_per_context=20 is more than fits"),
-        (["data.streaming=true"], "data.make_contexts=true needs all passages at hand"),
+        (["data.streaming=true"], "data.streaming=true reads rows in their order"),
         (["data.make_contexts=false"], "data.questions_per_context=3 is read where contexts are made"),
         (["data.chat_template=false"], "data.questions_per_context=3 makes conversations, which need a chat template"),
     ],
