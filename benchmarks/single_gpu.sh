@@ -27,6 +27,8 @@ part() {
         answers)
             for kind in lrsa dense; do
                 run +recipe=qa_smollm2 attention=$kind model.name="$MODEL" eval.before=false log.wandb=disabled \
+                    attention.lag_size=512 eval.layers=[] 'eval.retentions=[1.0,0.5,0.25,0.125]' \
+                    data.questions_per_context=1 \
                     checkpoint.every=50 output_dir="$OUT/answers_$kind"
             done
             "$PYTHON" benchmarks/table.py "$OUT"/answers_* ;;

@@ -3,11 +3,11 @@
 import json
 import math
 from dataclasses import asdict
-from itertools import groupby
 from pathlib import Path
 
 from lrsa_ds.errors import LRSAError
 from lrsa_ds.labels import retention_name
+from lrsa_ds.layers import written_layers
 from lrsa_ds.logs.journal import without_nan
 from lrsa_ds.logs.metrics import RunLogger
 from lrsa_ds.telemetry.measure import Telemetry
@@ -58,19 +58,28 @@ def sentences(found: Telemetry) -> list[str]:
         chosen.append(step.layer)
         lines.append(
             f"telemetry: {step.nll:.3f} nats with dense layers {', '.join(map(str, sorted(chosen)))}: "
-            f"'{layers_setting(chosen, len(found.layers), found.retention)}'"
+            f"'attention.layers={layers_setting(chosen, len(found.layers), found.retention)}'"
+        )
+    if chosen:
+        lines.append(
+            "telemetry: one model for several caches takes them in turn: "
+            f"'attention.layers={turns_setting(chosen, len(found.layers), found.retention)}'"
         )
     return lines
 
 
 def layers_setting(dense: list[int], num_layers: int, retention: float) -> str:
-    """The setting that makes these layers dense and gives all others `retention`, as it is typed."""
-    parts = []
-    for is_dense, group in groupby(range(num_layers), key=lambda layer: layer in dense):
-        layers = list(group)
-        key = f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else str(layers[0])
-        parts.append(f"{key}: {1.0 if is_dense else retention}")
-    return f"attention.layers={{{', '.join(parts)}}}"
+    """What makes these layers dense and gives all others `retention`, as it is typed in `attention.layers`."""
+    if len(dense) in (0, num_layers):
+        return f"{{0-: {1.0 if dense else retention}}}"
+    return f"{{{written_layers(dense)}: 1.0, rest: {retention}}}"
+
+
+def turns_setting(order: list[int], num_layers: int, retention: float) -> str:
+    """The list that is trained in turn: dense attention, then the first layers of the order dense, in thirds."""
+    counts = dict.fromkeys(-(-len(order) * thirds // 3) for thirds in (3, 2, 1))
+    turns = ["{0-: 1.0}", *(layers_setting(order[:count], num_layers, retention) for count in counts)]
+    return f"[{', '.join(dict.fromkeys(turns))}]"
 
 
 def rows(found: Telemetry) -> list[dict]:

@@ -15,9 +15,11 @@ from launch.cli.checkout import check_fetched, register_checkout
 from launch.cli.schema import register_schema
 from launch.cli.sentences import hydra_sentence
 from lrsa_ds import LRSAConfig
+from lrsa_ds.attention.partition import cache_factor
 from lrsa_ds.config import TrainConfig, save_settings, typed_config
 from lrsa_ds.errors import LRSAError
 from lrsa_ds.evaluate.config import EvaluateConfig
+from lrsa_ds.settings.caches import caches_of
 from lrsa_ds.settings.data import DataConfig, SourceConfig
 from lrsa_ds.settings.model import ModelConfig
 from lrsa_ds.settings.run import ObjectiveConfig
@@ -62,10 +64,30 @@ NEEDED = {
 }
 
 
+NEEDED_BY_RECIPE = {"qa_passages": ["data.path=rows.jsonl"]}
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes_compose(recipe):
-    config = composed(f"+recipe={recipe}")
-    assert config.run_name.startswith(f"{recipe}-lrsa-0.125-")
+    config = composed(f"+recipe={recipe}", *NEEDED_BY_RECIPE.get(recipe, []))
+    attention = "layers" if config.attention.layers else "0.125"
+    assert config.run_name.startswith(f"{recipe}-lrsa-{attention}-")
+
+
+def test_the_small_model_takes_its_caches_in_turn():
+    """Dense, nine, six and three dense layers of 30; dense tuning is evaluated under the same caches."""
+    runs = [composed("+recipe=qa_smollm2", *more) for more in ([], ["attention=dense"])]
+    runs.append(composed("+recipe=qa_passages", "data.path=rows.jsonl"))
+    caches = [caches_of(run.attention, run.eval, 30) for run in runs]
+    names = ["dense", "9 dense + 21 window", "6 dense + 24 window", "3 dense + 27 window"]
+    assert all([cache.name for cache in each] == names for each in caches)
+    assert runs[0].attention.resolved(30).turns == [cache.config for cache in caches[0]]
+    factors = [[cache_factor([8192], cache.config) for cache in each] for each in caches]
+    assert factors[0] == factors[1] == factors[2]
+    assert 8.7 < cache_factor([8192], caches[0][-1].config) < 8.8
+    uniform = composed("+recipe=qa_smollm2", "attention=lrsa", "eval.layers=[]")
+    assert [cache.name for cache in caches_of(uniform.attention, uniform.eval, 30)] == ["dense"]
+    assert uniform.attention.turns == [LRSAConfig(lag_size=128)]
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from lrsa_ds.telemetry import probe as probe_module
 from lrsa_ds.telemetry.answers import find_answers, spelling
 from lrsa_ds.telemetry.measure import Measurement, some_of_each_task
 from lrsa_ds.telemetry.probe import RetentionProbe
-from lrsa_ds.telemetry.report import draw, layers_setting, rows, sentences
+from lrsa_ds.telemetry.report import draw, layers_setting, rows, sentences, turns_setting
 from lrsa_ds.telemetry.settings import every_layer, smallest_cache
 from recipes.longeval import GeneratedSamples
 from tests.cpu.test_config import composed, sentence
@@ -250,10 +250,21 @@ def test_examples_are_taken_from_every_task_in_turn():
 
 @pytest.mark.parametrize("dense", [[], [2], [0, 1, 5], [0, 1, 2, 3, 4, 5]])
 def test_the_printed_setting_can_be_used(dense):
-    setting = layers_setting(dense, 6, 0.125)
+    setting = f"attention.layers={layers_setting(dense, 6, 0.125)}"
     attention = composed(setting).attention.resolved(6).at_step(0)
     assert [attention.at_layer(i).is_dense for i in range(6)] == [i in dense for i in range(6)]
     assert {attention.at_layer(i).retention for i in range(6)} <= {1.0, 0.125}
+
+
+def test_the_printed_list_can_be_used():
+    """Dense, nine, six and three layers in turn, as one setting."""
+    order = [18, 23, 20, 17, 14, 24, 7, 3, 8]
+    attention = composed(f"attention.layers={turns_setting(order, 30, 0.0)}").attention.resolved(30)
+    dense = [[i for i in range(30) if turn.at_layer(i).is_dense] for turn in attention.turns]
+    assert dense == [list(range(30)), sorted(order), sorted(order[:6]), sorted(order[:3])]
+    assert {turn.at_layer(0).num_kept for turn in attention.turns[1:]} == {0}
+    assert turns_setting([1], 2, 0.5) == "[{0-: 1.0}, {1: 1.0, rest: 0.5}]"
+    assert turns_setting([1, 0], 2, 0.5) == "[{0-: 1.0}, {1: 1.0, rest: 0.5}]"
 
 
 @torch.no_grad()
@@ -264,9 +275,10 @@ def test_rows_sentences_and_the_picture(tmp_path):
     assert [row["layer"] for row in written] == [0, 1, 2] and "layers" not in written[0]
     assert [row["layer"] for row in written if row.get("greedy_place") == 1] == [chosen.layer]
     worst = max(found.layers, key=lambda layer: layer.nll_increase)
-    said, setting = sentences(found)
+    said, setting, turns = sentences(found)
     assert f"when they alone are compressed: {worst.layer} (+{worst.nll_increase:.3f})" in said
-    assert f"with dense layers {chosen.layer}: '{layers_setting([chosen.layer], 3, 0.3)}'" in setting
+    assert f"with dense layers {chosen.layer}: 'attention.layers={layers_setting([chosen.layer], 3, 0.3)}'" in setting
+    assert f"'attention.layers=[{{0-: 1.0}}, {{{chosen.layer}: 1.0, rest: 0.3}}]'" in turns
     none = replace(found, layers=[replace(layer, nll_increase=-0.1, answer_kept=None) for layer in found.layers])
     assert "no layer alone loses anything" in sentences(none)[0]
     for name, shown in (("some", found), ("none", none)):

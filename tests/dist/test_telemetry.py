@@ -31,7 +31,7 @@ def test_telemetry_of_a_run_and_of_its_model(tmp_path):
     found = [json.loads((output / f"telemetry_{when}.json").read_text()) for when in ("before", "after")]
     losses = [layer["nll_increase"] for each in found for layer in each["layers"]]
     assert losses == [row["nll_increase"] for row in rows]
-    assert done.stdout.count("telemetry: ") == 4 and "attention.layers={0: " in done.stdout
+    assert done.stdout.count("telemetry: ") == 6 and "attention.layers=[{0-: 1.0}, {" in done.stdout
     for when in ("before", "after"):
         assert imread(output / f"telemetry_{when}.png").std() > 0.05
     _, last = [row for row in wandb_history(wandb_records(output)) if "telemetry_picture/path" in row]
