@@ -120,7 +120,7 @@ def num_held(num_tokens: int, config: AnyConfig) -> float:
     return num_tokens - mean_of(dropped)
 
 
-def mean_of(counts: Sequence[int]) -> float:
+def mean_of(counts: Sequence[float]) -> float:
     """The mean; a whole number where it is one."""
     total = sum(counts)
     return total / len(counts) if total % len(counts) else total // len(counts)

@@ -14,7 +14,6 @@ from transformers.generation import GenerationMixin, GenerationMode
 
 from lrsa_ds.errors import require
 from lrsa_ds.models.cache import LagKVCache
-from lrsa_ds.models.passes import check_unpadded
 
 
 def use_lrsa_cache(model: PreTrainedModel, name: str, new_cache: Callable[[PreTrainedModel], LagKVCache]) -> None:
@@ -46,15 +45,19 @@ def _prepare_cache(
     """Puts the cache of a generation into `inputs`, the keyword arguments of its passes.
 
     Raises:
-        LRSAError: padding, another kind of cache, or assisted decoding.
+        LRSAError: padding at the end of a row, another kind of cache, or assisted decoding.
     """
     require(
         mode != GenerationMode.ASSISTED_GENERATION and not settings.is_assistant,
         "assisted decoding takes tokens back, and a LagKVCache cannot give any: leave out assistant_model and "
         "prompt_lookup_num_tokens.",
     )
-    if inputs.get("attention_mask") is not None:
-        check_unpadded(inputs["attention_mask"])
+    mask = inputs.get("attention_mask")
+    require(
+        mask is None or mask.numel() == 0 or bool((mask[:, -1] != 0).all()),
+        "a prompt ends with padding, behind which `generate` would go on: pad on the left "
+        "(tokenizer.padding_side='left'), and give each prompt at least one token.",
+    )
     cache = inputs.get("past_key_values")
     if cache is None and settings.use_cache:
         require(

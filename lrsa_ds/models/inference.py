@@ -13,7 +13,6 @@ from lrsa_ds.errors import LRSAError, require, require_whole
 from lrsa_ds.layers import from_saved, trained_turns
 from lrsa_ds.models.cache import LagKVCache
 from lrsa_ds.models.loading import load_model
-from lrsa_ds.models.passes import check_unpadded
 from lrsa_ds.models.patch import apply_lrsa, new_cache, to_device
 from lrsa_ds.settings.model import ModelConfig
 
@@ -76,20 +75,23 @@ def prefill(
 
     Args:
         model: a causal language model under `apply_lrsa`.
-        input_ids: [B, n], the next tokens of the sequence, without padding.
+        input_ids: [B, n], the next tokens of each row.
         cache: empty, or behind an earlier `prefill` or `generate`.
         chunks_at_once: chunks of one forward pass: more of them are faster and take more memory, with the same result.
-        attention_mask: [B, n], all ones; without it rows that begin or end with the padding token are refused.
+        attention_mask: [B, n], 1 for tokens and 0 for padding, which may stand on either side; without it rows that
+            begin or end with the padding token are refused.
 
     Returns:
-        The logits of the last token, [B, vocabulary].
+        The logits of the last token of each row, [B, vocabulary].
 
     Raises:
-        LRSAError: there is no token, or there is padding.
+        LRSAError: a row has no token, or it is not said what is padding.
     """
     require_whole("chunks_at_once", chunks_at_once, 1)
     require(input_ids.ndim == 2 and input_ids.numel() > 0, f"input_ids {list(input_ids.shape)} has no tokens.")
-    _check_unpadded(model, input_ids, attention_mask)
+    mask = _token_mask(model, input_ids, attention_mask)
+    if cache.row_lengths is not None or not bool(mask.all()):
+        return _prefill_rows(model, input_ids, cache, chunks_at_once * cache.config.lag_size, mask)
     logits, done = None, 0
     while done < input_ids.shape[1]:
         step = room_in_chunk(cache.get_seq_length(), cache.config) + (chunks_at_once - 1) * cache.config.lag_size
@@ -100,19 +102,43 @@ def prefill(
     return logits[:, -1]
 
 
-def _check_unpadded(model: PreTrainedModel, input_ids: torch.Tensor, mask: torch.Tensor | None) -> None:
+def _prefill_rows(
+    model: PreTrainedModel, input_ids: torch.Tensor, cache: LagKVCache, step: int, mask: torch.Tensor
+) -> torch.Tensor:
+    """`prefill` of rows with padding, `step` columns at a time: the logits of the last token of each row."""
+    last = [row.nonzero()[-1, 0].item() for row in mask]
+    found: dict[int, torch.Tensor] = {}
+    # How padding lay among the columns seen does not matter any more: the cache knows the tokens of each row.
+    lengths = torch.tensor(cache.row_lengths or [cache.get_seq_length()] * len(mask))
+    mask = torch.cat([torch.arange(cache.get_seq_length()) < lengths[:, None], mask.cpu()], dim=1)
+    for done in range(0, input_ids.shape[1], step):
+        part = input_ids[:, done : done + step]
+        ends = [(row, place - done) for row, place in enumerate(last) if done <= place < done + part.shape[1]]
+        keep = torch.tensor([place for _, place in ends] or [0], device=part.device)
+        total = cache.get_seq_length() + part.shape[1]
+        options = dict(past_key_values=cache, use_cache=True, logits_to_keep=keep)
+        logits = model(part, attention_mask=mask[:, :total], **options).logits
+        found |= {row: logits[row, number] for number, (row, _) in enumerate(ends)}
+    return torch.stack([found[row] for row in range(len(mask))])
+
+
+def _token_mask(model: PreTrainedModel, input_ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Which of `input_ids` are tokens, bool [B, n]."""
     if mask is not None:
         require(
             mask.shape == input_ids.shape,
             f"attention_mask {list(mask.shape)} does not fit input_ids {list(input_ids.shape)}.",
         )
-        return check_unpadded(mask)
+        require(bool((mask != 0).any(dim=1).all()), "a row of input_ids has no tokens: all of it is padding.")
+        return mask != 0
+    everything = torch.ones_like(input_ids, dtype=torch.bool)
     settings = model.generation_config
     pad, ends = settings.pad_token_id, settings.eos_token_id
     if pad is None or pad in (ends if isinstance(ends, list) else [ends]) or pad == settings.bos_token_id:
-        return
+        return everything
     require(
         not bool((input_ids[:, [0, -1]] == pad).any()),
-        f"input_ids begin or end with the padding token {pad}, which LRSA would select and keep: give prompts of equal "
-        "length, or one at a time; where it is a token of the text, give attention_mask=torch.ones_like(input_ids).",
+        f"input_ids begin or end with the padding token {pad}: give the attention_mask of the tokenizer, or "
+        "attention_mask=torch.ones_like(input_ids) where it is a token of the text.",
     )
+    return everything

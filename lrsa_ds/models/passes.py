@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from lrsa_ds.attention import AttentionFunction
+from lrsa_ds.attention.ragged import Rows
 from lrsa_ds.errors import LRSAError, require
 from lrsa_ds.lrsa_config import LRSAConfig
-from lrsa_ds.models.cache import LagKVCache
+from lrsa_ds.models.cache import LagKVCache, check_batch
 from lrsa_ds.models.documents import document_lengths, restarting_positions
 
 
@@ -45,7 +46,12 @@ def read_pass(inputs: dict[str, Any], new_cache: Callable[[], LagKVCache]) -> di
     if cache is None and inputs.get("use_cache"):
         cache = new_cache()
     if isinstance(cache, LagKVCache):
-        check_follows(inputs, num_seen, num_rows, num_tokens)
+        rows = read_rows(mask, cache, num_rows, num_tokens)
+        if rows is None:
+            check_follows(inputs, num_seen, num_rows, num_tokens)
+        else:
+            _check_one_document({name: x for name, x in inputs.items() if name != "position_ids"}, num_rows, num_tokens)
+            inputs |= {"rows": rows, "position_ids": _positions_of(rows, inputs).to(tokens.device)}
         return inputs | {"attention_mask": None, "past_key_values": cache}
     if num_seen:
         return inputs  # refused by the attention, which names the cache that is needed
@@ -70,24 +76,9 @@ def _check_sum(lengths: Sequence[int], num_rows: int, num_tokens: int) -> None:
 
 def check_follows(inputs: dict[str, Any], num_seen: int, num_rows: int, num_tokens: int) -> None:
     """Raises LRSAError unless the tokens of a pass are the next ones of the one document that a cache has seen."""
-    mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
-    total = num_seen + num_tokens
-    if mask is not None:
-        check_unpadded(mask)
-        require(
-            mask.shape == (num_rows, total),
-            f"attention_mask {list(mask.shape)} does not fit: the cache has seen {num_seen} tokens and the pass brings "
-            f"{num_tokens}, in {num_rows} rows; give one of {[num_rows, total]}, or none.",
-        )
+    positions, total = inputs.get("position_ids"), num_seen + num_tokens
     positions = None if positions is None else positions.cpu()
-    if num_tokens > 1:
-        told = {name: x for name, x in inputs.items() if name != "attention_mask"} | {"position_ids": positions}
-        given = inputs.get("document_lengths") or document_lengths(told, num_rows, num_tokens) or (num_tokens,)
-        require(
-            len(given) == 1,
-            f"a cache holds one document in each row, and the pass has documents of {given} tokens: give one, or "
-            "use_cache=False in training.",
-        )
+    _check_one_document(inputs | {"position_ids": positions}, num_rows, num_tokens)
     if positions is not None and not bool((positions == torch.arange(num_seen, total)).all()):
         first, last = positions.flatten()[[0, -1]].tolist()
         raise LRSAError(
@@ -97,13 +88,73 @@ def check_follows(inputs: dict[str, Any], num_seen: int, num_rows: int, num_toke
         )
 
 
-def check_unpadded(mask: torch.Tensor) -> None:
-    """Raises LRSAError if a mask of tokens behind a cache, [B, n], has padding."""
+def _check_one_document(inputs: dict[str, Any], num_rows: int, num_tokens: int) -> None:
+    """Raises LRSAError if a pass behind a cache brings several documents."""
+    if num_tokens > 1:
+        told = {name: x for name, x in inputs.items() if name != "attention_mask"}
+        given = inputs.get("document_lengths") or document_lengths(told, num_rows, num_tokens) or (num_tokens,)
+        require(
+            len(given) == 1,
+            f"a cache holds one document in each row, and the pass has documents of {given} tokens: give one, or "
+            "use_cache=False in training.",
+        )
+
+
+def read_rows(mask: torch.Tensor | None, cache: LagKVCache, num_rows: int, num_tokens: int) -> Rows | None:
+    """Where the rows of a pass behind `cache` stand, or None if there is and was no padding.
+
+    Args:
+        mask: of all columns, those that the cache has seen and the new ones: 1 for tokens, 0 for padding. Without it
+            all new columns are tokens.
+
+    Raises:
+        LRSAError: the mask is of another shape, names documents, or is not that under which the cache was filled.
+    """
+    num_seen, seen = cache.get_seq_length(), cache.row_lengths
+    check_batch(len(seen or ()), num_rows)
+    if mask is None:
+        is_token = torch.ones(num_rows, num_tokens, dtype=torch.bool)
+        return None if seen is None else Rows.of_mask(seen, is_token)
+    total = num_seen + num_tokens
     require(
-        bool((mask == 1).all()),
-        "the attention mask has padding, which LRSA would select and keep as if it were tokens: "
-        "give prompts of equal length, or one prompt at a time.",
+        mask.shape == (num_rows, total),
+        f"attention_mask {list(mask.shape)} does not fit: the cache has seen {num_seen} tokens and the pass brings "
+        f"{num_tokens}, in {num_rows} rows; give one of {[num_rows, total]}, or none.",
     )
+    mask = mask.cpu()
+    require(
+        bool(((mask == 0) | (mask == 1)).all()),
+        "behind a cache the attention mask has 1 for tokens and 0 for padding, and nothing else.",
+    )
+    if seen is None and bool((mask == 1).all()):
+        return None
+    before = (num_seen,) * num_rows if seen is None else seen
+    told = tuple(mask[:, :num_seen].sum(1).long().tolist())
+    require(
+        told == before,
+        f"the attention mask counts {list(told)} tokens of the rows as seen, and the cache has seen {list(before)}: "
+        "it cannot drop tokens as padding later; make a new cache and give it the whole text with this mask.",
+    )
+    return Rows.of_mask(before, mask[:, num_seen:] == 1)
+
+
+def _positions_of(rows: Rows, inputs: dict[str, Any]) -> torch.Tensor:
+    """Positions of the tokens in their rows, int64 [B, n]; 0 for padding.
+
+    Raises:
+        LRSAError: the pass was given others.
+    """
+    given = inputs.get("position_ids")
+    given = None if given is None else given.cpu().expand(len(rows.seen), -1)
+    positions = torch.zeros(len(rows.seen), rows.num_columns, dtype=torch.int64)
+    for row, (seen, places) in enumerate(zip(rows.seen, rows.places, strict=True)):
+        positions[row, places] = torch.arange(seen, seen + len(places))
+        require(
+            given is None or torch.equal(given[row, places], positions[row, places]),
+            f"the position_ids of row {row} do not go on from the {seen} tokens that the cache has seen of it: leave "
+            "them out, or count the tokens of each row without padding.",
+        )
+    return positions
 
 
 def attend_rows(

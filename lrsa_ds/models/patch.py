@@ -16,6 +16,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from lrsa_ds.attention import AttentionFunction, lrsa_attention
 from lrsa_ds.attention.cached import cached_attention
+from lrsa_ds.attention.ragged import Rows, ragged_attention
 from lrsa_ds.errors import LRSAError, require
 from lrsa_ds.layers import AnyConfig, describe, from_saved, largest_first, resolve, saved_turns, trained_turns
 from lrsa_ds.lrsa_config import LRSAConfig
@@ -115,13 +116,14 @@ def _describe_cache(model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[
                 f"the cache keeps {kept}, and the model was trained with {said}: its answers may suffer.", stacklevel=3
             )
     cache.is_attended_by_chunk = model.config._attn_implementation == NAME
+    cache.rows = kwargs.get("rows")
     return args, kwargs | {"num_seen": cache.get_seq_length(), "lrsa_config": cache.config}
 
 
 def _release_cache(model: PreTrainedModel, args: tuple, kwargs: dict, output) -> None:
     """After a forward pass: the next one may be that of another model."""
     if isinstance(cache := kwargs.get("past_key_values"), LagKVCache):
-        cache.is_attended_by_chunk = False
+        cache.is_attended_by_chunk, cache.rows = False, None
 
 
 def _check_layers(cache: LagKVCache, count: int) -> None:
@@ -210,11 +212,15 @@ def _lrsa_attention_function(
     lrsa_config: AnyConfig | None = None,
     attend: AttentionFunction = lrsa_attention,
     num_seen: int = 0,
+    rows: Rows | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """The form transformers calls: query [B, H, N, D], key and value [B, G, N, D] to ([B, N, H, D], no weights)."""
     require(attention_mask is None, "LRSA attention makes its own mask: a 4D attention_mask is not supported.")
     config = (lrsa_config or from_saved(module.config.lrsa)).at_layer(module.layer_idx)
+    if rows is not None:
+        output = ragged_attention(query, key, value, rows, config, scaling, module.layer_idx)
+        return output.transpose(1, 2).contiguous(), None
     if num_seen:
         output = cached_attention(query, key, value, num_seen, config, scaling, module.layer_idx)
         return output.transpose(1, 2).contiguous(), None

@@ -236,15 +236,6 @@ def test_a_saved_model_is_loaded_with_its_settings(tmp_path):
         load(tmp_path / "other")
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_is_refused(side):
-    model, ids = make(), tokens(30, batch=2)
-    mask = torch.ones_like(ids)
-    mask[0, slice(0, 4) if side == "left" else slice(26, 30)] = 0
-    with pytest.raises(LRSAError, match=r"attention mask has padding.* equal length"):
-        model.generate(ids, attention_mask=mask, past_key_values=LagKVCache(CONFIG), max_new_tokens=3)
-
-
 def test_mistakes():
     model, ids, cache = make(), tokens(30), LagKVCache(CONFIG)
     prefill(model, ids, cache)

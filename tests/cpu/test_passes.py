@@ -180,24 +180,34 @@ MASKS = {
 
 @pytest.mark.parametrize("place", MASKS)
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float32])
-def test_padding_is_refused_wherever_a_cache_is_filled(place, dtype):
+def test_padding_is_left_out_wherever_a_cache_is_filled(place, dtype):
     model, ids, mask = make(), torch.randint(1, 101, (2, 45)), torch.tensor(MASKS[place]).to(dtype)
+    alone = [model(ids[row : row + 1, mask[row] == 1], use_cache=False).logits[0, -1] for row in range(2)]
+    last = [int((mask[row] == 1).nonzero()[-1]) for row in range(2)]
+    entries = [
+        lambda: model(ids, attention_mask=mask, past_key_values=LagKVCache(CONFIG)).logits[range(2), last],
+        lambda: model(ids, mask, use_cache=True).logits[range(2), last],
+        lambda: prefill(model, ids, LagKVCache(CONFIG), attention_mask=mask),
+    ]
+    for entry in entries:
+        assert (entry() - torch.stack(alone)).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("place", MASKS)
+def test_padding_that_a_cache_has_taken_for_tokens_is_refused(place):
+    model, ids, mask = make(), torch.randint(1, 101, (2, 45)), torch.tensor(MASKS[place])
     cache = LagKVCache(CONFIG)
     prefill(model, ids[:, :-1], cache)
     entries = [
-        lambda: model(ids, attention_mask=mask, past_key_values=LagKVCache(CONFIG)),
-        lambda: model(ids, mask, use_cache=True),
         lambda: model(ids[:, -1:], attention_mask=mask, past_key_values=cache),
         lambda: model.get_decoder()(ids[:, -1:], mask, past_key_values=cache),
-        lambda: prefill(model, ids, LagKVCache(CONFIG), attention_mask=mask),
-        lambda: model.generate(ids, attention_mask=mask, max_new_tokens=3),
-        lambda: model.generate(ids, attention_mask=mask, max_new_tokens=3, use_cache=False),
-        lambda: model.generate(ids, attention_mask=mask, max_new_tokens=3, num_beams=2),
-        lambda: model.generate(ids, attention_mask=mask, past_key_values=LagKVCache(CONFIG), max_new_tokens=3),
         lambda: model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=3),
     ]
+    if place == "only the last":  # which the cache has not seen
+        assert (entries[0]().logits[1] - model(ids[1:], use_cache=False).logits[0, -1]).abs().max() <= 1e-4
+        return
     for entry in entries:
-        with pytest.raises(LRSAError, match=r"attention mask has padding.* equal length"):
+        with pytest.raises(LRSAError, match=r"cannot drop tokens as padding later|pad on the left"):
             entry()
     assert cache.get_seq_length() == 44
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lrsa_ds import LagKVCache, LRSAConfig, apply_lrsa
+from lrsa_ds import LagKVCache, LRSAConfig, apply_lrsa, prefill
 from tests.cpu.test_model import tiny
 from tests.helpers import assert_close
 
@@ -24,3 +24,20 @@ def test_the_cache_is_the_training_pass(steps, selection):
         expected = model(ids, use_cache=False).logits
         parts = [model(part, past_key_values=cache).logits for part in ids.split(steps, dim=1)]
     assert_close(torch.cat(parts, dim=1), expected, 1e-4, "logits")
+
+
+@pytest.mark.parametrize("backend", ["chunked", "flex"])
+def test_rows_of_a_padded_batch_are_those_alone(backend):
+    config = LRSAConfig(sink_size=5, lag_size=64, retention=0.3, backend=backend)
+    model = apply_lrsa(tiny("llama"), config).cuda()
+    ids, lengths = torch.randint(1, 101, (3, 900), device="cuda"), (900, 500, 60)
+    mask = torch.arange(900, device="cuda") >= 900 - torch.tensor(lengths, device="cuda")[:, None]
+    cache = LagKVCache(config)
+    found = [prefill(model, ids, cache, chunks_at_once=20, attention_mask=mask)]
+    following = torch.randint(1, 101, (3, 70), device="cuda")
+    with torch.no_grad():
+        found += [model(column, past_key_values=cache).logits[:, -1] for column in following.split(1, dim=1)]
+        for row, length in enumerate(lengths):
+            whole = torch.cat([ids[row, 900 - length :], following[row]])[None]
+            expected = model(whole, use_cache=False).logits[0, length - 1 :]
+            assert_close(torch.stack(found, dim=1)[row], expected, 1e-4, "logits")

@@ -1,0 +1,112 @@
+"""LRSA attention of rows that stand at different places of their documents, as prompts of different lengths do.
+
+Each row is compressed on its own grid. Keys and values of all rows lie in one tensor, those of each row at its end, so
+that the next token of every row is appended in one place.
+
+Shapes: B rows, H query heads, G KV heads, n columns of the pass, D head dim, A entries of the longest row.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+from lrsa_ds.attention.cached import cached_attention
+from lrsa_ds.attention.lrsa import lrsa_attention
+from lrsa_ds.attention.partition import num_held
+from lrsa_ds.lrsa_config import LRSAConfig
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Where the rows of a pass stand.
+
+    Args:
+        seen: tokens of each row before the pass, without padding.
+        places: for each row the columns of the pass that hold its tokens, int64, ascending; the others are padding.
+        num_columns: n.
+    """
+
+    seen: tuple[int, ...]
+    places: tuple[torch.Tensor, ...]
+    num_columns: int
+
+    @classmethod
+    def of_mask(cls, seen: Sequence[int], is_token: torch.Tensor) -> "Rows":
+        """Those of a pass whose tokens are marked, bool [B, n]."""
+        return cls(tuple(seen), tuple(row.nonzero()[:, 0] for row in is_token), is_token.shape[1])
+
+    @property
+    def seen_after(self) -> tuple[int, ...]:
+        """Tokens of each row after the pass."""
+        return tuple(seen + len(places) for seen, places in zip(self.seen, self.places, strict=True))
+
+    @property
+    def is_unpadded(self) -> bool:
+        return all(len(places) == self.num_columns for places in self.places)
+
+    def tokens_of(self, x: torch.Tensor, row: int) -> torch.Tensor:
+        """The tokens of one row of x [B, heads, n, D]: [1, heads, tokens, D]."""
+        return x[row : row + 1].index_select(2, self.places[row].to(x.device))
+
+    def entries(self, config: LRSAConfig) -> list[int]:
+        """Keys that the last token of each row may see: what the cache holds of it, and the new ones."""
+        return [int(num_held(seen, config)) + len(places) for seen, places in zip(self.seen, self.places, strict=True)]
+
+
+def pack_rows(rows: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Rows [1, G, length, D] in one tensor [B, G, A, D], each at its end, behind zeros."""
+    longest = max(row.shape[2] for row in rows)
+    return torch.cat([pad(row, (0, 0, longest - row.shape[2], 0)) for row in rows])
+
+
+def row_of(x: torch.Tensor, row: int, length: int) -> torch.Tensor:
+    """One row of a tensor of `pack_rows`: [1, G, length, D]."""
+    return x[row : row + 1, :, x.shape[2] - length :]
+
+
+def ragged_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rows: Rows,
+    config: LRSAConfig,
+    scale: float | None = None,
+    layer: int = 0,
+) -> torch.Tensor:
+    """What `cached_attention`, or `lrsa_attention` of a first pass, gives to each row alone.
+
+    Args:
+        q: queries of the new columns, [B, H, n, D].
+        k, v: [B, G, A, D], of each row at its end: what `LagKVCache` holds of it, and its new tokens.
+
+    Returns:
+        [B, H, n, D]; zeros where there is padding.
+    """
+    entries = rows.entries(config)
+    if rows.num_columns == 1 and rows.is_unpadded:
+        return _attend_step(q, k, v, entries, scale)
+    output = q.new_zeros(*q.shape[:3], v.shape[3])
+    for row, (seen, places, length) in enumerate(zip(rows.seen, rows.places, entries, strict=True)):
+        if not len(places):
+            continue
+        queries, keys, values = rows.tokens_of(q, row), row_of(k, row, length), row_of(v, row, length)
+        if seen:
+            found = cached_attention(queries, keys, values, seen, config, scale, layer)
+        else:
+            found = lrsa_attention(queries, keys, values, config, scale=scale, layer=layer)
+        output[row].index_copy_(1, places.to(q.device), found[0].to(q.dtype))
+    return output
+
+
+def _attend_step(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, entries: Sequence[int], scale: float | None
+) -> torch.Tensor:
+    """Attention of one token of each row, [B, H, 1, D], over the entries of the row."""
+    length = k.shape[2]
+    first = length - torch.tensor(entries, device=q.device)
+    mask = (torch.arange(length, device=q.device) >= first[:, None])[:, None, None]
+    # The queries of a group see the same keys: as its rows they need no copy of the keys for each head.
+    grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
+    return scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale).reshape(*q.shape[:3], v.shape[3])
