@@ -24,6 +24,7 @@ from lrsa_ds.models.cache import LagKVCache
 from lrsa_ds.models.generation import use_lrsa_cache
 from lrsa_ds.models.offload import offload_checkpoints
 from lrsa_ds.models.passes import attend_rows, read_pass
+from lrsa_ds.models.structure import other_attention, unfit_decoder, without_dropout
 
 NAME = "lrsa"
 
@@ -53,6 +54,8 @@ def apply_lrsa(
     model.config.lrsa = saved_turns([resolve(each, layers, num_layers(model)) for each in configs])
     model.set_attn_implementation(NAME)
     decoder = model.get_decoder()  # every pass goes through it, also one that is not given to the whole model
+    decoder.config.lrsa = model.config.lrsa  # another object where the model has encoders beside its text model
+    without_dropout(model)
     if _describe_cache not in decoder._forward_pre_hooks.values():
         decoder.register_forward_pre_hook(_read_pass, with_kwargs=True)
         decoder.register_forward_pre_hook(_describe_cache, with_kwargs=True)
@@ -152,11 +155,14 @@ def check_supported(model: PreTrainedModel) -> None:
         model._supports_attention_backend and model._can_set_attn_implementation(),
         f"{name} does not call transformers' attention interface, through which LRSA replaces the attention.",
     )
-    for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+    reason = unfit_decoder(model)
+    require(reason is None, f"{name} {reason}: LRSA cannot take the place of its attention.")
+    for key in ("final_logit_softcapping", "logits_soft_cap", "logit_scale", "logits_scaling"):
         value = getattr(config, key, None)
         require(value in (None, 1), f"{name} changes its logits after the output layer ({key}={value}): not supported.")
     _check_rope(model)
-    layers = [(path, m) for path, m in model.named_modules() if isinstance(getattr(m, "layer_idx", None), int)]
+    own = set(model.get_decoder().modules())  # beside them a model that reads images or sound has encoders
+    layers = [(p, m) for p, m in model.named_modules() if m in own and isinstance(getattr(m, "layer_idx", None), int)]
     for path, module in layers:
         reason = _unlike_causal_attention(module, config)
         require(reason is None, f"layer {module.layer_idx} of {name} ({path}) {reason}: LRSA cannot take its place.")
@@ -188,7 +194,7 @@ def _unlike_causal_attention(module: torch.nn.Module, config: PreTrainedConfig) 
     if layer_types is not None:
         if layer_types[module.layer_idx] != "full_attention":
             return f"is of type {layer_types[module.layer_idx]}"
-    elif getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True):
+    elif _has_window(config):
         return f"has a sliding window of {config.sliding_window} tokens"
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return f"caps its attention scores at {config.attn_logit_softcapping}"
@@ -196,9 +202,16 @@ def _unlike_causal_attention(module: torch.nn.Module, config: PreTrainedConfig) 
         return "has learned attention sinks"
     if getattr(module, "is_causal", True) is False:
         return "is not causal"
-    if getattr(config, "attention_dropout", 0.0):
-        return f"drops attention weights with probability {config.attention_dropout} (attention_dropout)"
-    return None
+    return other_attention(module)
+
+
+def _has_window(config: PreTrainedConfig) -> bool:
+    """Whether a sliding window hides anything: not if it is as long as the positions that the model has."""
+    window = getattr(config, "sliding_window", None)
+    if window is None or not getattr(config, "use_sliding_window", True):
+        return False
+    positions = getattr(config, "max_position_embeddings", None)
+    return positions is None or window < positions
 
 
 def _lrsa_attention_function(

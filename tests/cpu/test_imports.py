@@ -21,6 +21,7 @@ LAYERS = (
     ("models",),
     ("inputs",),
     ("objectives",),
+    ("families",),
     ("logs",),
     ("telemetry",),
     ("evaluate",),
@@ -40,6 +41,7 @@ ONLY_IN = {
         "lrsa_ds/models/",
         "lrsa_ds/data/",
         "lrsa_ds/evaluate/",
+        "lrsa_ds/families/",
         "lrsa_ds/train/output.py",
         "launch/benchmark.py",  # the stock model and cache are its baseline
     ),

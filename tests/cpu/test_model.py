@@ -6,8 +6,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from lrsa_ds import LagKVCache, LRSAConfig, apply_lrsa, lrsa_attention, prefill
 from lrsa_ds.errors import LRSAError
+from lrsa_ds.families.tiny import tiny_model
 from lrsa_ds.models.loading import empty_model, load_model
 from lrsa_ds.models.patch import enable_checkpointing
+from lrsa_ds.notices import say_once
 from lrsa_ds.settings.model import ModelConfig
 from tests.helpers import assert_close
 
@@ -110,13 +112,37 @@ def test_scaling_reaches_the_attention():
         ("gemma2", dict(num_hidden_layers=2), r"Gemma2ForCausalLM"),
         ("gemma3_text", dict(num_hidden_layers=2), r"layer 0 of Gemma3.*sliding_attention"),
         ("gpt_oss", dict(num_local_experts=2, num_experts_per_tok=1), r"layer 0 of GptOss"),
-        ("llama", dict(attention_dropout=0.1), r"layer 0 of LlamaForCausalLM .*attention_dropout"),
+        ("recurrent_gemma", {}, r"RecurrentGemmaForCausalLM"),
+        ("doge", {}, r"layer 0 of Doge.* makes a mask of its own"),
+        ("diffllama", {}, r"layer 0 of DiffLlama.* subtracts two attentions"),
+        ("nemotron", {}, r"NemotronForCausalLM .*NemotronDecoderLayer drops"),
         ("cohere", dict(logit_scale=0.5), r"CohereForCausalLM changes its logits"),
     ],
 )
 def test_models_that_are_refused(family, settings, said):
     with pytest.raises(LRSAError, match=said):
         apply_lrsa(tiny(family, **settings), LRSAConfig())
+
+
+def test_a_window_is_refused_only_where_it_hides_something():
+    apply_lrsa(tiny("mistral", sliding_window=512), LRSAConfig())
+    with pytest.raises(LRSAError, match="sliding window of 511"):
+        apply_lrsa(tiny("mistral", sliding_window=511), LRSAConfig())
+
+
+def test_attention_dropout_is_set_to_0_and_said():
+    say_once.cache_clear()
+    model = tiny("llama", attention_dropout=0.1)
+    with pytest.warns(UserWarning, match="attention_dropout=0.1 of the model is set to 0"):
+        apply_lrsa(model, LRSAConfig(sink_size=2, lag_size=8, retention=0.25)).train()
+    assert model.config.attention_dropout == 0
+    ids = torch.randint(0, 101, (1, 40))
+    assert torch.equal(model(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+
+
+def test_latent_caches_are_refused():
+    with pytest.raises(LRSAError, match=r"layer 0 of DeepseekV3ForCausalLM .* caches a latent"):
+        apply_lrsa(tiny_model("deepseek_v3"), LRSAConfig())
 
 
 @pytest.mark.parametrize(

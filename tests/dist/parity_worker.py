@@ -39,6 +39,11 @@ SEQ_LEN, NUM_SEQUENCES = 160, 4
 # A token that stands nowhere but where a test puts it, and the sequence where it does.
 BAD_TOKEN, BAD_SEQUENCE = 96, 2
 WEIGHT, TEMPERATURE = 0.7, 1.5  # of distillation
+# More experts than a rank has target tokens, so that in every micro-batch some get few tokens or none.
+EXPERTS = {
+    "mixtral": dict(num_local_experts=64, num_experts_per_tok=2, sliding_window=None),
+    "qwen3_moe": dict(num_experts=64, num_experts_per_tok=2, moe_intermediate_size=16),
+}
 SIZES = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
 
 
@@ -68,6 +73,7 @@ def make_model(options):
         num_key_value_heads=options.kv_heads,
         head_dim=8,
         tie_word_embeddings=options.tied,
+        **EXPERTS.get(options.family, {}),
     )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     if options.teacher:  # sharper attention, so that a dense pass predicts something else

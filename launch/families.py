@@ -1,0 +1,38 @@
+"""Which causal language models of the installed transformers LRSA trains: the table in docs/models.md.
+
+    python launch/families.py                  measures every family, and writes docs/models.md and docs/models.json
+    python launch/families.py llama mixtral    prints the rows of some
+
+Builds a tiny random model of each family, and checks it in two processes on the CPU; about four minutes for all.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout, installed or not
+
+from launch.cli.checkout import ROOT
+from lrsa_ds.families.table import measure_all, write_json, write_markdown
+from lrsa_ds.families.tiny import families
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("families", nargs="*", metavar="FAMILY", help="model types; default: all, into docs/")
+    known, chosen = families(), parser.parse_args().families
+    unknown = sorted(set(chosen) - set(known))
+    if unknown:
+        parser.error(f"no such family: {', '.join(unknown)}; transformers has {', '.join(known)}")
+    rows = measure_all(chosen or known)
+    for row in rows:
+        errors = " ".join(f"{name}={error:.0e}" for name, error in (row.errors or {}).items())
+        print(f"{row.family}: {row.verdict} {errors} {row.why}".rstrip())
+    if not chosen:
+        write_json(rows, ROOT / "docs" / "models.json")
+        write_markdown(rows, ROOT / "docs" / "models.md")
+    return int(any(row.verdict == "failed" for row in rows))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

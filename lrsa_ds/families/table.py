@@ -1,0 +1,100 @@
+"""The table of families: measured by two processes, written as JSON for programs and as Markdown for people."""
+
+import json
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+import transformers
+
+from lrsa_ds.families.checks import CHECKS, TOLERANCE, Row, measure, measure_shared
+from lrsa_ds.parallel.mesh import Mesh, start_mesh, stop_mesh
+from lrsa_ds.parallel.rendezvous import free_port
+
+INTRODUCTION = """# Models
+
+Made by `python launch/families.py`, which builds a tiny random model of every family that `AutoModelForCausalLM`
+knows, with every kind of layer that its default configuration has. What LRSA cannot train is refused before a run
+starts, in the sentence that is shown here. The checks: at retention 1 the model predicts what the stock model does; at
+retention 1/4 the training pass predicts what chunk-by-chunk prefill and token-by-token decoding do; packed documents
+are what each is alone; and two ranks that share packed documents get the loss and every gradient of one rank.
+"""
+NUM_RANKS = 2  # that share a sequence
+
+
+def measure_all(names: Sequence[str]) -> list[Row]:
+    """A row for each family, in the order of the names; two processes share the work."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        context = mp.get_context("spawn")
+        results = context.SimpleQueue()
+        mp.start_processes(_rank, (list(names), free_port(), results), nprocs=NUM_RANKS, start_method="spawn")
+    return results.get()
+
+
+def _rank(rank: int, names: list[str], port: int, results: Any) -> None:
+    """One of the two processes: checks half of the families alone, and then shares those that passed."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(NUM_RANKS), "OMP_NUM_THREADS": "1"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    mesh = start_mesh(NUM_RANKS)
+    alone = {name: measure(name) for name in names[rank::NUM_RANKS]}
+    rows = {name: row for part in mesh.gather(alone) for name, row in part.items()}
+    done = [_shared(rows[name], mesh) for name in names]
+    stop_mesh()
+    if rank == 0:
+        results.put(done)
+
+
+def _shared(row: Row, mesh: Mesh) -> Row:
+    return measure_shared(row, mesh) if row.verdict == "passed" else row
+
+
+def write_json(rows: Sequence[Row], path: Path) -> None:
+    """The verdict of each family, why it is not "passed", and the version of transformers; no error figures, which
+    differ from machine to machine."""
+    found = {row.family: {"verdict": row.verdict, "model": row.model, "why": row.why} for row in rows}
+    path.write_text(json.dumps({"transformers": transformers.__version__, "families": found}, indent=1) + "\n")
+
+
+def read_verdicts(path: Path) -> tuple[str, dict[str, str]]:
+    """The version of transformers of a table, and its verdict of each family."""
+    saved = json.loads(path.read_text())
+    return saved["transformers"], {family: row["verdict"] for family, row in saved["families"].items()}
+
+
+def write_markdown(rows: Sequence[Row], path: Path) -> None:
+    counts = {verdict: sum(row.verdict == verdict for row in rows) for verdict in ("passed", "refused", "failed")}
+    unbuilt = len(rows) - sum(counts.values())
+    lines = [
+        INTRODUCTION,
+        f"transformers {transformers.__version__}: of {len(rows)} families **{counts['passed']} pass every check**, "
+        f"{counts['refused']} are refused, {counts['failed']} fail a check, and of {unbuilt} no tiny model could be "
+        "built.",
+        "",
+        "## Families that pass",
+        "",
+        f"Relative errors in fp32; the limit is {TOLERANCE:.0e}.",
+        "",
+        f"| family | model | {' | '.join(CHECKS.values())} |",
+        f"|---|---|{'---|' * len(CHECKS)}",
+        *(_line(row) for row in rows if row.verdict == "passed"),
+        "",
+        "## The others",
+        "",
+        "| family | model | | why |",
+        "|---|---|---|---|",
+        *(f"| {r.family} | {r.model} | {r.verdict} | {r.why.replace('|', '/')} |" for r in rows if r.why),
+    ]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def _line(row: Row) -> str:
+    errors = [f"{row.errors[name]:.0e}" if row.errors and name in row.errors else "" for name in CHECKS]
+    return f"| {row.family} | {row.model} | {' | '.join(errors)} |"

@@ -1,0 +1,56 @@
+"""What in the structure of a model keeps LRSA from taking the place of its attention."""
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterator
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from lrsa_ds.notices import say_once
+
+# Attributes that only attention of that kind has, and what it does; each would pass as plain attention otherwise.
+KINDS = {
+    "expand_kv": "caches a latent from which the keys and values of every head are made, and LRSA keeps single keys",
+    "lambda_q1": "subtracts two attentions (differential attention), and LRSA is one",
+    "prepare_dynamic_mask": "makes a mask of its own from its values (dynamic mask attention)",
+}
+
+
+def other_attention(module: nn.Module) -> str | None:
+    """What an attention layer does that LRSA does not, or None."""
+    return next((reason for name, reason in KINDS.items() if hasattr(module, name)), None)
+
+
+def unfit_decoder(model: PreTrainedModel) -> str | None:
+    """Why passes through the decoder of `model` cannot be told about documents, caches and ranks, or None."""
+    decoder = model.get_decoder()
+    if not isinstance(decoder, PreTrainedModel) or decoder.get_output_embeddings() is not None:
+        return f"gives {type(decoder).__name__} as its decoder, which is none that ends before the output layer"
+    for kind in {type(m) for m in decoder.modules() if type(m).__name__ in (model._no_split_modules or ())}:
+        if issubclass(kind, GradientCheckpointingLayer) and not _hands_on_keywords(kind):
+            return f"does not tell its attention what a pass is told (the forward of {kind.__name__} drops **kwargs)"
+    return None
+
+
+def without_dropout(model: PreTrainedModel) -> None:
+    """LRSA drops no attention weights, so the settings of the model come to say so, and one sentence does."""
+    config = model.config.get_text_config()
+    if getattr(config, "attention_dropout", 0.0):
+        say_once(f"attention_dropout={config.attention_dropout} of the model is set to 0: LRSA drops no weights.")
+        config.attention_dropout = 0.0
+
+
+def _hands_on_keywords(kind: type[nn.Module]) -> bool:
+    """Whether some call in the forward of a layer passes `**kwargs` on; True where there is no source to read."""
+    try:
+        source = textwrap.dedent(inspect.getsource(inspect.unwrap(kind.forward)))
+    except (OSError, TypeError):
+        return True
+    return any(keyword.arg is None for call in _calls(ast.parse(source)) for keyword in call.keywords)
+
+
+def _calls(tree: ast.AST) -> Iterator[ast.Call]:
+    return (node for node in ast.walk(tree) if isinstance(node, ast.Call))
