@@ -63,8 +63,7 @@ def _shrunk(default: PreTrainedConfig, settings: Mapping[str, Any]) -> dict[str,
     small |= {key: _shrunk(part, settings if part is text else {}) for key, part in parts.items()}
     kinds = {key: list(dict.fromkeys(own[key])) for key in PER_LAYER if isinstance(own.get(key), list)}
     if kinds:
-        count = max(2, *(len(kind) for kind in kinds.values()))
-        # the last kind fills up
+        count = max(2, *(len(kind) for kind in kinds.values()))  # a shorter list ends with its last kind several times
         small |= {key: kind + kind[-1:] * (count - len(kind)) for key, kind in kinds.items()}
         small["num_hidden_layers"] = count
     return small | dict(settings)

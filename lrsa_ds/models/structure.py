@@ -38,9 +38,10 @@ def unfit_decoder(model: PreTrainedModel) -> str | None:
 def without_dropout(model: PreTrainedModel) -> None:
     """LRSA drops no attention weights, so the settings of the model come to say so, and one sentence does."""
     config = model.config.get_text_config()
-    if getattr(config, "attention_dropout", 0.0):
-        say_once(f"attention_dropout={config.attention_dropout} of the model is set to 0: LRSA drops no weights.")
-        config.attention_dropout = 0.0
+    for key in ("attention_dropout", "attn_pdrop"):
+        if value := getattr(config, key, 0.0):
+            say_once(f"{key}={value} of the model is set to 0: LRSA drops no attention weights.")
+            setattr(config, key, 0.0)
 
 
 def _hands_on_keywords(kind: type[nn.Module]) -> bool:

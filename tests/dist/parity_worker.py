@@ -40,10 +40,7 @@ SEQ_LEN, NUM_SEQUENCES = 160, 4
 BAD_TOKEN, BAD_SEQUENCE = 96, 2
 WEIGHT, TEMPERATURE = 0.7, 1.5  # of distillation
 # More experts than a rank has target tokens, so that in every micro-batch some get few tokens or none.
-EXPERTS = {
-    "mixtral": dict(num_local_experts=64, num_experts_per_tok=2, sliding_window=None),
-    "qwen3_moe": dict(num_experts=64, num_experts_per_tok=2, moe_intermediate_size=16),
-}
+EXPERTS = {"qwen3_moe": dict(num_experts=64, num_experts_per_tok=2, moe_intermediate_size=16)}
 SIZES = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
 
 

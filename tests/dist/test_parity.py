@@ -44,7 +44,6 @@ PARITY = [
         for layers in ('{"0": 1.0, "1": 0.25}', '{"0": 0.5, "1": null}')
     ),
     # Mixtures of experts: under ZeRO-3 every rank gathers the experts, whether its tokens go to them or not.
-    (2, ["--family", "mixtral", "--checkpointing"]),
     (2, ["--family", "qwen3_moe", "--by-module", "--sp-size", 2]),
     (2, ["--layers", TURNS, "--checkpointing"]),
     *((2, ["--sp-size", 2, "--exchange", exchange, "--layers", TURNS, "--checkpointing"]) for exchange in EXCHANGES),
