@@ -8,7 +8,7 @@ from lrsa_ds import LagKVCache, LRSAConfig, apply_lrsa, lrsa_attention, prefill
 from lrsa_ds.errors import LRSAError
 from lrsa_ds.families.tiny import tiny_model
 from lrsa_ds.models.loading import empty_model, load_model
-from lrsa_ds.models.patch import enable_checkpointing
+from lrsa_ds.models.patch import enable_checkpointing, new_cache
 from lrsa_ds.notices import say_once
 from lrsa_ds.settings.model import ModelConfig
 from tests.helpers import assert_close
@@ -138,6 +138,18 @@ def test_attention_dropout_is_set_to_0_and_said():
     assert model.config.attention_dropout == 0
     ids = torch.randint(0, 101, (1, 40))
     assert torch.equal(model(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+
+
+def test_a_model_that_also_reads_images_is_trained_saved_and_loaded_on_text(tmp_path):
+    """Its settings are those of the text model too, which is another object with another configuration."""
+    model = apply_lrsa(tiny_model("fuyu"), LRSAConfig(sink_size=2, lag_size=8, retention=0.25))
+    model.save_pretrained(tmp_path)
+    loaded = load_model(ModelConfig(name=str(tmp_path)), torch.float32).eval()
+    apply_lrsa(loaded, LRSAConfig(**loaded.config.lrsa))
+    ids = torch.randint(4, 101, (1, 70))
+    expected = model(ids, use_cache=False).logits
+    assert_close(loaded(ids, use_cache=False).logits, expected, 1e-6, "logits")
+    assert_close(prefill(loaded, ids, new_cache(loaded)), expected[:, -1], 1e-5, "last logits of prefilling")
 
 
 def test_latent_caches_are_refused():
