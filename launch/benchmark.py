@@ -36,6 +36,7 @@ from lrsa_ds.attention.kernels.kernel import choose_kernel  # noqa: E402
 from lrsa_ds.attention.partition import partition_table  # noqa: E402
 from lrsa_ds.errors import LRSAError, require_one_of  # noqa: E402
 from lrsa_ds.models.cache import cached_states  # noqa: E402
+from lrsa_ds.models.inference import MAX_TOKENS_AT_ONCE  # noqa: E402
 from lrsa_ds.registry import KERNELS  # noqa: E402
 
 # Shapes of models whose weights do not matter: (hidden, intermediate, layers, query heads, KV heads).
@@ -52,7 +53,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--lag-size", type=int, default=1024)
     parser.add_argument("--heads", type=int, nargs=3, default=[32, 8, 128], metavar=("QUERY", "KV", "DIM"))
     parser.add_argument("--methods", nargs="+", default=[], help="of attention: the names to time; default: all")
-    parser.add_argument("--chunks-at-once", type=int, default=8, help="of prefilling")
+    parser.add_argument("--chunks-at-once", type=int, help="of prefilling; default: as many as --max-tokens-at-once")
+    parser.add_argument("--max-tokens-at-once", type=int, default=MAX_TOKENS_AT_ONCE, help="of prefilling")
     parser.add_argument("--model", choices=SHAPES, default="1.5b", help="of generation; random weights")
     parser.add_argument("--repetitions", type=int, default=10)
     parser.add_argument("--csv", type=Path, default=Path("outputs/benchmark.csv"))
@@ -220,7 +222,7 @@ def generation_rows(options: argparse.Namespace, num_tokens: int, device: torch.
             model(ids, past_key_values=dense, logits_to_keep=1)
             return dense
         compressed = LagKVCache(config)
-        prefill(model, ids, compressed, options.chunks_at_once)
+        prefill(model, ids, compressed, options.chunks_at_once, max_tokens_at_once=options.max_tokens_at_once)
         return compressed
 
     caches: list[Cache] = []

@@ -1,12 +1,24 @@
 """LRSA attention of new tokens behind a compressed cache: the same function as one pass over the whole sequence."""
 
-from dataclasses import replace
+from functools import lru_cache
 
 import torch
+from torch.nn.functional import pad
 
 from lrsa_ds.attention.chunked import attend_causally, attend_chunks
 from lrsa_ds.attention.kept_buffer import gather_kept
-from lrsa_ds.attention.partition import num_compressed_partitions, partition_table, room_in_chunk
+from lrsa_ds.attention.kernels.blocks import BLOCK
+from lrsa_ds.attention.kernels.interval import Intervals
+from lrsa_ds.attention.kernels.kernel import Kernel, choose_kernel
+from lrsa_ds.attention.lrsa import in_one_dtype
+from lrsa_ds.attention.partition import (
+    Chunk,
+    cut,
+    intervals_of,
+    num_compressed_partitions,
+    partition_table,
+    room_in_chunk,
+)
 from lrsa_ds.attention.selection.rule import Partitions
 from lrsa_ds.attention.selection.select import fast_select_partitions
 from lrsa_ds.lrsa_config import LRSAConfig
@@ -31,18 +43,83 @@ def cached_attention(
     Returns:
         [B, H, n, D]. Where the new tokens span several chunks, each chunk sees what it would have seen alone.
     """
+    q, k, v = in_one_dtype(q, k, v)
     num_new = q.shape[2]
+    if num_new >= BLOCK:
+        kernel = choose_kernel(config, q.device, q.dtype, q.shape[3])
+        # As many keys as queries are plain causal attention, for which SDPA has dense kernels.
+        if not kernel.is_readable and not (num_seen == 0 and num_new <= room_in_chunk(0, config)):
+            return cached_attention_on(kernel, q, k, v, num_seen, config, scale, layer)
     if num_new <= room_in_chunk(num_seen, config):
         return attend_causally(q, k, v, scale)
+    chunks, missing = _chunks(num_seen, num_new, config)
+    kept_k, kept_v = _kept(k, v, num_seen, num_new, config, layer)
+    return attend_chunks(q, k, v, kept_k, kept_v, chunks, scale, first_query=num_seen, first_key=missing)
+
+
+def cached_attention_on(
+    kernel: Kernel,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    num_seen: int,
+    config: LRSAConfig,
+    scale: float | None = None,
+    layer: int = 0,
+) -> torch.Tensor:
+    """`cached_attention` in one call of a kernel over [kept buffer | what `k` and `v` hold].
+
+    Queries and keys are padded to powers of two, so that prompts of all lengths compile few shapes; no query sees the
+    padding.
+    """
+    num_new = q.shape[2]
+    kept_k, kept_v = _kept(k, v, num_seen, num_new, config, layer)
+    num_queries, num_keys = _power_of_two(num_new), _power_of_two(kept_k.shape[2] + k.shape[2])
+    intervals = _intervals(num_seen, num_new, config, kept_k.shape[2], num_queries, q.device)
+    tail = (0, 0, 0, num_keys - kept_k.shape[2] - k.shape[2])
+    keys, values = (pad(torch.cat(pair, dim=2), tail) for pair in ((kept_k, k), (kept_v, v)))
+    return kernel.attend(pad(q, (0, 0, 0, num_queries - num_new)), keys, values, intervals, scale)[0][:, :, :num_new]
+
+
+def _power_of_two(count: int) -> int:
+    return max(BLOCK, 1 << (count - 1).bit_length())
+
+
+def _chunks(num_seen: int, num_new: int, config: LRSAConfig) -> tuple[list[Chunk], int]:
+    """The chunks of the new tokens, and how far behind its token each key of the cache's tail stands.
+
+    Token t stands at place t - missing of the keys, if it is not one of the compressed partitions.
+    """
+    chunks = cut(partition_table((num_seen + num_new,), config).chunks, num_seen, num_seen + num_new)
+    return chunks, num_compressed_partitions(num_seen, config) * (config.lag_size - config.num_kept)
+
+
+def _kept(
+    k: torch.Tensor, v: torch.Tensor, num_seen: int, num_new: int, config: LRSAConfig, layer: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The kept buffer that the new tokens see: two [B, G, R, D]; empty if none of them has a history."""
+    documents = partition_table((num_seen + num_new,), config).kept_documents
+    if not documents:
+        return k[:, :, :0], v[:, :, :0]
     num_compressed = num_compressed_partitions(num_seen, config)
-    # Token t stands at place t - missing of k, if it is not one of the compressed partitions.
-    missing = num_compressed * (config.lag_size - config.num_kept)
-    table = partition_table((num_seen + num_new,), config)
-    (document,) = table.kept_documents
     before = config.sink_size + num_compressed * config.num_kept
-    count = document.num_partitions - num_compressed
+    # Within one chunk all that is history has been compressed already.
+    count = max(0, documents[0].num_partitions - num_compressed)
     partitions = Partitions.adjacent(before, count, config.lag_size, k.device, number=num_compressed)
     kept = fast_select_partitions(k, v, partitions, config, layer).flatten(2)
     kept_k, kept_v = (torch.cat([x[:, :, :before], gather_kept(x, kept)], dim=2) for x in (k, v))
-    chunks = [replace(c, q_lo=max(c.q_lo, num_seen)) for c in table.chunks if c.q_hi > num_seen]
-    return attend_chunks(q, k, v, kept_k, kept_v, chunks, scale, first_query=num_seen, first_key=missing)
+    return kept_k, kept_v
+
+
+@lru_cache(maxsize=64)
+def _intervals(
+    num_seen: int, num_new: int, config: LRSAConfig, num_kept: int, num_queries: int, device: torch.device
+) -> Intervals:
+    """What the new tokens see of [kept buffer | keys]; the queries behind them see nothing."""
+    chunks, missing = _chunks(num_seen, num_new, config)
+    hist_lo, hist_hi, win_lo = intervals_of(chunks, device)
+    shift = num_kept - missing
+    own = torch.arange(num_seen, num_seen + num_new, dtype=torch.int32, device=device)
+    ends = (hist_lo, hist_hi, win_lo + shift, own + 1 + shift)
+    lo, hi, also_lo, also_hi = (pad(x, (0, num_queries - num_new)) for x in ends)
+    return Intervals(lo, hi, Intervals(also_lo, also_hi))

@@ -51,7 +51,7 @@ def lrsa_attention(
         f"q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)} do not fit: [batch, heads, tokens, head dim] with "
         "as many tokens each, and query heads a multiple of KV heads.",
     )
-    q, k, v = _in_one_dtype(q, k, v)
+    q, k, v = in_one_dtype(q, k, v)
     lengths = (num_tokens,) if document_lengths is None else tuple(map(int, document_lengths))
     require(sum(lengths) == num_tokens, f"document_lengths sum to {sum(lengths)}, and there are {num_tokens} tokens.")
     has_history = not config.is_dense and max(lengths) > config.dense_prefix_size
@@ -61,8 +61,11 @@ def lrsa_attention(
     return buffered_attention(q, k, v, config, lengths, scale, kernel, layer)
 
 
-def _in_one_dtype(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Under autocast a rotary embedding gives queries and keys in fp32, and a linear layer gives values in bf16."""
+def in_one_dtype(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Queries, keys and values in the dtype to attend in.
+
+    Under autocast a rotary embedding gives queries and keys in fp32, and a linear layer gives values in bf16.
+    """
     device = tensors[0].device.type
     if torch.is_autocast_enabled(device) and all(x.dtype != torch.float64 for x in tensors):
         return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)

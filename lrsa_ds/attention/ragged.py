@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from lrsa_ds.attention.cached import cached_attention
-from lrsa_ds.attention.lrsa import lrsa_attention
+from lrsa_ds.attention.lrsa import in_one_dtype
 from lrsa_ds.attention.partition import num_held
 from lrsa_ds.lrsa_config import LRSAConfig
 
@@ -75,7 +75,7 @@ def ragged_attention(
     scale: float | None = None,
     layer: int = 0,
 ) -> torch.Tensor:
-    """What `cached_attention`, or `lrsa_attention` of a first pass, gives to each row alone.
+    """What `cached_attention` gives to each row alone.
 
     Args:
         q: queries of the new columns, [B, H, n, D].
@@ -84,6 +84,7 @@ def ragged_attention(
     Returns:
         [B, H, n, D]; zeros where there is padding.
     """
+    q, k, v = in_one_dtype(q, k, v)
     entries = rows.entries(config)
     if rows.num_columns == 1 and rows.is_unpadded:
         return _attend_step(q, k, v, entries, scale)
@@ -92,11 +93,8 @@ def ragged_attention(
         if not len(places):
             continue
         queries, keys, values = rows.tokens_of(q, row), row_of(k, row, length), row_of(v, row, length)
-        if seen:
-            found = cached_attention(queries, keys, values, seen, config, scale, layer)
-        else:
-            found = lrsa_attention(queries, keys, values, config, scale=scale, layer=layer)
-        output[row].index_copy_(1, places.to(q.device), found[0].to(q.dtype))
+        found = cached_attention(queries, keys, values, seen, config, scale, layer)
+        output[row].index_copy_(1, places.to(q.device), found[0])
     return output
 
 

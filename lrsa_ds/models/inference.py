@@ -16,6 +16,9 @@ from lrsa_ds.models.loading import load_model
 from lrsa_ds.models.patch import apply_lrsa, new_cache, to_device
 from lrsa_ds.settings.model import ModelConfig
 
+# Tokens of one pass of `prefill`: the activations of an MLP of 9,000 channels then take less than 1 GB in 16 bits.
+MAX_TOKENS_AT_ONCE = 16384
+
 
 class Loaded(NamedTuple):
     """A model with LRSA attention, its tokenizer, and a function that makes an empty cache with its settings.
@@ -66,20 +69,22 @@ def prefill(
     model: PreTrainedModel,
     input_ids: torch.Tensor,
     cache: LagKVCache,
-    chunks_at_once: int = 1,
+    chunks_at_once: int | None = None,
     attention_mask: torch.Tensor | None = None,
+    max_tokens_at_once: int = MAX_TOKENS_AT_ONCE,
 ) -> torch.Tensor:
-    """Runs the tokens that `cache` has not seen through the model: S + 2L first, then L at a time.
+    """Runs the tokens that `cache` has not seen through the model, many chunks in one pass, on the training's kernels.
 
-    The memory that it takes beside the weights is bounded by the cache and the activations of one chunk.
+    The memory that it takes beside the weights is bounded by the cache and the activations of one pass.
 
     Args:
         model: a causal language model under `apply_lrsa`.
         input_ids: [B, n], the next tokens of each row.
         cache: empty, or behind an earlier `prefill` or `generate`.
-        chunks_at_once: chunks of one forward pass: more of them are faster and take more memory, with the same result.
+        chunks_at_once: chunks of one forward pass instead: S + 2L tokens first, then L at a time for 1.
         attention_mask: [B, n], 1 for tokens and 0 for padding, which may stand on either side; without it rows that
             begin or end with the padding token are refused.
+        max_tokens_at_once: tokens of each row in one pass: more are faster and take more memory, with the same result.
 
     Returns:
         The logits of the last token of each row, [B, vocabulary].
@@ -87,19 +92,30 @@ def prefill(
     Raises:
         LRSAError: a row has no token, or it is not said what is padding.
     """
-    require_whole("chunks_at_once", chunks_at_once, 1)
+    if chunks_at_once is not None:
+        require_whole("chunks_at_once", chunks_at_once, 1)
+    require_whole("max_tokens_at_once", max_tokens_at_once, 1)
     require(input_ids.ndim == 2 and input_ids.numel() > 0, f"input_ids {list(input_ids.shape)} has no tokens.")
     mask = _token_mask(model, input_ids, attention_mask)
     if cache.row_lengths is not None or not bool(mask.all()):
-        return _prefill_rows(model, input_ids, cache, chunks_at_once * cache.config.lag_size, mask)
+        step = max_tokens_at_once if chunks_at_once is None else chunks_at_once * cache.config.lag_size
+        return _prefill_rows(model, input_ids, cache, step, mask)
     logits, done = None, 0
     while done < input_ids.shape[1]:
-        step = room_in_chunk(cache.get_seq_length(), cache.config) + (chunks_at_once - 1) * cache.config.lag_size
+        step = _step(cache, chunks_at_once, max_tokens_at_once)
         part = input_ids[:, done : done + step]
         logits = model(part, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         done += part.shape[1]
     assert logits is not None  # there is a token
     return logits[:, -1]
+
+
+def _step(cache: LagKVCache, chunks_at_once: int | None, max_tokens: int) -> int:
+    """Tokens of the next pass: up to the end of a chunk, if that is within `max_tokens`."""
+    room, lag = room_in_chunk(cache.get_seq_length(), cache.config), cache.config.lag_size
+    if chunks_at_once is not None:
+        return room + (chunks_at_once - 1) * lag
+    return min(max_tokens, room + max(0, max_tokens - room) // lag * lag)
 
 
 def _prefill_rows(

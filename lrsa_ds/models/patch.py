@@ -224,7 +224,7 @@ def _lrsa_attention_function(
     document_lengths: tuple[int, ...] | None = None,
     lrsa_config: AnyConfig | None = None,
     attend: AttentionFunction = lrsa_attention,
-    num_seen: int = 0,
+    num_seen: int | None = None,
     rows: Rows | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
@@ -234,7 +234,7 @@ def _lrsa_attention_function(
     if rows is not None:
         output = ragged_attention(query, key, value, rows, config, scaling, module.layer_idx)
         return output.transpose(1, 2).contiguous(), None
-    if num_seen:
+    if num_seen is not None:
         output = cached_attention(query, key, value, num_seen, config, scaling, module.layer_idx)
         return output.transpose(1, 2).contiguous(), None
     require(

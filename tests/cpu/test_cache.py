@@ -9,9 +9,12 @@ import torch
 from transformers import DynamicCache
 
 from lrsa_ds import LagKVCache, LRSAConfig, apply_lrsa, load, prefill, select_kept
+from lrsa_ds.attention.cached import cached_attention, cached_attention_on
 from lrsa_ds.attention.partition import cache_factor, num_held, room_in_chunk
 from lrsa_ds.data.tokenizer import byte_tokenizer
 from lrsa_ds.errors import LRSAError
+from lrsa_ds.models.cache import LagKVLayer
+from lrsa_ds.registry import KERNELS
 from tests.cpu.test_model import FAMILIES, tiny
 from tests.helpers import assert_close
 
@@ -115,7 +118,7 @@ def test_the_kept_are_those_that_selection_names():
     model, ids = make(), tokens(90)
     dense, cache = DynamicCache(), LagKVCache(CONFIG)
     apply_lrsa(model, CONFIG)
-    prefill(model, ids, cache)
+    prefill(model, ids, cache, chunks_at_once=1)
     model.set_attn_implementation("sdpa")
     # Token for token in the same passes: products of other sizes may be rounded otherwise.
     for part in ids.split((CONFIG.dense_prefix_size, *[CONFIG.lag_size] * 8, 7), dim=1):
@@ -272,3 +275,30 @@ def test_a_cache_may_be_emptied_and_used_again():
     cache.reset()
     assert cache.get_seq_length() == 0
     assert torch.equal(prefill(model, ids, cache), first)
+
+
+@pytest.mark.parametrize("kernel", ["chunked", "flex"])
+@pytest.mark.parametrize("retention", [0.3, 1.0])
+@pytest.mark.parametrize("seen,new", [(0, 300), (37, 200), (130, 130), (200, 1), (211, 140), (20, 5)])
+def test_a_pass_on_a_kernel_is_the_readable_one(kernel, retention, seen, new):
+    """Behind any cache, in one chunk and in many; on the CPU FlexAttention runs uncompiled."""
+    config = LRSAConfig(sink_size=5, lag_size=32, retention=retention)
+    k, v = torch.randn(2, 2, 2, seen + new, 16)
+    q, layer = torch.randn(2, 4, new, 16), LagKVLayer(config)
+    if seen:
+        layer.update(k[:, :, :seen], v[:, :, :seen])
+    keys, values = layer.update(k[:, :, seen:], v[:, :, seen:])
+    expected = cached_attention(q, keys, values, seen, config)
+    assert_close(cached_attention_on(KERNELS[kernel], q, keys, values, seen, config), expected, 1e-5, kernel)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 7, 19, 40, 1000])
+def test_prefill_in_parts_of_any_size_keeps_the_same(max_tokens):
+    model, ids = make("qwen3"), tokens(101)
+    cache, expected = LagKVCache(CONFIG), LagKVCache(CONFIG)
+    logits = prefill(model, ids, cache, max_tokens_at_once=max_tokens)
+    assert (logits - prefill(model, ids, expected, chunks_at_once=1)).abs().max() <= 1e-4
+    for found, layer in zip(cache.layers, expected.layers, strict=True):
+        assert_close(found.keys, layer.keys, 1e-5, "keys")
+    with pytest.raises(LRSAError, match="max_tokens_at_once=0"):
+        prefill(model, ids, cache, max_tokens_at_once=0)

@@ -181,3 +181,17 @@ def test_mistakes():
         model(ids[:1, :1], past_key_values=cache)
     with pytest.raises(LRSAError, match=r"counts \[30, 30\] tokens of the rows as seen, .* seen \[30, 20\]"):
         model(ids[:, :1], attention_mask=torch.ones(2, 31), past_key_values=cache)
+
+
+def test_autocast():
+    """Rotary embeddings give queries and keys in fp32 there, and the values are in bf16."""
+    model, (ids, mask) = make(), padded(prompts())
+    for given in (mask, torch.ones_like(mask)):
+        cache = LagKVCache(CONFIG)
+        with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+            prefill(model, ids, cache, chunks_at_once=2, attention_mask=given)
+            found = model(ids[:, :1], past_key_values=cache).logits.float()
+        plain = LagKVCache(CONFIG)
+        prefill(model, ids, plain, attention_mask=given)
+        expected = model(ids[:, :1], past_key_values=plain).logits
+        assert (found - expected).norm() <= 0.05 * expected.norm()

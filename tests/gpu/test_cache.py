@@ -1,9 +1,14 @@
 """The invariant of `tests/cpu/test_cache.py` with the selection in Triton kernels, as caches on GPUs have it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from lrsa_ds import LagKVCache, LRSAConfig, apply_lrsa, prefill
+from lrsa_ds import LagKVCache, LRSAConfig, apply_lrsa, lrsa_attention, prefill
+from lrsa_ds.attention.cached import cached_attention
+from lrsa_ds.attention.kernels.fa4 import what_fa4_misses
+from lrsa_ds.models.cache import LagKVLayer
 from tests.cpu.test_model import tiny
 from tests.helpers import assert_close
 
@@ -41,3 +46,20 @@ def test_rows_of_a_padded_batch_are_those_alone(backend):
             whole = torch.cat([ids[row, 900 - length :], following[row]])[None]
             expected = model(whole, use_cache=False).logits[0, length - 1 :]
             assert_close(torch.stack(found, dim=1)[row], expected, 1e-4, "logits")
+
+
+@pytest.mark.parametrize("backend,dtype,bound", [("flex", torch.float32, 1e-4), ("fa4", torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("max_tokens", [300, 1000, 4000])
+def test_prefill_on_the_kernels_of_training(backend, dtype, bound, max_tokens):
+    if backend == "fa4" and (missing := what_fa4_misses(torch.device("cuda"))):
+        pytest.skip(missing)
+    k, v = torch.randn(2, 1, 2, 3000, 64, device="cuda", dtype=dtype)
+    q = torch.randn(1, 4, 3000, 64, device="cuda", dtype=dtype)
+    config = LRSAConfig(sink_size=5, lag_size=128, retention=0.25, backend=backend)
+    layer, found = LagKVLayer(config), []
+    for start in range(0, 3000, max_tokens):
+        part = slice(start, start + max_tokens)
+        keys, values = layer.update(k[:, :, part], v[:, :, part])
+        found.append(cached_attention(q[:, :, part], keys, values, start, config))
+    expected = lrsa_attention(q.float(), k.float(), v.float(), replace(config, backend="chunked"))
+    assert_close(torch.cat(found, dim=2).float(), expected, bound, backend)

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Prefilling and decoding on one GPU against the dense cache; each part takes less than ten minutes:
+#     benchmarks/inference.sh [tests] [short] [long] [parts]
+set -u
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-.venv/bin/python}
+OUT=${OUT:-outputs/benchmarks}
+mkdir -p "$OUT"
+measure() { "$PYTHON" launch/benchmark.py generation --csv "$OUT/inference.csv" "$@"; }
+
+part() {
+    case $1 in
+        tests) "$PYTHON" -m pytest -q -m gpu tests/gpu/test_cache.py ;;
+        short) measure --num-tokens ${SHORT:-8192 32768} --retention 0.25 0.125 ;;
+        long) measure --num-tokens ${LONG:-131072} --retention 0.25 0.125 ;;
+        parts)  # memory against speed, and passes of one chunk
+            for most in ${PARTS:-4096 65536}; do
+                measure --num-tokens ${LONG:-131072} --retention 0.125 --max-tokens-at-once "$most"
+            done
+            measure --num-tokens ${LONG:-131072} --retention 0.125 --chunks-at-once 1 ;;
+        *) echo "unknown part: $1 (tests, short, long, parts)" >&2; exit 2 ;;
+    esac
+}
+
+for name in ${@:-tests short long parts}; do
+    echo "== $name"
+    part "$name" || exit 1
+done
