@@ -18,7 +18,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import psutil  # noqa: E402
 import torch  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
@@ -32,6 +31,7 @@ from lrsa_ds.parallel.mesh import Mesh, start_mesh, stop_mesh  # noqa: E402
 from lrsa_ds.settings.attention import AttentionConfig  # noqa: E402
 from lrsa_ds.train.plan import Plan, prepare  # noqa: E402
 from lrsa_ds.train.run import build_engine  # noqa: E402
+from lrsa_ds.train.throughput import host_memory_gb  # noqa: E402
 from lrsa_ds.train.trainer import Engine, Trainer, peak_memory_gb, reset_peak_memory  # noqa: E402
 
 NUM_TARGETS = 1024
@@ -72,8 +72,9 @@ def measure(trainer: Trainer, sequences: list[PackedSequence], num_steps: int, d
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
     values = percentiles([1e3 * t for t in times[1:]]) | {"first_step_s": times[0], "peak_gb": peak_memory_gb(device)}
-    values["host_gb"] = psutil.Process().memory_info().rss / 1e9
+    values["host_gb"] = host_memory_gb()
     values["tokens_per_second"] = metrics["num_tokens"] / (values["ms_p50"] / 1e3)
+    values |= trainer.throughput.rates(values["ms_p50"] / 1e3)
     for name in ("sent_bytes", "ulysses_bytes"):
         directions = [metrics.get(f"{name}_{direction}", 0) for direction in ("forward", "backward")]
         values[f"{name}_per_layer"] = sum(directions)
@@ -129,6 +130,7 @@ def benchmark(config: TrainConfig, options: argparse.Namespace) -> bool:
 
 
 COLUMNS = ["ms_p20", "ms_p50", "ms_p80", "first_step_s", "peak_gb", "host_gb", "tokens_per_second"]
+COLUMNS += ["tflops_executed", "tflops_dense", "mfu"]
 COLUMNS += ["sent_bytes_per_layer", "ulysses_bytes_per_layer"]
 
 
@@ -140,7 +142,8 @@ def line(row: dict, baseline: dict[int, float]) -> str:
     speedup = baseline.setdefault(row["num_tokens"], row["ms_p50"]) / row["ms_p50"]
     return (
         f"{head}{row['ms_p50'] / 1e3:>8.2f} s a step (first {row['first_step_s']:.1f} s){speedup:>7.2f}x"
-        f"{row['tokens_per_second']:>10,.0f} tokens/s{row['peak_gb']:>7.1f} GB{row['host_gb']:>7.1f} GB on the host"
+        f"{row['tokens_per_second']:>10,.0f} tokens/s{row['tflops_executed']:>8.1f} TFLOPS"
+        f"{row['peak_gb']:>7.1f} GB{row['host_gb']:>7.1f} GB on the host"
         f"{row['sent_bytes_per_layer'] / 1e6:>9.1f} MB sent a layer"
     )
 

@@ -52,7 +52,7 @@ class Layout:
     command: str
     files: tuple[str, ...]
     folders: dict[str, str] = field(default_factory=dict)
-    kept: tuple[str, ...] = ("wandb",)
+    kept: tuple[str, ...] = ("wandb", "tensorboard", "mlflow")
 
     def is_file(self, name: str) -> bool:
         return any(re.fullmatch(pattern, name) for pattern in self.files)
@@ -67,7 +67,7 @@ TRAIN = Layout(
     "train",
     (
         r"COMPLETED|STOPPED|config\.yaml|(metrics|predictions|answers)\.(jsonl|partial)|evaluation\.(txt|png)|trace\.json",
-        r"wandb_run\.txt|telemetry_\w+\.(json|png)",
+        r"(wandb|mlflow)_run\.txt|telemetry_\w+\.(json|png)",
         re.escape(CONSOLE),
     ),
     {"checkpoints": CHECKPOINT_FILES, "ranks": r"\d+(\.partial)?", **_MODELS},
@@ -76,7 +76,7 @@ EVALUATE = Layout(
     "evaluate",
     (
         r"config\.yaml|metrics\.jsonl|results(\.rank\d+)?\.jsonl(\.partial)?|results\.txt",
-        r"(scores_\d+|needles|perplexity)\.png|wandb_run\.txt|telemetry_\w+\.(json|png)",
+        r"(scores_\d+|needles|perplexity)\.png|(wandb|mlflow)_run\.txt|telemetry_\w+\.(json|png)",
         re.escape(CONSOLE),
     ),
 )

@@ -36,7 +36,7 @@ from lrsa_ds.layers import AnyConfig, describe
 from lrsa_ds.logs.journal import JSONLines, Progress
 from lrsa_ds.logs.metrics import RunLogger
 from lrsa_ds.logs.provenance import provenance
-from lrsa_ds.logs.wandb_thread import check_wandb
+from lrsa_ds.logs.trackers import check_trackers
 from lrsa_ds.models.loading import empty_model, load_model
 from lrsa_ds.models.patch import apply_lrsa, check_supported, num_layers, to_device
 from lrsa_ds.models.rope import check_reach
@@ -73,7 +73,7 @@ def evaluate(
         LRSAError: the configuration cannot be honoured, or `output_dir` holds the results of another one.
     """
     StopRequest()
-    check_wandb(config.log)
+    check_trackers(config.log)
     structure = empty_model(config.model)
     check_supported(structure)
     check_reach(structure.config, config.model.rope, "lengths", max(config.lengths))

@@ -102,7 +102,8 @@ class Progress:
         per_step = seconds / num_timed if num_timed else row.get("step_seconds", 0.0)
         parts = [f"{self._unit} {step}/{self._num_steps}"]
         formats = {"loss": "loss {:.3f}", "lr": "lr {:.1e}", "tokens_per_second": "{:,.0f} tokens/s"}
-        formats["peak_memory_gb"] = "{:.1f} GB"
+        formats |= {"tflops_executed": "{:.1f} TFLOPS", "mfu": "{:.0%} MFU"}
+        formats |= {"peak_memory_gb": "{:.1f} GB", "host_memory_gb": "host {:.1f} GB"}
         parts += [shape.format(row[name]) for name, shape in formats.items() if row.get(name) is not None]
         left = max(0, self._num_steps - step) * per_step
         return "  ".join([*parts, f"{tqdm.format_interval(left)} left"])

@@ -1,23 +1,23 @@
 """Weights & Biases: whether it can be used, and the thread that owns its run."""
 
 import os
-import queue
 import shutil
 import threading
 import uuid
 from collections.abc import Callable
-from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from lrsa_ds.errors import LRSAError, require, require_one_of
 from lrsa_ds.hub import first_line
+from lrsa_ds.logs.tracker import Entry, Identity, Tracker
 from lrsa_ds.settings.run import LogConfig
 
 INIT_SECONDS = 20  # for W&B to reach its server
 FINISH_SECONDS = 20  # for W&B to send what is left when the run ends
 RUN_ID_FILE = "wandb_run.txt"
-CLOSE_SECONDS = 30  # for all that W&B still does when the run ends
 
 
 def check_wandb(log: LogConfig) -> str:
@@ -66,54 +66,59 @@ def _has_key() -> bool:
         raise LRSAError(f"the W&B key is not valid: {first_line(error)}; mend it, or use log.wandb=offline.") from error
 
 
-class WandbThread(threading.Thread):
-    """Owns the W&B run. Rows wait in a queue while W&B looks for its server, and none is lost if it finds none."""
+class WandbThread(Tracker):
+    """The W&B run. Nothing is lost if W&B finds no server."""
 
-    def __init__(self, mode: str, output_dir: Path, identity: dict, say: Callable[[str], None]):
-        super().__init__(name="wandb", daemon=True)  # daemon: it must not keep a failed process alive
-        self._mode, self._output_dir, self._identity, self._say = mode, output_dir, identity, say
-        self._queue = queue.SimpleQueue()
-        self._exit_code = 0
+    service = "W&B"
+    _run: Any = None
 
-    def send(self, log: Callable) -> None:
-        if self.is_alive():
-            self._queue.put(log)
+    def __init__(self, mode: str, output_dir: Path, identity: Identity, say: Callable[[str], None]):
+        super().__init__(output_dir, identity, say)
+        self._mode, self._settings = mode, asdict(identity)
 
-    def close(self, failed: bool) -> None:
-        self._exit_code = int(failed)
-        self._queue.put(None)
-        self.join(CLOSE_SECONDS)
-        if self.is_alive():
-            self._say(f"W&B did not end within {CLOSE_SECONDS} s and was left behind; metrics.jsonl is complete.")
-            # Its first act takes back the exit handler with which W&B would wait for ever when the process ends.
-            threading.Thread(target=_import_wandb().teardown, daemon=True).start()
+    def begin(self) -> None:
+        self._run = self._start_run(_import_wandb())
 
-    def run(self) -> None:
-        run = None
+    def write(self, entry: Entry) -> None:
+        wandb = _import_wandb()
+        log: dict[str, Any] = dict(entry.values)
+        log |= {name: _table(wandb, rows) for name, rows in entry.tables.items() if rows}
+        log |= {name: wandb.Image(str(path)) for name, path in entry.pictures.items()}
+        if log:
+            self._run.log(log | ({} if entry.step is None else {"train/step": entry.step}))
+        if entry.summary:
+            self._run.summary.update(dict(entry.summary))
+
+    def finish(self) -> None:
         try:
-            wandb = _import_wandb()
-            run = self._start_run(wandb)
-            while (log := self._queue.get()) is not None:
-                log(wandb, run)
-            self._finish(run)
-        except Exception as error:  # whatever happens to W&B, training continues
-            self._say(f"W&B is off for the rest of this run ({first_line(error)}); metrics.jsonl is still written.")
-            if run is not None:
-                with suppress(Exception):
-                    run.finish(exit_code=1)
-        # Ends W&B's background process, which otherwise stays until this one exits. SystemExit is how it reports.
-        with suppress(Exception, SystemExit):
-            _import_wandb().teardown()
+            self._run.finish(exit_code=int(self.failed))
+        except TimeoutError:
+            self.say(
+                f"W&B could not send everything within {FINISH_SECONDS} s; nothing is lost, to send the rest: "
+                f"wandb sync {Path(self._run.dir).parent}"
+            )
+
+    def give_up(self) -> None:
+        if self._run is not None:
+            self._run.finish(exit_code=1)
+
+    def clean_up(self) -> None:
+        # Ends W&B's background process, which otherwise stays until this one exits.
+        _import_wandb().teardown()
+
+    def left_behind(self) -> None:
+        # Its first act takes back the exit handler with which W&B would wait for ever when the process ends.
+        threading.Thread(target=_import_wandb().teardown, daemon=True).start()
 
     def _start_run(self, wandb: ModuleType):
         # A run that resumes is the same run there.
-        known = self._output_dir / RUN_ID_FILE
+        known = self.output_dir / RUN_ID_FILE
         if known.exists():
-            self._identity |= {"id": known.read_text().strip(), "resume": "allow"}
+            self._settings |= {"id": known.read_text().strip(), "resume": "allow"}
         else:
-            self._identity["id"] = uuid.uuid4().hex[:8]
-        attempts = f"wandb/run-*-{self._identity['id']}"
-        earlier, problem = set(self._output_dir.glob(attempts)), None
+            self._settings["id"] = uuid.uuid4().hex[:8]
+        attempts = f"wandb/run-*-{self._settings['id']}"
+        earlier, problem = set(self.output_dir.glob(attempts)), None
         try:
             run = self._init(wandb, self._mode)
         except (wandb.Error, TimeoutError) as error:
@@ -122,7 +127,7 @@ class WandbThread(threading.Thread):
             problem = first_line(error)
             wandb.teardown()  # its process would call the run's own identity "in use"
             # What this attempt left behind, in which nothing is recorded. No other directory of W&B is ever removed.
-            for empty in set(self._output_dir.glob(attempts)) - earlier:
+            for empty in set(self.output_dir.glob(attempts)) - earlier:
                 shutil.rmtree(empty, ignore_errors=True)
             run = self._init(wandb, "offline")
         run.define_metric("train/step")
@@ -130,19 +135,10 @@ class WandbThread(threading.Thread):
             run.define_metric(group, step_metric="train/step")
         if run.offline:
             reason = f"W&B is offline ({problem})" if problem else "W&B is offline"
-            self._say(f"{reason}; to send this run later: wandb sync {Path(run.dir).parent}")
+            self.say(f"{reason}; to send this run later: wandb sync {Path(run.dir).parent}")
         else:
-            self._say(f"W&B: {run.url}")
+            self.say(f"W&B: {run.url}")
         return run
-
-    def _finish(self, run) -> None:
-        try:
-            run.finish(exit_code=self._exit_code)
-        except TimeoutError:
-            self._say(
-                f"W&B could not send everything within {FINISH_SECONDS} s; nothing is lost, to send the rest: "
-                f"wandb sync {Path(run.dir).parent}"
-            )
 
     def _init(self, wandb: ModuleType, mode: str):
         settings = wandb.Settings(
@@ -155,6 +151,11 @@ class WandbThread(threading.Thread):
             disable_code=True,
             save_code=False,
         )
-        run = wandb.init(mode=mode, dir=self._output_dir, reinit="create_new", settings=settings, **self._identity)
-        (self._output_dir / RUN_ID_FILE).write_text(run.id + "\n")
+        run = wandb.init(mode=mode, dir=self.output_dir, reinit="create_new", settings=settings, **self._settings)
+        (self.output_dir / RUN_ID_FILE).write_text(run.id + "\n")
         return run
+
+
+def _table(wandb: ModuleType, rows: list[dict]):
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    return wandb.Table(columns=columns, data=[[row.get(name) for name in columns] for row in rows])

@@ -162,9 +162,16 @@ class EvalConfig:
 
 @dataclass(kw_only=True)
 class LogConfig:
-    """Where metrics go besides `metrics.jsonl`."""
+    """Where metrics go besides `metrics.jsonl`.
+
+    Args:
+        peak_tflops: dense bf16 peak of the GPU, for `mfu`; None: that of the table in `lrsa_ds.costs.gpus`.
+    """
 
     wandb: str = "auto"
+    tensorboard: bool = False
+    mlflow: bool = False
+    peak_tflops: float | None = None
     project: str = "lrsa-ds"
     name: str | None = None
     group: str | None = None
@@ -177,6 +184,11 @@ class LogConfig:
         require(
             first_and_last == [] or (len(first_and_last) == 2 and 1 <= first_and_last[0] <= first_and_last[1]),
             f"log.profile_steps={first_and_last} is not valid: give the first and the last step, such as [3,5], or [].",
+        )
+        require(
+            self.peak_tflops is None or self.peak_tflops > 0,
+            f"log.peak_tflops={self.peak_tflops} is not valid: give the dense bf16 peak of the GPU in TFLOPS, above 0, "
+            "or null.",
         )
         require_one_of("log.wandb", self.wandb, ("auto", "online", "offline", "disabled"))
 

@@ -15,7 +15,7 @@ from lrsa_ds.data.tokenizer import Tokenizer, load_tokenizer
 from lrsa_ds.dtypes import dtype_of
 from lrsa_ds.errors import Problems, require
 from lrsa_ds.inputs import check_inputs
-from lrsa_ds.logs.wandb_thread import check_wandb
+from lrsa_ds.logs.trackers import check_trackers
 from lrsa_ds.models.adapters import check_peft
 from lrsa_ds.models.liger import check_liger
 from lrsa_ds.models.loading import empty_model
@@ -65,7 +65,7 @@ def prepare(config: TrainConfig, procedure: Procedure) -> Plan:
     """
     problems = Problems()
     for check in (
-        partial(check_wandb, config.log),
+        partial(check_trackers, config.log),
         partial(check_peft, config.model.lora),
         partial(check_optimizer, config),
     ):

@@ -38,6 +38,7 @@ from lrsa_ds.train.plan import Plan, find_resume, prepare
 from lrsa_ds.train.profiling import StepProfiler
 from lrsa_ds.train.saving import CheckpointSaver
 from lrsa_ds.train.scoring import Evaluation, Moment, evaluate, look_inside
+from lrsa_ds.train.throughput import describe_peak
 from lrsa_ds.train.trainer import Engine, Trainer, cosine_schedule
 
 
@@ -326,18 +327,16 @@ def _report(config: TrainConfig, rows: list[dict], new: Evaluation, directory: P
 
 def _describe(config: TrainConfig, plan: Plan, mesh: Mesh, directory: Path) -> list[str]:
     attention, optim = config.attention, config.optim
-    kind = (
-        "dense attention"
-        if attention.kind == "dense"
-        else f"LRSA, sink {attention.sink_size}, lag {attention.lag_size}, {attention.described()}"
-    )
+    lrsa = f"LRSA, sink {attention.sink_size}, lag {attention.lag_size}, {attention.described()}"
+    kind = "dense attention" if attention.kind == "dense" else lrsa
     sequences = mesh.dp_size * optim.micro_batch * optim.grad_accum
+    no_peak = describe_peak(config, mesh.device_name)
     shared = f", {mesh.sp_size} ranks to a sequence" if mesh.sp_size > 1 else ""
     lines = [
         f"{config.run_name}: {plan.num_parameters / 1e6:,.1f}M parameters in {dtype_name(plan.dtype)} "
         f"on {mesh.world_size} × {mesh.device_name}, ZeRO stage {config.zero.stage}{shared}",
         f"attention: {kind}",
-        *filter(None, [check_objective(config).describe(config), describe_levers(config)]),
+        *filter(None, [check_objective(config).describe(config), describe_levers(config), no_peak]),
         *cache_lines(config.seq_len, attention.turns, plan.report.share_short, plan.report.long_answers()),
         f"{optim.num_steps} steps of {sequences} × {config.seq_len:,} tokens, peak learning rate {optim.lr:g}",
         *plan.report.lines(sequences, optim.num_steps),

@@ -3,10 +3,9 @@
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from typing import Any, cast
 
-import psutil
 import torch
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine as Engine
@@ -24,9 +23,11 @@ from lrsa_ds.parallel.mesh import Mesh
 from lrsa_ds.parallel.sequence.attention import attention_function
 from lrsa_ds.parallel.zero import gradient_scale
 from lrsa_ds.settings.run import OptimConfig
+from lrsa_ds.train.throughput import PhaseClock, Throughput, host_memory_gb, num_hosts
 
 # Rows left out that are named in one step; the others are counted.
 MOST_REASONS = 10
+PHASES = ("forward", "backward", "optimizer")
 
 
 def cosine_schedule(optim: OptimConfig) -> Callable[[int], float]:
@@ -97,6 +98,9 @@ class Trainer:
         self.scale = gradient_scale(config, mesh.world_size)
         self.num_layers = num_layers(objective_of(engine).lm)
         self.attention = config.attention.resolved(self.num_layers)
+        resolved = replace(config, attention=self.attention)
+        self.throughput = Throughput(resolved, objective_of(engine), mesh.device_name, mesh.world_size)
+        self.clock = PhaseClock(mesh.device)
 
     def fit(
         self, on_step: Callable[[dict, dict], None], before_step: Callable[[int], None] = lambda step: None
@@ -112,10 +116,12 @@ class Trainer:
             start = time.perf_counter()
             self.doing(f"step {step + 1}: reading data")
             data = next(self.steps)
+            data_seconds = time.perf_counter() - start
             self.doing(f"step {step + 1}: computing")
             metrics = self.train_step(step, data.sequences) | self._changed_rows(data)
             seconds = time.perf_counter() - start
             metrics |= {"tokens_per_second": metrics["num_tokens"] / seconds, "step_seconds": seconds}
+            metrics |= {"data_seconds": data_seconds, **self.throughput.rates(seconds)}
             on_step(metrics, data.position)
 
     def train_step(self, step: int, sequences: list[PackedSequence]) -> dict:
@@ -126,11 +132,15 @@ class Trainer:
         rows = [collate(sequences[i : i + size], mesh.row_multiple) for i in range(0, len(sequences), size)]
         batches = [held_of(row, mesh) for row in rows]
         counts = [float(b.num_target_tokens) for b in batches]
+        arrived = time.perf_counter()
         num_tokens, num_targets = mesh.sum([sum(float(b.num_tokens) for b in batches), sum(counts)])
+        waited = time.perf_counter() - arrived
         slots = mesh.max(counts)
         require(num_targets > 0, f"step {step + 1} has no target token: look at the answers of the data.")
         attention = self.attention.at_step(step)
         compressed = self._compression(rows, attention)
+        self._count_flops(rows, slots, attention)
+        self.clock.start()
         local_loss: float | torch.Tensor = 0.0
         local_logged: Any = 0.0  # a tensor after the first pass
         num_skipped = 0
@@ -149,8 +159,11 @@ class Trainer:
                 loss = total / num_targets
             local_loss = local_loss + loss.detach()
             local_logged = local_logged + logged / num_targets
+            self.clock.lap("forward")
             self.engine.backward(loss * self.scale)
+            self.clock.lap("backward")
             self.engine.step()
+            self.clock.lap("optimizer")
         return {
             "step": step + 1,
             "loss": mesh.sum([float(local_loss)])[0],
@@ -160,11 +173,29 @@ class Trainer:
             "num_tokens": int(num_tokens),
             "num_target_tokens": int(num_targets),
             **compressed,
-            "peak_memory_gb": mesh.max([peak_memory_gb(mesh.device)])[0],
+            **self._memory_and_times(waited),
             **self._logged(local_logged),
             **({"num_skipped_rows": num_skipped} if num_skipped else {}),
             **self._traffic(),
         }
+
+    def _count_flops(self, rows: list[PackedSequence], slots: list[float], attention: AnyConfig) -> None:
+        """Tells `throughput` the operations of the step, padding included, over all ranks."""
+        mesh, size = self.mesh, self.mesh.sp_size
+        mine = zip(rows, slots, strict=True) if mesh.sp_rank == 0 else []  # of the ranks that share a row one counts it
+        counts = [
+            self.throughput.count(row.document_lengths, size * max(1, int(num_slots)), attention)
+            for row, num_slots in mine
+        ]
+        self.throughput.begin(*mesh.sum([float(sum(of_rows)) for of_rows in zip((0, 0), *counts, strict=True)]))
+
+    def _memory_and_times(self, waited: float) -> dict[str, float]:
+        """Memory of the fullest GPU and of a host, and seconds by phase, of the rank where each took longest."""
+        mesh = self.mesh
+        names = ("peak_memory_gb", "wait_seconds", *(f"{phase}_seconds" for phase in PHASES))
+        most = mesh.max([peak_memory_gb(mesh.device), waited, *self.clock.seconds(PHASES)])
+        host = mesh.sum([host_memory_gb()])[0] / num_hosts(mesh.world_size)
+        return {**dict(zip(names, most, strict=True)), "host_memory_gb": host}
 
     def _compression(self, rows: list[PackedSequence], attention: AnyConfig) -> dict[str, float]:
         """How many times smaller the caches of the step's documents are, and tokens in documents that are too short."""
@@ -233,4 +264,4 @@ def peak_memory_gb(device: torch.device) -> float:
     """On a GPU the most memory that tensors have held, on the CPU what the process holds now; in 1e9 bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    return psutil.Process().memory_info().rss / 1e9
+    return host_memory_gb()

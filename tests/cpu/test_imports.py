@@ -22,6 +22,7 @@ LAYERS = (
     ("inputs",),
     ("objectives",),
     ("families",),
+    ("costs",),
     ("logs",),
     ("telemetry",),
     ("evaluate",),

@@ -155,8 +155,8 @@ def test_failed_run_is_marked_so(tmp_path):
 def test_training_goes_on_when_wandb_breaks(tmp_path, capsys):
     logger = make_logger(tmp_path, wandb="offline")
     logger.evaluation([eval_row("before")], [], tmp_path / "there_is_no_such_picture.png")
-    logger._wandb.join(60)
-    assert not logger._wandb.is_alive()
+    logger._trackers[0].join(60)
+    assert not logger._trackers[0].is_alive()
     for step in (1, 2, 3):
         logger.step(train_row(step))
     logger.close()
@@ -168,14 +168,14 @@ def test_training_goes_on_when_wandb_breaks(tmp_path, capsys):
 def test_training_goes_on_when_the_service_of_wandb_dies(tmp_path, capsys):
     logger = make_logger(tmp_path, wandb="offline")
     while not wandb_core_processes() or "W&B is offline" not in capsys.readouterr().out:
-        logger._wandb.join(0.05)
-        assert logger._wandb.is_alive()
+        logger._trackers[0].join(0.05)
+        assert logger._trackers[0].is_alive()
     for process in wandb_core_processes():
         process.kill()
     for step in (1, 2, 3):
         logger.step(train_row(step))
     logger.close()
-    assert not logger._wandb.is_alive()
+    assert not logger._trackers[0].is_alive()
     assert capsys.readouterr().out.count("W&B is off for the rest of this run") == 1
     assert [row["step"] for row in metrics_of(tmp_path)] == [0, 1, 2, 3]
 
@@ -190,9 +190,9 @@ wandb_thread.INIT_SECONDS = 5
 logger = metrics.RunLogger(Path(sys.argv[1]), LogConfig(), {}, {}, "my_run", 50)
 for step in range(50):
     logger.step({"step": step + 1, "loss": 1.0})
-print("trained while W&B was still looking for its server:", logger._wandb.is_alive(), flush=True)
+print("trained while W&B was still looking for its server:", logger._trackers[0].is_alive(), flush=True)
 logger.close()
-print("closed; the thread of W&B has ended:", not logger._wandb.is_alive())
+print("closed; the thread of W&B has ended:", not logger._trackers[0].is_alive())
 """
 
 
@@ -211,7 +211,7 @@ def test_unreachable_server_neither_slows_the_steps_nor_holds_the_process(tmp_pa
 def test_disabled_never_imports_wandb(tmp_path):
     script = (
         "import sys; from pathlib import Path; from lrsa_ds.settings.run import LogConfig\n"
-        "from lrsa_ds.logs.metrics import *\n"
+        "from lrsa_ds.logs.metrics import *; from lrsa_ds.logs.wandb_thread import check_wandb\n"
         "log = LogConfig(wandb='disabled'); assert check_wandb(log) == 'disabled'\n"
         f"logger = RunLogger(Path({str(tmp_path)!r}), log, {{}}, {{}}, 'my_run', 1)\n"
         "logger.step({'step': 1, 'loss': 1.0}); logger.close()\n"

@@ -32,7 +32,8 @@ SHORT = ["optim.num_steps=2", "optim.warmup_steps=1", "eval.before=false", "eval
 def smoke(tmp_path_factory):
     """The smoke recipe in two processes, as the README has it."""
     output = tmp_path_factory.mktemp("smoke") / "run"
-    done = launch("+recipe=smoke", f"output_dir={output}", "log.wandb=offline")
+    followed = ["log.wandb=offline", "log.tensorboard=true", "log.mlflow=true", "log.peak_tflops=0.5"]
+    done = launch("+recipe=smoke", f"output_dir={output}", *followed)
     assert done.returncode == 0, done.stdout + done.stderr
     return output, done
 
@@ -44,8 +45,13 @@ def test_smoke_leaves_a_whole_run(smoke):
     steps = rows_of(output, "train")
     assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
     names = ["loss", "grad_norm", "lr", "num_tokens", "num_target_tokens"]
-    names += ["tokens_per_second", "step_seconds", "peak_memory_gb"]
+    names += ["tokens_per_second", "step_seconds", "peak_memory_gb", "host_memory_gb", "mfu"]
+    names += ["data_seconds", "wait_seconds", "forward_seconds", "backward_seconds", "optimizer_seconds"]
     assert all(row[name] > 0 for row in steps for name in names)
+    assert all(0 < row["tflops_executed"] < row["tflops_dense"] for row in steps)
+    assert all(row["mfu"] == pytest.approx(row["tflops_executed"] / 0.5) for row in steps)
+    assert list((output / "tensorboard").iterdir()) and (output / "mlflow" / "mlflow.db").exists()
+    assert " MFU " in done.stderr and " TFLOPS " in done.stderr and " host " in done.stderr
     assert steps[-1]["loss"] < steps[0]["loss"]
     assert all(3 < row["cache_factor"] < 4 and row["num_short_tokens"] == 0 for row in steps)
     assert "cache: after 1,024 tokens it holds 240 entries at retention 1/8 (23.4 %, 4.27x smaller)" in done.stdout
@@ -127,6 +133,8 @@ def test_sequence_parallelism_and_memory_levers_change_nothing_but_the_speed(smo
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 ranks to a sequence" in done.stdout
     assert "memory: checkpointed activations in host memory, MLPs in 3 tiles" in done.stdout
+    assert done.stdout.count("mfu is left out: the peak of CPU is not known") == 1
+    assert all("mfu" not in row and row["tflops_executed"] > 0 for row in rows_of(tmp_path / "run", "train"))
     for shared, alone in zip(rows_of(tmp_path / "run", "train"), rows_of(output, "train"), strict=True):
         for name in ("step", "num_tokens", "num_target_tokens", "lr", "retention"):
             assert shared[name] == alone[name], name
@@ -241,6 +249,7 @@ def test_bad_data(capfd, monkeypatch, tmp_path):
         (["model=hub", "model.name=some-org/no-such-model"], "the hub cannot be reached: set model.name to a local"),
         (["data=hub", "data.name=some-org/no-such-data"], "use data=files with data.path"),
         (["optim.lr=fast"], "optim.lr"),
+        (["log.peak_tflops=0"], "log.peak_tflops=0.0 is not valid: give the dense bf16 peak"),
         (['attention.layers={"0":1.0,"1-":0.25,"3":0.5}'], "attention.layers names layer 3 twice"),
         (["attention.layers={0-7:0.25}"], "attention.layers names layer 7, and the model has 2 layers, 0 to 1"),
         (["attention.layers={0:0.25}"], "attention.layers leaves out layer 1: the model has 2 layers"),

@@ -44,8 +44,11 @@ def settings(output, *more, every=3, wandb="disabled"):
 
 
 def training_rows(output):
-    timed = ("tokens_per_second", "step_seconds", "peak_memory_gb", "kind")
-    return [{k: v for k, v in row.items() if k not in timed} for row in rows_of(output, "train")]
+    timed = ("tokens_per_second", "tflops_executed", "tflops_dense", "peak_memory_gb", "host_memory_gb", "kind")
+    return [
+        {k: v for k, v in row.items() if k not in timed and not k.endswith("_seconds")}
+        for row in rows_of(output, "train")
+    ]
 
 
 def weights_of(output):

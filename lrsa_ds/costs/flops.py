@@ -1,0 +1,121 @@
+"""The floating-point operations of a step, counted from integers: model shape, document lengths, settings by layer.
+
+A product of a matrix with a token is 2 operations for each of its elements, and the gradients of its input and of the
+matrix are as much again each, where they are needed. Attention takes 4 operations for each pair of a query and a key
+that it sees (`PartitionTable.num_pairs`), head and channel; its backward pass 10, since flash attention makes the
+scores anew. Layers that are recomputed take their forward pass twice. What costs little is left out: norms, rotary
+embedding, activation functions, softmax, selection and optimizer.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from operator import mul
+
+from lrsa_ds.attention.partition import partition_table
+from lrsa_ds.costs.shape import LayerShape, Matrix, ModelShape
+from lrsa_ds.layers import AnyConfig
+
+PRODUCT = 2  # a multiplication and an addition
+ATTENTION_FORWARD, ATTENTION_BACKWARD = 2, 5  # products of the size [queries, keys, channels]
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Operations of a step or a part of it: in matrices, and in attention."""
+
+    matrices: float = 0.0
+    attention: float = 0.0
+
+    def __add__(self, other: "Flops") -> "Flops":
+        return Flops(self.matrices + other.matrices, self.attention + other.attention)
+
+    @property
+    def total(self) -> float:
+        return self.matrices + self.attention
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How a step goes through the model.
+
+    Args:
+        checkpointing: whether layers are recomputed in the backward pass.
+        tiled_mlp: whether the MLPs, recomputed tile by tile, are computed once more than that.
+        without_gradient: settings of further passes, whose gradients nobody needs, as those of a teacher.
+    """
+
+    checkpointing: bool = True
+    tiled_mlp: bool = False
+    without_gradient: tuple[AnyConfig, ...] = ()
+
+
+def seen_pairs(document_lengths: Sequence[int], config: AnyConfig, num_layers: int) -> list[int]:
+    """Pairs of a query and a key that it sees, for each layer."""
+    lengths = tuple(document_lengths)
+    return [partition_table(lengths, config.at_layer(i)).num_pairs for i in range(num_layers)]
+
+
+def dense_pairs(document_lengths: Iterable[int], num_layers: int) -> list[int]:
+    """The same under dense causal attention."""
+    return [sum(n * (n + 1) // 2 for n in document_lengths)] * num_layers
+
+
+@dataclass(frozen=True)
+class StepFlops:
+    """What is executed, and what the same step would execute if its attention were dense."""
+
+    executed: Flops
+    dense: Flops
+
+
+def step_flops(
+    shape: ModelShape, passes: Passes, document_lengths: Sequence[int], num_slots: int, config: AnyConfig
+) -> StepFlops:
+    """Operations over one packed row, forward and backward.
+
+    Args:
+        document_lengths: all that is computed, padding too.
+        num_slots: positions whose logits are computed, see `Batch.num_slots`.
+    """
+    num_layers, num_tokens = len(shape.layers), sum(document_lengths)
+    work = Flops(trained_matrix_flops(shape, passes, num_tokens, num_slots))
+    for other in passes.without_gradient:
+        # Its logits, in a function that is recomputed, are computed twice.
+        products = num_tokens * sum(m.size for layer in shape.layers for m in layer.matrices)
+        pairs = sum(seen_pairs(document_lengths, other, num_layers))
+        attention = PRODUCT * ATTENTION_FORWARD * pairs * shape.num_heads * shape.head_dim
+        work += Flops(PRODUCT * (products + 2 * num_slots * shape.output.size), attention)
+    of_settings, dense = seen_pairs(document_lengths, config, num_layers), dense_pairs(document_lengths, num_layers)
+    executed, in_full = (Flops(0, attention_flops(shape, passes, pairs)) for pairs in (of_settings, dense))
+    return StepFlops(work + executed, work + in_full)
+
+
+def trained_matrix_flops(shape: ModelShape, passes: Passes, num_tokens: int, num_slots: int) -> float:
+    """Operations in matrices of the pass that is trained on, and of its backward pass."""
+    products = num_tokens * sum(_products(layer, passes) for layer in shape.layers)
+    output = shape.output
+    recomputed = output.is_trained or output.passes_gradient  # logits are never held
+    return PRODUCT * (products + num_slots * output.size * (1 + recomputed + _gradients(output)))
+
+
+def _products(layer: LayerShape, passes: Passes) -> int:
+    """Multiplications of a token in a layer, over all its passes."""
+    total = sum(m.size * (1 + _gradients(m)) for m in layer.matrices)
+    if not layer.has_gradient:
+        return total
+    if passes.checkpointing:
+        total += sum(m.size for m in layer.matrices) - layer.matrices[-1].size * layer.ends_in_matrix
+    if passes.tiled_mlp:
+        total += sum(m.size for m in layer.matrices if m.in_mlp)
+    return total
+
+
+def _gradients(matrix: Matrix) -> int:
+    return matrix.is_trained + matrix.passes_gradient
+
+
+def attention_flops(shape: ModelShape, passes: Passes, pairs: Sequence[int]) -> float:
+    """Operations of attention, forward and backward, over so many pairs in each layer."""
+    backward = ATTENTION_BACKWARD + ATTENTION_FORWARD * passes.checkpointing
+    each = [ATTENTION_FORWARD + backward * layer.attention_has_gradient for layer in shape.layers]
+    return PRODUCT * sum(map(mul, each, pairs)) * shape.num_heads * shape.head_dim

@@ -1,0 +1,132 @@
+"""The sizes of a model that decide what a step costs, read off its modules.
+
+Weights are not needed: the meta device will do, and so will weights that ZeRO has sharded.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import nn
+
+from lrsa_ds.models.patch import PreTrainedModel, layer_classes, output_layer
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix that every token is multiplied with.
+
+    Args:
+        size: multiplications for each token: inputs × outputs, of experts those of the chosen ones.
+        is_trained: whether it gets a gradient.
+        passes_gradient: whether the gradient of its input is needed, for something that is trained before it.
+        in_mlp: whether it is outside the attention.
+    """
+
+    size: int
+    is_trained: bool
+    passes_gradient: bool
+    in_mlp: bool = False
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """A decoder layer.
+
+    Args:
+        matrices: in the order in which they are used.
+        attention_has_gradient: whether the backward pass reaches its attention.
+        ends_in_matrix: whether the last matrix is the last to save anything for the backward pass: a recomputed layer
+            then stops in front of it.
+    """
+
+    matrices: tuple[Matrix, ...]
+    attention_has_gradient: bool
+    ends_in_matrix: bool
+
+    @property
+    def has_gradient(self) -> bool:
+        return self.attention_has_gradient or any(m.is_trained or m.passes_gradient for m in self.matrices)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A causal language model; `output` is the matrix that makes logits."""
+
+    layers: tuple[LayerShape, ...]
+    output: Matrix
+    num_heads: int
+    head_dim: int
+
+
+def model_shape(model: PreTrainedModel) -> ModelShape:
+    """The shape of a model as it will be trained: with its adapters, frozen parameters and activation checkpointing."""
+    config = model.config.get_text_config()
+    # transformers asks for the gradient of the embeddings of a model with adapters whose layers are recomputed.
+    asked = bool(getattr(model, "_require_grads_hooks", None))
+    before = asked or _is_trained(cast(nn.Module, model.get_input_embeddings()))
+    layers = []
+    for layer in decoder_layers(model):
+        shape = _layer_shape(layer, config, before)
+        layers.append(shape)
+        before = before or any(p.requires_grad for p in layer.parameters())
+    output = cast(Any, output_layer(model))
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    matrix = Matrix(output.in_features * output.out_features, _is_trained(output), before)
+    return ModelShape(tuple(layers), matrix, config.num_attention_heads, head_dim)
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers of a model that hold attention, in their order."""
+    kinds = set(layer_classes(model))
+    return [m for m in model.modules() if type(m).__name__ in kinds and _attention(m) is not None]
+
+
+def _attention(layer: nn.Module) -> nn.Module | None:
+    return next((m for m in layer.modules() if hasattr(m, "layer_idx") and _matrices_below(m)), None)
+
+
+def _layer_shape(layer: nn.Module, config: Any, before: bool) -> LayerShape:
+    """The shape of a layer; `before`: whether anything in front of it is trained."""
+    attention = cast(nn.Module, _attention(layer))
+    # All children of the attention that hold a matrix read the layer's input, but the last, which makes its output.
+    *readers, _ = [child for child in attention.children() if _matrices_below(child)]
+    reading = {id(m) for child in readers for m in _matrices_below(child)}
+    inside = {id(m) for m in attention.modules()}
+    norms = [child for child in layer.children() if not list(child.children())]
+    input_has_gradient = before or any(_is_trained(norm) for norm in norms)
+    seen = input_has_gradient  # whether something is trained before the module at hand
+    matrices, last = [], None
+    for name, module in layer.named_modules():
+        reads_input = id(module) in reading and "lora_B" not in name
+        for size, trained in _sizes(module, config):
+            passes = input_has_gradient if reads_input else seen
+            matrices.append(Matrix(size, trained, passes, in_mlp=id(module) not in inside))
+            last = module
+        seen = seen or _is_trained(module)
+    attention_has_gradient = input_has_gradient or any(_is_trained(m) for child in readers for m in child.modules())
+    # A norm behind the last matrix saves its output, and so does the weighted sum of experts.
+    ends_in_matrix = isinstance(last, nn.Linear) and not hasattr(layer, "post_feedforward_layernorm")
+    return LayerShape(tuple(matrices), attention_has_gradient, ends_in_matrix)
+
+
+def _sizes(module: nn.Module, config: Any) -> Iterator[tuple[int, bool]]:
+    """The matrices of a module itself: multiplications for each token, and whether they are trained."""
+    if isinstance(module, nn.Linear):
+        yield module.in_features * module.out_features, _is_trained(module)
+    elif hasattr(module, "num_experts"):
+        used = cast(int, config.num_experts_per_tok)
+        for parameter in module.parameters(recurse=False):
+            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+            if len(shape) == 3:  # [experts, outputs, inputs]
+                yield used * shape[1] * shape[2], parameter.requires_grad
+            elif len(shape) == 2:  # the router
+                yield shape[0] * shape[1], parameter.requires_grad
+
+
+def _matrices_below(module: nn.Module) -> list[nn.Module]:
+    return [m for m in module.modules() if isinstance(m, nn.Linear)]
+
+
+def _is_trained(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters(recurse=False))
