@@ -125,12 +125,12 @@ def job_of(composed: DictConfig, overrides: list[str], swept_keys: list[str], ro
     """What Hydra has composed for one job, as a run of its own."""
     values = dict(o.lstrip("+").split("=", 1) for o in overrides)
     swept = {key: values[key] for key in swept_keys if key in values}
-    kept = [o for o in overrides if o.lstrip("+").split("=", 1)[0] not in (*OURS, "sweep")]
+    passed_on = [o for o in overrides if o.lstrip("+").split("=", 1)[0] not in (*OURS, "sweep")]
     name = job_name(swept)
     group = composed.log.group or root.name
     directory = root / job_directory(swept)
     ours = {"output_dir": directory, "log.group": group, "log.name": name}
-    return Job(directory, swept, kept + [f"{key}={quoted(value)}" for key, value in ours.items()])
+    return Job(directory, swept, passed_on + [f"{key}={quoted(value)}" for key, value in ours.items()])
 
 
 def make_runner(ours: dict) -> Runner:

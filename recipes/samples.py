@@ -3,7 +3,7 @@
 from lrsa_ds.data.tokenizer import Tokenizer
 from lrsa_ds.evaluate.config import EvaluateConfig
 from lrsa_ds.evaluate.evaluator import Sample
-from recipes.benchmarks import Entry, FileSamples, longbench_entries, qa_entries, ruler_entries
+from recipes.eval_sets import Entry, FileSamples, longbench_entries, qa_entries, ruler_entries
 from recipes.longeval import GeneratedSamples
 
 

@@ -1,4 +1,4 @@
-"""`console.log`: what a run says, kept in its directory beside what the terminal shows."""
+"""`console.log`: the terminal output of a run, also written to its directory."""
 
 import os
 import socket
@@ -30,9 +30,9 @@ class Tee:
         written = self._stream.write(text)
         redrawn = (self._line + text).replace("\x1b[K", "").split("\n")
         *lines, self._line = (line.rpartition("\r")[2] for line in redrawn)
-        kept = [line for line in lines if line.startswith(self._only)]
-        if kept:
-            self._append("".join(f"{line}\n" for line in kept))
+        chosen = [line for line in lines if line.startswith(self._only)]
+        if chosen:
+            self._append("".join(f"{line}\n" for line in chosen))
         return written
 
     def _append(self, text: str) -> None:

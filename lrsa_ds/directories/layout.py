@@ -46,20 +46,20 @@ class Layout:
         command: its name in the mark.
         files: regular expressions of files at the top, all of which it may replace or remove.
         folders: by name, regular expressions of the files and folders in them that it may replace or remove.
-        kept: what it writes and never removes.
+        permanent: what it writes and never removes.
     """
 
     command: str
     files: tuple[str, ...]
     folders: dict[str, str] = field(default_factory=dict)
-    kept: tuple[str, ...] = ("wandb", "tensorboard", "mlflow")
+    permanent: tuple[str, ...] = ("wandb", "tensorboard", "mlflow")
 
     def is_file(self, name: str) -> bool:
         return any(re.fullmatch(pattern, name) for pattern in self.files)
 
     def knows(self, name: str) -> bool:
         """Whether something of this name at the top may be the command's."""
-        return self.is_file(name) or name in self.folders or name in self.kept
+        return self.is_file(name) or name in self.folders or name in self.permanent
 
 
 _MODELS = {f"{name}{state}": MODEL_FILES for name in ("model", "best") for state in ("", ".partial")}
@@ -80,7 +80,7 @@ EVALUATE = Layout(
         re.escape(CONSOLE),
     ),
 )
-SWEEP = Layout("sweep", (r"sweep\.(txt|png)",), kept=())
+SWEEP = Layout("sweep", (r"sweep\.(txt|png)",), permanent=())
 
 
 def check_directory(directory: Path, layout: Layout, may_adopt: bool = False) -> None:

@@ -173,9 +173,9 @@ def _sharing_error(model: PreTrainedModel, mesh: Mesh, exchange: str) -> float:
     assert mesh.sequence is not None
     mesh = replace(mesh, sequence=replace(mesh.sequence, strategy=EXCHANGES[exchange]))
     whole = _batch(_ids(sum(DOCUMENTS)), DOCUMENTS, LRSA)
-    held = torch.cat([torch.arange(sum(DOCUMENTS))[part] for part in mesh.held(sum(DOCUMENTS))])
-    parts = {name: getattr(whole, name)[:, held] for name in ("input_ids", "position_ids", "labels")}
-    shared = replace(whole, **parts, num_slots=len(held), attend=attention_function(mesh.sequence))
+    tokens = torch.cat([torch.arange(sum(DOCUMENTS))[part] for part in mesh.local_tokens(sum(DOCUMENTS))])
+    parts = {name: getattr(whole, name)[:, tokens] for name in ("input_ids", "position_ids", "labels")}
+    shared = replace(whole, **parts, num_slots=len(tokens), attend=attention_function(mesh.sequence))
     expected, actual = _loss_and_gradients(model, whole), _loss_and_gradients(model, shared)
     for part in actual:
         dist.all_reduce(part)

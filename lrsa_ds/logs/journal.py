@@ -131,12 +131,12 @@ def keep_rows_until(path: Path, step: int, may_write: bool) -> list[dict]:
     """
     if not path.exists():
         return []
-    kept = [row for row in read_rows(path) if _step_of(row) <= step]
+    remaining = [row for row in read_rows(path) if _step_of(row) <= step]
     if may_write:
         partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in remaining), encoding="utf-8")
         os.replace(partial, path)
-    return kept
+    return remaining
 
 
 def _step_of(row: dict) -> float:

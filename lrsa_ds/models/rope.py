@@ -52,12 +52,12 @@ def _scaled(key: str, own: dict[str, Any], given: dict[str, Any], positions: int
     rope_type = given.get("rope_type") or own.get("rope_type", "default")
     if "rope_type" in given:
         # What belongs to no scaling stays, such as theta and the part of a head that is rotated.
-        kept = {name: value for name, value in own.items() if name not in _SCALING}
+        base = {name: value for name, value in own.items() if name not in _SCALING}
     else:
         require(rope_type in NEEDED, f"{key} needs rope_type, since the model's own {rope_type} cannot be changed.")
         check_fields(key, {"rope_type": rope_type, **own, **given} if rope_type != "default" else given, rope_type)
-        kept = own
-    parameters = {**kept, **given, "rope_type": rope_type}
+        base = own
+    parameters = {**base, **given, "rope_type": rope_type}
     original = given.get(ORIGINAL) or own.get(ORIGINAL) or positions
     if ORIGINAL in fields_of(rope_type):
         parameters[ORIGINAL] = original

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from lrsa_ds.attention.kernels.blocks import BLOCK
 from lrsa_ds.errors import LRSAError, require
 from lrsa_ds.parallel.rendezvous import free_port, meet
-from lrsa_ds.parallel.sequence.exchange import SequenceGroup
+from lrsa_ds.parallel.sequence.all_to_all import SequenceGroup
 from lrsa_ds.registry import EXCHANGES
 
 JOIN = timedelta(minutes=30)  # for all ranks to come, where no setting says it
@@ -49,11 +49,11 @@ class Mesh:
         stretches = self.sp_size * self.sequence.strategy.num_stretches
         return stretches * (BLOCK if self.device.type == "cuda" else 1)
 
-    def held(self, num_tokens: int) -> tuple[slice, ...]:
+    def local_tokens(self, num_tokens: int) -> tuple[slice, ...]:
         """The tokens of a row that this rank holds; `row_multiple` divides their number."""
         if self.sequence is None:
             return (slice(0, num_tokens),)
-        return self.sequence.strategy.held(num_tokens, self.sp_size, self.sp_rank)
+        return self.sequence.strategy.local_tokens(num_tokens, self.sp_size, self.sp_rank)
 
     @property
     def dp_size(self) -> int:

@@ -90,9 +90,9 @@ def evaluate(
         for first in range(0, len(batches), mesh.dp_size):
             on_batch(done, total)
             batch = batches[first + mesh.dp_rank]
-            targets = _targets(batch, mesh.held(len(batch.labels)))
+            targets = _targets(batch, mesh.local_tokens(len(batch.labels)))
             statistics = forward(engine, held_of(batch, mesh), cache.config, num_slots, mesh).double().cpu()
-            answers = first_answer[targets[0]] + _answers(batch, mesh.held(len(batch.labels)))
+            answers = first_answer[targets[0]] + _answers(batch, mesh.local_tokens(len(batch.labels)))
             _add_scores(totals, answers, statistics)
             shown.add(*targets, statistics[:, 2])
             done += sum(_num_examples(other) for other in batches[first : first + mesh.dp_size])

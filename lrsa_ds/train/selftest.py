@@ -81,18 +81,18 @@ def _measure(config: TrainConfig, plan: Plan, mesh: Mesh) -> Measured:
 
 def keep_gradients(engine: Engine, read: Callable[[torch.nn.Parameter], Any]) -> dict[str, torch.Tensor]:
     """A dict that will hold, on the CPU, what `read` gives for each trained parameter just before the first step."""
-    kept: dict[str, torch.Tensor] = {}
+    gradients: dict[str, torch.Tensor] = {}
     take_step = engine.step
 
     def keep_and_step(lr_kwargs: dict | None = None) -> None:
-        if engine.is_gradient_accumulation_boundary() and not kept:
+        if engine.is_gradient_accumulation_boundary() and not gradients:
             for name, parameter in objective_of(engine).lm.named_parameters():
                 if parameter.requires_grad:
-                    kept[name] = read(parameter).detach().float().cpu().clone()
+                    gradients[name] = read(parameter).detach().float().cpu().clone()
         take_step(lr_kwargs)
 
     engine.step = keep_and_step
-    return kept
+    return gradients
 
 
 def _worst_gradient(actual: dict, expected: dict, mesh: Mesh) -> tuple[float, str]:

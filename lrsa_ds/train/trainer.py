@@ -44,7 +44,7 @@ def cosine_schedule(optim: OptimConfig) -> Callable[[int], float]:
 
 def held_of(row: PackedSequence, mesh: Mesh) -> PackedSequence:
     """What this rank holds of a row."""
-    return shard(row, mesh.held(len(row.labels)), is_first=mesh.sp_rank == 0)
+    return shard(row, mesh.local_tokens(len(row.labels)), is_first=mesh.sp_rank == 0)
 
 
 def forward(

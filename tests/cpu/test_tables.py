@@ -85,7 +85,7 @@ def test_who_holds_which_tokens(name, stretches):
     strategy = EXCHANGES[name]
     assert list(strategy.owners(3)) == stretches and strategy.num_stretches == len(stretches) // 3
     length = 60 // len(stretches)
-    held = [part for rank in range(3) for part in strategy.held(60, 3, rank)]
+    held = [part for rank in range(3) for part in strategy.local_tokens(60, 3, rank)]
     assert sorted((part.start, part.stop) for part in held) == [(i, i + length) for i in range(0, 60, length)]
     order = strategy.token_order(60, 3, CPU)
     if name == "head_groups":

@@ -52,7 +52,7 @@ def worst_errors(mesh: Mesh, exchange: str, num_cases: int) -> list[tuple[str, f
         q, k, v, upstream = (
             torch.randn(1, h, num_tokens, dim).double() for h in (num_heads, num_kv_heads, num_kv_heads, num_heads)
         )
-        shard = torch.cat([torch.arange(num_tokens)[part] for part in mesh.held(num_tokens)])
+        shard = torch.cat([torch.arange(num_tokens)[part] for part in mesh.local_tokens(num_tokens)])
         parts = [x[:, :, shard].clone().requires_grad_() for x in (q, k, v)]
         output = attend(*parts, config, tuple(lengths), 0.3, LAYER)
         gradients = torch.autograd.grad(output, parts, upstream[:, :, shard])

@@ -25,7 +25,7 @@ from lrsa_ds.models.patch import enable_checkpointing, layer_classes
 from lrsa_ds.models.tiling import num_tiles, tile_mlps
 from lrsa_ds.objectives import make_objective
 from lrsa_ds.parallel.mesh import rank, start_mesh, stop_mesh
-from lrsa_ds.parallel.sequence import exchange, gather_kept, head_groups
+from lrsa_ds.parallel.sequence import all_to_all, gather_kept, head_groups
 from lrsa_ds.parallel.zero import make_engine
 from lrsa_ds.settings.attention import AttentionConfig
 from lrsa_ds.settings.memory import MemoryConfig
@@ -140,7 +140,7 @@ def without_halo():
     def receive_zeros(group, cargo, parts, shapes):
         return whole(group, cargo, [part * 0 for part in parts] if cargo == "halo" else parts, shapes)
 
-    whole = exchange.start
+    whole = all_to_all.start
     head_groups.start = gather_kept.start = receive_zeros
     try:
         yield

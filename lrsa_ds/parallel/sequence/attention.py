@@ -6,7 +6,7 @@ import torch
 
 from lrsa_ds.attention import AttentionFunction, lrsa_attention
 from lrsa_ds.lrsa_config import LRSAConfig
-from lrsa_ds.parallel.sequence.exchange import SequenceGroup
+from lrsa_ds.parallel.sequence.all_to_all import SequenceGroup
 from lrsa_ds.parallel.sequence.ulysses import ulysses_attention
 
 

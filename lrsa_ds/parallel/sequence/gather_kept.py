@@ -22,9 +22,9 @@ from lrsa_ds.attention.kernels.interval import Intervals
 from lrsa_ds.attention.kernels.kernel import choose_kernel
 from lrsa_ds.attention.partition import cut, intervals_of, partition_table
 from lrsa_ds.lrsa_config import LRSAConfig
-from lrsa_ds.parallel.sequence.exchange import SequenceGroup, start, start_to_all
+from lrsa_ds.parallel.sequence.all_to_all import SequenceGroup, start, start_to_all
 from lrsa_ds.parallel.sequence.pieces import SharedBuffer, halo_size, select_pieces, share_buffer
-from lrsa_ds.parallel.sequence.strategy import Sharing, Strategy, check_stretches, held
+from lrsa_ds.parallel.sequence.strategy import Sharing, Strategy, check_stretches, local_tokens
 
 
 def early_and_late(size: int) -> tuple[int, ...]:
@@ -106,7 +106,7 @@ def kept_layout(
     """The layout of rank `index` of `size`; `by_blocks`: keys in whole blocks, for a block-sparse kernel."""
     table = partition_table(document_lengths, config, align=BLOCK if by_blocks else 1)
     holders = early_and_late(size)
-    mine = held(holders, table.num_tokens, index)
+    mine = local_tokens(holders, table.num_tokens, index)
     length = mine[0].stop - mine[0].start
     halo = halo_size(config, length, by_blocks)
     numbers = [part.start // length for part in mine]

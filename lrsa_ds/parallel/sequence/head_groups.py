@@ -3,7 +3,7 @@
 1. Lag halo: the rank receives the last S + 2L keys and values of its left neighbour.
 2. Selection: it scores, selects and gathers its part of the kept KV, for all KV heads.
 3. All-to-all of queries and kept KV, from sequence shards to head groups.
-4. During this exchange it computes window attention on its shard, all heads; after it, history attention on its head
+4. During this all-to-all it computes window attention on its shard, all heads; after it, history attention on its head
    group.
 5. All-to-all back of the history's output and log-sum-exp; both parts are merged by their log-sum-exp.
 
@@ -19,7 +19,7 @@ from lrsa_ds.attention.kernels.interval import merge
 from lrsa_ds.attention.kernels.kernel import choose_kernel
 from lrsa_ds.errors import require
 from lrsa_ds.lrsa_config import LRSAConfig
-from lrsa_ds.parallel.sequence.exchange import Exchange, SequenceGroup, start, start_even
+from lrsa_ds.parallel.sequence.all_to_all import AllToAll, SequenceGroup, start, start_even
 from lrsa_ds.parallel.sequence.pieces import select_pieces
 from lrsa_ds.parallel.sequence.shard import ShardLayout, shard_layout
 from lrsa_ds.parallel.sequence.strategy import Sharing, Strategy, check_stretches
@@ -79,7 +79,7 @@ def exchange_halo(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of the halo: two [1, G, halo, D]; their gradients go back to the rank that sent them."""
     num_sent = layout.sent_halo_size
-    # Empty parts are slices of k, so that every rank has the exchange in its graph and joins its backward pass.
+    # Empty parts are slices of k, so that every rank has the all-to-all in its graph and joins its backward pass.
     parts = [k[0, :, :0]] * group.size
     if num_sent:
         # A shard is at least as long as the halo, so the halo comes from one neighbour.
@@ -89,15 +89,15 @@ def exchange_halo(
         shapes[group.index - 1] = (2, k.shape[1], layout.halo_size, k.shape[3])
     received = start(group, "halo", parts, shapes).finish()
     if not layout.halo_size:
-        # Adding 0 times the result keeps the exchange in the graph: its backward pass returns the gradients of the halo
-        # that this rank sent.
+        # Adding 0 times the result keeps the all-to-all in the graph: its backward pass returns the gradients of the
+        # halo that this rank sent.
         nothing = received[0].sum() * 0
         return k[:, :, :0] + nothing, v[:, :, :0]
     return received[group.index - 1][0][None], received[group.index - 1][1][None]
 
 
 class HeadGroups:
-    """The exchange between sequence shards (all heads) and head groups (all tokens): H / P query heads on each rank.
+    """The all-to-all between sequence shards (all heads) and head groups (all tokens): H / P query heads on each rank.
 
     Tensors are exchanged in the layout [tokens, heads, D], which models and flash-attn-4 use too: the part for each
     rank is contiguous, and most copies are avoided.
@@ -118,22 +118,22 @@ class HeadGroups:
         self.num_kv_heads = mine[-1] + 1 - mine[0]
         self.place_of_kv = tuple(head - mine[0] for head in mine)
 
-    def send_queries(self, q: torch.Tensor) -> Exchange:
+    def send_queries(self, q: torch.Tensor) -> AllToAll:
         tokens = q[0].transpose(0, 1).unflatten(1, (self.group.size, self.num_heads))
         return start_even(self.group, "queries", tokens.transpose(0, 1).contiguous())
 
-    def receive_queries(self, exchange: Exchange) -> torch.Tensor:
+    def receive_queries(self, transfer: AllToAll) -> torch.Tensor:
         """[1, H / P, N, D]."""
-        return exchange.finish_stacked().flatten(0, 1).transpose(0, 1)[None]
+        return transfer.finish_stacked().flatten(0, 1).transpose(0, 1)[None]
 
-    def send_kept(self, k: torch.Tensor, v: torch.Tensor, layout: ShardLayout) -> Exchange:
+    def send_kept(self, k: torch.Tensor, v: torch.Tensor, layout: ShardLayout) -> AllToAll:
         both = torch.stack([k[0], v[0]])
         parts = [both[:, heads] for heads in self.kv_heads]
         return start(self.group, "kept", parts, [(2, self.num_kv_heads, n, k.shape[3]) for n in layout.buffer.num_sent])
 
-    def receive_kept(self, exchange: Exchange, layout: ShardLayout) -> tuple[torch.Tensor, torch.Tensor]:
+    def receive_kept(self, transfer: AllToAll, layout: ShardLayout) -> tuple[torch.Tensor, torch.Tensor]:
         """The copies of the whole sequence's kept buffer for the heads of this rank: keys and values [1, G', R, D]."""
-        k, v = layout.buffer.history(exchange.finish())[:, None]
+        k, v = layout.buffer.history(transfer.finish())[:, None]
         per_kv = self.num_heads // self.num_kv_heads
         if self.place_of_kv == tuple(h // per_kv for h in range(self.num_heads)):
             return k, v
@@ -147,7 +147,7 @@ class HeadGroups:
             start_even(self.group, what, x[0].transpose(0, 1).unflatten(0, (self.group.size, -1)).contiguous())
             for what, x in (("outputs", out), ("lse", lse))
         ]
-        out, lse = (exchange.finish_stacked().transpose(0, 1) for exchange in sent)
+        out, lse = (transfer.finish_stacked().transpose(0, 1) for transfer in sent)
         return out, lse
 
     def merge(

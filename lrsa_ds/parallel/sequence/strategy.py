@@ -58,9 +58,9 @@ class Strategy:
         """Number of stretches that each rank holds."""
         return len(self.owners(1))
 
-    def held(self, num_tokens: int, size: int, index: int) -> tuple[slice, ...]:
+    def local_tokens(self, num_tokens: int, size: int, index: int) -> tuple[slice, ...]:
         """The stretches that rank `index` of `size` holds, in the order of the tokens."""
-        return held(self.owners(size), num_tokens, index)
+        return local_tokens(self.owners(size), num_tokens, index)
 
     def token_order(self, num_tokens: int, size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor] | None:
         """The tokens in the order of the ranks that hold them, and the inverse permutation.
@@ -71,7 +71,7 @@ class Strategy:
         return None if owners == tuple(range(size)) else _token_order(owners, num_tokens, size, device)
 
 
-def held(owners: tuple[int, ...], num_tokens: int, index: int) -> tuple[slice, ...]:
+def local_tokens(owners: tuple[int, ...], num_tokens: int, index: int) -> tuple[slice, ...]:
     """The stretches of rank `index`, in the order of the tokens, from the owner of each stretch."""
     length = num_tokens // len(owners)
     return tuple(slice(i * length, (i + 1) * length) for i, owner in enumerate(owners) if owner == index)
@@ -82,7 +82,7 @@ def _token_order(
     owners: tuple[int, ...], num_tokens: int, size: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     tokens = torch.arange(num_tokens)
-    order = torch.cat([tokens[part] for rank in range(size) for part in held(owners, num_tokens, rank)])
+    order = torch.cat([tokens[part] for rank in range(size) for part in local_tokens(owners, num_tokens, rank)])
     return order.to(device), order.argsort().to(device)
 
 

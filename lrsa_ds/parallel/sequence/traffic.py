@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 PASSES = ("forward", "backward")
-# What an exchange may carry; "kv" are all keys and values (dense Ulysses), "kept" those of the kept KV alone.
+# What an all-to-all may carry; "kv" are all keys and values (dense Ulysses), "kept" those of the kept KV alone.
 CARGO = ("halo", "queries", "kept", "kv", "outputs", "lse")
 
 

@@ -9,7 +9,7 @@ from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 from lrsa_ds.attention import lrsa_attention
 from lrsa_ds.errors import require
 from lrsa_ds.lrsa_config import LRSAConfig
-from lrsa_ds.parallel.sequence.exchange import SequenceGroup
+from lrsa_ds.parallel.sequence.all_to_all import SequenceGroup
 from lrsa_ds.parallel.sequence.head_groups import check_heads
 from lrsa_ds.parallel.sequence.strategy import Sharing
 
@@ -52,10 +52,10 @@ def ulysses_attention(
         [1, H, n, D].
     """
     order = group.strategy.token_order(group.size * q.shape[2], group.size, q.device)
-    exchange = _ulysses(q.shape[1], k.shape[1], q.shape[3], group)
+    ulysses = _ulysses(q.shape[1], k.shape[1], q.shape[3], group)
     # DeepSpeed gathers the positions for kernels that find the documents by them; ours are told the lengths.
     positions = torch.zeros(1, q.shape[2], dtype=torch.int64, device=q.device)
-    output, _ = exchange(
+    output, _ = ulysses(
         torch.nn.Module(),
         q,
         k,

@@ -1,7 +1,7 @@
 """The one collective of sequence parallelism: an all-to-all of unequal parts, differentiable, and counted.
 
-Its halves are separate, so that work can be done while the data travels: `start` launches the exchange and `finish`
-waits for it. In the backward pass their roles swap: `finish` launches the exchange of the gradients, and `start` waits.
+It has two halves, so that a rank can compute while the data travels: `start` launches the all-to-all, `finish` waits
+for it. In the backward pass their roles swap: `finish` launches the all-to-all of the gradients, and `start` waits.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ class SequenceGroup:
 
 @dataclass
 class Pending:
-    """An exchange between its start and its finish, in either direction of the pass."""
+    """An all-to-all in flight, in the forward or the backward pass."""
 
     group: SequenceGroup
     cargo: str
@@ -53,7 +53,7 @@ class Pending:
 
     def wait(self) -> torch.Tensor:
         work, received = self.work, self.received
-        assert work is not None, "an exchange is waited for once, after its launch"
+        assert work is not None, "an all-to-all is waited for once, after its launch"
         assert received is not None
         work.wait()
         self.work = self.sent = self.received = None
@@ -87,8 +87,8 @@ class _Finish(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class Exchange:
-    """A started exchange. `finish` returns one tensor from each rank of the group, in its order."""
+class AllToAll:
+    """A started all-to-all. `finish` returns one tensor from each rank of the group, in its order."""
 
     received: torch.Tensor
     pending: Pending
@@ -108,7 +108,7 @@ class Exchange:
 
 def start(
     group: SequenceGroup, cargo: str, parts: list[torch.Tensor], recv_shapes: Sequence[tuple[int, ...]]
-) -> Exchange:
+) -> AllToAll:
     """Sends `parts[r]` to rank r of the group and receives a tensor of shape `recv_shapes[r]` from it.
 
     Args:
@@ -119,12 +119,12 @@ def start(
     return _start(group, cargo, flat, [part.numel() for part in parts], recv_shapes)
 
 
-def start_even(group: SequenceGroup, cargo: str, x: torch.Tensor) -> Exchange:
+def start_even(group: SequenceGroup, cargo: str, x: torch.Tensor) -> AllToAll:
     """Sends x[r] of x [P, ...] to rank r and receives as much from it; copies nothing where `x` is contiguous."""
     return _start(group, cargo, x.reshape(-1), [x[0].numel()] * group.size, [tuple(x.shape[1:])] * group.size)
 
 
-def start_to_all(group: SequenceGroup, cargo: str, x: torch.Tensor, recv_shapes: Sequence[tuple[int, ...]]) -> Exchange:
+def start_to_all(group: SequenceGroup, cargo: str, x: torch.Tensor, recv_shapes: Sequence[tuple[int, ...]]) -> AllToAll:
     """Sends `x` to every rank; its gradient is the sum of theirs, added in fp32 and rounded once."""
     flat = x.reshape(1, -1).expand(group.size, -1).reshape(-1)
     return _start(group, cargo, flat, [x.numel()] * group.size, recv_shapes)
@@ -132,6 +132,6 @@ def start_to_all(group: SequenceGroup, cargo: str, x: torch.Tensor, recv_shapes:
 
 def _start(
     group: SequenceGroup, cargo: str, flat: torch.Tensor, send_counts: list[int], recv_shapes: Sequence[tuple[int, ...]]
-) -> Exchange:
+) -> AllToAll:
     pending = Pending(group, cargo, send_counts, [torch.Size(shape).numel() for shape in recv_shapes])
-    return Exchange(_Start.apply(flat, pending), pending, recv_shapes)
+    return AllToAll(_Start.apply(flat, pending), pending, recv_shapes)
