@@ -1,7 +1,7 @@
-"""A watch over the ranks: when nothing moves for too long, one rank says which one holds up the others, and all end.
+"""Detects a hang: without progress for too long, one rank reports which rank blocks the others, and all exit.
 
-Every rank writes down what it is doing, in a file of its own in the output directory; a thread of every rank refreshes
-it. So a process that is stopped or gone can be told from one that is alive and waits for others.
+Every rank writes its current activity to a file of its own in the output directory, and a thread refreshes the file. So
+a process that is stopped or gone can be told from one that is alive and waits for others.
 """
 
 import json
@@ -88,9 +88,8 @@ class Watch:
         if self._rank == min(alive, default=self._rank):
             report_exit(f"error: {self._sentence(silent, alive)}", Exit.HUNG)
         else:
-            reported_exit(
-                EXIT_MESSAGE_SECONDS
-            )  # the launcher ends all ranks when one ends: let the reporting rank exit first
+            # The launcher ends all ranks when one ends: the reporting rank exits first.
+            reported_exit(EXIT_MESSAGE_SECONDS)
         os._exit(Exit.HUNG)
 
     def _sentence(self, silent: list[int], alive: dict[int, dict]) -> str:
