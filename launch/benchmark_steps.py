@@ -9,6 +9,7 @@ A length at which the memory runs out ends the program, with a row that says so:
 """
 
 import argparse
+import math
 import sys
 import time
 from contextlib import nullcontext
@@ -142,7 +143,7 @@ def line(row: dict, baseline: dict[int, float]) -> str:
     speedup = baseline.setdefault(row["num_tokens"], row["ms_p50"]) / row["ms_p50"]
     return (
         f"{head}{row['ms_p50'] / 1e3:>8.2f} s a step (first {row['first_step_s']:.1f} s){speedup:>7.2f}x"
-        f"{row['tokens_per_second']:>10,.0f} tokens/s{row['tflops_executed']:>8.1f} TFLOPS"
+        f"{row['tokens_per_second']:>10,.0f} tokens/s{row.get('tflops_executed', math.nan):>8.1f} TFLOPS"
         f"{row['peak_gb']:>7.1f} GB{row['host_gb']:>7.1f} GB on the host"
         f"{row['sent_bytes_per_layer'] / 1e6:>9.1f} MB sent a layer"
     )

@@ -59,9 +59,18 @@ class ModelShape:
     head_dim: int
 
 
-def model_shape(model: PreTrainedModel) -> ModelShape:
-    """The shape of a model as it will be trained: with its adapters, frozen parameters and activation checkpointing."""
+def model_shape(model: PreTrainedModel) -> ModelShape | None:
+    """The shape of a model as it will be trained: with its adapters, frozen parameters and activation checkpointing.
+
+    None for a model whose matrices are not found where those of most families are: layers or output layer without
+    `torch.nn.Linear`, or experts of which the configuration does not say how many a token takes.
+    """
     config = model.config.get_text_config()
+    has_experts = any(hasattr(module, "num_experts") for module in model.modules())
+    if len(decoder_layers(model)) != config.num_hidden_layers or not isinstance(output_layer(model), nn.Linear):
+        return None
+    if has_experts and not isinstance(getattr(config, "num_experts_per_tok", None), int):
+        return None
     # transformers asks for the gradient of the embeddings of a model with adapters whose layers are recomputed.
     asked = bool(getattr(model, "_require_grads_hooks", None))
     before = asked or _is_trained(cast(nn.Module, model.get_input_embeddings()))

@@ -46,7 +46,7 @@ class Throughput:
     """
 
     def __init__(self, config: TrainConfig, objective: Objective, device_name: str, world_size: int):
-        self._shape = model_shape(objective.lm)
+        self._shape = model_shape(objective.lm)  # None: no operations are counted, and no figure of them is given
         self._passes = passes_of(config, objective.retentions)
         self._peak = peak_of(config, device_name)
         self._world_size = world_size
@@ -54,6 +54,8 @@ class Throughput:
 
     def count(self, document_lengths: Sequence[int], num_slots: int, attention: AnyConfig) -> tuple[float, float]:
         """Operations over a packed row: executed, and if the attention were dense."""
+        if self._shape is None:
+            return 0.0, 0.0
         flops = step_flops(self._shape, self._passes, document_lengths, num_slots, attention)
         return flops.executed.total, flops.dense.total
 
@@ -62,7 +64,12 @@ class Throughput:
         self._executed, self._dense = executed, dense
 
     def rates(self, seconds: float) -> dict[str, float]:
-        """`tflops_executed`, `tflops_dense` and `mfu` of a GPU in the step, which took so many seconds."""
+        """`tflops_executed`, `tflops_dense` and `mfu` of a GPU in the step, which took so many seconds.
+
+        Nothing for a model whose operations cannot be counted.
+        """
+        if self._shape is None:
+            return {}
         executed, dense = (flops / seconds / self._world_size / 1e12 for flops in (self._executed, self._dense))
         share = {} if self._peak is None else {"mfu": executed / self._peak}
         return {"tflops_executed": executed, "tflops_dense": dense, **share}

@@ -135,3 +135,7 @@ def test_dense_equivalent_is_dense_attention_over_the_same_documents():
     assert (
         step_flops(shape, Passes(), LENGTHS, 12, LRSA).dense == step_flops(shape, Passes(), LENGTHS, 12, DENSE).executed
     )
+
+
+def test_a_model_without_plain_matrices_has_no_shape():
+    assert model_shape(tiny("gpt2", n_embd=48, n_layer=2, n_head=4)) is None
