@@ -27,7 +27,7 @@ from lrsa_ds.errors import LRSAError, Stopped
 from lrsa_ds.hub import NOT_WRITABLE
 from lrsa_ds.parallel.mesh import rank
 from lrsa_ds.process.exit_message import report_exit, reported_exit
-from lrsa_ds.process.exits import Exit
+from lrsa_ds.process.exits import Exit, ignore_ended_children, kill_children
 from lrsa_ds.process.launcher import check_launcher
 
 EXIT_MESSAGE_SECONDS = 5.0  # for another rank to print why it has ended
@@ -39,6 +39,8 @@ def leave(code: int) -> None:
     In the interpreter's own last steps a thread of a library can still abort a process whose work is done, and the
     launcher would take a finished run for a failed one.
     """
+    ignore_ended_children()
+    kill_children()  # or Python would wait for them
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from lrsa_ds.errors import LRSAError
 from lrsa_ds.process.exit_message import report_exit
-from lrsa_ds.process.exits import Exit
+from lrsa_ds.process.exits import Exit, end_at_once
 
 LOCK = "run.lock"
 BEAT_SECONDS = 10.0
@@ -157,7 +157,7 @@ class RunLock:
 
     def _end(self) -> None:
         reason = f"another run has taken {self._path}, since this one gave no sign of life for {self._patience:g} s"
-        os._exit(report_exit(f"error: {reason}: it ends here.", Exit.HUNG))
+        end_at_once(report_exit(f"error: {reason}: it ends here.", Exit.HUNG))
 
 
 @contextmanager

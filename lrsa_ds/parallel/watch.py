@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lrsa_ds.parallel.mesh import Mesh
 from lrsa_ds.process.exit_message import report_exit, reported_exit
-from lrsa_ds.process.exits import Exit
+from lrsa_ds.process.exits import Exit, end_at_once
 from lrsa_ds.process.launcher import named
 
 DIRECTORY = "ranks"
@@ -90,7 +90,7 @@ class Watch:
         else:
             # The launcher ends all ranks when one ends: the reporting rank exits first.
             reported_exit(EXIT_MESSAGE_SECONDS)
-        os._exit(Exit.HUNG)
+        end_at_once(Exit.HUNG)
 
     def _sentence(self, silent: list[int], alive: dict[int, dict]) -> str:
         start = f"nothing has moved for {self._timeout:g} s (parallel.timeout) in {self._doing}: "

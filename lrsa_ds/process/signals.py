@@ -4,7 +4,6 @@ A launcher sends SIGTERM for two reasons: the job is to end (then a checkpoint i
 job has died (then no step will ever end, and this process has to go at once).
 """
 
-import os
 import signal
 import socket
 import threading
@@ -12,7 +11,7 @@ import time
 from contextlib import suppress
 
 from lrsa_ds.process.exit_message import report_exit, reported_exit
-from lrsa_ds.process.exits import Exit
+from lrsa_ds.process.exits import Exit, end_at_once
 from lrsa_ds.process.launcher import Launcher, named
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -81,7 +80,7 @@ class StopRequest:
             now = time.monotonic()
             self._interrupted = self._interrupted or now
             if now - self._interrupted > AGAIN_SECONDS:
-                os._exit(
+                end_at_once(
                     report_exit("interrupted twice: ended at once; earlier checkpoints are whole.", Exit.INTERRUPTED)
                 )
 
@@ -89,10 +88,10 @@ class StopRequest:
         missing = self._launcher.missing()
         if missing:
             code = reported_exit(EXIT_MESSAGE_SECONDS)
-            os._exit(report_exit(_lost(missing), Exit.LOST) if code is None else code)
+            end_at_once(report_exit(_lost(missing), Exit.LOST) if code is None else code)
         if not self._begun.is_set():
             sentence = f"stopped by {self.reason}: nothing is lost, the same command resumes or starts again."
-            os._exit(report_exit(sentence, Exit.STOPPED))
+            end_at_once(report_exit(sentence, Exit.STOPPED))
 
 
 def _lost(ranks: list[int]) -> str:

@@ -50,15 +50,16 @@ class Job:
         """The processes of the ranks, in their order."""
         found = {}
         for process in psutil.Process(self.process.pid).children(recursive=True):
-            arguments = [a for a in process.cmdline() if a.startswith("--local_rank=")]
-            if arguments and "deepspeed.launcher.launch" not in process.cmdline():
+            command = command_of(process)
+            arguments = [a for a in command if a.startswith("--local_rank=")]
+            if arguments and "deepspeed.launcher.launch" not in command:
                 found.setdefault(int(arguments[0].split("=")[1]), process)
         return [found[rank] for rank in sorted(found)]
 
     def processes(self, script: str) -> list[psutil.Process]:
         """All that run a script, without the shells and launchers around them."""
         everyone = psutil.Process(self.process.pid).children(recursive=True)
-        return [p for p in everyone if script in p.cmdline()[1:3] and "python" in p.name()]
+        return [p for p in everyone if script in command_of(p)[1:3] and "python" in p.name()]
 
     def wait_for(self, condition, timeout: float = 120) -> None:
         """Until `condition()` holds; the job must not end before."""
@@ -69,6 +70,14 @@ class Job:
                 done = self.finish()
                 raise AssertionError(f"it did not come to that: {done.returncode}\n{done.stdout}\n{done.stderr}")
             time.sleep(0.002)
+
+
+def command_of(process: psutil.Process) -> list[str]:
+    """What started a process; empty for one that has ended meanwhile."""
+    try:
+        return process.cmdline()
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return []
 
 
 def run(

@@ -39,6 +39,7 @@ def settings(output, *more: str) -> list[str]:
     """A run that would take minutes."""
     return [
         *["+recipe=smoke", "optim.num_steps=5000", "eval.before=false", "eval.num_examples=1", "log.wandb=disabled"],
+        "data.num_workers=1",
         *[f"output_dir={output}", *more],
     ]
 
