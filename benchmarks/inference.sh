@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
 OUT=${OUT:-outputs/benchmarks}
 mkdir -p "$OUT"
-measure() { "$PYTHON" launch/benchmark.py generation --csv "$OUT/inference.csv" "$@"; }
+measure() { "$PYTHON" launch/benchmark.py generation --model "${MODEL:-1.5b}" --csv "$OUT/inference.csv" "$@"; }
 
 part() {
     case $1 in

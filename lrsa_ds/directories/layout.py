@@ -75,7 +75,7 @@ TRAIN = Layout(
 EVALUATE = Layout(
     "evaluate",
     (
-        r"config\.yaml|metrics\.jsonl|results(\.rank\d+)?\.jsonl(\.partial)?|results\.txt",
+        r"config\.yaml|metrics\.jsonl|results(\.rank\d+)?\.jsonl(\.partial)?|results\.(txt|html)",
         r"(scores_\d+|needles|perplexity)\.png|(wandb|mlflow)_run\.txt|telemetry_\w+\.(json|png)",
         re.escape(CONSOLE),
     ),

@@ -4,6 +4,7 @@ Three ways to fill a cache are compared: "dense" keeps everything; "chunked" com
 chunk, which is the function that LRSA trains; "after" prefills densely and compresses afterwards.
 """
 
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -68,10 +69,11 @@ DENSE = Mode("dense", 1.0)
 
 @dataclass(frozen=True)
 class Answer:
-    """Generated tokens, and the size of the cache before the first of them."""
+    """Generated tokens, the size of the cache before the first of them, and the seconds that they took."""
 
     ids: list[int]
     size: dict[str, float]
+    seconds: float
 
 
 def modes(
@@ -115,7 +117,8 @@ class Evaluator:
         """A row for each mode: the sample's identity, the mode, `scores` in percent (nats of `nll`), and what was said.
 
         `num_tokens` and `num_held` are the tokens that the cache has seen when the answer begins (or at the end of a
-        text), and the entries that it holds then. The score `first_token` tells whether the first generated token is
+        text), and the entries that it holds then, in `cache_bytes` of memory; `num_said` tokens took `seconds` to
+        generate. The score `first_token` tells whether the first generated token is
         that of the dense mode, if that is wanted and the cache differs: it has dropped something.
         """
         with warnings.catch_warnings():
@@ -159,8 +162,10 @@ class Evaluator:
             pad_token_id=self.tokenizer.pad_token_id,
         )
         mask = torch.ones_like(prompt)  # or tokens of the prompt that look like padding would count as such
+        start = time.perf_counter()
         found = generate(self.model, prompt, attention_mask=mask, past_key_values=cache, generation_config=settings)
-        return Answer(found[0, prompt.shape[1] :].tolist(), size)
+        ids = found[0, prompt.shape[1] :].tolist()  # which waits for the device
+        return Answer(ids, size, time.perf_counter() - start)
 
     def _answer_row(self, sample: Sample, mode: Mode, answer: Answer, dense: Answer | None) -> dict:
         text = after_lead(decoded(self.tokenizer, answer.ids, skip_special_tokens=True), sample.lead_end)
@@ -168,6 +173,7 @@ class Evaluator:
         if dense is not None and answer.size["num_held"] < answer.size["num_tokens"]:
             scores["first_token"] = 100.0 * (answer.ids[0] == dense.ids[0])
         said = {"scores": scores, "prediction": text, "answers": list(sample.answers)}
+        said |= {"num_said": len(answer.ids), "seconds": answer.seconds}
         return _identity(sample, mode) | answer.size | said
 
     def _perplexity_row(self, sample: Sample, mode: Mode) -> dict:
@@ -184,8 +190,8 @@ class Evaluator:
 
 
 def _size(cache: LagKVCache) -> dict[str, float]:
-    """Tokens seen and entries held."""
-    return {"num_tokens": cache.get_seq_length(), "num_held": cache.num_held}
+    """Tokens seen, entries held, and their bytes."""
+    return {"num_tokens": cache.get_seq_length(), "num_held": cache.num_held, "cache_bytes": cache.num_bytes}
 
 
 def _identity(sample: Sample, mode: Mode) -> dict:

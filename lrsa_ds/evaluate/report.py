@@ -64,6 +64,8 @@ def _legend(rows: list[dict]) -> list[str]:
             *LAYERED[: any(row["layers"] for row in rows)],
             f"smaller: {SMALLER} when the answer begins (nll: at the end of the text)",
         ]
+    if any(row.get("cache_bytes") for row in rows):
+        lines.append("cache MB, tokens/s: memory of the cache when the answer begins, and speed of decoding behind it")
     if any(row["retention"] < 1 and row["cache_factor"] == 1 for row in rows):
         lines.append(UNCOMPRESSED)
     return lines + [f"{name}: {meaning}" for name, meaning in METRICS.items() if name in metrics]
@@ -83,6 +85,7 @@ def _block(rows: list[dict], length: int, caches: list[tuple[str, float, str]]) 
         factors = [factor_name(row["cache_factor"] for row in rows if row["cache"] == name) for name in names]
         cells = ["" if name == "dense" else factor for name, factor in zip(names, factors, strict=True)]
         lines.append(f"{'smaller':<{TITLE_WIDTH}}" + "".join(f"{cell:>{WIDTH}}" for cell in cells))
+    lines += _costs(rows, names)
     for task, metric in dict.fromkeys((row["task"], row["metric"]) for row in rows):
         found = {row["cache"]: row for row in rows if (row["task"], row["metric"]) == (task, metric)}
         count = "/".join(dict.fromkeys(str(found[name]["num_samples"]) for name in names if name in found))
@@ -92,6 +95,17 @@ def _block(rows: list[dict], length: int, caches: list[tuple[str, float, str]]) 
                 lines += [task] if task not in lines else []
                 title = f"  {metric} ({count})"
             lines.append(f"{title:<{TITLE_WIDTH}}" + "".join(f"{_cell(found.get(name)):>{WIDTH}}" for name in names))
+    return lines
+
+
+def _costs(rows: list[dict], names: list[str]) -> list[str]:
+    """A line with the memory of each cache, and one with the speed of decoding behind it, where they were measured."""
+    lines = []
+    for title, key, unit in (("cache MB", "cache_bytes", 1e6), ("tokens/s", "tokens_per_s", 1)):
+        given = [[row[key] for row in rows if row["cache"] == name and row.get(key) is not None] for name in names]
+        cells = [f"{sum(values) / len(values) / unit:,.1f}" if values else "-" for values in given]
+        if any(given):
+            lines.append(f"{title:<{TITLE_WIDTH}}" + "".join(f"{cell:>{WIDTH}}" for cell in cells))
     return lines
 
 

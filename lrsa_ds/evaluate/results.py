@@ -72,9 +72,9 @@ def _read(path: Path) -> list[dict]:
 def summary(rows: list[dict]) -> list[dict]:
     """One row for each task, length, cache and metric, in the order of the rows.
 
-    `mean` with its 95 % interval `low` to `high`; `num_samples`; `cache_factor`. Scores in percent have Wilson's
-    interval, which is right for shares and wide for others between 0 and 100; `nll` has that of the normal
-    distribution.
+    `mean` with its 95 % interval `low` to `high`; `num_samples`; `cache_factor`; `cache_bytes`, the mean;
+    `tokens_per_s` of decoding, None where nothing was generated. Scores in percent have Wilson's interval, which is
+    right for shares and wide for others between 0 and 100; `nll` has that of the normal distribution.
     """
     groups: dict[tuple, list[dict]] = defaultdict(list)
     for row in rows:
@@ -86,7 +86,8 @@ def summary(rows: list[dict]) -> list[dict]:
         mean, low, high = interval(scores) if metric == "nll" else wilson(scores)
         row = {"task": task, "length": length, "prefill": prefill, "retention": retention, "layers": layers}
         row |= {"cache": cache_name(prefill, retention, layers), "metric": metric, "num_samples": len(scores)}
-        row["cache_factor"] = measured_factor(mine)
+        row |= {"cache_factor": measured_factor(mine), "cache_bytes": _ratio(mine, "cache_bytes")}
+        row["tokens_per_s"] = _ratio(mine, "num_said", "seconds")
         found.append(row | {"mean": mean, "low": low, "high": high})
     return found
 
@@ -103,6 +104,13 @@ def measured_factor(rows: list[dict]) -> float | None:
     if any("num_held" not in row for row in rows):
         return None
     return sum(row["num_tokens"] for row in rows) / sum(row["num_held"] for row in rows)
+
+
+def _ratio(rows: list[dict], name: str, over: str | None = None) -> float | None:
+    """Sum of one value over that of another, or the mean; None for rows without them."""
+    if any(key not in row for row in rows for key in (name, over or name)):
+        return None
+    return sum(row[name] for row in rows) / (sum(row[over] for row in rows) if over else len(rows))
 
 
 def wilson(scores: list[float]) -> tuple[float, float, float]:

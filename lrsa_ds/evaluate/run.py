@@ -18,6 +18,7 @@ from lrsa_ds.dtypes import dtype_of
 from lrsa_ds.errors import require
 from lrsa_ds.evaluate.config import EvaluateConfig
 from lrsa_ds.evaluate.evaluator import Evaluator, Mode, Sample, modes
+from lrsa_ds.evaluate.page import predictions_page
 from lrsa_ds.evaluate.report import draw_results, results_table
 from lrsa_ds.evaluate.results import (
     RESULTS,
@@ -286,4 +287,5 @@ def _report(config: EvaluateConfig, samples: list[dict], directory: Path, logger
     table = results_table(rows)
     logger.message(table)
     (directory / "results.txt").write_text(table + "\n", encoding="utf-8")
+    (directory / "results.html").write_text(predictions_page(samples, config.run_name), encoding="utf-8")
     logger.results(rows, shown_predictions(samples), draw_results(rows, samples, directory, config.run_name))

@@ -14,6 +14,7 @@ from lrsa_ds.data.tokenizer import byte_tokenizer
 from lrsa_ds.errors import LRSAError
 from lrsa_ds.evaluate.config import CacheConfig, EvaluateConfig
 from lrsa_ds.evaluate.evaluator import DENSE, Evaluator, Mode, Sample, modes
+from lrsa_ds.evaluate.page import predictions_page
 from lrsa_ds.evaluate.report import METRICS as LEGEND
 from lrsa_ds.evaluate.report import draw_results, results_table
 from lrsa_ds.evaluate.results import collect, interval, part_of, read_results, summary, wilson
@@ -367,3 +368,21 @@ def test_the_cache_is_that_of_the_training_unless_told_otherwise():
     assert CacheConfig().attention(trained, 0.25) == LRSAConfig(sink_size=4, lag_size=64, retention=0.25)
     assert CacheConfig(lag_size=32).attention(trained, 0.25).lag_size == 32
     assert CacheConfig().attention(None, 0.25) == LRSAConfig(sink_size=16, lag_size=1024, retention=0.25)
+
+
+def test_memory_and_speed_stand_above_the_scores():
+    rows = [result(i) | {"cache_bytes": 2_000_000 * (i + 1), "num_said": 6, "seconds": 2.0} for i in range(2)]
+    (found,) = summary(rows)
+    assert found["cache_bytes"] == 3_000_000 and found["tokens_per_s"] == 3.0
+    lines = results_table([found]).splitlines()
+    assert any(line.split() == ["cache", "MB", "3.0"] for line in lines)
+    assert any(line.split() == ["tokens/s", "3.0"] for line in lines)
+    (old,) = summary([result(0)])  # written before they were measured
+    assert old["cache_bytes"] is None and "tokens/s" not in results_table([old])
+
+
+def test_predictions_are_a_page_of_their_own():
+    said = result(0) | {"prediction": "<b>no & yes", "answers": ["a", "b"], "cache_bytes": 1_500_000}
+    page = predictions_page([said, result(1)], "a <run>")
+    assert "&lt;b&gt;no &amp; yes" in page and "<b>" not in page and "a &lt;run&gt;" in page
+    assert page.count("<tr>") == 2 and "1.5" in page and "http" not in page

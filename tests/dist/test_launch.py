@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lrsa_ds import LRSAConfig, apply_lrsa
 from lrsa_ds.config import typed_config
+from lrsa_ds.evaluate.results import read_results
 from lrsa_ds.logs.report import evaluation_table
 from lrsa_ds.process.signals import SIGNALS
 from tests.dist.launcher import launch, rows_of, run, train_alone
@@ -306,7 +307,10 @@ def test_evaluation_is_shared_by_ranks_and_goes_on_where_it_stopped(smoke, tmp_p
     assert "6 samples, 3 of them done before" in again.stdout
     alone = run([sys.executable, "launch/evaluate.py", *more, f"output_dir={tmp_path / 'alone'}"])
     assert alone.returncode == 0, alone.stderr
-    assert (shared / "results.jsonl").read_text() == (tmp_path / "alone" / "results.jsonl").read_text()
+    rows = [read_results(directory) for directory in (shared, tmp_path / "alone")]
+    assert all(row.pop("seconds") > 0 for found in rows for row in found if "prediction" in row)
+    assert rows[0] == rows[1]
+    assert "right answers" in (shared / "results.html").read_text()
 
     said = refused(capfd, monkeypatch, *more, f"output_dir={shared}", "seed=1", "cache.lag_size=32", command="evaluate")
     assert "another configuration, which differs in seed, cache:" in said and "overwrite=true" in said
