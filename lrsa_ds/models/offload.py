@@ -102,7 +102,7 @@ class HostStore:
         return here
 
     def _start(self, saved: "_Saved") -> "tuple[torch.cuda.Event, torch.Tensor]":
-        """Begins the way back. The memory belongs to the stream that computes, which waits before it reads it."""
+        """Starts the copy back to the GPU. The computing stream owns the buffer there, and waits before it reads."""
         here = torch.empty(saved.host.shape, dtype=saved.host.dtype, device=saved.device)
         return self._copy(here, saved.host), here
 
@@ -117,7 +117,7 @@ class HostStore:
         return copied
 
     def _let_go(self) -> None:
-        """Frees the tensor that left last. What is computed from here on waits for its copy, and may take its place."""
+        """Frees the tensor whose copy to the host started last. Later kernels wait for it and may use the memory."""
         if self._leaving is not None:
             event, x = self._leaving
             torch.cuda.current_stream(x.device).wait_event(event)
@@ -134,7 +134,7 @@ class HostStore:
         return _pinned(num_bytes) if x.is_cuda else torch.empty(num_bytes, dtype=torch.uint8)
 
     def take_back(self, saved: "_Saved") -> None:
-        """The graph has let go of `saved`: its buffer is free for the next copy."""
+        """The autograd graph has released `saved`: its buffer is free for the next copy."""
         if saved.coming is not None:  # it was fetched for nothing: its memory on the GPU must outlast the copy
             torch.cuda.current_stream(saved.device).wait_event(saved.coming[0])
         self._free.append(saved.buffer)

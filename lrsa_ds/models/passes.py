@@ -1,4 +1,4 @@
-"""What a forward pass is told of its tokens: the documents they belong to, what is padding, where they stand.
+"""The inputs of a forward pass that describe its tokens: their documents, padding and positions.
 
 The decoder reads it before every pass, so that all entries are checked alike: a training loop of one's own, `prefill`,
 `generate`, and the decoder called by itself.

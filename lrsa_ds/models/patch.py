@@ -1,4 +1,4 @@
-"""Hugging Face causal language models: loading them, and replacing their attention by LRSA.
+"""LRSA in the place of the attention of Hugging Face causal language models.
 
 A model is changed from outside its layers: `apply_lrsa` selects the attention function that is registered here under
 the name "lrsa", after checking that every layer is plain causal attention, and hooks on the decoder read what a pass is

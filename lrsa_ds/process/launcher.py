@@ -94,7 +94,7 @@ class Launcher:
         self._beside: dict[int, psutil.Process] = {}
 
     def is_gone(self) -> bool:
-        """Whether a launcher that has started this process runs no longer. A shell may go without a word."""
+        """Whether a launcher that has started this process runs no longer. A shell may exit unnoticed."""
         return self._is_orphan or not all(_is_alive(process) for process in self._above)
 
     def missing(self) -> list[int]:

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGUSR1, Ctrl-C and the end of the launcher: a wish to stop after the step, or now if no step can end.
+"""Stop requests: SIGTERM, SIGUSR1, Ctrl-C, the end of the launcher. A run stops after its step, or at once before any.
 
 A launcher sends SIGTERM for two reasons: the job is to end (then a checkpoint is written first), or another rank of the
 job has died (then no step will ever end, and this process has to go at once).
@@ -25,10 +25,10 @@ EXIT_MESSAGE_SECONDS = 2.0  # for a rank that is exiting to print why
 
 
 class StopRequest:
-    """Knows whether this process is asked to stop. Make one in the main thread, before anything long.
+    """Whether this process is asked to stop. Create it in the main thread, before anything that takes long.
 
-    Until `begin` the process ends at once: there is nothing yet to save. A thread of its own hears the signals, since
-    the main one may be deep in a collective for minutes.
+    Until `begin` a stop request ends the process at once, since there is nothing to save. A separate thread receives
+    the signals, since the main thread may wait in a collective for minutes.
     """
 
     def __init__(self):
@@ -55,11 +55,11 @@ class StopRequest:
         return float(REASONS.index(self.reason))
 
     def begin(self) -> None:
-        """From now on a signal is a wish that the end of a step fulfils."""
+        """From now on the run stops at the end of a step."""
         self._begun.set()
 
     def accept(self) -> None:
-        """All ranks have agreed to stop, or are done: from now on they may end one after the other."""
+        """All ranks have agreed to stop, or are done: from now on a rank that has exited is no error."""
         self._accepted.set()
 
     def _listen(self) -> None:

@@ -1,4 +1,4 @@
-"""All that can be known of a run, and all that can be wrong with it, before a process group starts."""
+"""What is known about a run before a process group starts, and all checks that need none."""
 
 from dataclasses import dataclass, replace
 from functools import partial

@@ -1,4 +1,4 @@
-"""What the model says beside what is right: a few answers of each task under each cache, as text.
+"""A few predictions of each task under each cache, beside the right answers, as text.
 
 Evaluation runs under teacher forcing, so a prediction is the likeliest token at each place behind the *right* tokens
 before it. Up to its first wrong token it is what greedy decoding with that cache would say.

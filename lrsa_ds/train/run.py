@@ -52,7 +52,7 @@ def train(config: TrainConfig, procedure: Procedure, notes: list[str]) -> None:
     stop = StopRequest()
     plan = prepare(config, procedure)
     config = plan.config
-    # Our own watch, which names the rank that hangs, is to speak before torch's, which does not.
+    # Our watchdog names the rank that hangs, so it has to act before torch's, which does not.
     patience = timedelta(seconds=3 * config.parallel.timeout) if config.parallel.timeout else timedelta(days=30)
     join = timedelta(seconds=config.parallel.timeout) if config.parallel.timeout else patience
     mesh = start_mesh(config.parallel.sp_size, patience, config.parallel.exchange, join)
@@ -89,7 +89,7 @@ def _train_in(
         scores = [row for row in earlier if row["kind"] == "eval"]
         setup = _Setup(config=config, plan=plan, mesh=mesh, directory=directory, logger=logger, watch=watch, stop=stop)
         _Run(setup, scores).all()
-        stop.accept()  # there is no step left that could fulfil a wish to stop
+        stop.accept()  # no step is left at whose end the run could stop
         failed = False
     finally:
         logger.close(failed=failed)

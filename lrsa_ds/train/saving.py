@@ -147,7 +147,7 @@ class CheckpointSaver:
         return Written(writing.trainer["step"], writing.final, writing.waited + now - begun, now - writing.started)
 
     def _raise_together(self, writing: _Writing) -> None:
-        """Raises on every rank what has gone wrong on any; an error that is no matter of the disk as it came."""
+        """Raises on every rank what has gone wrong on any; an error that is not one of the disk is raised unchanged."""
         error = writing.error
         if isinstance(error, RuntimeError) and not any(name in str(error) for name in TORCH_WRITER):
             raise error

@@ -21,8 +21,8 @@ from lrsa_ds.train.run import build_engine, build_trainer
 from lrsa_ds.train.trainer import Engine
 
 NUM_STEPS = 2
-# Relative differences that rounding explains, of losses and of gradients. In bf16 a sum in another order is another
-# sum, and a key that was kept by a hair is not: single gradients then differ by far more than the whole.
+# Relative differences of losses and of gradients that rounding explains. In bf16 another order of summation may change
+# which keys are kept, where two scores are close: the gradient of one weight then differs by far more than the norm.
 TOLERANCES = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (1e-2, 3e-1)}
 
 
