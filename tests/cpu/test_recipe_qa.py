@@ -166,7 +166,7 @@ def test_an_unknown_row_and_an_unknown_procedure():
     with pytest.raises(LRSAError, match=r"a row: no known shape"):
         encode({"foo": 1}, CHATML, 128)
     assert load_procedure("qa").prepare is prepare
-    with pytest.raises(LRSAError, match=r"procedure='nope' is not valid: give qa, a module"):
+    with pytest.raises(LRSAError, match=r"procedure='nope' is not valid: give qa or a module"):
         load_procedure("nope")
 
 
