@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from launch import benchmark, benchmark_steps, chat, sweep
+from launch import benchmark, benchmark_steps, chat, compare, sweep
 from launch.cli.accelerator import register_resolver
 from launch.cli.checkout import CONF, register_checkout
 from launch.cli.schema import register_schema
@@ -86,6 +86,8 @@ def test_a_command_of_the_readme_is_right(command, monkeypatch):
             check_overrides("train", check_arguments(benchmark_steps, typed, monkeypatch).overrides)
         case "chat.py":
             check_arguments(chat, typed, monkeypatch)
+        case "compare.py":
+            check_arguments(compare, typed, monkeypatch)
         case _:
             pytest.fail(f"the README has a command that no test knows: {command}")
 
