@@ -6,7 +6,6 @@ layer is recomputed, the input of the layer before it comes back. All copies are
 memory is never read or written out of order, and it is pinned once and used again in every pass.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 from weakref import ReferenceType, ref
@@ -18,6 +17,7 @@ from transformers import PreTrainedModel
 
 from lrsa_ds.config import TrainConfig
 from lrsa_ds.errors import LRSAError, require
+from lrsa_ds.process.launcher import ranks_of_host
 
 
 def check_host_memory(config: TrainConfig, model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -27,7 +27,7 @@ def check_host_memory(config: TrainConfig, model: PreTrainedModel, dtype: torch.
     architecture = model.config.get_text_config()
     num_tokens = config.seq_len * config.optim.micro_batch // config.parallel.sp_size
     size = architecture.num_hidden_layers * num_tokens * architecture.hidden_size * dtype.itemsize
-    needed, present = size * int(os.environ.get("LOCAL_WORLD_SIZE", 1)), psutil.virtual_memory().total
+    needed, present = size * ranks_of_host(), psutil.virtual_memory().total
     require(
         needed < present,
         f"memory.offload_checkpoints=true needs {needed / 1e9:.0f} GB of host memory for the activations alone, and "

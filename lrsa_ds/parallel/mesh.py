@@ -16,6 +16,7 @@ from lrsa_ds.attention.kernels.blocks import BLOCK
 from lrsa_ds.errors import LRSAError, require
 from lrsa_ds.parallel.rendezvous import free_port, meet
 from lrsa_ds.parallel.sequence.all_to_all import SequenceGroup
+from lrsa_ds.process.launcher import ranks_of_host
 from lrsa_ds.registry import EXCHANGES
 
 JOIN = timedelta(minutes=30)  # for all ranks to come, where no setting says it
@@ -182,8 +183,7 @@ def _share_cores() -> None:
     With as many threads as cores in every rank, each operation on the CPU would wait for threads of the other ranks.
     """
     if "OMP_NUM_THREADS" not in os.environ:
-        ranks_here = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        torch.set_num_threads(max(1, torch.get_num_threads() // ranks_here))
+        torch.set_num_threads(max(1, torch.get_num_threads() // ranks_of_host()))
 
 
 def _sequence_group(size: int, exchange: str) -> SequenceGroup | None:

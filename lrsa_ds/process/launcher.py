@@ -105,9 +105,13 @@ class Launcher:
         if _is_alive(self._above[0]):
             self._beside |= _ranks_below(self._above[0])
             first = int(os.environ.get("RANK", 0)) - int(os.environ.get("LOCAL_RANK", 0))
-            count = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", 1)))
-            expected = range(first, first + count)
+            expected = range(first, first + ranks_of_host())
         return [rank for rank in expected if rank not in self._beside or not _is_alive(self._beside[rank])]
+
+
+def ranks_of_host(otherwise: int = 1) -> int:
+    """Ranks on this host, as the deepspeed launcher or torchrun says it; `otherwise` where neither does."""
+    return int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", otherwise)))
 
 
 def _levels() -> int:

@@ -1,6 +1,5 @@
 """How much of the GPU a step uses: operations a second, their share of the peak, time by phase, and host memory."""
 
-import os
 import time
 from collections.abc import Sequence
 
@@ -14,6 +13,7 @@ from lrsa_ds.costs.shape import model_shape
 from lrsa_ds.layers import AnyConfig
 from lrsa_ds.models.tiling import num_tiles
 from lrsa_ds.objectives.objective import Objective
+from lrsa_ds.process.launcher import ranks_of_host
 
 
 def passes_of(config: TrainConfig, retentions: Sequence[float]) -> Passes:
@@ -119,5 +119,4 @@ def host_memory_gb() -> float:
 
 def num_hosts(world_size: int) -> int:
     """Hosts of the run, as the launcher says it."""
-    here = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", world_size)))
-    return max(1, world_size // here)
+    return max(1, world_size // ranks_of_host(otherwise=world_size))

@@ -134,8 +134,9 @@ def test_tiles_are_counted_by_what_a_rank_holds():
     assert num_tiles(config_with(65536, memory, sp_size=8)) == 9
 
 
-def test_a_host_without_the_memory_is_said_before_the_run(monkeypatch):
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+@pytest.mark.parametrize("variable", ["LOCAL_WORLD_SIZE", "LOCAL_SIZE"])  # of torchrun, of the deepspeed launcher
+def test_a_host_without_the_memory_is_said_before_the_run(monkeypatch, variable):
+    monkeypatch.setenv(variable, "8")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SIZES))
     present = SimpleNamespace(total=8 * 2 * 4096 * 48 * 2 + 1)
