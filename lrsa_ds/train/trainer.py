@@ -139,7 +139,7 @@ class Trainer:
         require(num_targets > 0, f"step {step + 1} has no target token: look at the answers of the data.")
         attention = self.attention.at_step(step)
         compressed = self._compression(rows, attention)
-        self._count_flops(rows, slots, attention)
+        flops = self._local_flops(rows, slots, attention)
         self.clock.start()
         local_loss: float | torch.Tensor = 0.0
         local_logged: Any = 0.0  # a tensor after the first pass
@@ -164,9 +164,11 @@ class Trainer:
             self.clock.lap("backward")
             self.engine.step()
             self.clock.lap("optimizer")
+        mean_loss, host_memory, *flops = mesh.sum([float(local_loss), host_memory_gb(), *flops])
+        self.throughput.begin(*flops)
         return {
             "step": step + 1,
-            "loss": mesh.sum([float(local_loss)])[0],
+            "loss": mean_loss,
             "grad_norm": float(cast(float, self.engine.get_global_grad_norm())),
             "lr": self.config.optim.lr * cosine_schedule(self.config.optim)(step),
             "retention": attention.retention,
@@ -174,28 +176,28 @@ class Trainer:
             "num_target_tokens": int(num_targets),
             **compressed,
             **self._memory_and_times(waited),
+            "host_memory_gb": host_memory / num_hosts(mesh.world_size),
             **self._logged(local_logged),
             **({"num_skipped_rows": num_skipped} if num_skipped else {}),
             **self._traffic(),
         }
 
-    def _count_flops(self, rows: list[PackedSequence], slots: list[float], attention: AnyConfig) -> None:
-        """Tells `throughput` the operations of the step, padding included, over all ranks."""
+    def _local_flops(self, rows: list[PackedSequence], slots: list[float], attention: AnyConfig) -> list[float]:
+        """Operations of the step over this rank's rows, padding included: executed, and if all attention were dense."""
         mesh, size = self.mesh, self.mesh.sp_size
         mine = zip(rows, slots, strict=True) if mesh.sp_rank == 0 else []  # of the ranks that share a row one counts it
         counts = [
             self.throughput.count(row.document_lengths, size * max(1, int(num_slots)), attention)
             for row, num_slots in mine
         ]
-        self.throughput.begin(*mesh.sum([float(sum(of_rows)) for of_rows in zip((0, 0), *counts, strict=True)]))
+        return [float(sum(of_rows)) for of_rows in zip((0, 0), *counts, strict=True)]
 
     def _memory_and_times(self, waited: float) -> dict[str, float]:
-        """Memory of the fullest GPU and of a host, and seconds by phase, of the rank where each took longest."""
+        """Memory of the fullest GPU, and seconds by phase, of the rank where each took longest."""
         mesh = self.mesh
         names = ("peak_memory_gb", "wait_seconds", *(f"{phase}_seconds" for phase in PHASES))
         most = mesh.max([peak_memory_gb(mesh.device), waited, *self.clock.seconds(PHASES)])
-        host = mesh.sum([host_memory_gb()])[0] / num_hosts(mesh.world_size)
-        return {**dict(zip(names, most, strict=True)), "host_memory_gb": host}
+        return dict(zip(names, most, strict=True))
 
     def _compression(self, rows: list[PackedSequence], attention: AnyConfig) -> dict[str, float]:
         """How many times smaller the caches of the step's documents are, and tokens in documents that are too short."""
