@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
-from lrsa_ds.settings.data import MADE_SOURCES
+from lrsa_ds.settings.data import makes_contexts
 from lrsa_ds.settings.run import shortened_warmup
 
 
@@ -31,16 +31,12 @@ def fit_defaults(composed: DictConfig, overrides: Sequence[str]) -> dict[str, st
             f"optim.warmup_steps={fewer} (its default, {warmup}, is more than optim.num_steps={steps})"
         )
     several = composed.data.get("questions_per_context", 1) > 1
-    if several and not _makes_contexts(composed.data) and not _is_typed("data.questions_per_context", overrides):
+    sources = [composed.data, *(composed.data.get("sources") or ())]
+    if several and not any(map(makes_contexts, sources)) and not _is_typed("data.questions_per_context", overrides):
         composed.data.questions_per_context = 1  # that of a recipe, for contexts that nobody asks for here
     if not _is_typed("eval.num_examples", overrides) and not _is_typed("eval.allow_fewer", overrides):
         composed.eval.allow_fewer = True  # how many rows there are is known when the data are read
     return notes
-
-
-def _makes_contexts(data: DictConfig) -> bool:
-    settings = [data, *(data.get("sources") or ())]
-    return any(one.get("make_contexts") or one.get("source") in MADE_SOURCES for one in settings)
 
 
 def _is_typed(key: str, overrides: Sequence[str]) -> bool:

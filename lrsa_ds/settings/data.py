@@ -56,8 +56,9 @@ class SourceConfig:
         require(weight is None or weight > 0, f"data.sources: weight={weight} is not valid: give a number above 0.")
 
 
-def _makes_contexts(source: SourceConfig) -> bool:
-    return source.make_contexts or source.source in MADE_SOURCES
+def makes_contexts(data: Any) -> bool:
+    """Whether data, or a source of them, makes contexts rather than reads rows; also settings not typed yet."""
+    return bool(getattr(data, "make_contexts", False)) or getattr(data, "source", None) in MADE_SOURCES
 
 
 def _source(value: Any) -> SourceConfig:
@@ -156,7 +157,7 @@ class DataConfig:
     @property
     def makes_contexts(self) -> bool:
         """Whether contexts are made, rather than read as rows: of `context_length` tokens, or of seq_len."""
-        return self.source in MADE_SOURCES or self.make_contexts
+        return makes_contexts(self)
 
     def _check_contexts(self) -> None:
         require_whole("data.questions_per_context", self.questions_per_context, 1)
@@ -171,7 +172,7 @@ class DataConfig:
             "data.make_contexts=true or data=recall.",
         )
         require(
-            self.questions_per_context == 1 or self.makes_contexts or any(map(_makes_contexts, self.sources)),
+            self.questions_per_context == 1 or self.makes_contexts or any(map(makes_contexts, self.sources)),
             f"data.questions_per_context={self.questions_per_context} is read where contexts are made: add "
             "data.make_contexts=true, or leave it at 1.",
         )
@@ -199,5 +200,5 @@ class DataConfig:
         own = {name: value for name, value in own.items() if value is not None}
         own["columns"] = source.columns or self.columns
         own.setdefault("source", "hub" if source.path is None else "files")
-        questions = self.questions_per_context if _makes_contexts(source) else 1
+        questions = self.questions_per_context if makes_contexts(source) else 1
         return replace(self, sources=[], questions_per_context=questions, **own)
