@@ -4,6 +4,7 @@ import random
 from collections.abc import Iterator
 
 from lrsa_ds.data.facts import plain_words
+from lrsa_ds.data.lengths import token_counts
 from lrsa_ds.data.stdlib_docs import load_documents
 from lrsa_ds.data.tokenizer import Tokenizer
 
@@ -24,7 +25,7 @@ class Haystack:
 
     def count(self, texts: list[str]) -> list[int]:
         """Tokens of each text."""
-        return [len(ids) for ids in self.tokenizer(texts, add_special_tokens=False).input_ids] if texts else []
+        return token_counts(self.tokenizer, texts)
 
     def text(self, room: int, facts: list[tuple[str, float]], rng: random.Random) -> str:
         """Whole paragraphs of about `room` tokens, less rather than more, and the facts among them.

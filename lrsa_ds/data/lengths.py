@@ -9,6 +9,11 @@ from lrsa_ds.data.tokenizer import Tokenizer
 _NEXT = "The"
 
 
+def token_counts(tokenizer: Tokenizer, texts: list[str]) -> list[int]:
+    """Tokens of each text alone, without special tokens around it."""
+    return [len(ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids] if texts else []
+
+
 class TokenCounts:
     """Counts and shortens texts by tokens; picklable."""
 

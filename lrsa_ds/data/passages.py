@@ -1,12 +1,13 @@
 """Passages with the questions that are asked about them, from rows of questions, split by article."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, cast
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import numpy as np
 
 from lrsa_ds.data.contexts import Asked
+from lrsa_ds.data.material import Split, all_rows, say_left_out, validation_rows
 from lrsa_ds.data.shapes import ToRow
 from lrsa_ds.data.sources import ROWS_TO_ONE, Rows
 from lrsa_ds.errors import LRSAError
@@ -26,25 +27,9 @@ class Passage:
     asked: list[Asked] = field(default_factory=list)
 
 
-class SplitPassages(NamedTuple):
-    """Training passages and those held out, none of them in both, nor any article.
-
-    Args:
-        label: the setting that names the data, for errors.
-        fingerprint: what the passages are.
-        num_bad: rows that cannot be used and are left out.
-    """
-
-    train: list[Passage]
-    held_out: list[Passage]
-    label: str
-    fingerprint: str
-    num_bad: int
-
-
 def open_passages(
     data: DataConfig, seed: int, num_validation: int, to_row: ToRow | None = None, allow_fewer: bool = False
-) -> SplitPassages:
+) -> Split[Passage]:
     """The passages of `data.path` or `data.name`.
 
     Held out are those of `data.validation_path` or `data.validation_split`, or else whole articles in the order that
@@ -56,32 +41,26 @@ def open_passages(
     Raises:
         LRSAError: as `Rows`; rows without a question; or too few articles to hold one out.
     """
-    alone = replace(data, validation_path=None, validation_split=None)
-    rows = Rows(alone, seed, 0, to_row, needs="question")
+    rows = all_rows(data, seed, to_row, needs="question")
     label, content = rows.source.opened.label, rows.fingerprint()
     passages = _grouped(rows, label)
-    key = "path" if data.source == "files" else "split"
-    other = getattr(data, f"validation_{key}")
-    if other is None:
+    separate = validation_rows(data, seed, to_row, needs="question")
+    if separate is None:
         held_out = _held_out(passages, seed, num_validation, label, allow_fewer)
         content += f", {len(held_out)} passages held out"
     else:
-        separate = Rows(replace(alone, **{key: other}), seed, 0, to_row, needs="question")
         held_out = _grouped(separate, separate.source.opened.label)
         content += f", without those of {separate.fingerprint()}"
     texts = {passage.text for passage in held_out}
     train = [passage for passage in passages if passage.text not in texts]
     if not train:
         raise LRSAError(f"{label}: all passages are held out; leave some of other articles to train on.")
-    return SplitPassages(train, held_out, label, content, rows.num_bad)
+    return Split(train, held_out, label, content, rows.num_bad)
 
 
 def _grouped(rows: Rows, label: str) -> list[Passage]:
     """Rows of the same context as one passage, in the order of the first of them."""
-    if rows.num_bad:
-        say_once(
-            f"{label}: {rows.num_bad:,} rows are left out since they cannot be used; the first: {rows.first_error()}"
-        )
+    say_left_out(rows)
     passages: dict[str, Passage] = {}
     absent: list[str] = []
     for row in rows.source.good_rows():

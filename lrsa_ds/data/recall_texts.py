@@ -2,15 +2,15 @@
 
 import re
 from dataclasses import replace
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 
+from lrsa_ds.data.material import Split, all_rows, say_left_out, split_key, validation_rows
 from lrsa_ds.data.shapes import ToRow
 from lrsa_ds.data.sources import Rows
 from lrsa_ds.data.stdlib_docs import documents_fingerprint, load_documents
 from lrsa_ds.errors import LRSAError
-from lrsa_ds.notices import say_once
 from lrsa_ds.settings.data import DataConfig
 
 # A text is cut into stretches of about so many characters, of which one in ten is held out.
@@ -20,23 +20,7 @@ _WITH_ITS_END = re.compile(r".+?(?:\n\s*\n|\Z)", re.DOTALL)
 _BREAK = re.compile(r"(?<=[.!?])\s+|(?<=[\u3002\uff01\uff1f])|\s+")
 
 
-class SplitTexts(NamedTuple):
-    """Stretches of text for training and those held out; none is in both.
-
-    Args:
-        label: the setting that names the data, for errors.
-        fingerprint: what the texts are.
-        num_bad: rows that cannot be used and are left out.
-    """
-
-    train: list[str]
-    held_out: list[str]
-    label: str
-    fingerprint: str
-    num_bad: int = 0
-
-
-def open_texts(data: DataConfig, seed: int, to_row: ToRow | None = None) -> SplitTexts:
+def open_texts(data: DataConfig, seed: int, to_row: ToRow | None = None) -> Split[str]:
     """The texts of `data.path` or `data.name`, or the embedded documentation where neither is given.
 
     Held out are those of `data.validation_path` or `data.validation_split`, or else one stretch in ten, in the order
@@ -48,24 +32,20 @@ def open_texts(data: DataConfig, seed: int, to_row: ToRow | None = None) -> Spli
     if data.path is None and data.name is None:
         documents = load_documents()
         train, held_out = ([d.text for d in documents if d.is_validation == held] for held in (False, True))
-        return SplitTexts(train, held_out, "data=recall", documents_fingerprint())
-    source, key = ("files", "path") if data.name is None else ("hub", "split")
-    alone = replace(data, source=source, questions_per_context=1, validation_path=None, validation_split=None)
-    rows = Rows(alone, seed, 0, to_row, needs="text")
+        return Split(train, held_out, "data=recall", documents_fingerprint())
+    data = replace(data, source="files" if data.name is None else "hub", questions_per_context=1)
+    rows = all_rows(data, seed, to_row, needs="text")
     stretches, label, content = _stretches(rows), rows.source.opened.label, rows.source.opened.fingerprint()
-    if rows.num_bad:
-        say_once(
-            f"{label}: {rows.num_bad:,} rows are left out since they cannot be used; the first: {rows.first_error()}"
-        )
-    if (other := getattr(data, f"validation_{key}")) is not None:
-        separate = Rows(replace(alone, **{key: other}), seed, 0, to_row, needs="text")
+    say_left_out(rows)
+    separate = validation_rows(data, seed, to_row, needs="text")
+    if separate is not None:
         held_out = _stretches(separate)
         content += f", without those of {separate.source.opened.fingerprint()}"
     else:
         if len(stretches) < 2:
             raise LRSAError(
                 f"{label} holds one stretch of {STRETCH_CHARACTERS:,} characters or less, of which none can be held "
-                f"out: add texts, or set data.validation_{key}."
+                f"out: add texts, or set data.validation_{split_key(data)}."
             )
         order = np.random.default_rng([seed, 0]).permutation(len(stretches))
         chosen = sorted(order[: -(-len(stretches) // ONE_HELD_OUT_IN)].tolist())
@@ -75,7 +55,7 @@ def open_texts(data: DataConfig, seed: int, to_row: ToRow | None = None) -> Spli
     train = [stretch for stretch in stretches if stretch not in taken]
     if not train:
         raise LRSAError(f"{label}: all texts are held out; leave some others to train on.")
-    return SplitTexts(train, held_out, label, content, rows.num_bad)
+    return Split(train, held_out, label, content, rows.num_bad)
 
 
 def _stretches(rows: Rows) -> list[str]:

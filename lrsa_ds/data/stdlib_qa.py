@@ -12,7 +12,7 @@ from typing import Any
 
 from lrsa_ds.data.contexts import MARGIN, Asked, asked_row
 from lrsa_ds.data.facts import PASSKEY_QUESTION, draw_passkey, number_fact, number_question, plain_words
-from lrsa_ds.data.lengths import TokenCounts
+from lrsa_ds.data.lengths import TokenCounts, token_counts
 from lrsa_ds.data.stdlib_docs import Document, documents_fingerprint, load_documents
 from lrsa_ds.data.tokenizer import Tokenizer
 from lrsa_ds.errors import LRSAError
@@ -206,7 +206,7 @@ class StdlibQA:
         return "".join(lines[: len(totals)]), totals[-1] if totals else 0
 
     def _count(self, texts: list[str]) -> list[int]:
-        return [len(ids) for ids in self.tokenizer(texts, add_special_tokens=False).input_ids] if texts else []
+        return token_counts(self.tokenizer, texts)
 
     def _check_number_of_questions(self) -> None:
         key = f"data.questions_per_context={self.questions_per_context}"
