@@ -1,7 +1,7 @@
 """The inputs of a forward pass that describe its tokens: their documents, padding and positions.
 
-The decoder reads it before every pass, so that all entries are checked alike: a training loop of one's own, `prefill`,
-`generate`, and the decoder called by itself.
+The decoder reads them before every pass, so that all entries are checked alike: a training loop of one's own,
+`prefill`, `generate`, and the decoder called by itself.
 """
 
 from collections.abc import Callable, Sequence
