@@ -36,6 +36,17 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float,
     assert error <= tolerance, f"{name}: relative error {error:.2e} is above {tolerance:.0e}"
 
 
+def write_rows(path: Path, rows) -> str:
+    """Writes rows as JSON lines; returns the path as settings take it."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def all_examples(data, epoch: int = 0) -> list:
+    """The examples of every training row of an epoch."""
+    return [example for examples in data.examples_of_rows(epoch) for example in examples]
+
+
 def run_ranks(script, world_size: int, *args, timeout: float = 240, env: dict | None = None) -> list[str]:
     """Runs `python script *args` once per rank, as a launcher would, and returns what each rank wrote to stdout.
 

@@ -17,6 +17,7 @@ from lrsa_ds.data.survey import survey
 from lrsa_ds.data.tokenizer import load_tokenizer
 from lrsa_ds.errors import LRSAError
 from recipes.qa import prepare
+from tests.helpers import all_examples, write_rows
 
 MODEL = ModelConfig(random={"model_type": "llama"}, tokenizer="bytes")
 CHATML = load_tokenizer(MODEL)
@@ -42,11 +43,6 @@ def rows_of(num_articles=12, num_passages=4, titled=True):
                 }
 
 
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
 def config(path, seq_len=2048, num_validation=6, seed=0, questions=4, allow_fewer=False, **data):
     data = {
         "source": "files",
@@ -68,7 +64,7 @@ def config(path, seq_len=2048, num_validation=6, seed=0, questions=4, allow_fewe
 
 @pytest.fixture
 def path(tmp_path):
-    return write(tmp_path / "rows.jsonl", rows_of())
+    return write_rows(tmp_path / "rows.jsonl", rows_of())
 
 
 def articles_in(examples):
@@ -81,10 +77,6 @@ def turns(example, tokenizer=CHATML):
     context = text.split("Question: ")[0]
     pairs = re.findall(r"Question: (.+?)<\|im_end\|>\n<\|im_start\|>assistant\n(.+?)<\|im_end\|>", text)
     return context, pairs
-
-
-def all_examples(data, epoch=0):
-    return [example for examples in data.examples_of_rows(epoch) for example in examples]
 
 
 def test_every_question_is_asked_once_an_epoch_beside_its_passage(path):
@@ -113,7 +105,7 @@ def test_every_question_is_asked_once_an_epoch_beside_its_passage(path):
 
 @pytest.mark.parametrize("titled", [True, False])
 def test_what_is_held_out_is_never_in_a_training_context(tmp_path, titled):
-    path = write(tmp_path / "rows.jsonl", rows_of(titled=titled))
+    path = write_rows(tmp_path / "rows.jsonl", rows_of(titled=titled))
     data = prepare(config(path), CHATML)
     validation = data.validation_examples()
     held = {match for e in validation for q, _ in turns(e)[1] for match in re.findall(r"thing (\d+)x(\d+)x", q)}
@@ -129,7 +121,7 @@ def test_what_is_held_out_is_never_in_a_training_context(tmp_path, titled):
 
 def test_validation_data_of_their_own(tmp_path, path):
     held = list(islice(rows_of(), 12))  # an article of the training data, too
-    other = write(tmp_path / "other.jsonl", [*held, *({**row, "context": row["context"] + "!"} for row in held)])
+    other = write_rows(tmp_path / "other.jsonl", [*held, *({**row, "context": row["context"] + "!"} for row in held)])
     data = prepare(config(path, validation_path=other, num_validation=8), CHATML)
     assert 0 not in articles_in(all_examples(data))
     assert sum(len(turns(e)[1]) for e in data.validation_examples()) >= 8
@@ -175,7 +167,7 @@ def test_the_report_counts_contexts(path):
 
 
 def test_too_few_passages(tmp_path):
-    path = write(tmp_path / "few.jsonl", rows_of(3, 2))
+    path = write_rows(tmp_path / "few.jsonl", rows_of(3, 2))
     with pytest.raises(LRSAError, match=r"holds [\d,]+ tokens in 4 passages, too few .*1500, which needs 1,\d+:"):
         prepare(config(path, num_validation=1), CHATML)
     with pytest.raises(LRSAError, match=r"cannot be held out of the 18 over 3 articles"):
@@ -191,7 +183,7 @@ def test_answers_that_stand_nowhere_are_counted_and_named_once(tmp_path):
     rows = list(rows_of())
     rows[4]["answers"] = {"text": ["no such colour"], "answer_start": [0]}
     rows[9]["answers"] = {"text": ["nor this", "c0y3y0"], "answer_start": [0, 0]}
-    path = write(tmp_path / "absent.jsonl", rows)
+    path = write_rows(tmp_path / "absent.jsonl", rows)
     with pytest.warns(UserWarning, match=r"1 of 144 answers do not stand in their context.* line 5;") as caught:
         data = prepare(config(path), CHATML)
     assert len([w for w in caught if "do not stand" in str(w.message)]) == 1
@@ -201,7 +193,7 @@ def test_answers_that_stand_nowhere_are_counted_and_named_once(tmp_path):
 
 def test_rows_that_cannot_be_used(tmp_path):
     rows = [*rows_of(), {"text": "a text"}, {"context": passage(50, 1) * 20, "question": "Who?", "answer": "c50y1y1"}]
-    path = write(tmp_path / "bad.jsonl", rows)
+    path = write_rows(tmp_path / "bad.jsonl", rows)
     with pytest.raises(LRSAError, match=r"line 145: it has no question, which contexts are made of"):
         prepare(config(path), CHATML)
     with pytest.raises(LRSAError, match=r"1 questions do not fit .*'Who\?': raise data.context_length, or .*drop\."):

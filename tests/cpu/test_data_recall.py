@@ -17,6 +17,7 @@ from lrsa_ds.data.stream import TrainStream
 from lrsa_ds.data.tokenizer import load_tokenizer
 from lrsa_ds.errors import LRSAError
 from recipes.qa import prepare
+from tests.helpers import all_examples, write_rows
 
 MODEL = ModelConfig(random={"model_type": "llama"}, tokenizer="bytes")
 CHATML = load_tokenizer(MODEL)
@@ -45,14 +46,9 @@ def texts(num_texts=30, with_headings=True):
         yield {"text": "\n\n".join(parts)}
 
 
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
 @pytest.fixture
 def path(tmp_path):
-    return write(tmp_path / "texts.jsonl", texts())
+    return write_rows(tmp_path / "texts.jsonl", texts())
 
 
 def config(data, seed=0, num_validation=3, seq_len=4096):
@@ -71,10 +67,6 @@ def turns(example):
     context = text.split("Question: ")[0].removeprefix("<|im_start|>user\n")
     pairs = re.findall(r"Question: (.+?)<\|im_end\|>\n<\|im_start\|>assistant\n(.+?)<\|im_end\|>", text)
     return " ".join(context.split()), pairs
-
-
-def all_examples(data, epoch=0):
-    return [example for examples in data.examples_of_rows(epoch) for example in examples]
 
 
 def check_answer(context, question, answer):
@@ -124,7 +116,7 @@ def test_validation_is_of_each_task_over_text_that_is_not_trained_on(tmp_path, p
             assert check_answer(context, question, answer) == example.task
             if example.task == "fill" and answer.isdigit():
                 assert answer not in numbers
-    other = write(tmp_path / "other.jsonl", texts(3))
+    other = write_rows(tmp_path / "other.jsonl", texts(3))
     held = prepare(config(recall(path, validation_path=other)), CHATML)
     assert len(held.rows.contexts.validation.stretches) == 3
     assert not set(held.rows.contexts.train.stretches) & set(held.rows.contexts.validation.stretches)
@@ -156,7 +148,7 @@ def test_the_embedded_documentation(length):
 def test_text_without_spaces_and_without_paragraphs(tmp_path):
     rng = random.Random(0)
     text = "".join("".join(chr(rng.randrange(0x4E00, 0x6000)) for _ in range(24)) + "\u3002" for _ in range(2000))
-    data = prepare(config(recall(write(tmp_path / "a.jsonl", [{"text": text}]))), CHATML)
+    data = prepare(config(recall(write_rows(tmp_path / "a.jsonl", [{"text": text}]))), CHATML)
     for example in all_examples(data):
         context, pairs = turns(example)
         assert 2 <= len(pairs) <= 4
@@ -179,14 +171,14 @@ def test_what_a_text_does_not_serve():
 
 
 def mixture(tmp_path, **settings):
-    text = write(tmp_path / "texts.jsonl", texts())
+    text = write_rows(tmp_path / "texts.jsonl", texts())
     colours = [(n, f"c{n}") for n in range(60)]
     facts = [
         {"title": f"T{n // 3}", "context": f"The colour of n{n} is {c}. " * 4, "question": f"Which n{n}?", "answer": c}
         for n, c in colours
     ]
-    asked = write(tmp_path / "asked.jsonl", facts)
-    plain = write(tmp_path / "plain.jsonl", [{"prompt": f"Say {n}", "completion": f"said {n}"} for n in range(20)])
+    asked = write_rows(tmp_path / "asked.jsonl", facts)
+    plain = write_rows(tmp_path / "plain.jsonl", [{"prompt": f"Say {n}", "completion": f"said {n}"} for n in range(20)])
     sources = [
         {"path": asked, "make_contexts": True, "weight": 1},
         {"source": "recall", "path": text, "recall_tasks": ["continue", "fill"], "num_examples": 9, "weight": 1},
@@ -217,7 +209,7 @@ def test_a_mixture_of_questions_recall_keys_and_rows(tmp_path):
 
 
 def test_bad_input(tmp_path, path):
-    plain = write(tmp_path / "plain.jsonl", texts(with_headings=False))
+    plain = write_rows(tmp_path / "plain.jsonl", texts(with_headings=False))
     cases = [
         (
             recall(path, context_length=2048, questions_per_context=60),
@@ -227,9 +219,12 @@ def test_bad_input(tmp_path, path):
             recall(plain, recall_tasks=["heading"]),
             r"recall_tasks=\['heading'\]: .* serves continue, fill, order in cont",
         ),
-        (recall(write(tmp_path / "few.jsonl", texts(2))), r"holds [\d,]+ tokens to train on, too few .* of 4096"),
-        (recall(write(tmp_path / "one.jsonl", texts(1))), r"holds one stretch of 16,000 .*data.validation_path"),
-        (recall(write(tmp_path / "qa.jsonl", [{"prompt": "a", "completion": "b"}])), r"line 1: it has no text, which"),
+        (recall(write_rows(tmp_path / "few.jsonl", texts(2))), r"holds [\d,]+ tokens to train on, too few .* of 4096"),
+        (recall(write_rows(tmp_path / "one.jsonl", texts(1))), r"holds one stretch of 16,000 .*data.validation_path"),
+        (
+            recall(write_rows(tmp_path / "qa.jsonl", [{"prompt": "a", "completion": "b"}])),
+            r"line 1: it has no text, which",
+        ),
     ]
     for data, said in cases:
         with pytest.raises(LRSAError, match=said):
