@@ -15,6 +15,7 @@ from lrsa_ds.errors import LRSAError, require
 from lrsa_ds.labels import caches_in_order, factor_name
 from lrsa_ds.logs.journal import read_rows
 from lrsa_ds.logs.metrics import ANSWERS
+from lrsa_ds.pictures import new_figure, save_figure
 
 SUMS = ("num_answers", "num_exact", "num_tokens", "num_correct", "nll")
 METRICS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {  # of sums [..., 5]
@@ -198,12 +199,8 @@ def write_csv(rows: list[dict], path: Path) -> None:
 
 def draw(rows: list[dict], path: Path, metric: str = "token_accuracy") -> None:
     """Writes a PNG: a panel for each task, the metric of each group over the measured size of the cache."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     tasks = list(dict.fromkeys(row["task"] for row in rows))
-    figure = Figure(figsize=(max(4.4, 3.4 * len(tasks)), 3.4), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(max(4.4, 3.4 * len(tasks)), 3.4)
     panels = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
     for panel, task in zip(panels, tasks, strict=True):
         for group in dict.fromkeys(row["group"] for row in rows):
@@ -224,7 +221,4 @@ def draw(rows: list[dict], path: Path, metric: str = "token_accuracy") -> None:
         panel.tick_params(labelsize=8.5)
     panels[0].set_ylabel(HEADINGS[metric], fontsize=8.5)
     panels[0].legend(fontsize=8, frameon=False)
-    try:
-        figure.savefig(path)
-    except OSError as error:
-        raise LRSAError(f"{path} cannot be written: {error.strerror}.") from error
+    save_figure(figure, path)

@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import IO
 
 import psutil
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from lrsa_ds.directories.layout import TRAIN, check_directory, mark_directory
 from lrsa_ds.errors import LRSAError
 from lrsa_ds.labels import SMALLER, factor_name, rows_of_smallest
 from lrsa_ds.parallel.rendezvous import free_port
+from lrsa_ds.pictures import new_figure, save_figure
 from lrsa_ds.process.exits import Exit
 from lrsa_ds.train.output import COMPLETED
 
@@ -249,8 +248,7 @@ def draw_sweep(rows: list[dict], path: Path, title: str) -> None:
         LRSAError: `path` cannot be written.
     """
     keys = list(dict.fromkeys(key for row in rows for key in row["swept"]))
-    figure = Figure(figsize=(max(5.2, 3.4 * len(keys)), 5.4), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(max(5.2, 3.4 * len(keys)), 5.4)
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
     score = f"exact %, cache {factor_name(row.get('cache_factor') for row in rows)} smaller"
     panels = figure.subplots(2, len(keys), squeeze=False, sharex="col", sharey="row")
@@ -277,7 +275,4 @@ def draw_sweep(rows: list[dict], path: Path, title: str) -> None:
         panels[1, column].set_xlabel(key, fontsize=8.5)
         if any(lines):
             panels[0, column].legend(fontsize=7, frameon=False)
-    try:
-        figure.savefig(path)
-    except OSError as error:
-        raise LRSAError(f"{path} cannot be written: {error.strerror}.") from error
+    save_figure(figure, path)

@@ -4,12 +4,11 @@ import math
 import textwrap
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from lrsa_ds.errors import LRSAError
 from lrsa_ds.evaluate.results import cache_name, caches_of, measured_factor
 from lrsa_ds.labels import SMALLER, cache_of, cache_tick, caches_in_order, factor_name, retention_name
+from lrsa_ds.pictures import new_figure, save_figure
 
 CACHES_PER_BLOCK = 4
 WIDTH, TITLE_WIDTH = 18, 28  # of a column of the table and of its first one: a line stays within 100 columns
@@ -142,16 +141,12 @@ def draw_results(rows: list[dict], samples: list[dict], directory: Path, title: 
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    try:
-        figure.savefig(path)
-    except OSError as error:
-        raise LRSAError(f"{path} cannot be written: {error.strerror}.") from error
+    save_figure(figure, path)
     return path
 
 
 def _figure(num_lines: int, num_columns: int, size: tuple[float, float], title: str, **shared):
-    figure = Figure(figsize=(max(5.2, size[0] * num_columns), 0.7 + size[1] * num_lines), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(max(5.2, size[0] * num_columns), 0.7 + size[1] * num_lines)
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
     return figure, figure.subplots(num_lines, num_columns, squeeze=False, **shared)
 

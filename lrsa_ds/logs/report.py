@@ -4,8 +4,8 @@ import math
 import textwrap
 from pathlib import Path
 
-from lrsa_ds.errors import LRSAError
 from lrsa_ds.labels import SMALLER, cache_of, cache_tick, caches_in_order, factor_name, is_dense_cache
+from lrsa_ds.pictures import new_figure, save_figure
 
 COLUMNS = 100  # of a line of the table, unless the name of a task alone is longer
 PANELS_PER_LINE = 4
@@ -113,18 +113,13 @@ def draw_evaluation(rows: list[dict], path: Path, title: str) -> None:
     Raises:
         LRSAError: `path` cannot be written.
     """
-    # Only here: every rank of every run would wait more than half a second for what rank 0 draws in the end.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     tasks = _in_order(rows, "task")
     num_columns = min(len(tasks), PANELS_PER_LINE)
     num_lines = -(-len(tasks) // num_columns)
     legend = _legend(_times(rows))
     legend_columns = 4 if num_columns > 3 else 2
     height = 0.5 + 2.65 * num_lines + 0.25 * -(-len(legend) // legend_columns)
-    figure = Figure(figsize=(max(5.2, 3.1 * num_columns), height), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(max(5.2, 3.1 * num_columns), height)
     panels = figure.subplots(num_lines, num_columns, sharey=True, squeeze=False)
     for number, panel in enumerate(panels.flat):
         if number < len(tasks):
@@ -139,10 +134,7 @@ def draw_evaluation(rows: list[dict], path: Path, title: str) -> None:
     figure.legend(
         handles=legend, loc="outside lower center", ncols=legend_columns, frameon=False, fontsize=8.5, handlelength=3.2
     )
-    try:
-        figure.savefig(path)
-    except OSError as error:
-        raise LRSAError(f"{path} cannot be written: {error.strerror}.") from error
+    save_figure(figure, path)
 
 
 def _is_start(when: str, times: list[str]) -> bool:

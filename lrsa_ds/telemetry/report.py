@@ -10,6 +10,7 @@ from lrsa_ds.labels import retention_name
 from lrsa_ds.layers import written_layers
 from lrsa_ds.logs.journal import without_nan
 from lrsa_ds.logs.metrics import RunLogger
+from lrsa_ds.pictures import new_figure, save_figure
 from lrsa_ds.telemetry.measure import Telemetry
 
 MOST_NAMED = 5  # layers in the sentence
@@ -95,14 +96,9 @@ def draw(found: Telemetry, path: Path, title: str) -> None:
     Raises:
         LRSAError: `path` cannot be written.
     """
-    # Only here: every rank of every run would wait more than half a second for what rank 0 draws.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     num_layers, num_heads = len(found.layers), len(found.layers[0].dropped_mass)
     width = max(1.9, 0.42 * num_heads)
-    figure = Figure(figsize=(2 * width + 4.6, max(3.4, 1.5 + 0.21 * num_layers)), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(2 * width + 4.6, max(3.4, 1.5 + 0.21 * num_layers))
     figure.suptitle(title, fontsize=10, x=0.01, ha="left")
     panels = figure.subplots(1, 3, sharey=True, width_ratios=[width, width, 2.6])
     for panel, (name, heading) in zip(panels, PANELS, strict=False):
@@ -113,10 +109,7 @@ def draw(found: Telemetry, path: Path, title: str) -> None:
     panels[0].set_ylabel("layer", fontsize=8.5)
     for panel in panels:
         panel.tick_params(labelsize=7.5)
-    try:
-        figure.savefig(path)
-    except OSError as error:
-        raise LRSAError(f"{path} cannot be written: {error.strerror}.") from error
+    save_figure(figure, path)
 
 
 def _draw_map(panel, shares: list[list[float]], heading: str) -> None:
