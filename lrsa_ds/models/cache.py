@@ -4,6 +4,7 @@ Source: LagKV, arXiv 2504.04704. New tokens first attend to all that is there; t
 partition after it is cut down to its kept KV. That is the function which LRSA attention computes in training.
 """
 
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -147,6 +148,13 @@ class LagKVLayer(DynamicLayer):
         )
 
 
+@dataclass(frozen=True)
+class _Pass:
+    """The forward pass that fills a cache; `rows` is None if no row has padding."""
+
+    rows: Rows | None
+
+
 class LagKVCache(Cache):
     """For `model.generate(..., past_key_values=cache)`, `lrsa_ds.prefill` and any forward pass.
 
@@ -172,9 +180,15 @@ class LagKVCache(Cache):
         # Annotated as a class, and called without arguments.
         super().__init__(layer_class_to_replicate=cast(Any, self._next_layer))
         self.config = config
-        # Set by the model for the time of a pass.
-        self.is_attended_by_chunk = False
-        self.rows: Rows | None = None
+        self._pass: _Pass | None = None  # None between passes
+
+    def begin_pass(self, rows: Rows | None) -> None:
+        """Opens the cache for the tokens of one forward pass of a model with LRSA attention."""
+        self._pass = _Pass(rows)
+
+    def end_pass(self) -> None:
+        """Closes the cache: the next pass may be that of another model."""
+        self._pass = None
 
     def _next_layer(self) -> LagKVLayer:
         index = len(self.layers)
@@ -184,20 +198,25 @@ class LagKVCache(Cache):
     def from_dense(cls, cache: Cache, config: AnyConfig) -> "LagKVCache":
         """What is kept of a cache that was filled under dense attention: "prefill fully, then compress"."""
         compressed = cls(config)
-        for index, (keys, values) in enumerate(cached_states(cache)):
-            Cache.update(compressed, keys, values, index)  # without a model, whose attention would be checked
+        for keys, values in cached_states(cache):
+            layer = compressed._next_layer()
+            layer.update(keys, values)
+            compressed.layers.append(layer)
         return compressed
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `Cache.update`."""
-        require(
-            self.is_attended_by_chunk,
-            "a LagKVCache serves models with LRSA attention, and the attention of this one does not know what the "
-            "cache holds: call lrsa_ds.apply_lrsa(model, config) first.",
-        )
-        return super().update(key_states, value_states, layer_idx, *args, rows=self.rows, **kwargs)
+        """As `Cache.update`; only within a pass that `begin_pass` opened.
+
+        Another attention would attend to the compressed cache as if it held every token.
+        """
+        if self._pass is None:
+            raise LRSAError(
+                "a LagKVCache serves models with LRSA attention, and the attention of this one does not know what the "
+                "cache holds: call lrsa_ds.apply_lrsa(model, config) first."
+            )
+        return super().update(key_states, value_states, layer_idx, *args, rows=self._pass.rows, **kwargs)
 
     @property
     def row_lengths(self) -> tuple[int, ...] | None:

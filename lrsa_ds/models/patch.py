@@ -56,10 +56,9 @@ def apply_lrsa(
     decoder = model.get_decoder()  # every pass goes through it, also one that is not given to the whole model
     decoder.config.lrsa = model.config.lrsa  # another object where the model has encoders beside its text model
     without_dropout(model)
-    if _describe_cache not in decoder._forward_pre_hooks.values():
-        decoder.register_forward_pre_hook(_read_pass, with_kwargs=True)
-        decoder.register_forward_pre_hook(_describe_cache, with_kwargs=True)
-        decoder.register_forward_hook(_release_cache, with_kwargs=True, always_call=True)
+    if _begin_pass not in decoder._forward_pre_hooks.values():
+        decoder.register_forward_pre_hook(_begin_pass, with_kwargs=True)
+        decoder.register_forward_hook(_end_pass, with_kwargs=True, always_call=True)
     use_lrsa_cache(model, NAME, new_cache)
     return model
 
@@ -97,36 +96,39 @@ def _settings(model: PreTrainedModel) -> AnyConfig:
     return from_saved(settings)
 
 
-def _read_pass(model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Before a forward pass: reads documents, padding and positions from its inputs."""
+def _begin_pass(model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Hook before a forward pass: reads documents, padding and positions from its inputs, and opens its cache.
+
+    Under another attention implementation than LRSA the cache stays closed, so it refuses new tokens.
+    """
     if model.config._attn_implementation != NAME:
         return args, kwargs
     named = dict(zip(signature(model.forward).parameters, args, strict=False)) if args else {}
-    return (), read_pass({"lrsa_config": _settings(model)} | named | kwargs, lambda: new_cache(model))
+    inputs = read_pass({"lrsa_config": _settings(model)} | named | kwargs, lambda: new_cache(model))
+    cache = inputs.get("past_key_values")
+    if isinstance(cache, LagKVCache):
+        _check_cache(model, cache)
+        cache.begin_pass(inputs.get("rows"))
+        inputs |= {"num_seen": cache.get_seq_length(), "lrsa_config": cache.config}
+    return (), inputs
 
 
-def _describe_cache(model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Before a forward pass: tells the attention function of every layer what the cache of the pass holds."""
-    cache = kwargs.get("past_key_values")
-    if not isinstance(cache, LagKVCache):
-        return args, kwargs
+def _end_pass(model: PreTrainedModel, args: tuple, kwargs: dict, output) -> None:
+    """Hook after a forward pass, even one that failed: closes its cache."""
+    if isinstance(cache := kwargs.get("past_key_values"), LagKVCache):
+        cache.end_pass()
+
+
+def _check_cache(model: PreTrainedModel, cache: LagKVCache) -> None:
+    """Raises LRSAError if the cache cannot serve `model`; warns if training did not use its settings."""
     _check_layers(cache, num_layers(model))
     if cache.config != _settings(model):
         kept, trained = describe(cache.config, _sizes), [describe(turn, _sizes) for turn in trained_caches(model)]
         if kept not in trained:
             said = " and, in turn, ".join(trained)
             warnings.warn(
-                f"the cache keeps {kept}, and the model was trained with {said}: its answers may suffer.", stacklevel=3
+                f"the cache keeps {kept}, and the model was trained with {said}: its answers may suffer.", stacklevel=4
             )
-    cache.is_attended_by_chunk = model.config._attn_implementation == NAME
-    cache.rows = kwargs.get("rows")
-    return args, kwargs | {"num_seen": cache.get_seq_length(), "lrsa_config": cache.config}
-
-
-def _release_cache(model: PreTrainedModel, args: tuple, kwargs: dict, output) -> None:
-    """After a forward pass: the next one may be that of another model."""
-    if isinstance(cache := kwargs.get("past_key_values"), LagKVCache):
-        cache.is_attended_by_chunk, cache.rows = False, None
 
 
 def _check_layers(cache: LagKVCache, count: int) -> None:
@@ -248,7 +250,7 @@ def _lrsa_attention_function(
 
 
 def _lrsa_mask(attention_mask: torch.Tensor | None = None, **kwargs) -> None:
-    """LRSA makes its own mask, and `_read_pass` has taken away what the caller gave."""
+    """LRSA makes its own mask, and `_begin_pass` has removed that of the caller."""
     require(
         attention_mask is None or bool(attention_mask.all()),
         "nobody has read the attention mask: call lrsa_ds.apply_lrsa(model, config) before the pass.",

@@ -302,3 +302,14 @@ def test_prefill_in_parts_of_any_size_keeps_the_same(max_tokens):
         assert_close(found.keys, layer.keys, 1e-5, "keys")
     with pytest.raises(LRSAError, match="max_tokens_at_once=0"):
         prefill(model, ids, cache, max_tokens_at_once=0)
+
+
+def test_a_cache_is_open_only_during_a_pass():
+    model, states = make(), torch.zeros(1, 2, 1, 12)
+    unused, used, failed = (LagKVCache(CONFIG) for _ in range(3))
+    model(tokens(1), past_key_values=used)
+    with pytest.raises(TypeError, match="scaling"):  # the attention is given its scale twice
+        model(tokens(1), past_key_values=failed, scaling=1.0)
+    for cache in (unused, used, failed):
+        with pytest.raises(LRSAError, match="serves models with LRSA attention"):
+            cache.update(states, states, 0)
