@@ -56,7 +56,7 @@ class _Attention(torch.autograd.Function):
     def forward(ctx, q, k, v, intervals, scale):
         from flash_attn.cute.interface import _flash_attn_fwd
 
-        from lrsa_ds.attention.kernels.fa4_mask import interval_kernels, interval_mask
+        from lrsa_ds.attention.kernels.fa4_mask import forward_mask, interval_kernels
 
         layout = _block_layout(intervals, k.shape[2])
         scale = q.shape[3] ** -0.5 if scale is None else scale
@@ -67,7 +67,7 @@ class _Attention(torch.autograd.Function):
             _flash_attn_fwd(
                 *(x.transpose(1, 2) for x in (q[:, :, in_blocks], k, v)),
                 softmax_scale=scale,
-                mask_mod=interval_mask,
+                mask_mod=forward_mask,
                 aux_tensors=layout.rows,
                 block_sparse_tensors=layout.by_query,
                 return_lse=True,
@@ -85,7 +85,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, *gradients):
         from flash_attn.cute.interface import _flash_attn_bwd
 
-        from lrsa_ds.attention.kernels.fa4_mask import interval_kernels, interval_mask
+        from lrsa_ds.attention.kernels.fa4_mask import backward_mask, interval_kernels
 
         q, k, v, out, lse = ctx.saved_tensors
         layout = ctx.layout
@@ -99,7 +99,7 @@ class _Attention(torch.autograd.Function):
                 *(x.transpose(1, 2) for x in (q_, k, v, out_, grad_)),
                 lse[:, :, in_blocks],
                 ctx.scale,
-                mask_mod=interval_mask,
+                mask_mod=backward_mask,
                 aux_tensors=layout.rows,
                 block_sparse_tensors=layout.by_key,
                 dq=grad_q[:, :, in_blocks].transpose(1, 2),

@@ -1,4 +1,4 @@
-"""Parts of flash-attn-4's kernels, written in CuTe: the mask over intervals, and the loop of the backward pass.
+"""Parts of flash-attn-4's kernels, written in CuTe: the masks over intervals, and the loop of the backward pass.
 
 Import this module only when a kernel is about to be called: it needs the extra `fa4`.
 """
@@ -23,41 +23,29 @@ from flash_attn.cute.mask import (
 from quack.layout_utils import reshape_acc_to_mn
 
 
-def interval_mask(*_):
-    """The `mask_mod` that flash-attn-4 is given, which makes it compile kernels with a mask.
-
-    It is never called: `interval_kernels` replaces the code that would call it. An error here means that a kernel was
-    compiled outside of that context.
-    """
-    raise RuntimeError("attention over intervals was called outside of interval_kernels")
-
-
-# flash-attn-4 finds compiled kernels by this hash, also in its cache on disk: it covers the code of this file.
-interval_mask.__cute_hash__ = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # pyrefly: ignore[missing-attribute]
-
-
 @contextmanager
 def interval_kernels() -> Iterator[None]:
     """Inside this context flash-attn-4 compiles kernels that mask by intervals; `aux_tensors` are their ends.
 
-    Forward: flash-attn-4 would call `mask_mod` for each pair of a query and a key, and read the ends of the intervals
-    each time. The replacement reads them once for each query.
+    Its own kernels call `mask_mod` for one query and one key. Those compiled here call it for a tile of scores: pass
+    `forward_mask` to the forward pass, which reads the ends of the intervals once for each query, and `backward_mask`
+    to the backward pass.
 
-    Backward: flash-attn-4 has two loops, one over blocks that are seen in part and one over those seen in full. The
-    assembler gives its uniform registers to the first loop only. The second one, with nearly all blocks, then computes
-    the addresses of its matrix multiplications in every iteration: 524 instructions. The replacement is a single loop
-    with 430.
+    The loop of the backward pass is replaced too. flash-attn-4 has two, one over blocks that are seen in part and one
+    over those seen in full. The assembler gives its uniform registers to the first loop only. The second one, with
+    nearly all blocks, then computes the addresses of its matrix multiplications in every iteration: 524 instructions.
+    The replacement is a single loop with 430.
     """
-    theirs = flash_fwd_sm90.AttentionMask, flash_bwd_sm90.consume_block_sparse_mma_bwd_sm90
-    flash_fwd_sm90.AttentionMask = _IntervalMask
-    flash_bwd_sm90.consume_block_sparse_mma_bwd_sm90 = _walk_queries
+    originals = flash_fwd_sm90.AttentionMask, flash_bwd_sm90.consume_block_sparse_mma_bwd_sm90
+    flash_fwd_sm90.AttentionMask = _TileMask
+    flash_bwd_sm90.consume_block_sparse_mma_bwd_sm90 = _loop_over_queries
     try:
         yield
     finally:
-        flash_fwd_sm90.AttentionMask, flash_bwd_sm90.consume_block_sparse_mma_bwd_sm90 = theirs
+        flash_fwd_sm90.AttentionMask, flash_bwd_sm90.consume_block_sparse_mma_bwd_sm90 = originals
 
 
-class _IntervalMask(AttentionMask):
+class _TileMask(AttentionMask):
     """Replaces flash-attn-4's mask in the forward pass; the arguments have the names of the method it overrides.
 
     flash-attn-4 passes `mask_mod` only for blocks that are seen in part. The others need no mask, not even at the end
@@ -67,21 +55,22 @@ class _IntervalMask(AttentionMask):
     def apply_mask(self, acc_S, m_block, n_block, thr_mma, mask_mod=None, aux_data: Any = None, **_):
         if mask_mod is not None:
             shape, heads_in_a_row = (self.tile_m, self.tile_n), self.qhead_per_kvhead_packgqa
-            _hide_in_rows(acc_S, m_block, n_block, thr_mma, shape, heads_in_a_row, aux_data.tensors)
+            mask_mod(acc_S, m_block, n_block, thr_mma, shape, heads_in_a_row, aux_data.tensors)
 
 
 @cute.jit
-def _hide_in_rows(scores, m_block, n_block, thr_mma, shape: cutlass.Constexpr, heads_in_a_row: cutlass.Constexpr, rows):
+def forward_mask(scores, m_block, n_block, thr_mma, shape: cutlass.Constexpr, heads_in_a_row: cutlass.Constexpr, ends):
     """Masks the scores of a tile where a query does not see the key, with one bit for each key of a thread.
 
-    Rows are queries; `heads_in_a_row` successive rows are heads of the same query.
+    Rows are queries; `heads_in_a_row` successive rows are heads of the same query. `ends` are four tensors, the ends of
+    the two intervals of each query.
     """
     at = reshape_acc_to_mn(thr_mma.partition_C(cute.make_identity_tensor(shape)))
     table = reshape_acc_to_mn(scores)
     first_key = n_block * shape[1] + at[0, 0][1]
     for i in cutlass.range_constexpr(cute.size(at.shape[0])):
         query = (m_block * shape[0] + at[i, 0][0]) // heads_in_a_row
-        a_lo, a_hi, b_lo, b_hi = (sm90_col_to_r2p_idx(row[query] - first_key) for row in rows)
+        a_lo, a_hi, b_lo, b_hi = (sm90_col_to_r2p_idx(end[query] - first_key) for end in ends)
         mask_r2p_lambda(table[i, None], partial(_bits, a_lo, a_hi, b_lo, b_hi), rank1=True)
 
 
@@ -90,15 +79,37 @@ def _bits(a_lo, a_hi, b_lo, b_hi, part):
     return in_a | (r2p_bitmask_above(b_lo, part) & r2p_bitmask_below(b_hi, part))
 
 
-def _walk_queries(
+@cute.jit
+def backward_mask(scores, m_block, masked, kv_block, mask, thr_mma, ends):
+    """Masks the scores of a tile of the backward pass if `masked`; with `mask.swap_AB` its columns are queries."""
+    shape = (mask.tile_n, mask.tile_m) if cutlass.const_expr(mask.swap_AB) else (mask.tile_m, mask.tile_n)
+    at = reshape_acc_to_mn(thr_mma.partition_C(cute.make_identity_tensor(shape)), transpose=mask.swap_AB)
+    of_query, of_key = (1, 0) if cutlass.const_expr(mask.swap_AB) else (0, 1)
+    table = reshape_acc_to_mn(scores, transpose=mask.swap_AB)
+    if masked:
+        for i in cutlass.range_constexpr(cute.size(at.shape[0])):
+            query = m_block * mask.tile_m + at[i, 0][of_query]
+            bounds = [end[query] for end in ends]
+            for j in cutlass.range_constexpr(cute.size(at.shape[1])):
+                key = kv_block * mask.tile_n + at[0, j][of_key]
+                seen = ((key >= bounds[0]) & (key < bounds[1])) | ((key >= bounds[2]) & (key < bounds[3]))
+                table[i, j] = table[i, j] if seen else -cutlass.Float32.inf
+
+
+# flash-attn-4 finds compiled kernels by this hash, also in its cache on disk: it covers the code of this file.
+for _mask in (forward_mask, backward_mask):
+    _mask.__cute_hash__ = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+
+
+def _loop_over_queries(
     tables, batch, head, kv_block, q_state, do_state, one_block, mask, mask_mod, *, thr_mma_SdP, q_subtile_factor,
     m_block_max, aux_data, **_
 ):  # fmt: skip
     """Replaces flash-attn-4's function in the backward pass; the arguments have its names."""
     counts = [count[batch, head, kv_block] for count in (tables.mask_block_cnt, tables.full_block_cnt)]
     lists = [blocks[batch, head, kv_block, None] for blocks in (tables.mask_block_idx, tables.full_block_idx)]
-    hide = partial(_hide_in_columns, kv_block=kv_block, mask=mask, thr_mma=thr_mma_SdP, rows=aux_data.tensors)
-    return _loop(*counts, *lists, q_state, do_state, one_block, hide, q_subtile_factor, m_block_max)
+    mask_fn = partial(mask_mod, kv_block=kv_block, mask=mask, thr_mma=thr_mma_SdP, ends=aux_data.tensors)
+    return _loop(*counts, *lists, q_state, do_state, one_block, mask_fn, q_subtile_factor, m_block_max)
 
 
 @cute.jit
@@ -110,7 +121,7 @@ def _loop(
     q_state,
     do_state,
     one_block: cutlass.Constexpr,
-    hide: cutlass.Constexpr,
+    mask_fn: cutlass.Constexpr,
     parts: cutlass.Constexpr,
     num_tiles,
 ):
@@ -126,24 +137,7 @@ def _loop(
         tile = block * parts + turn % parts
         if tile < num_tiles:
             q_state, do_state = one_block(
-                tile, q_state, do_state, mask_fn=partial(hide, masked=place < num_partly), dKV_accumulate=accumulate
+                tile, q_state, do_state, mask_fn=partial(mask_fn, masked=place < num_partly), dKV_accumulate=accumulate
             )
             accumulate = True
     return q_state, do_state
-
-
-@cute.jit
-def _hide_in_columns(scores, m_block, masked, kv_block, mask, thr_mma, rows):
-    """Masks the scores of a tile of the backward pass if `masked`; with `mask.swap_AB` its columns are queries."""
-    shape = (mask.tile_n, mask.tile_m) if cutlass.const_expr(mask.swap_AB) else (mask.tile_m, mask.tile_n)
-    at = reshape_acc_to_mn(thr_mma.partition_C(cute.make_identity_tensor(shape)), transpose=mask.swap_AB)
-    of_query, of_key = (1, 0) if cutlass.const_expr(mask.swap_AB) else (0, 1)
-    table = reshape_acc_to_mn(scores, transpose=mask.swap_AB)
-    if masked:
-        for i in cutlass.range_constexpr(cute.size(at.shape[0])):
-            query = m_block * mask.tile_m + at[i, 0][of_query]
-            ends = [row[query] for row in rows]
-            for j in cutlass.range_constexpr(cute.size(at.shape[1])):
-                key = kv_block * mask.tile_n + at[0, j][of_key]
-                seen = ((key >= ends[0]) & (key < ends[1])) | ((key >= ends[2]) & (key < ends[3]))
-                table[i, j] = table[i, j] if seen else -cutlass.Float32.inf
