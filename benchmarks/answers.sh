@@ -20,12 +20,16 @@ read -ra GPUS <<< "${GPUS:-0 1}"
 CACHES="{0-: 1.0}, {3 7 8 14 17 18 20 23 24: 1.0, rest: 0.0}, {14 17 18 20 23 24: 1.0, rest: 0.0}"
 CACHES+=", {18 20 23: 1.0, rest: {retention: 0.0, lag_size: 64}}"
 UNIFORM="{0-: {retention: 0.25, lag_size: 512}}, {0-: {retention: 0.125, lag_size: 512}}"
-# Held-out questions are those of whole articles; recall and made-up keys keep the model from learning answers by heart.
-SOURCES="{path: $WORK/data/train.jsonl, validation_path: $WORK/data/test.jsonl, make_contexts: true, weight: 2}"
-SOURCES+=", {source: recall, path: $WORK/data/texts.jsonl, weight: 1}, {source: stdlib_qa, weight: 1}"
+# Held-out questions are all those of whole articles. Recall keeps the model from learning answers by heart.
+SOURCES="{source: recall, path: $WORK/data/texts.jsonl, weight: 2, num_validation: ${TINY:-12}}"
+SOURCES+=", {source: stdlib_qa, weight: 1, num_validation: ${TINY:-16}}"
+for source in xquad covid; do
+    SOURCES+=", {path: $WORK/data/${source}_train.jsonl, validation_path: $WORK/data/${source}_test.jsonl"
+    SOURCES+=", make_contexts: true, weight: 0.5, num_validation: ${TINY:-1000}}"
+done
 SETTINGS=(
     +recipe=qa_smollm2 data=mixture "data.sources=[$SOURCES]" data.questions_per_context=12
-    "eval.layers=[$CACHES, $UNIFORM]" eval.num_examples=64 eval.before=false
+    "eval.layers=[$CACHES, $UNIFORM]" eval.before=false
     optim.num_steps=240 checkpoint.every=80 checkpoint.keep=1 checkpoint.export=false log.wandb=disabled log.progress=false
 )
 if [ -n "${TINY:-}" ]; then

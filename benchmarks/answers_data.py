@@ -3,8 +3,8 @@
     python benchmarks/answers_data.py passages.jsonl.gz outputs/answers/data
 
 A line of the file is {source, article, passage, questions: [{question, answers}]}. Of each source a quarter of the
-articles, chosen by a fixed seed, is held out. Writes train.jsonl and test.jsonl (rows with context, question, answers,
-title, task) and texts.jsonl (the text of passages that are trained on).
+articles, chosen by a fixed seed, is held out. Writes SOURCE_train.jsonl and SOURCE_test.jsonl (rows with context,
+question, answers, title, task) and texts.jsonl (the text of passages that are trained on).
 """
 
 import argparse
@@ -45,10 +45,11 @@ def main() -> None:
         passages = [json.loads(line) for line in file]
     test = held_out(passages)
     options.output.mkdir(parents=True, exist_ok=True)
+    for source in sorted({passage["source"] for passage in passages}):
+        for part in ("train", "test"):
+            mine = [p for p in passages if p["source"] == source and (p["article"] in test) == (part == "test")]
+            write(options.output / f"{source}_{part}.jsonl", [row for passage in mine for row in rows_of(passage)])
     trained = [passage for passage in passages if passage["article"] not in test]
-    write(options.output / "train.jsonl", [row for passage in trained for row in rows_of(passage)])
-    asked = [row for passage in passages if passage["article"] in test for row in rows_of(passage)]
-    write(options.output / "test.jsonl", asked)
     write(options.output / "texts.jsonl", [{"text": passage["passage"]} for passage in trained])
 
 

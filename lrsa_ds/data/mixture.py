@@ -26,7 +26,8 @@ class Mixture:
     than itself is begun anew, in another order, and one whose share is smaller goes on in the next epoch where it
     stopped: no row of a source is seen again before all others of it were. Without weights every row is seen once.
 
-    Validation rows are shared out by the same weights, at least one for each source.
+    Validation rows are shared out by the same weights, at least one for each source; a source with `num_validation` has
+    that many.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class Mixture:
         self.has_weights = None not in weights
         counts = shares(num_validation, weights if self.has_weights else [1.0] * len(weights))
         self.sources = [
-            open_source(data.of_source(source), seed + number, max(1, count))
+            open_source(data.of_source(source), seed + number, source.num_validation or max(1, count))
             for number, (source, count) in enumerate(zip(data.sources, counts, strict=True))
         ]
         self._sizes = [_known(source.num_trained) for source in self.sources]

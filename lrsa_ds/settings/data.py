@@ -18,6 +18,9 @@ MADE_SOURCES = ("stdlib_qa", "recall")
 
 RECALL_TASKS = ("continue", "fill", "heading", "order")
 
+# What a source says of its part in the mixture, and not of its own rows.
+OF_MIXTURE = ("weight", "num_validation")
+
 
 @dataclass(kw_only=True)
 class SourceConfig:
@@ -25,6 +28,7 @@ class SourceConfig:
 
     Files (`path`) or a data set of the hub (`name`), as rows or, with `make_contexts`, as contexts; or a `source` that
     makes contexts: stdlib_qa, or recall over files, a data set or neither. What is None is that of `data`.
+    `num_validation` takes the place of this source's share of `eval.num_examples`.
     """
 
     source: str | None = None
@@ -41,6 +45,7 @@ class SourceConfig:
     validation_split: str | None = None
     columns: dict[str, str] = field(default_factory=dict)
     weight: float | None = None
+    num_validation: int | None = None
 
     def __post_init__(self):
         kinds = ("files", "hub", *MADE_SOURCES)
@@ -54,6 +59,8 @@ class SourceConfig:
         )
         weight = self.weight
         require(weight is None or weight > 0, f"data.sources: weight={weight} is not valid: give a number above 0.")
+        if self.num_validation is not None:
+            require_whole("data.sources: num_validation", self.num_validation, 1)
 
 
 def makes_contexts(data: Any) -> bool:
@@ -196,7 +203,7 @@ class DataConfig:
 
     def of_source(self, source: SourceConfig) -> "DataConfig":
         """These settings for one source of the mixture alone."""
-        own = {f.name: getattr(source, f.name) for f in fields(source) if f.name != "weight"}
+        own = {f.name: getattr(source, f.name) for f in fields(source) if f.name not in OF_MIXTURE}
         own = {name: value for name, value in own.items() if value is not None}
         own["columns"] = source.columns or self.columns
         own.setdefault("source", "hub" if source.path is None else "files")

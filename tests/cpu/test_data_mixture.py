@@ -56,6 +56,13 @@ def test_without_weights_every_row_is_seen_once(tmp_path):
     assert said(pickle.loads(pickle.dumps(rows)).epoch(0)) == first
 
 
+def test_a_source_has_its_own_number_of_validation_rows(tmp_path):
+    data = mixture(tmp_path, 1, 1, 1)
+    data.sources[1].num_validation = 5
+    held = said(open_rows(data, 0, 6).validation())
+    assert Counter(text[0] for text in held) == {"a": 2, "b": 5, "c": 2}
+
+
 def test_weights_are_shares_of_the_rows(tmp_path):
     rows = open_rows(mixture(tmp_path, 3, 1, 2), 0, 6)
     epochs = [said(rows.epoch(epoch)) for epoch in range(6)]
@@ -92,6 +99,7 @@ def test_sources_that_cannot_be_mixed(tmp_path):
         "path and name": (lambda: SourceConfig(path="a", name="b"), "give path or name in each source"),
         "neither": (lambda: SourceConfig(weight=1), "give path or name in each source"),
         "no weight": (lambda: SourceConfig(path="a", weight=0), "weight=0 is not valid"),
+        "no validation": (lambda: SourceConfig(path="a", num_validation=0), "num_validation=0 is not valid"),
         "some weights": (lambda: mixture(tmp_path, 1, None), "a weight in every source, or in none"),
         "streaming": (lambda: mixture(tmp_path, 1, 1, streaming=True), "data.streaming=true does not know"),
         "no sources": (lambda: DataConfig(source="mixture"), "data=mixture needs data.sources"),
