@@ -9,7 +9,8 @@ from typing import Any, cast
 
 from torch import nn
 
-from lrsa_ds.models.patch import PreTrainedModel, layer_classes, output_layer
+from lrsa_ds.models.logits import output_layer
+from lrsa_ds.models.patch import PreTrainedModel, layer_classes
 
 
 @dataclass(frozen=True)

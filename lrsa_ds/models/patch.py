@@ -22,6 +22,7 @@ from lrsa_ds.layers import AnyConfig, describe, from_saved, largest_first, resol
 from lrsa_ds.lrsa_config import LRSAConfig
 from lrsa_ds.models.cache import LagKVCache
 from lrsa_ds.models.generation import use_lrsa_cache
+from lrsa_ds.models.logits import other_logits
 from lrsa_ds.models.offload import offload_checkpoints
 from lrsa_ds.models.passes import attend_rows, read_pass
 from lrsa_ds.models.structure import other_attention, unfit_decoder, without_dropout
@@ -159,9 +160,8 @@ def check_supported(model: PreTrainedModel) -> None:
     )
     reason = unfit_decoder(model)
     require(reason is None, f"{name} {reason}: LRSA cannot take the place of its attention.")
-    for key in ("final_logit_softcapping", "logits_soft_cap", "logit_scale", "logits_scaling"):
-        value = getattr(config, key, None)
-        require(value in (None, 1), f"{name} changes its logits after the output layer ({key}={value}): not supported.")
+    reason = other_logits(model)
+    require(reason is None, f"{name} {reason}: the loss would not be that of its own logits.")
     _check_rope(model)
     own = set(model.get_decoder().modules())  # beside them a model that reads images or sound has encoders
     layers = [(p, m) for p, m in model.named_modules() if m in own and isinstance(getattr(m, "layer_idx", None), int)]
@@ -259,14 +259,6 @@ def _lrsa_mask(attention_mask: torch.Tensor | None = None, **kwargs) -> None:
 
 AttentionInterface.register(NAME, _lrsa_attention_function)
 AttentionMaskInterface.register(NAME, _lrsa_mask)
-
-
-def output_layer(model: PreTrainedModel) -> torch.nn.Module:
-    """The layer from hidden states to logits."""
-    head = model.get_output_embeddings()
-    if head is None:
-        raise LRSAError(f"{type(model).__name__} has no output layer: a causal language model is needed.")
-    return head
 
 
 def to_device(model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:

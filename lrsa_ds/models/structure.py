@@ -29,6 +29,9 @@ def unfit_decoder(model: PreTrainedModel) -> str | None:
     decoder = model.get_decoder()
     if not isinstance(decoder, PreTrainedModel) or decoder.get_output_embeddings() is not None:
         return f"gives {type(decoder).__name__} as its decoder, which is none that ends before the output layer"
+    others = set(getattr(decoder.config, "layers_block_type", None) or ()) - {"attention", "full_attention"}
+    if others:
+        return f"has layers of type {', '.join(sorted(others))}, whose state runs on from token to token"
     for kind in {type(m) for m in decoder.modules() if type(m).__name__ in (model._no_split_modules or ())}:
         if issubclass(kind, GradientCheckpointingLayer) and not _hands_on_keywords(kind):
             return f"does not tell its attention what a pass is told (the forward of {kind.__name__} drops **kwargs)"

@@ -24,7 +24,8 @@ from lrsa_ds.data.packing import IGNORE
 from lrsa_ds.errors import require
 from lrsa_ds.layers import AnyConfig
 from lrsa_ds.models.adapters import adapters_disabled
-from lrsa_ds.models.patch import PreTrainedModel, output_layer
+from lrsa_ds.models.logits import logits_of
+from lrsa_ds.models.patch import PreTrainedModel
 from lrsa_ds.objectives.objective import Batch, Objective, hidden_states
 from lrsa_ds.settings.run import ObjectiveConfig
 
@@ -99,8 +100,8 @@ class Distill(Objective):
     def _sums(self, hidden_TC: torch.Tensor, taught_TC: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
         """[2]: the negative log-likelihood of the targets, and the divergence from the teacher at them."""
         with self._teacher() as teacher:
-            expected = log_softmax(output_layer(teacher)(taught_TC).float() / self.temperature, dim=-1)
-        logits = output_layer(self.lm)(hidden_TC).float()
+            expected = log_softmax(logits_of(teacher, taught_TC) / self.temperature, dim=-1)
+        logits = logits_of(self.lm, hidden_TC)
         nll = cross_entropy(logits, labels_T, ignore_index=IGNORE, reduction="sum")
         predicted = log_softmax(logits / self.temperature, dim=-1)
         divergence_T = kl_div(predicted, expected, reduction="none", log_target=True).sum(dim=-1)

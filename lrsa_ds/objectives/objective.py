@@ -16,7 +16,8 @@ from lrsa_ds.attention import AttentionFunction, lrsa_attention
 from lrsa_ds.config import TrainConfig
 from lrsa_ds.data.packing import IGNORE
 from lrsa_ds.layers import AnyConfig
-from lrsa_ds.models.patch import PreTrainedModel, output_layer
+from lrsa_ds.models.logits import logits_of
+from lrsa_ds.models.patch import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class Objective(nn.Module, ABC):
         return torch.cat([self._statistics(h, y) for h, y in self.in_chunks(hidden, labels)])[: len(batch.targets())]
 
     def _statistics(self, hidden_TC: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
-        logits = output_layer(self.lm)(hidden_TC).float()
+        logits = logits_of(self.lm, hidden_TC)
         nll = cross_entropy(logits, labels_T, ignore_index=IGNORE, reduction="none")
         likeliest = logits.argmax(-1)
         return torch.stack([nll, (likeliest == labels_T).float(), likeliest.float()], dim=1)

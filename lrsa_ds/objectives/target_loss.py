@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from lrsa_ds.config import TrainConfig
 from lrsa_ds.data.packing import IGNORE
 from lrsa_ds.errors import require
-from lrsa_ds.models.patch import output_layer
+from lrsa_ds.models.logits import logits_of
 from lrsa_ds.objectives.objective import Batch, Objective, hidden_states
 from lrsa_ds.settings.run import ObjectiveConfig
 
@@ -36,5 +36,5 @@ class TargetLoss(Objective):
         return total, total.new_empty(0).detach()
 
     def _loss(self, hidden_TC: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
-        logits = output_layer(self.lm)(hidden_TC).float()
+        logits = logits_of(self.lm, hidden_TC)
         return cross_entropy(logits, labels_T, ignore_index=IGNORE, reduction="sum")
