@@ -1,4 +1,4 @@
-"""Which contexts a configuration asks for, and their examples within `data.context_length` tokens."""
+"""The contexts that a configuration asks for, and their examples within `data.context_length` tokens."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -23,9 +23,9 @@ from lrsa_ds.settings.data import DataConfig
 
 
 class SplitContexts(NamedTuple):
-    """Made rows for training and for validation, and the rows of the data that are left out of both.
+    """Generated rows for training and validation, and how many rows of the data were left out.
 
-    `num_bad` rows cannot be used, and `num_too_long` do not fit into a context.
+    `num_bad` rows cannot be used, and `num_too_long` do not fit a context.
     """
 
     train: ContextSource
@@ -35,9 +35,9 @@ class SplitContexts(NamedTuple):
 
 
 class ContextRows:
-    """Contexts as rows; what it offers is what `Rows` offers.
+    """Contexts as rows; the members are those of `RowSource`.
 
-    Contexts of an epoch are other ones in each, so that `order` knows none.
+    Every epoch has other contexts, so `order` returns None.
     """
 
     def __init__(self, contexts: SplitContexts, encoder: Encoder, num_validation: int):
@@ -46,7 +46,7 @@ class ContextRows:
 
     @property
     def num_trained(self) -> int:
-        """Contexts of epoch 0; others may have a few more or less."""
+        """Contexts of epoch 0; other epochs may have slightly more or fewer."""
         return self.contexts.train.num_contexts(0)
 
     @property
@@ -58,7 +58,7 @@ class ContextRows:
         return [self._row(self.contexts.validation, 0, index, task) for index, task in scored]
 
     def longest(self) -> list[Row]:
-        return []  # a context that is made fits
+        return []  # generated contexts fit
 
     def order(self, epoch: int) -> None:
         return None
@@ -88,15 +88,15 @@ def open_contexts(
     encoder: Encoder,
     to_row: ToRow | None = None,
 ) -> ContextRows:
-    """The contexts of `data`, which are those of `config` or of one of its sources.
+    """The contexts of `data`, which is `config.data` or one of its sources.
 
     Raises:
-        LRSAError: several questions over a context without a chat template; or what the source raises.
+        LRSAError: there are several questions for a context but no chat template; or the source raises it.
     """
     if data.questions_per_context > 1 and not encoder.use_template:
         raise LRSAError(
             f"data.questions_per_context={data.questions_per_context} makes conversations, which need a chat template: "
-            "set data.chat_template=true and take a tokenizer that has one, or ask 1 question."
+            "set data.chat_template=true and use a tokenizer that has one, or ask 1 question."
         )
     length, questions = data.context_length or config.seq_len, data.questions_per_context
     counts = TokenCounts(tokenizer)
@@ -119,7 +119,7 @@ def open_contexts(
 
 
 def _without_too_long(train: PassageContexts, validation: PassageContexts, policy: str) -> int:
-    """The number of questions that no context holds, which `data.too_long` may leave out.
+    """The number of questions that fit no context and are left out as `data.too_long` allows.
 
     Raises:
         LRSAError: there are some, and they may not be left out.
@@ -140,7 +140,7 @@ def _without_too_long(train: PassageContexts, validation: PassageContexts, polic
 def context_examples(
     source: ContextSource, encoder: Encoder, epoch: int, index: int, task: str | None = None
 ) -> list[Example]:
-    """The examples of a row: uncut, with a little less context where joined texts have more tokens than their parts.
+    """The examples of a row, uncut. If they are too long, the row is generated again with a larger margin.
 
     Raises:
         LRSAError: the questions alone need more than `context_length` tokens.

@@ -1,9 +1,9 @@
-"""Contexts that are made rather than read: several questions over one text of `data.context_length` tokens."""
+"""Generated contexts: several questions over one text of `data.context_length` tokens."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
-# Room for what the tokens of joined texts may differ from the sum of their parts.
+# Tokens left free, since a joined text may have more tokens than the sum of its parts.
 MARGIN = 16
 
 
@@ -16,12 +16,12 @@ class Asked(NamedTuple):
 
 
 class ContextSource(Protocol):
-    """Rows that are made, for one split; picklable, the same on every rank.
+    """Generated rows of one split; picklable, the same on every rank.
 
-    Row `index` of `epoch` is a pure function of the seed, the epoch and the index, so that any place is found again.
+    Row `index` of `epoch` is a pure function of the seed, the epoch and the index, so a run can resume at any row.
     """
 
-    context_length: int  # tokens that a whole example may have: template, context, questions and answers
+    context_length: int  # maximum tokens of a complete example: template, context, questions and answers
 
     def num_contexts(self, epoch: int) -> int:
         """Rows of an epoch."""
@@ -30,21 +30,21 @@ class ContextSource(Protocol):
         """A canonical row, see `asked_row`.
 
         Args:
-            task: one of `tasks`, or None for what training draws.
-            margin: tokens of `context_length` that the estimate leaves free.
+            task: one of `tasks`, or None for the tasks that training draws.
+            margin: tokens of `context_length` to leave free.
         """
 
     def scored(self, num_examples: int) -> Iterable[tuple[int, str | None]]:
-        """Index and task of the rows that answers are scored on; `num_examples` is `eval.num_examples`."""
+        """Index and task of the rows for scoring; `num_examples` is `eval.num_examples`."""
 
     def fingerprint(self) -> str:
-        """What the rows are made of."""
+        """Identifies the material of the rows."""
 
 
 def asked_row(context: str, asked: Sequence[Asked]) -> dict[str, Any]:
-    """A canonical row: one question over a context, or several as turns of a conversation, all of which are trained.
+    """A canonical row: one question over a context, or several as turns of a conversation, all of them trained on.
 
-    Its task is that of the questions, or "mixed" where they have several.
+    Its task is that of the questions, or "mixed" if they differ.
     """
     tasks = {question.task for question in asked}
     task = tasks.pop() if len(tasks) == 1 else "mixed"

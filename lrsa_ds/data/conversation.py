@@ -1,4 +1,4 @@
-"""A canonical row as a conversation: what is said, which turns are trained, and what may be cut when it is too long."""
+"""A canonical row as a conversation: its messages, the turns that are trained on, and the text that may be cut."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -6,16 +6,16 @@ from typing import Any
 
 from lrsa_ds.errors import LRSAError
 
-# A prompt holds its question somewhere, mostly at one end: this many tokens of it stay.
+# A prompt contains its question, mostly at one end: at least this many tokens of it are kept.
 KEPT_OF_PROMPT = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Cuttable:
-    """The part of a message that may be shortened: characters `start` to `stop` of `messages[message]["content"]`.
+    """The part of a message that may be cut: characters `start` to `stop` of `messages[message]["content"]`.
 
-    At least `keep` tokens of it stay; `spared` are characters, counted from `start`, that a cut leaves as they are
-    where there is room.
+    At least `keep` tokens of it are kept. `spared` are characters, counted from `start`, that are kept if there is
+    room, such as the place of the answer.
     """
 
     message: int
@@ -27,14 +27,14 @@ class Cuttable:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """What a chat template gets, and what is trained.
+    """The input of a chat template, and what is trained on.
 
     Args:
         messages: as the template takes them.
-        trained: which of the messages are trained on, in ascending order.
+        trained: indices of the messages that are trained on, ascending.
         task: the kind of question.
         tools: the tools of the row, if any.
-        cuttable: what may be shortened; None leaves it to `cuttable_before`.
+        cuttable: the text that may be cut; None: see `cuttable_before`.
     """
 
     messages: tuple[dict[str, Any], ...]
@@ -44,7 +44,7 @@ class Conversation:
     cuttable: Cuttable | None = None
 
     def cuttable_before(self, message: int) -> Cuttable:
-        """What may be shortened before this message: the context, the prompt, or the longest text of another role."""
+        """The text that may be cut before a message: the context, the prompt, or the longest text of another role."""
         if self.cuttable is not None:
             return self.cuttable
         others = [i for i in range(message) if self.messages[i]["role"] != "assistant"]
@@ -53,9 +53,9 @@ class Conversation:
         return Cuttable(longest, 0, length, KEPT_OF_PROMPT)
 
     def answers_in(self, cuttable: Cuttable, turns: Iterable[int]) -> list[tuple[int, int]]:
-        """Where the answers of these turns stand in the text that may be shortened: characters from its beginning.
+        """Where the answers of these turns are in the text that may be cut: characters from its beginning.
 
-        The place that the row gives, or else that of the same words, where there are such.
+        This is the place that the row names, or else the first occurrence of the same words, if there is one.
         """
         if cuttable.spared is not None:
             return [cuttable.spared]
@@ -80,10 +80,10 @@ class Conversation:
 
 
 def chat_conversation(row: dict[str, Any]) -> Conversation:
-    """A canonical row for a chat template.
+    """Converts a canonical row for a chat template.
 
     Raises:
-        LRSAError: none of the messages is trained on.
+        LRSAError: no message is trained on.
     """
     if "messages" not in row:
         return _question(row, "", row["answer"]) if "question" in row else _continued(row)
@@ -97,17 +97,18 @@ def chat_conversation(row: dict[str, Any]) -> Conversation:
 
 
 def plain_conversation(row: dict[str, Any]) -> Conversation:
-    """A canonical row for a model without a chat template: two messages, of which the second continues the first.
+    """Converts a canonical row for a model without a chat template: two messages, the second continues the first.
 
-    The prompt of a question ends with a colon, and the answer begins with the space behind it: most tokenizers join a
-    space with the word that follows, and a prompt that ended with the space would never be continued by that token.
+    The prompt of a question ends with a colon, and the answer begins with the space after it. Most tokenizers join a
+    space with the word that follows: after a prompt that ends with a space, that token would never be generated.
 
     Raises:
+        LRSAError: the row has messages.
         LRSAError: a row of messages.
     """
     if "messages" in row:
         raise LRSAError(
-            "messages need a chat template: set data.chat_template=true and take a tokenizer that has one, "
+            "messages need a chat template: set data.chat_template=true and use a tokenizer that has one, "
             "or use prompt and completion."
         )
     if "question" not in row:

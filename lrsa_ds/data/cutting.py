@@ -1,4 +1,4 @@
-"""Which tokens of a stretch stay where an example is too long: its beginning, its end, and the answer's place."""
+"""Which tokens stay when a text is cut: those at its beginning, at its end, and around the answer."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from lrsa_ds.errors import LRSAError
 
 
 class TooLong(LRSAError):
-    """A row has more tokens than an example may have, and `data.too_long` does not let it be cut."""
+    """A row has more tokens than an example may have, and `data.too_long` does not allow cutting it."""
 
     @classmethod
     def of(cls, num_tokens: int, seq_len: int) -> "TooLong":
@@ -19,15 +19,15 @@ class TooLong(LRSAError):
 
 
 def kept_parts(num_tokens: int, room: int, spared: Sequence[range] = ()) -> list[range]:
-    """The parts of a stretch of `num_tokens` tokens that stay, `room` tokens in all, in order.
+    """The parts of `num_tokens` tokens that stay, `room` tokens in total, in order.
 
-    As much of the beginning as of the end stays. Where that would take tokens of a place in `spared`, all these places
-    stay too, with what stands around them: a third of the room, if they need less than that.
+    The beginning and the end keep equally many tokens. If that would remove tokens of a place in `spared`, all these
+    places stay as well, with the text around them: up to a third of the room in total.
 
     Args:
-        num_tokens: tokens of the stretch.
+        num_tokens: tokens before cutting.
         room: tokens that may stay, at most `num_tokens`.
-        spared: places of answers. One for which the others leave no room is cut like the rest.
+        spared: places of answers. A place for which the others leave no room is cut like other text.
     """
     keep = np.zeros(num_tokens, dtype=bool)
     _fill_from_ends(keep, room)
@@ -44,18 +44,18 @@ def kept_parts(num_tokens: int, room: int, spared: Sequence[range] = ()) -> list
 
 
 def _mark(keep: np.ndarray, place: range, room: int) -> None:
-    """Keeps a place too, if the room allows it."""
+    """Also keeps a place, if there is room for it."""
     if keep.sum() + np.count_nonzero(~keep[place.start : place.stop]) <= room:
         keep[place.start : place.stop] = True
 
 
 def _fill_from_ends(keep: np.ndarray, room: int) -> None:
-    """Keeps as many of the first as of the last tokens that are not kept yet, until there is no room."""
+    """Keeps more tokens until there is no room: as many from the beginning as from the end."""
     others, left = np.flatnonzero(~keep), room - int(keep.sum())
     keep[others[: (left + 1) // 2]] = True
     keep[others[len(others) - left // 2 :]] = True
 
 
 def is_spared(parts: list[range], place: range) -> bool:
-    """Whether the tokens of `place` all stay, side by side."""
+    """Whether all tokens of `place` stay, contiguously."""
     return any(part.start <= place.start and place.stop <= part.stop for part in parts)

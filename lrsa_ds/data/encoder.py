@@ -1,8 +1,8 @@
-"""Canonical rows to examples: the tokens that generation sees, and those that it has to give.
+"""Converts canonical rows to examples: the tokens that generation sees, and those that it has to produce.
 
-A turn's prompt is tokenized as inference does it, and its target is the continuation that the tokenizer itself writes.
-Several turns of a conversation share an example as long as that holds for each of them; a turn that generation sees
-otherwise (the history without its reasoning, say) becomes an example of its own.
+The prompt of a turn is tokenized as inference does it, and its target is the continuation that the tokenizer itself
+produces. Several turns of a conversation share an example as long as this holds for each of them. A turn whose prompt
+differs in generation (for example the history without its reasoning) becomes an example of its own.
 """
 
 from typing import Any, NamedTuple
@@ -18,20 +18,20 @@ from lrsa_ds.data.tokenizer import Tokenizer, decoded
 from lrsa_ds.data.turns import ChatTemplate, PlainText, Turn
 from lrsa_ds.errors import LRSAError
 
-# Characters before an answer that are tokenized together with it, and tokens of them that have to come out alike.
+# Characters before an answer that are tokenized again together with it, and how many of their tokens have to agree.
 WINDOW_CHARACTERS = 512
 WINDOW_TOKENS = 8
-# A text with so many characters for every token that there is room for is cut before it is rendered for the first time.
+# A text with more than this many characters for each token of the limit is cut before it is rendered the first time.
 LONG_TEXT = 8
 
 
 class Prompt(NamedTuple):
-    """What inference gets of a row, as tokens, and what it has to give.
+    """The input of inference for a row, as tokens, and the expected output.
 
     Args:
         ids: the prompt.
-        answer_ids: the right answer, its end included.
-        lead_end: the last word that a right answer says before the content, such as the end of its reasoning.
+        answer_ids: the right answer, including the token that ends it.
+        lead_end: the last word of a right answer before its content, such as the end of its reasoning; "" if none.
     """
 
     ids: list[int]
@@ -40,18 +40,18 @@ class Prompt(NamedTuple):
 
 
 def after_lead(said: str, lead_end: str) -> str:
-    """What a model has said, without its `Prompt.lead_end` and all before it, and without white space around it."""
+    """The output of a model after `Prompt.lead_end`, stripped of white space."""
     return (said.partition(lead_end)[2] if lead_end and lead_end in said else said).strip()
 
 
 class Encoder:
-    """Rows to examples, with what has to be known of the tokenizer looked up once.
+    """Converts rows to examples; looks up once what it needs to know of the tokenizer.
 
     Args:
         tokenizer: any; its chat template is used if it has one and `chat_template` is true.
-        seq_len: the most tokens of an example.
-        chat_template: False writes "{context}\\n\\nQuestion: {question}\\nAnswer: {answer}" even if there is one.
-        may_cut: False refuses a row that would lose tokens.
+        seq_len: the maximum number of tokens of an example.
+        chat_template: False uses "{context}\\n\\nQuestion: {question}\\nAnswer: {answer}" even if there is a template.
+        may_cut: False refuses rows that would have to be cut.
     """
 
     def __init__(self, tokenizer: Tokenizer, seq_len: int, chat_template: bool = True, may_cut: bool = True):
@@ -63,7 +63,7 @@ class Encoder:
         self.frame = ChatTemplate(tokenizer, self.special) if self.use_template else PlainText()
         self.eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         self.start = _start_of_text(tokenizer)
-        # A template writes the beginning-of-sequence token itself; without one, do as the tokenizer does.
+        # A template writes the beginning-of-sequence token itself; without one, add it if the tokenizer does.
         self.before = [] if self.use_template else self.start
 
     def examples(self, row: dict[str, Any], index: int = 0, place: object = "a row") -> list[Example]:
@@ -87,10 +87,10 @@ class Encoder:
         return len(self.uncut(row, 0)[-1].input_ids)
 
     def prompt(self, row: dict[str, Any]) -> Prompt:
-        """What inference gets of a row: its last turn, of at most `seq_len` tokens with the right answer.
+        """The prompt of the last turn of a row, with at most `seq_len` tokens including the right answer.
 
         Raises:
-            LRSAError: as `recipes.qa.encode`, without a place.
+            LRSAError: as `recipes.qa.encode`, without the place of the row.
         """
         conversation = self._conversation(canonical(row))
         turns = self.frame.turns(conversation)
@@ -106,7 +106,7 @@ class Encoder:
         return (chat_conversation if self.use_template else plain_conversation)(row)
 
     def _examples(self, conversation: Conversation, index: int, limit: int | None) -> list[Example]:
-        """One example as a rule, in the order of the turns; see above for when there are more."""
+        """Usually one example; several (see the head of this file) are in the order of their turns."""
         turns, found = self.frame.turns(conversation), []
         while turns:
             encoded = self._fitting(conversation, turns, limit)
@@ -116,13 +116,13 @@ class Encoder:
         return found[::-1]
 
     def _fitting(self, conversation: Conversation, turns: list[Turn], limit: int | None) -> "_Encoded":
-        """As `_encoded`, with as much cut as `limit` asks for."""
+        """As `_encoded`, cut as far as `limit` requires."""
         cuttable = conversation.cuttable_before(turns[-1].message)
         text = conversation.text_of(cuttable)
         is_long = limit is not None and self.may_cut and len(text) > LONG_TEXT * limit
         encoded = None if is_long else self._encoded(turns)
         if limit is None or (encoded is not None and len(encoded.ids) <= limit):
-            assert encoded is not None  # without a limit nothing is long
+            assert encoded is not None  # without a limit, `is_long` is False
             return encoded
         if encoded is not None and not self.may_cut:
             raise TooLong.of(len(encoded.ids), limit)
@@ -153,7 +153,7 @@ class Encoder:
         return encoded._replace(num_cut=others + len(ends) - len(encoded.ids), answer_lost=lost)
 
     def _encoded(self, turns: list[Turn]) -> "_Encoded":
-        """The last turn, with those before it that generation sees as they stand in its prompt."""
+        """The last turn, together with the turns before it that stand unchanged in its prompt."""
         last = turns[-1]
         shared = [t for t in turns[:-1] if self.special.is_border(t.end) and last.prompt.startswith(t.text)]
         sections = self._sections([*shared, last])
@@ -162,8 +162,8 @@ class Encoder:
             sections = self._sections([*shared, last])
         ids, labels, num_prompt = list(self.before), [IGNORE] * len(self.before), 0
         for number, (prompt, target) in enumerate(sections):
-            assert target is not None  # only those with a target are left
-            # A section that follows another one begins with the token that ends the turn before.
+            assert target is not None  # turns without a target were removed
+            # A section after another one begins with the token that ends the previous turn.
             ends = prompt[: min(number, 1)]
             num_prompt = len(ids) + len(prompt)
             ids += prompt + target
@@ -176,10 +176,10 @@ class Encoder:
         return _Encoded(ids, labels, num_prompt, {turn.message for turn in (*shared, last)})
 
     def _sections(self, turns: list[Turn]) -> list["_Section"]:
-        """The text of the last turn in as many sections as there are turns, each up to the end of one answer.
+        """The text of the last turn in sections, one for each turn; a section ends with the answer of its turn.
 
-        Everything is tokenized once, but for a few characters before each answer, which show how it is continued. Only
-        the last target is there in any case; of another turn it is None where the tokenizer joins it with its prompt.
+        Everything is tokenized once, except a few characters before each answer, which are tokenized again together
+        with it. The target of a turn is None if the tokenizer joins it with its prompt; the last one is never None.
         """
         pieces, borders, start = [], [], 0
         for turn in turns:
@@ -192,7 +192,7 @@ class Encoder:
         tokens = iter(self._tokens(pieces))
         sections = []
         for border, head, near, answered in zip(borders, tokens, tokens, tokens, strict=True):
-            # Where a border begins, the tokens are those of the whole text; elsewhere that is seen from the last ones.
+            # After a border, tokens are those of the complete text; without one, the last tokens are compared.
             is_alike = border is not None or head[-WINDOW_TOKENS:] == near[-WINDOW_TOKENS:]
             is_continued = is_alike and answered[: len(near)] == near
             target = answered[len(near) :] if is_continued else None
@@ -203,13 +203,13 @@ class Encoder:
         return sections
 
     def _continuation(self, text: str, answer: str) -> list[int]:
-        """Tokens that continue those of `text` with the answer, where the tokenizer would join the two in one token.
+        """Tokens of the answer after those of `text`, if the tokenizer would join the end of the two in one token.
 
-        Inference has tokenized the prompt by then: its tokens stay, and the answer gets others than in a whole text.
-        The answer is tokenized in several ways, as the middle of a text; the right one decodes to the same text.
+        In inference the prompt is tokenized already: its tokens stay, and the answer gets other tokens than in one
+        text. The answer is tokenized after several beginnings; the right tokens decode to the same text.
 
         Raises:
-            LRSAError: none is right.
+            LRSAError: none of them is right.
         """
         prompt, whole = self._tokens([text, text + answer])
         for before in (text, "", "\n", "x", text[-1:]):
@@ -219,7 +219,7 @@ class Encoder:
                 return target
         raise LRSAError(
             f"the tokenizer joins the end of the prompt, {text[-20:]!r}, with the beginning of the answer, "
-            f"{answer[:20]!r}, in one token, and has no others for the answer alone: let the prompt end elsewhere."
+            f"{answer[:20]!r}, in one token, and has no others for the answer alone: end the prompt elsewhere."
         )
 
     def _tokens(self, texts: list[str]) -> list[list[int]]:
@@ -232,19 +232,19 @@ class Encoder:
     def _text_examples(self, row: dict[str, Any], index: int) -> list[Example]:
         ids = self.start + self._tokens([row["text"]])[0] + self.eos
         pieces = [ids[start : start + self.seq_len] for start in range(0, len(ids), self.seq_len)]
-        # One token alone predicts nothing.
+        # A single token has no target.
         return [Example(piece, [IGNORE, *piece[1:]], row["task"], index) for piece in pieces if len(piece) > 1]
 
 
 class _Section(NamedTuple):
-    """Tokens of a prompt, from where the section before ends, and of the answer behind it."""
+    """Tokens of a prompt, from the end of the previous section on, and of the answer after it."""
 
     prompt: list[int]
     target: list[int] | None
 
 
 class _Encoded(NamedTuple):
-    """An example without its names: the tokens before its last target, and the places of the messages it trains."""
+    """An example without index and task: `num_prompt` tokens before its last target; `trained` are its messages."""
 
     ids: list[int]
     labels: list[int]
@@ -255,7 +255,7 @@ class _Encoded(NamedTuple):
 
 
 def _start_of_text(tokenizer: Tokenizer) -> list[int]:
-    """The tokens that the tokenizer puts before a text."""
+    """The tokens that the tokenizer adds before a text."""
     alone = tokenizer("a", add_special_tokens=False).input_ids
     framed = tokenizer("a").input_ids
     return next((framed[:i] for i in range(len(framed)) if framed[i : i + len(alone)] == alone), [])

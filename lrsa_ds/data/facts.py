@@ -1,4 +1,4 @@
-"""Facts that training and evaluation hide in long texts, each with the question that asks for it."""
+"""Facts that training and evaluation hide in long texts, each with its question."""
 
 import random
 import string
@@ -8,7 +8,7 @@ PASSKEY_QUESTION = "What is the pass key?"
 
 
 def draw_passkey(num_digits: int, rng: random.Random) -> tuple[str, str]:
-    """A random key, and the sentences that state it."""
+    """A random key, and sentences that state it."""
     key = "".join(rng.choices(string.digits, k=num_digits))
     return key, f"The pass key is {key}. Remember it. {key} is the pass key.\n\n"
 
@@ -22,6 +22,6 @@ def number_question(word: str) -> str:
 
 
 def plain_words(names: Iterable[str]) -> list[str]:
-    """The last parts of dotted names that read as a word of 4 to 9 letters, sorted, each once."""
+    """The last parts of dotted names that are words of 4 to 9 letters, sorted and unique."""
     words = {name.split(".")[-1] for name in names}
     return sorted(word for word in words if word.isascii() and word.isalpha() and 4 <= len(word) <= 9)

@@ -1,4 +1,4 @@
-"""Data files on this machine: found, and told apart by their content."""
+"""Local data files: finding them, and fingerprints of their content."""
 
 import hashlib
 from glob import glob, has_magic
@@ -10,21 +10,21 @@ JSON_SUFFIXES = (".jsonl", ".json")
 SUFFIXES = (*JSON_SUFFIXES, ".parquet")
 _VALID = f"give a {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file, a directory of them, a glob pattern, or a list"
 _BLOCK = 1 << 20
-# Of a file that is not read as a whole: so many blocks, spread evenly, of so many bytes.
+# A fingerprint by samples reads this many blocks of a file, evenly spread, of this many bytes each.
 _NUM_SAMPLED, _SAMPLED_BYTES = 64, 1 << 16
 
 
 def find_files(key: str, value: str | list[str], subfolders: bool = False) -> list[str]:
-    """The files that `value` stands for: a file, a directory or a glob pattern, or a list of these.
+    """The files that `value` names: a file, a directory or a glob pattern, or a list of these.
 
-    Those of each item are in the order of their names.
+    The files of each item are sorted by name.
 
     Args:
         key: the setting that holds it, such as "data.path".
-        subfolders: whether a directory is searched with all that is below it.
+        subfolders: whether directories are searched recursively.
 
     Raises:
-        LRSAError: nothing is there, a suffix is unknown, JSON and Parquet are mixed, a file is empty, or named twice.
+        LRSAError: no file is found, a suffix is unknown, JSON and Parquet are mixed, or a file is empty or named twice.
     """
     items = [value] if isinstance(value, str) else value
     found = [path for item in items for path in _files_of(key, item, subfolders)]
@@ -65,7 +65,7 @@ def is_parquet(path: str) -> bool:
 
 
 class ContentDigest:
-    """The whole content of files, which `update` is given in their order."""
+    """A digest of the complete content of files; `update` receives the content in order."""
 
     def __init__(self):
         self._hash, self._num_files, self._num_bytes = hashlib.sha256(), 0, 0
@@ -79,7 +79,7 @@ class ContentDigest:
         self._hash.update(f"end at {self._num_bytes}".encode())
 
     def update_file(self, path: str) -> None:
-        """All of a file at once."""
+        """Adds a complete file."""
         with open(path, "rb") as file:
             while data := file.read(_BLOCK):
                 self.update(data)
@@ -90,7 +90,7 @@ class ContentDigest:
 
 
 def sampled_fingerprint(files: list[str]) -> str:
-    """What files are that are too large to be read as a whole: sizes, times of the last change, and parts of them."""
+    """A fingerprint of files that are too large to read completely: sizes, modification times and samples of them."""
     digest, total = hashlib.sha256(), 0
     for path in files:
         stat = Path(path).stat()

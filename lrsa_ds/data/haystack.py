@@ -1,4 +1,4 @@
-"""Real text of any length, with facts hidden in it at chosen depths: the standard library's documentation."""
+"""Real text of any length, with facts hidden at chosen depths: documentation of the standard library."""
 
 import random
 from collections.abc import Iterator
@@ -10,10 +10,10 @@ from lrsa_ds.data.tokenizer import Tokenizer
 
 
 class Haystack:
-    """Paragraphs of the documents that were never trained on, with their lengths in tokens.
+    """Paragraphs of the validation documents, on which no model was trained, with their lengths in tokens.
 
     Args:
-        tokenizer: counts the tokens of each paragraph, once.
+        tokenizer: counts the tokens of each paragraph once.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -28,10 +28,10 @@ class Haystack:
         return token_counts(self.tokenizer, texts)
 
     def text(self, room: int, facts: list[tuple[str, float]], rng: random.Random) -> str:
-        """Whole paragraphs of about `room` tokens, less rather than more, and the facts among them.
+        """Complete paragraphs of at most about `room` tokens, with the facts between them.
 
         Args:
-            facts: each with its depth: 0 is before all paragraphs, 1 after them.
+            facts: each with its depth: 0 is before all paragraphs, 1 after all of them.
         """
         room -= sum(self.count([text for text, _ in facts]))
         parts, ends, total = [], [], 0
@@ -42,14 +42,14 @@ class Haystack:
             total += length
             ends.append(total)
         placed = list(parts)
-        # The deepest first, so that the places of the others stay what they are.
+        # The deepest fact first, so that the places of the others do not change.
         for text, depth in sorted(facts, key=lambda fact: -fact[1]):
             place = sum(end <= depth * total for end in ends)
             placed.insert(place, text)
         return "".join(placed).rstrip()
 
     def _paragraphs(self, rng: random.Random) -> Iterator[tuple[str, int]]:
-        """Of all documents in random order, and again: very long contexts need more than there are."""
+        """Paragraphs of all documents in random order, repeated: very long contexts need more than there are."""
         while True:
             for i in rng.sample(range(len(self.documents)), len(self.documents)):
                 yield from zip(self.documents[i], self.lengths[i], strict=True)

@@ -1,6 +1,6 @@
-"""JSONL and JSON files, found row by row at their byte offsets; text stays the text that it is.
+"""JSONL and JSON files, read row by row at their byte offsets; text is never changed.
 
-A file is read in one of two layouts: a row a line, or the elements of an array, which is the whole file or the member
+A file has one of two layouts: one row per line, or an array of rows. The array is the complete file, or the member
 `data` of one object (SQuAD's form). Memory is bounded by the largest row and 28 bytes for each row.
 """
 
@@ -18,7 +18,7 @@ from lrsa_ds.errors import LRSAError
 CHUNK = 1 << 20
 _BOM = codecs.BOM_UTF8
 _OTHER_BOMS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-# Members of an object before `data` are small: so many bytes are looked through for it.
+# `data` is searched for in this many bytes of an object: the members before it are small.
 _SEARCHED = 1 << 20
 _DECODER = json.JSONDecoder()
 _BLANK, _BLANK_OR_COMMA = re.compile(r"[ \t\n\r]*"), re.compile(r"[ \t\n\r,]*")
@@ -26,9 +26,10 @@ _ARRAY_OF_OBJECTS = re.compile(r"\[\s*\{")
 
 
 class Span(NamedTuple):
-    """Where a row lies: bytes `start` to `stop` of a file; `part` counts the rows within, as of a SQuAD article.
+    """Where a row is: the bytes `start` to `stop` of a file.
 
-    `number` is that of its line, or, in an array, of its element, as `unit` says.
+    These bytes may hold several rows, as a SQuAD article does; `part` is the number of the row among them. `number` is
+    that of the line, or of the element of the array; `unit` says which.
     """
 
     start: int
@@ -39,7 +40,7 @@ class Span(NamedTuple):
 
 
 class Found(NamedTuple):
-    """A stretch of a file that holds a row, or an article of rows."""
+    """A piece of a file that holds a row, or an article of several rows."""
 
     path: str
     unit: str
@@ -53,13 +54,13 @@ class Found(NamedTuple):
 
 
 def found_rows(path: str, on_bytes: Callable[[bytes], None] = lambda data: None) -> Iterator[Found]:
-    """The stretches of a file in order, not parsed, with the place to name in an error.
+    """The pieces of a file in order, not parsed, each with its place for errors.
 
     Args:
-        on_bytes: given all bytes of the file, in order.
+        on_bytes: called with all bytes of the file, in order.
 
     Raises:
-        LRSAError: the file is no UTF-8 text, or an array that cannot be read.
+        LRSAError: the file is not UTF-8 text, or holds an array that cannot be read.
     """
     with open(path, "rb") as file:
         head = file.read(2)
@@ -76,10 +77,10 @@ def found_rows(path: str, on_bytes: Callable[[bytes], None] = lambda data: None)
 
 
 def rows_in(found: Found) -> list[Any]:
-    """The rows of a stretch, parsed: one, or every question of an article.
+    """The rows of a piece, parsed: one row, or every question of an article.
 
     Raises:
-        LRSAError: broken JSON; the sentence has the place.
+        LRSAError: broken JSON; the message names the place.
     """
     row = _parsed(found.data, found.place)
     paragraphs = row.get("paragraphs") if isinstance(row, dict) else None
@@ -92,7 +93,7 @@ def rows_in(found: Found) -> list[Any]:
 
 
 def spans_of(found: Found, count: int | None = None) -> list[Span]:
-    """Where the rows of a stretch lie; without their number, only an article is parsed to find it."""
+    """The spans of the rows of a piece. If their `count` is not given, an article is parsed to find it."""
     if count is None:
         count = len(rows_in(found)) if b'"paragraphs"' in found.data else 1
     stop = found.start + len(found.data)
@@ -100,10 +101,10 @@ def spans_of(found: Found, count: int | None = None) -> list[Span]:
 
 
 def read_span(path: str, span: Span) -> Any:
-    """The row that lies there.
+    """The row at a span.
 
     Raises:
-        LRSAError: there is no row any more; the sentence has the place.
+        LRSAError: the file has changed, so the row is not there any more; the message names the file.
     """
     rows = _rows_at(path, span._replace(part=0))
     if span.part >= len(rows):
@@ -111,7 +112,7 @@ def read_span(path: str, span: Span) -> Any:
     return rows[span.part]
 
 
-@lru_cache(maxsize=1)  # the questions of an article are mostly read one after the other
+@lru_cache(maxsize=1)  # the questions of an article are mostly read in order
 def _rows_at(path: str, span: Span) -> list[Any]:
     with open(path, "rb") as file:
         file.seek(span.start)
@@ -125,11 +126,11 @@ class SpanIndex:
     def __init__(self, files: list[str]):
         self.files = files
         self._starts, self._stops, self._numbers, self._parts = array("q"), array("q"), array("q"), array("i")
-        self._ends: list[int] = []  # of each file that is whole: the number of rows up to its end
+        self._ends: list[int] = []  # for each complete file: the number of rows up to its end
         self._units: list[str] = []
 
     def add(self, span: Span) -> None:
-        """A row of the file that is being read."""
+        """Adds a row of the file that is being read."""
         self._starts.append(span.start)
         self._stops.append(span.stop)
         self._parts.append(span.part)
@@ -150,7 +151,7 @@ class SpanIndex:
 
 
 def place_of(path: str, span: Span) -> str:
-    """The file with the line or the row, and in an article the question, counted from 1."""
+    """The file with the line or row, and the question of an article; all counted from 1."""
     question = f", question {span.part + 1}" if span.part else ""
     return f"{path}, {span.unit} {span.number}{question}"
 
@@ -173,15 +174,15 @@ def _parsed(data: bytes, place: str) -> Any:
         raise LRSAError(f"{place}: broken JSON ({error.msg} at column {error.colno}).") from None
     except UnicodeDecodeError:
         raise LRSAError(f"{place}: broken JSON (it is not UTF-8 text).") from None
-    except (ValueError, RecursionError) as error:  # a number of too many digits, or objects in too many objects
+    except (ValueError, RecursionError) as error:  # a number with too many digits, or too many levels
         raise LRSAError(f"{place}: broken JSON ({str(error).split(';')[0]}).") from None
 
 
 class _Text:
-    """A window of the text of a file that moves forward, with the byte at which it stands.
+    """A window that moves forward over the text of a file.
 
     Args:
-        start: the byte to begin at.
+        start: the byte at which the window begins.
     """
 
     def __init__(self, file: BinaryIO, path: str, start: int, on_bytes: Callable[[bytes], None]):
@@ -191,7 +192,7 @@ class _Text:
         file.seek(start)
 
     def more(self) -> bool:
-        """Reads on, more the longer the window is; returns whether there was anything left."""
+        """Extends the window, by more if it is long already; returns whether the file had more text."""
         data = self.file.read(max(CHUNK, len(self.text) - self.place))
         self.on_bytes(data)
         try:
@@ -202,7 +203,7 @@ class _Text:
         return bool(data)
 
     def move(self, place: int) -> str:
-        """Moves forward to a place of the window, and returns what stands before it."""
+        """Moves the window forward to a place in it, and returns the text before that place."""
         passed, self.place = self.text[self.place : place], place
         self.start += len(passed.encode("utf-8"))
         return passed
@@ -215,10 +216,10 @@ class _Text:
                 return self.text[self.place : self.place + 1]
 
     def value(self) -> str:
-        """Moves behind the JSON value that begins here, and returns its text.
+        """Moves past the JSON value that begins here, and returns its text.
 
         Raises:
-            json.JSONDecodeError: there is none.
+            json.JSONDecodeError: there is no valid value.
         """
         while True:
             try:
@@ -229,7 +230,7 @@ class _Text:
 
 
 def _array_start(file: BinaryIO) -> int | None:
-    """The byte at which the array of rows begins, or None for a file of lines."""
+    """The byte at which the array of rows begins, or None for a file with one row per line."""
     head = file.read(_SEARCHED)
     mark = len(_BOM) if head.startswith(_BOM) else 0
     text = head[mark:].lstrip()
@@ -250,7 +251,7 @@ def _array_start(file: BinaryIO) -> int | None:
 
 
 def _member_data(head: bytes) -> int | None:
-    """Where the array of objects begins that is the member `data` of the object at the start of `head`."""
+    """The byte of `head` at which the array in its member `data` begins; None if it is not found."""
     text = head.decode("utf-8", errors="ignore")
     place = 1
     try:
@@ -261,12 +262,12 @@ def _member_data(head: bytes) -> int | None:
                 return len(text[:place].encode("utf-8"))
             _, place = _DECODER.raw_decode(text, place)
             place = _behind(text, place, ",")
-    except ValueError:  # no such member, or none so early
+    except ValueError:  # no such member, or not within `head`
         return None
 
 
 def _behind(text: str, place: int, mark: str) -> int:
-    """The next place that is not blank, behind `mark`."""
+    """The place of the next character after `mark` that is not blank."""
     place = _end(_BLANK, text, place)
     if not text.startswith(mark, place):
         raise ValueError(f"no {mark}")
@@ -274,14 +275,14 @@ def _behind(text: str, place: int, mark: str) -> int:
 
 
 def _end(blank: re.Pattern, text: str, place: int) -> int:
-    """Where `blank` ends if it begins at `place`."""
+    """The end of the match of `blank` at `place`."""
     found = blank.match(text, place)
-    assert found is not None  # it may be empty, so it is always there
+    assert found is not None  # a match may be empty
     return found.end()
 
 
 def _elements(text: _Text) -> Iterator[Found]:
-    """The elements of the array at which the text begins."""
+    """The elements of the array at the beginning of the text."""
     text.skip(_BLANK)
     text.move(text.place + 1)
     number = 0
@@ -294,5 +295,5 @@ def _elements(text: _Text) -> Iterator[Found]:
             yield found._replace(data=text.value().encode("utf-8"))
         except json.JSONDecodeError as error:
             raise LRSAError(f"{found.place}: broken JSON ({error.msg}).") from None
-    while text.more():  # what stands behind the array belongs to the content of the file too
+    while text.more():  # text after the array counts for the digest too
         text.place = len(text.text)

@@ -1,16 +1,16 @@
-"""Tokens of texts that will stand inside a longer one."""
+"""Token counts of texts that become parts of longer ones."""
 
 import numpy as np
 
 from lrsa_ds.data.shorten import token_ends
 from lrsa_ds.data.tokenizer import Tokenizer
 
-# What is taken to follow a text: most tokenizers split white space otherwise at the end of a text than before a word.
+# Assumed to follow a text: most tokenizers split white space at the end of a text differently than before a word.
 _NEXT = "The"
 
 
 def token_counts(tokenizer: Tokenizer, texts: list[str]) -> list[int]:
-    """Tokens of each text alone, without special tokens around it."""
+    """Tokens of each text by itself, without special tokens."""
     return [len(ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids] if texts else []
 
 
@@ -22,12 +22,12 @@ class TokenCounts:
         self._next = len(self._ids([_NEXT])[0])
 
     def count(self, texts: list[str]) -> np.ndarray:
-        """Tokens of each text where another word follows it: int64 [texts]. Up to a token or two, they add up."""
+        """Tokens of each text if another word follows it: int64 [texts]. They add up, except for a token or two."""
         found = self._ids([f"{text}{_NEXT}" for text in texts]) if texts else []
         return np.array([len(ids) - self._next for ids in found], dtype=np.int64)
 
     def beginning(self, text: str, room: int) -> str:
-        """The longest run of first words of `text` that has at most `room` tokens."""
+        """The longest beginning of `text`, in complete words, that has at most `room` tokens."""
         ends = token_ends(self.tokenizer, text)
         if len(ends) <= room:
             return text

@@ -1,4 +1,4 @@
-"""What contexts are made of, split into training and validation: the rows behind it, and how they are opened."""
+"""The material of generated contexts, split into training and validation: its rows, and how they are opened."""
 
 from dataclasses import replace
 from typing import Generic, NamedTuple, TypeVar
@@ -12,11 +12,11 @@ Material = TypeVar("Material")
 
 
 class Split(NamedTuple, Generic[Material]):
-    """Passages or texts for training and those held out; none is in both.
+    """Passages or texts for training and for validation, without overlap.
 
     Args:
         label: the setting that names the data, for errors.
-        fingerprint: what the data are.
+        fingerprint: identifies the data.
         num_bad: rows that cannot be used and are left out.
     """
 
@@ -28,24 +28,24 @@ class Split(NamedTuple, Generic[Material]):
 
 
 def all_rows(data: DataConfig, seed: int, to_row: ToRow | None, needs: str) -> Rows:
-    """The rows of `data.path` or `data.name`, none held out; a row without the key `needs` is a bad one."""
+    """The rows of `data.path` or `data.name`, none of them held out; a row without the key `needs` is a bad row."""
     return Rows(_without_validation(data), seed, 0, to_row, needs=needs)
 
 
 def validation_rows(data: DataConfig, seed: int, to_row: ToRow | None, needs: str) -> Rows | None:
-    """The rows of `data.validation_path` or `data.validation_split`; None without one."""
+    """The rows of `data.validation_path` or `data.validation_split`; None if neither is set."""
     key = split_key(data)
     other = getattr(data, f"validation_{key}")
     return None if other is None else all_rows(replace(_without_validation(data), **{key: other}), seed, to_row, needs)
 
 
 def split_key(data: DataConfig) -> str:
-    """The setting of the training rows, `validation_` before which makes that of the validation rows."""
+    """The setting of the training rows; with `validation_` before it, that of the validation rows."""
     return "path" if data.source == "files" else "split"
 
 
 def say_left_out(rows: Rows) -> None:
-    """Says once how many rows cannot be used, and what is wrong with the first."""
+    """Prints once how many rows cannot be used, and the error of the first."""
     if rows.num_bad:
         label = rows.source.opened.label
         say_once(

@@ -1,34 +1,34 @@
-"""Conversations in the forms that people have, as one canonical list of messages; see `lrsa_ds.data.shapes`."""
+"""Conversations of several formats, converted to one canonical list of messages; see `lrsa_ds.data.shapes`."""
 
 import json
 from typing import Any
 
 from lrsa_ds.errors import LRSAError
 
-# The names that data sets give to the speakers, in lower case; any other role is left to the chat template.
+# Names that data sets give to the roles, in lower case; other roles are passed to the chat template unchanged.
 _ROLES = {
     **dict.fromkeys(("user", "human"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model", "function_call"), "assistant"),
     **dict.fromkeys(("tool", "observation", "function", "function_response"), "tool"),
     **dict.fromkeys(("system", "developer"), None),  # known, and not renamed
 }
-# Flags of a message, and whether a true one means that it is trained on.
+# Flags of a message -> whether a true flag means that the message is trained on.
 _FLAGS = {"train": True, "trainable": True, "loss": True, "loss_mask": True, "weight": True}
 _FLAGS |= {"mask": False, "masked": False}
-# What a message may hold besides text; it would be lost without a word.
+# Content other than text. A row that has it is refused, since the model would never see it.
 _NOT_TEXT = ("image", "images", "audio", "audios", "video", "videos")
 
 
 def normalise_messages(messages: Any, train: bool = True, key: str = "messages") -> list[dict[str, Any]]:
-    """Messages with role and content, or with from and value, in the canonical form.
+    """Converts messages with role and content, or with from and value, to the canonical form.
 
     Args:
-        messages: what the row holds.
-        train: whether an assistant's message without a flag of its own is trained on.
+        messages: the value of the column.
+        train: whether an assistant message without a flag of its own is trained on.
         key: the name of the column, for errors.
 
     Raises:
-        LRSAError: a message without role or text, or with something that cannot be honoured; it names the message.
+        LRSAError: a message has no role or text, or content that is not supported; the error names the message.
     """
     if not isinstance(messages, (list, tuple)) or not messages:
         raise LRSAError(f"{key} has to be a list of objects with role and content, and not an empty one.")
@@ -36,7 +36,7 @@ def normalise_messages(messages: Any, train: bool = True, key: str = "messages")
 
 
 def check_answers(messages: list[dict[str, Any]]) -> None:
-    """Raises LRSAError unless the assistant says something that is trained on."""
+    """Raises LRSAError unless at least one assistant message is trained on, and those that are have content."""
     answers = [message for message in messages if message["role"] == "assistant"]
     if not answers:
         raise LRSAError("answer is missing: none of its messages has the role assistant.")
@@ -92,7 +92,7 @@ def _message(message: Any, number: int, train: bool) -> dict[str, Any]:
 
 
 def checked_text(text: str, name: str) -> str:
-    """The text, if it is one: half of a surrogate pair, which JSON can write down, is no text in any encoding."""
+    """Returns the text. Raises LRSAError for half of a surrogate pair, which JSON can write and UTF-8 cannot."""
     try:
         if not text.isascii():
             text.encode("utf-8")
@@ -105,7 +105,7 @@ def checked_text(text: str, name: str) -> str:
 
 
 def _content(content: Any, number: int) -> str:
-    """Text, or a list of parts of text, which are joined as they are."""
+    """Text, or a list of parts of text, which are joined without separators."""
     name = f"the content of message {number}"
     parts = content if isinstance(content, (list, tuple)) else [content]
     texts = []
@@ -126,7 +126,7 @@ def _is_trained(message: dict, number: int, default: bool) -> bool:
     for key, means_trained in _FLAGS.items():
         if key in message:
             value = message[key]
-            # A number says what it means in a weight, and not in a mask.
+            # 0 and 1 are clear as a weight, but not as a mask.
             valid = value in (0, 1) if means_trained and not isinstance(value, str) else isinstance(value, bool)
             if not valid:
                 choice = "give 0 or 1" if key == "weight" else "give true or false"
@@ -143,7 +143,7 @@ def _tool_calls(message: dict, number: int) -> list[dict[str, Any]]:
 
 
 def _calls_of(calls: Any, number: int) -> list[dict[str, Any]]:
-    """Calls of tools as {"type": "function", "function": {"name", "arguments"}}, where arguments are an object."""
+    """Tool calls as {"type": "function", "function": {"name", "arguments"}}, with an object as arguments."""
     calls = [calls] if isinstance(calls, dict) else calls
     if not isinstance(calls, (list, tuple)):
         raise LRSAError(f"tool_calls of message {number} has to be a list of objects.")

@@ -1,4 +1,4 @@
-"""Rows of several sources, mixed by weights, in an order that is found again at any place."""
+"""Rows of several sources, mixed by weights; the order can be resumed at any place."""
 
 from collections.abc import Callable, Iterator
 
@@ -9,24 +9,25 @@ from lrsa_ds.data.sources import Rows
 from lrsa_ds.settings.data import DataConfig
 
 OpenSource = Callable[[DataConfig, int, int], RowSource]
-"""From the settings of one source, a seed and a number of validation rows to its rows."""
+"""Opens one source: from its settings, a seed and a number of validation rows to its rows."""
 
 
 def open_rows(data: DataConfig, seed: int, num_validation: int, open_source: OpenSource = Rows) -> RowSource:
-    """The rows that `data` names, of one source or of several."""
+    """Opens the rows that `data` names: one source or several."""
     if data.source == "mixture":
         return Mixture(data, seed, num_validation, open_source)
     return open_source(data, seed, num_validation)
 
 
 class Mixture:
-    """The rows of `data.sources`; what it offers is what `Rows` offers.
+    """The rows of `data.sources`; the members are those of `RowSource`.
 
-    An epoch has as many rows as all sources together, in shares that follow the weights. A source whose share is larger
-    than itself is begun anew, in another order, and one whose share is smaller goes on in the next epoch where it
-    stopped: no row of a source is seen again before all others of it were. Without weights every row is seen once.
+    An epoch has as many rows as all sources together, shared among the sources by their weights. A source with fewer
+    rows than its share starts again, in another order. A source with more rows resumes in the next epoch where it
+    stopped. So no row of a source is repeated before all its other rows were read. Without weights every row is read
+    once.
 
-    Validation rows are shared out by the same weights, at least one for each source; a source with `num_validation` has
+    Validation rows are shared by the same weights, at least one for each source; a source with `num_validation` has
     that many.
     """
 
@@ -48,7 +49,7 @@ class Mixture:
         self._sizes = [_known(source.num_trained) for source in self.sources]
         self.num_trained = sum(self._sizes)
         self.num_of_source = shares(self.num_trained, weights) if self.has_weights else self._sizes
-        # A row's number is unique among all sources: those of a source follow those of the one before.
+        # Row numbers are unique among all sources: each source counts on from the one before.
         ends = np.cumsum([_known(source.num_all) for source in self.sources])
         self.first_number = np.concatenate([[0], ends]).tolist()
         self._num_all = int(ends[-1])
@@ -81,7 +82,7 @@ class Mixture:
         return {place: self._row(epoch, place) for place in places if place < self.num_trained}
 
     def order(self, epoch: int) -> np.ndarray | None:
-        """As of `Rows`; None with weights or contexts, where an epoch does not have the rows of another one."""
+        """As in `Rows`; None with weights or contexts, where the rows of an epoch are not those of another."""
         if self.has_weights:
             return None
         sources, draws = self._draws(epoch)
@@ -103,7 +104,7 @@ class Mixture:
         number, draw = int(sources[place]), int(draws[place])
         source = self.sources[number]
         times, at = divmod(draw, self._sizes[number])
-        # An epoch of contexts may have fewer than the first: the draw that is beyond its end takes its beginning.
+        # An epoch of contexts may have fewer than epoch 0: a draw beyond its end takes the first context.
         found = source.at(times, [at]) or source.at(times, [0])
         return self._numbered(number, *found.values())
 
@@ -111,7 +112,7 @@ class Mixture:
         return row._replace(index=self.first_number[number] + row.index)
 
     def _draws(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Of each place in the order of the epoch: the source, and how many rows were drawn from it before."""
+        """For each place of an epoch: its source, and how many rows were drawn from that source before."""
         if self._last_order is None or self._last_order[0] != epoch:
             sources = np.repeat(np.arange(len(self.sources)), self.num_of_source)
             sources = np.random.default_rng([self.seed, epoch + 1, len(self.sources)]).permutation(sources)
@@ -123,7 +124,7 @@ class Mixture:
 
 
 def shares(total: int, weights: list[float]) -> list[int]:
-    """`total` in whole parts that follow the weights, by the largest remainder; they sum to `total`."""
+    """Whole numbers in proportion to the weights, by the method of largest remainders; they sum to `total`."""
     exact = np.array(weights, dtype=float) / sum(weights) * total
     parts = np.floor(exact).astype(int)
     largest = np.argsort(parts - exact, kind="stable")[: total - parts.sum()]

@@ -1,4 +1,4 @@
-"""The rows that a run trains on: read, made, or a mixture of both."""
+"""The rows that a run trains on: read, generated, or a mixture of both."""
 
 from lrsa_ds.config import TrainConfig
 from lrsa_ds.data.context_sources import open_contexts
@@ -12,10 +12,10 @@ from lrsa_ds.settings.data import DataConfig
 
 
 def rows_of(config: TrainConfig, tokenizer: Tokenizer, encoder: Encoder, to_row: ToRow | None = None) -> RowSource:
-    """The rows of `config.data`, of one source or of several.
+    """The rows of `config.data`: one source or several.
 
     Raises:
-        LRSAError: what a source raises.
+        LRSAError: a source raises it.
     """
 
     def open_source(data: DataConfig, seed: int, num_validation: int) -> RowSource:

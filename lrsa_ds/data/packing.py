@@ -1,7 +1,7 @@
-"""Examples laid side by side in sequences of one fixed length.
+"""Packing of examples into sequences of one fixed length.
 
-An `Example` is one tokenized document with unshifted labels; a `PackedSequence` holds several of them, with labels
-already shifted, so that sharding a sequence later needs no look at the neighbour. T is the length of a sequence.
+An `Example` is one tokenized document with unshifted labels. A `PackedSequence` holds several of them, with labels
+already shifted, so that a shard needs no token of the next one. T is the length of a sequence.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,10 +18,10 @@ IGNORE = -100
 class Example:
     """One document.
 
-    `labels[i] == input_ids[i]` where token i has to be predicted, else `IGNORE`. Token 0 is never a target: nothing
-    stands before it. `task` names the kind of question, `index` the row or the number of the example in its source.
-    `place` is where a training stream has it from: epoch, row in the order of the epoch, and number within the row.
-    `num_cut` tokens were taken out of it to fit, and `answer_lost` tells whether the answer stood among them.
+    `labels[i] == input_ids[i]` if token i is a target, else `IGNORE`. Token 0 is never a target: it cannot be
+    predicted. `task` is the kind of question, `index` the number of the row or example in its source. `place` is its
+    place in a training stream: epoch, row in the order of the epoch, and number within the row. `num_cut` tokens were
+    removed to make it fit; `answer_lost` tells whether the answer in the context was among them.
     """
 
     input_ids: Sequence[int]
@@ -34,9 +34,9 @@ class Example:
 
 
 class LeftOut(list[Example]):
-    """No examples: those of a row that is left out, with the reason, one sentence that names the row.
+    """The examples of a row that is left out: none, with the reason, a sentence that names the row.
 
-    `is_too_long` tells a row that could be used but for its length, and that `data.too_long=drop` leaves out.
+    `is_too_long` marks a row that is only too long, and that `data.too_long=drop` leaves out.
     """
 
     def __init__(self, reason: str, is_too_long: bool = False):
@@ -49,10 +49,10 @@ class LeftOut(list[Example]):
 class PackedSequence:
     """Several documents in T tokens; all tensors are int64 of shape [T].
 
-    `labels[t]` is the token t+1 that position t has to predict, or `IGNORE`; never a token of another document.
-    `position_ids` restart at 0 in every document. `document_lengths` sum to T: a padding tail is a document of its
-    own, the last, with task None and index -1. `num_tokens` counts the tokens without padding, `num_target_tokens`
-    the labels that are not `IGNORE`.
+    `labels[t]` is token t+1, the target of position t, or `IGNORE`; never a token of another document. `position_ids`
+    restart at 0 in every document. `document_lengths` sum to T: padding at the end is a document of its own, the last,
+    with task None and index -1. `num_tokens` counts the tokens without padding, `num_target_tokens` the labels that are
+    not `IGNORE`.
     """
 
     input_ids: torch.Tensor
@@ -66,10 +66,10 @@ class PackedSequence:
 
 
 class Packer:
-    """First-fit packing of examples into sequences of `seq_len` tokens; every example lands in exactly one of them.
+    """First-fit packing of examples into sequences of `seq_len` tokens; every example goes into exactly one of them.
 
-    At most `num_open` sequences are open at a time: when an example fits into none of them, the fullest is closed.
-    What comes out depends on the order of the examples alone.
+    At most `num_open` sequences are open at a time: when an example fits none of them, the fullest one is closed.
+    The result depends on the order of the examples only.
     """
 
     def __init__(self, seq_len: int, num_open: int = 8):
@@ -78,15 +78,15 @@ class Packer:
         self.restore([])
 
     def restore(self, sequences: list[list[Example]]) -> None:
-        """Takes the members of open sequences, in their order, as an earlier packer had them."""
+        """Continues with the open sequences of an earlier packer, given by their members in order."""
         self.open = sequences
         self._room = [self.seq_len - sum(len(example.input_ids) for example in members) for members in sequences]
 
     def add(self, example: Example) -> list[list[Example]]:
-        """Puts an example into a sequence, and returns the members of those that are closed now.
+        """Adds an example to a sequence, and returns the members of the sequences that are closed now.
 
         Raises:
-            LRSAError: an example longer than `seq_len`.
+            LRSAError: the example is longer than `seq_len`.
         """
         length, closed = len(example.input_ids), []
         if length > self.seq_len:
@@ -109,14 +109,14 @@ class Packer:
         return self.open.pop(place)
 
     def flush(self) -> list[list[Example]]:
-        """Closes all that are open."""
+        """Closes all open sequences and returns their members."""
         closed = self.open
         self.restore([])
         return closed
 
 
 def pack(examples: Iterable[Example], seq_len: int, pad_id: int, num_open: int = 8) -> Iterator[PackedSequence]:
-    """All examples as packed sequences; see `Packer`."""
+    """Packs all examples; see `Packer`."""
     packer = Packer(seq_len, num_open)
     for example in examples:
         for members in packer.add(example):
@@ -126,13 +126,13 @@ def pack(examples: Iterable[Example], seq_len: int, pad_id: int, num_open: int =
 
 
 def collate(sequences: list[PackedSequence], multiple_of: int = 1) -> PackedSequence:
-    """One row of `len(sequences) * T` tokens: the tensors concatenated, and the lists of documents too.
+    """One row of `len(sequences) * T` tokens: the tensors and the lists of documents are concatenated.
 
-    The row is padded to a multiple of `multiple_of` tokens, so that as many ranks can share it.
+    The row is padded to a multiple of `multiple_of` tokens, so that this many ranks can share it.
     """
     missing = -sum(len(s.input_ids) for s in sequences) % multiple_of
     if missing:
-        # Any token will do: padding is a document of its own, and nothing in it is a target.
+        # Any token serves: padding is a document of its own, and nothing in it is a target.
         sequences = [*sequences, padding_sequence(missing, pad_id=0)]
     return PackedSequence(
         input_ids=torch.cat([s.input_ids for s in sequences]),
@@ -147,10 +147,10 @@ def collate(sequences: list[PackedSequence], multiple_of: int = 1) -> PackedSequ
 
 
 def shard(row: PackedSequence, parts: tuple[slice, ...], is_first: bool) -> PackedSequence:
-    """The tokens `parts` of a row, one after the other: what one of the ranks holds that share it.
+    """The tokens `parts` of a row, concatenated: the shard of one of the ranks that share the row.
 
-    The lists of documents stay those of the whole row. `num_target_tokens` counts the shard's, and `num_tokens` the
-    whole row's on the first rank and 0 on the others: summed over the ranks, both count everything once.
+    The lists of documents stay those of the complete row. `num_target_tokens` counts the shard's targets. `num_tokens`
+    is that of the row on the first rank and 0 on the others: summed over the ranks, both count everything once.
     """
     input_ids, labels, position_ids = (
         torch.cat([x[part] for part in parts]) for x in (row.input_ids, row.labels, row.position_ids)
@@ -166,12 +166,12 @@ def shard(row: PackedSequence, parts: tuple[slice, ...], is_first: bool) -> Pack
 
 
 def padding_sequence(seq_len: int, pad_id: int) -> PackedSequence:
-    """A sequence of padding, without targets: it evens out the number of sequences among ranks."""
+    """A sequence of padding without targets: it gives all ranks the same number of sequences."""
     return packed([], seq_len, pad_id)
 
 
 def packed(examples: list[Example], seq_len: int, pad_id: int) -> PackedSequence:
-    """The given examples, and padding, as one sequence."""
+    """Packs the given examples and padding into one sequence."""
     lengths = [len(e.input_ids) for e in examples]
     tasks: list[str | None] = [e.task for e in examples]
     indices = [e.index for e in examples]

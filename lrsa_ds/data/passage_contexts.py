@@ -1,4 +1,4 @@
-"""Long contexts out of short questions: the passages asked about among others, in random order (RULER's way)."""
+"""Long contexts for short questions: the passages asked about, among other passages, in random order (as in RULER)."""
 
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +11,7 @@ from lrsa_ds.data.lengths import TokenCounts
 from lrsa_ds.data.passages import Passage
 from lrsa_ds.errors import LRSAError
 
-# The last passage of a context is cut, unless less than this would stay of it.
+# The last passage of a context is cut, or left out if fewer tokens than this would remain of it.
 _LEAST_TOKENS = 16
 _BETWEEN = "\n\n"
 
@@ -19,18 +19,18 @@ _BETWEEN = "\n\n"
 class PassageContexts:
     """Contexts of `context_length` tokens over passages, for one split.
 
-    An epoch asks every question once: in a random order, as many in a context as `questions_per_context` says and as
-    fit with their passages. The rest is filled with other passages, whole but for the last one.
+    An epoch asks every question once, in random order. A context has as many questions as fit with their passages, at
+    most `questions_per_context`. The rest of it is filled with other passages, all complete except the last.
 
     Args:
-        passages: what is asked about, and distractors.
-        others: more distractors, which come after those of `passages`.
-        name: the split, which with the seed, the epoch and the index determines a row.
+        passages: the passages asked about; also distractors.
+        others: more distractors, used after those of `passages`.
+        name: the split; it determines a row together with the seed, the epoch and the index.
         frame_length: the number of tokens of a canonical row when it is encoded.
         label: the setting that names the data, for errors.
 
     Raises:
-        LRSAError: the passages have too few tokens for a context; or no context holds so many questions.
+        LRSAError: the passages have too few tokens for a context, or no context holds so many questions.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class PassageContexts:
         self.lengths = counts.count(self.texts)
         self.asked = [(place, asked) for place, passage in enumerate(passages) for asked in passage.asked]
         frame, self.turn_lengths = self._frame_and_turns()
-        # Something is left free for the difference between the sum of parts and the whole.
+        # Leave some tokens free: a joined text may have more tokens than the sum of its parts.
         self.room = context_length - frame - 2 * MARGIN - context_length // 128
         needed = self.turn_lengths + self.lengths[[place for place, _ in self.asked]]
         self.too_long = [self.asked[number][1] for number in np.flatnonzero(needed > self.room)]
@@ -79,7 +79,7 @@ class PassageContexts:
         return asked_row("".join(texts).rstrip(), asked)
 
     def scored(self, num_examples: int) -> list[tuple[int, None]]:
-        """The contexts that ask `num_examples` questions."""
+        """The contexts that together ask at least `num_examples` questions."""
         rows, count = [], 0
         for index, numbers in enumerate(self._plan(0)):
             if count >= num_examples:
@@ -92,14 +92,14 @@ class PassageContexts:
         return self._fingerprint
 
     def _plan(self, epoch: int) -> list[list[int]]:
-        """The numbers of the questions of each context of an epoch."""
+        """For each context of an epoch, the numbers of its questions."""
         if self._last_plan is None or self._last_plan[0] != epoch:
             order = np.random.default_rng([self.seed, epoch + 1]).permutation(self._usable)
             self._last_plan = epoch, list(self._in_contexts(order.tolist()))
         return self._last_plan[1]
 
     def _in_contexts(self, order: list[int]) -> Iterator[list[int]]:
-        """Consecutive questions of the order, as many as a context holds."""
+        """Groups consecutive questions of the order, as many as a context holds."""
         members: list[int] = []
         places: set[int] = set()
         used = 0
@@ -117,7 +117,7 @@ class PassageContexts:
             yield members
 
     def _distractors(self, taken: set[int], room: int, rng: random.Random) -> list[str]:
-        """Other passages in random order that fill `room` tokens, those of the split first; the last one is cut."""
+        """Other passages in random order that fill `room` tokens, those of `passages` first; the last one is cut."""
         found = []
         own, count = self.num_asked_about, len(self.texts)
         random_order = np.random.default_rng(rng.randrange(2**63))
@@ -135,9 +135,9 @@ class PassageContexts:
         return found
 
     def _frame_and_turns(self) -> tuple[int, np.ndarray]:
-        """Tokens around all turns, and of each question with its answer and what stands around them: int64 [questions].
+        """Tokens around all turns, and tokens of each question with its answer and the text around: int64 [questions].
 
-        Without a chat template there is one turn, and all around it counts as the turn's.
+        Without a chat template there is one turn, and all the text around it counts as part of the turn.
         """
         lengths = self.counts.count([f"{asked.question} {asked.answer}" for _, asked in self.asked])
         frames = [

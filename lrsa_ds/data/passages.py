@@ -1,4 +1,4 @@
-"""Passages with the questions that are asked about them, from rows of questions, split by article."""
+"""Passages with the questions about them, grouped from rows of questions, and split by article."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,9 +17,9 @@ from lrsa_ds.settings.data import DataConfig
 
 @dataclass(slots=True)
 class Passage:
-    """A context of the data, once, with all that is asked about it.
+    """A context of the data, without repetition, with all questions about it.
 
-    `article` is the `title` of its rows, or the passage itself where they have none.
+    `article` is the `title` of its rows, or the passage itself if they have none.
     """
 
     text: str
@@ -32,14 +32,14 @@ def open_passages(
 ) -> Split[Passage]:
     """The passages of `data.path` or `data.name`.
 
-    Held out are those of `data.validation_path` or `data.validation_split`, or else whole articles in the order that
-    `seed` gives, until they have `num_validation` questions.
+    Those of `data.validation_path` or `data.validation_split` are held out. If neither is set, complete articles are
+    held out, in an order that `seed` gives, until they have `num_validation` questions.
 
     Args:
-        allow_fewer: whether a quarter of the questions is enough, where there are few.
+        allow_fewer: whether, if there are few questions, holding out a quarter of them is enough.
 
     Raises:
-        LRSAError: as `Rows`; rows without a question; or too few articles to hold one out.
+        LRSAError: as `Rows`; rows have no question; or there are too few articles to hold one out.
     """
     rows = all_rows(data, seed, to_row, needs="question")
     label, content = rows.source.opened.label, rows.fingerprint()
@@ -59,7 +59,7 @@ def open_passages(
 
 
 def _grouped(rows: Rows, label: str) -> list[Passage]:
-    """Rows of the same context as one passage, in the order of the first of them."""
+    """Groups rows with the same context into passages, in order of first occurrence."""
     say_left_out(rows)
     passages: dict[str, Passage] = {}
     absent: list[str] = []
@@ -84,7 +84,7 @@ def _grouped(rows: Rows, label: str) -> list[Passage]:
 
 
 def _held_out(passages: list[Passage], seed: int, count: int, label: str, allow_fewer: bool) -> list[Passage]:
-    """The passages of whole articles that have at least `count` questions."""
+    """The passages of random articles that together have at least `count` questions."""
     sizes: dict[str, int] = {}
     for passage in passages:
         sizes[passage.article] = sizes.get(passage.article, 0) + len(passage.asked)

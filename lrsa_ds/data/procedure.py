@@ -1,12 +1,12 @@
-"""What a run asks of a procedure and of its data: the interface of an extension.
+"""The interface between a run and an extension: a procedure and its data.
 
-A procedure is a module (or any object) with one function, `prepare`. `recipes/qa.py` is the one that ships with the
-program; `procedure=package.module` or `procedure=path/to/file.py` names another one, from anywhere. One whose rows only
-have other columns is short:
+A procedure is a module (or any object) with a function `prepare`. `recipes/qa.py` is the procedure of this package;
+`procedure=package.module` or `procedure=path/to/file.py` names another one. A procedure whose rows only have other
+columns is short:
 
     from recipes import qa
 
-    def to_row(row):  # a row as the file or the data set holds it, to one of the shapes of lrsa_ds.data.shapes
+    def to_row(row):  # to one of the shapes of lrsa_ds.data.shapes
         return {"context": row["body"], "question": row["ask"], "answer": row["reply"], "task": "support"}
 
     def prepare(config, tokenizer):
@@ -23,22 +23,22 @@ from lrsa_ds.errors import require
 
 
 class RunData(TrainingRows, Protocol):
-    """The data of a run: what `TrainingRows` has, and the two below. `data.num_workers=1` hands it to another process.
+    """The data of a run: `TrainingRows` and the two methods below. `data.num_workers=1` pickles it for another process.
 
-    Data may also have what helps the report before training (see `lrsa_ds.data.survey`): `num_rows` and `num_bad_rows`
-    of an epoch, and `row_order(epoch)`, the indices of its rows in their order, if every epoch has the same rows.
+    Optional attributes improve the report before training (see `lrsa_ds.data.survey`): `num_rows` and `num_bad_rows` of
+    an epoch, and, if every epoch has the same rows, `row_order(epoch)`, the indices of the rows in order.
     """
 
     def validation_examples(self) -> list[Example]:
-        """What answers are scored on, at least one; the same on every rank. `Example.task` groups the scores."""
+        """The examples for scoring, at least one; the same on every rank. `Example.task` groups the scores."""
 
     def fingerprint(self) -> str:
-        """What the training rows are: a run that is resumed refuses data with another fingerprint,
-        unless `checkpoint.accept_data_change` is set."""
+        """Identifies the training rows: a resumed run refuses data with another fingerprint, unless
+        `checkpoint.accept_data_change` is set."""
 
 
 class Procedure(Protocol):
-    """How the rows of `config.data` become tokens and labels."""
+    """Converts the rows of `config.data` to tokens and labels."""
 
     def prepare(self, config: TrainConfig, tokenizer: Tokenizer) -> RunData:
         """The data of a run, read and checked on every rank, before there is a process group.
@@ -49,10 +49,10 @@ class Procedure(Protocol):
 
 
 def prepare_data(procedure: Procedure, config: TrainConfig, tokenizer: Tokenizer) -> RunData:
-    """What `procedure.prepare` returns.
+    """Calls `procedure.prepare` and checks the result.
 
     Raises:
-        LRSAError: it lacks something that a run uses, or what `prepare` raises.
+        LRSAError: the data lack a member that a run uses, or `prepare` raises it.
     """
     data = procedure.prepare(config, tokenizer)
     members = _members(TrainingRows) + _members(RunData)

@@ -1,4 +1,4 @@
-"""Contexts of the user's own text, with questions that the text answers by itself."""
+"""Contexts of the user's own text, with questions that are answered by the text itself."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -14,36 +14,37 @@ from lrsa_ds.data.recall_texts import pieces_of
 from lrsa_ds.errors import LRSAError
 from lrsa_ds.settings.data import RECALL_TASKS
 
-# A context gains or loses text by pieces of this share of its tokens in characters, within these limits.
+# Text is added to and removed from a context in pieces: this fraction of its tokens, in characters, within limits.
 _PIECES, _LEAST_CHARACTERS, _MOST_CHARACTERS = 16, 64, 1000
-# A piece is cut, unless less than this would stay of it.
+# A piece is cut, or left out if fewer tokens than this would remain of it.
 _LEAST_TOKENS = 16
-# A text serves a task if one of so many contexts has a question of it; of a row that has none, more are tried.
+# A text serves a task if one of this many contexts has a question of it; a row tries more contexts before it fails.
 _CONTEXTS_LOOKED_INTO, _CONTEXTS_TRIED = 6, 100
-_DRAWS = 4  # of questions for each one that is asked for
+_DRAWS = 4  # draws for each question of a context
 
 
 class RecallContexts:
     """Contexts of `context_length` tokens of consecutive text, for one split; see `ContextSource`.
 
-    A context begins at a random place of a random stretch and goes on with other stretches, in random order, until it
-    is full. Its questions are drawn from what stands in it.
+    A context begins at a random place of a random excerpt and continues with other excerpts, in random order, until it
+    is full. Its questions are drawn from its text.
 
     Args:
-        stretches: what is asked about.
-        others: more text, which comes after that of `stretches` where it does not fill a context.
-        tasks: what questions are drawn from, uniformly; None: those of all tasks that the text serves.
-        name: the split, which with the seed, the epoch and the index determines a row.
+        excerpts: the text asked about.
+        others: more text, used after `excerpts` if they do not fill a context.
+        tasks: the tasks that questions are drawn from, uniformly; None: all tasks that the text serves.
+        name: the split; it determines a row together with the seed, the epoch and the index.
         frame_length: the number of tokens of a canonical row when it is encoded.
         label: the setting that names the data, for errors.
 
     Raises:
-        LRSAError: too little text for a context, a task that it does not serve, or no context with so many questions.
+        LRSAError: there is too little text for a context, the text does not serve a task, or no context holds
+            `questions_per_context` questions.
     """
 
     def __init__(
         self,
-        stretches: Sequence[str],
+        excerpts: Sequence[str],
         others: Sequence[str],
         tasks: list[str] | None,
         name: str,
@@ -56,7 +57,7 @@ class RecallContexts:
         label: str,
         fingerprint: str,
     ):
-        self.stretches, self.others = list(stretches), list(others)
+        self.excerpts, self.others = list(excerpts), list(others)
         self.name, self.seed, self.label, self._fingerprint = name, seed, label, fingerprint
         self.context_length, self.num_examples = context_length, num_examples
         self.questions_per_context = questions_per_context
@@ -95,16 +96,16 @@ class RecallContexts:
         )
 
     def _pieces(self, rng: random.Random) -> tuple[list[str], int]:
-        """Pieces of text of at least `context_length` tokens, and the number of those that may be asked about."""
+        """Pieces of text with at least `context_length` tokens in total, and how many of them may be asked about."""
         pieces: list[str] = []
         total, num_own = 0, 0
         order = np.random.default_rng(rng.randrange(2**63))
-        for texts in (self.stretches, self.others):
+        for texts in (self.excerpts, self.others):
             for number in order.permutation(len(texts)).tolist():
                 found = pieces_of(texts[number], self.piece_characters)
                 lengths = self.counts.count(found)
                 start = 0
-                if not pieces:  # not later than at the last place from which the stretch still fills the context
+                if not pieces:  # start no later than where the rest of the excerpt still fills the context
                     behind = np.cumsum(lengths[::-1])[::-1]
                     start = rng.randrange(max(1, int((behind >= self.context_length).sum())))
                 pieces += found[start:]
@@ -115,7 +116,7 @@ class RecallContexts:
         return pieces, num_own
 
     def _draw(self, pieces: list[str], num_own: int, task: str | None, rng: random.Random) -> list[Recalled]:
-        """Different questions about the first pieces, as many as are asked for and as these serve."""
+        """Different questions about the first `num_own` pieces: `questions_per_context`, or as many as there are."""
         text = RecallText("".join(pieces), sum(map(len, pieces[:num_own])))
         found: dict[tuple, Recalled] = {}
         for _ in range(_DRAWS * self.questions_per_context):
@@ -128,10 +129,10 @@ class RecallContexts:
     def _fitted(
         self, pieces: list[str], questions: list[Recalled], margin: int, rng: random.Random
     ) -> dict[str, Any] | None:
-        """The row of the first questions, as many as fit with the pieces that they need; None if none does."""
+        """A row with the first questions: as many as fit with the pieces that they need; None if none fits."""
         lengths, from_end = self.counts.count(pieces), rng.random() < 0.5
         found, low, high = None, 1, len(questions)
-        count = high  # mostly all fit
+        count = high  # usually all fit
         while low <= high:
             asked = [question.asked for question in questions[:count]]
             room = self.context_length - self.frame_length(asked_row("", asked)) - margin
@@ -145,7 +146,7 @@ class RecallContexts:
         return found
 
     def _filled(self, pieces: list[str], lengths: np.ndarray, needed: np.ndarray, room: int, from_end: bool) -> str:
-        """All pieces but those that have no room, which leave from one end, the needed ones never; one of them cut."""
+        """Joins the pieces. Those not needed are removed from one end until the text fits; the last of them is cut."""
         kept, excess = np.ones(len(pieces), dtype=bool), int(lengths.sum()) - room
         texts = list(pieces)
         removable = np.flatnonzero(~needed)
@@ -180,7 +181,7 @@ class RecallContexts:
 
     def _check_length(self) -> None:
         total = 0
-        for text in (*self.stretches, *self.others):
+        for text in (*self.excerpts, *self.others):
             total += int(self.counts.count([text])[0])
             if total >= self.context_length:
                 return
@@ -191,7 +192,7 @@ class RecallContexts:
 
 
 def _needed(pieces: list[str], questions: list[Recalled]) -> np.ndarray:
-    """Of each piece, whether a question is about some of its text: bool [pieces]."""
+    """For each piece, whether a question is about some of its text: bool [pieces]."""
     stops = list(accumulate(map(len, pieces)))
     needed = np.zeros(len(pieces), dtype=bool)
     for first, last in (span for question in questions for span in question.spans):

@@ -1,6 +1,6 @@
-"""Questions that a text answers by itself, without labels: what it says next, what is missing, what came first.
+"""Questions that are answered by a text itself, without labels: what follows, what is missing, what comes first.
 
-What a question quotes stands in the text once, so that it has one answer, and the answer is a piece of the text.
+A question quotes words that occur once in the text, so it has one answer, and the answer is a part of the text.
 """
 
 import random
@@ -16,7 +16,7 @@ _UNSPACED = r"\u3040-\u30ff\u3400-\u9fff"
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\s{_UNSPACED}]+")
 _PARAGRAPH = re.compile(r"\S(?:.|\n(?!\s*\n))*")
 _END_OF_SENTENCE = re.compile(r"(?<=[.!?])\s+|(?<=[\u3002\uff01\uff1f])")
-# A line of #, a line that is underlined, or a short line alone without a mark at its end; then what follows it.
+# A line with #, an underlined line, or a short line by itself without a mark at its end; then the text that follows.
 _HEADING = re.compile(
     r"^(?:#{1,6}[ \t]+(?P<marked>\S.{0,119})\n"
     r"|(?P<underlined>\S.{0,79})\n(?:={3,}|-{3,}|~{3,}|\^{3,})[ \t]*\n"
@@ -26,16 +26,16 @@ _HEADING = re.compile(
 _MARKED = re.compile(r"#{1,6}[ \t].*\n")
 _MISSING = "____"
 
-QUOTED_WORDS = 8  # of the sentence that is continued, and of those whose order is asked for
+QUOTED_WORDS = 8  # of the sentence to continue, and of sentences whose order is asked for
 ANSWER_WORDS = 10
 LEAST_ANSWER_WORDS = 3
-AROUND_WORDS = 6  # on each side of what is missing
+AROUND_WORDS = 6  # on each side of the missing word
 LEAST_HIDDEN_CHARACTERS, MOST_HIDDEN_CHARACTERS = 5, 24
 _TRIES = 24
 
 
 class Recalled(NamedTuple):
-    """A question over a text, and the stretches of characters of the text that it needs."""
+    """A question about a text, and the ranges of characters of the text that it needs."""
 
     asked: Asked
     spans: tuple[tuple[int, int], ...]
@@ -44,14 +44,14 @@ class Recalled(NamedTuple):
 class _Sentence(NamedTuple):
     start: int
     words: list[str]
-    stops: list[int]  # the character of the text behind each word
+    stops: list[int]  # for each word, the character of the text after it
 
 
 class RecallText:
-    """A text that questions are asked over.
+    """A text to ask questions about.
 
     Args:
-        num_asked_about: the characters at its beginning that questions are about; what they quote is unique in all.
+        num_asked_about: questions are about this many characters at its beginning; quotes are unique in all of it.
     """
 
     def __init__(self, text: str, num_asked_about: int | None = None):
@@ -60,18 +60,18 @@ class RecallText:
 
     @cached_property
     def sentences(self) -> list[_Sentence]:
-        """Those long enough to be quoted and continued."""
+        """Sentences long enough to be quoted and continued."""
         return list(self._sentences())
 
     @cached_property
     def headings(self) -> list[re.Match]:
-        """Those whose title stands once among the headings."""
+        """Headings whose title occurs once among the headings."""
         found = list(_HEADING.finditer(self.text))
         titles = [_title(match) for match in found]
         return [match for match, title in zip(found, titles, strict=True) if titles.count(title) == 1]
 
     def draw(self, task: str, rng: random.Random) -> Recalled | None:
-        """A random question of the task; None where a few tries find none."""
+        """A random question of the task; None if a few tries find none."""
         for _ in range(_TRIES):
             if (found := _DRAW[task](self, rng)) is not None:
                 return found
@@ -82,7 +82,7 @@ class RecallText:
 
     def _sentences(self) -> Iterator[_Sentence]:
         for paragraph in _PARAGRAPH.finditer(self.text):
-            # What stands directly under a heading begins behind it.
+            # Text directly under a heading begins after it.
             start = paragraph.start() + (match.end() if (match := _MARKED.match(paragraph.group())) else 0)
             ends = [paragraph.start() + match.end() for match in _END_OF_SENTENCE.finditer(paragraph.group())]
             for end in [*ends, paragraph.end()]:
@@ -92,7 +92,7 @@ class RecallText:
                 start = end
 
     def quote(self, sentence: _Sentence, first: int, last: int) -> str:
-        """Words `first` to `last` (exclusive) of a sentence, as the flat text has them."""
+        """Words `first` to `last` (exclusive) of a sentence, with the white space of the flat text."""
         start = sentence.start if first == 0 else sentence.stops[first - 1]
         return _flat(self.text[start : sentence.stops[last - 1]])
 
@@ -122,7 +122,7 @@ def _fill(text: RecallText, rng: random.Random) -> Recalled | None:
         return None
     start = len(before) + hidden.start()
     shown = around[:start], around[start + len(hidden.group()) :]
-    # Another word between the same ones would be another answer.
+    # Another word between the same words would be another answer.
     same = re.findall(rf"{re.escape(shown[0])}\S+?{re.escape(shown[1])}", text.flat)
     if len(same) != 1:
         return None
@@ -172,7 +172,7 @@ def _title(heading: re.Match) -> str:
 
 
 def _is_worth_hiding(word: str) -> bool:
-    """A number, or a word that is not one of the short ones that fill every sentence."""
+    """True for numbers and for words that are not short ones, which occur in every sentence."""
     if word.isdigit():
         return True
     least = 1 if re.match(rf"[{_UNSPACED}]", word) else LEAST_HIDDEN_CHARACTERS
@@ -180,5 +180,5 @@ def _is_worth_hiding(word: str) -> bool:
 
 
 def _flat(text: str) -> str:
-    """With one space wherever there is white space."""
+    """Replaces all white space by single spaces."""
     return " ".join(text.split())

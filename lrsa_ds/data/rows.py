@@ -1,4 +1,4 @@
-"""A row, and what a source of rows offers."""
+"""Rows, and the interface of a source of rows."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
@@ -14,7 +14,7 @@ MakeExamples = Callable[[], list[Example]]
 
 
 class Place:
-    """Where a row is, put into words when it is written into an error."""
+    """The place of a row; formatted only when an error message needs it."""
 
     def __init__(self, opened: Store | RowStream, at: Any):
         self._opened, self._at = opened, at
@@ -27,10 +27,10 @@ class Row(NamedTuple):
     """A row of a source.
 
     Args:
-        index: its number in the source, or, streaming, in the order of the epoch.
-        content: canonical, see `lrsa_ds.data.shapes`; or the error of a row that cannot be used, with its place; or, of
-            a row that is made rather than read, what makes its examples.
-        place: where it is.
+        index: its number in the source, or, in a stream, in the order of the epoch.
+        content: the canonical row, see `lrsa_ds.data.shapes`; or the error of a row that cannot be used, with its
+            place; or, for a generated row, the function that makes its examples.
+        place: names the row in errors.
     """
 
     index: int
@@ -39,7 +39,7 @@ class Row(NamedTuple):
 
 
 class RowSource(Protocol):
-    """Rows that are trained on and rows that are held out; see `Rows`, which reads them."""
+    """Training rows and validation rows; see `lrsa_ds.data.sources.Rows`, which reads them."""
 
     @property
     def num_bad(self) -> int: ...

@@ -1,6 +1,6 @@
-"""Opened sources whose rows are read one after the other, and mixed by a buffer: nothing is read before it is needed.
+"""Streams: opened sources whose rows are read in order and shuffled in a buffer. No row is read before it is needed.
 
-A stream gives *handles*, which are cheap to skip: where a row of a JSON file lies, or a row itself.
+A stream yields *handles*, which are cheap to skip: the span of a row of a JSON file, or the row itself.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from lrsa_ds.data.stores import READ_ERRORS, parquet_rows, without_none
 from lrsa_ds.errors import LRSAError
 from lrsa_ds.hub import first_line
 
-# Handles that are mixed at once, and the bytes that rows among them may take.
+# Size of the shuffle buffer in handles, and limit in bytes for the rows of Parquet files in it.
 SHUFFLE_BUFFER, BUFFER_BYTES = 1000, 256 << 20
 
 
@@ -28,7 +28,7 @@ class RowStream(Protocol):
     num_checked: int  # rows that are checked before training
 
     def handles(self, order: tuple[int, int] | None, skip: int) -> Iterator[Any]:
-        """All rows but the first `skip` of the source, in its own order, or in that of a seed and an epoch."""
+        """Handles of all rows but the first `skip`, in the order of the source, or shuffled by a seed and an epoch."""
 
     def read(self, handle: Any) -> Any:
         """The row as it was read. Raises LRSAError with its place if it cannot be read."""
@@ -37,11 +37,11 @@ class RowStream(Protocol):
         """Where the row is, for an error."""
 
     def fingerprint(self) -> str:
-        """What the rows are, as far as that can be told without reading all of them."""
+        """Identifies the rows, as far as possible without reading all of them."""
 
 
 class _Handle(NamedTuple):
-    """A row of a file: where it lies, or, of Parquet, its number and the row itself."""
+    """A row of a file: its span in a JSON file; its number and the row itself in a Parquet file."""
 
     path: str
     at: Span | int
@@ -64,7 +64,7 @@ class FileStream:
         if order is None:
             yield from islice(self._in_order(self.files), skip, None)
             return
-        # The first rows are left out wherever the order puts their files.
+        # The first rows are skipped, wherever their files are in the shuffled order.
         skipped = {(handle.path, handle.at) for handle in islice(self._in_order(self.files), skip)}
         random = np.random.default_rng(order)
         files = [self.files[i] for i in random.permutation(len(self.files))]
@@ -90,7 +90,7 @@ class FileStream:
                     yield _Handle(path, span)
 
     def _buffer_size(self) -> int:
-        """Rows of Parquet files are held themselves."""
+        """Handles in the shuffle buffer; fewer for Parquet files, whose handles hold complete rows."""
         if not is_parquet(self.files[0]):
             return SHUFFLE_BUFFER
         metadata = pyarrow.parquet.read_metadata(self.files[0])
@@ -112,12 +112,12 @@ class FileStream:
 def _spans(found: Found) -> list[Span]:
     try:
         return spans_of(found)
-    except LRSAError:  # broken JSON is met when the row is read
+    except LRSAError:  # the error is raised when the row is read
         return spans_of(found, 1)
 
 
 def _mixed(rows: Iterator[Any], random: np.random.Generator, size: int) -> Iterator[Any]:
-    """Each of the rows once: always a random one of the next `size`."""
+    """The rows, each once: a random one of the `size` rows in the buffer is next."""
     buffer = list(islice(rows, size))
     for row in rows:
         place = int(random.integers(len(buffer)))
@@ -130,7 +130,7 @@ class HubStream:
     """A data set of the hub, read over the network.
 
     Args:
-        identity: what tells its content from another.
+        identity: identifies its content.
     """
 
     num_checked = 0
@@ -139,14 +139,14 @@ class HubStream:
         self.label, self._rows, self._identity = label, rows, identity
 
     def handles(self, order: tuple[int, int] | None, skip: int) -> Iterator[tuple[int, Any]]:
-        # After skip(), `datasets` keeps the order of the files: the rows left out stay the first of the stream.
+        # After skip(), `datasets` does not shuffle the files: the rows skipped are always the first of the stream.
         rows = self._rows.skip(skip) if skip else self._rows
         if order is not None:
             rows = rows.shuffle(seed=order[0], buffer_size=SHUFFLE_BUFFER)
             rows.set_epoch(order[1])
         number = 0
         try:
-            # In batches of one: the plain iterator shuffles otherwise in a worker.
+            # In batches of one row: in a worker, the plain iterator shuffles differently.
             for number, batch in enumerate(rows.iter(batch_size=1), start=1):
                 yield number, without_none({column: values[0] for column, values in batch.items()})
         except READ_ERRORS as error:

@@ -1,23 +1,22 @@
-"""The shapes of rows that people have, recognised, checked, and brought into one form each.
+"""The shapes of rows: each is recognised, checked and converted to its canonical form.
 
-A *row* is a dict as a file or a data set holds it. `canonical` turns it into a dict with the keys of one shape only,
-and always `task` (text):
+A *row* is a dict, as read from a file or a data set. `canonical` converts it to a dict with the keys of one of these
+shapes, and `task` (text):
 
-- `messages`: a list of dicts, in the order of the conversation, and `tools` where the row has any. A message has
-    - `role`: "system", "user", "assistant", "tool", or another that the chat template may know;
-    - `content`: text, "" where there is none;
-    - `train` (only the assistant's messages): whether it is trained on; at least one of a row is;
-    - where given: `reasoning_content` (text), `tool_calls` (a list of {"type": "function", "id" where given,
+- `messages`: a list of dicts, in the order of the conversation, and `tools` if the row has any. A message has
+    - `role`: "system", "user", "assistant", "tool", or another one that the chat template knows;
+    - `content`: text, which may be "";
+    - `train` (assistant messages only): whether the message is trained on; true for at least one message of a row;
+    - optional: `reasoning_content` (text), `tool_calls` (a list of {"type": "function", "id" (optional),
       "function": {"name": text, "arguments": dict}}), `tool_call_id` and `name` (text).
   `tools` is a list of {"type": "function", "function": {"name", ...}}, as `apply_chat_template` takes it.
 - `prompt`, `completion`: texts.
-- `context`, `question`, `answer`: texts; where given, `answers`, all texts that count as right, `answer_start`,
-  the character of the context at which the answer stands (checked: the answer does stand there), and `title`, the
-  article that the context is from.
+- `context`, `question`, `answer`: texts; optional: `answers`, all texts that are accepted as an answer, `answer_start`,
+  the index of the character of the context at which the answer begins (checked), and `title`, the article that the
+  context is from.
 - `text`: a text.
-- `input_ids`, `labels`: lists of integers of one length; a label is the token itself, or -100: not trained on.
-
-The canonical form of a canonical row is the row itself.
+- `input_ids`, `labels`: lists of integers of one length; a label is the token itself, or -100 for a token that is not
+  trained on.
 """
 
 from collections.abc import Callable
@@ -41,17 +40,17 @@ ACCEPTED = (
 
 
 ReadRow = Callable[[Any], dict[str, Any]]
-"""From a row as it was read to what is made of it; raises LRSAError for a row that cannot be used."""
+"""Converts a row as it was read; raises LRSAError for a row that cannot be used."""
 
 ToRow = Callable[[dict[str, Any]], dict[str, Any]]
-"""From a row as it was read, where a column that the row lacks may be there as None, to one in any of the shapes."""
+"""Converts a row as it was read to one of any shape. A column that the row lacks may be present with the value None."""
 
 
 def row_reader(columns: dict[str, str], to_row: ToRow | None = None, needs: str | None = None) -> ReadRow:
-    """Reads rows as `canonical` does with `columns`, after `to_row` if there is one; picklable where `to_row` is.
+    """A reader of rows: first `to_row`, if given, then `canonical` with `columns`. Picklable if `to_row` is.
 
     Args:
-        needs: a key of a canonical row; rows without it are refused.
+        needs: a key that the canonical row must have; rows without it are refused.
     """
     read = partial(canonical, columns=columns) if to_row is None else partial(_converted, to_row, columns)
     return read if needs is None else partial(_with_key, read, needs)
@@ -77,15 +76,15 @@ def _converted(to_row: ToRow, columns: dict[str, str], row: Any) -> dict[str, An
 
 
 def canonical(row: Any, columns: dict[str, str] | None = None) -> dict[str, Any]:
-    """The row in our names, checked.
+    """The canonical form of a row, checked.
 
     Args:
-        row: what was read. A column whose value is None counts as absent: Arrow fills None into rows of other shapes.
-        columns: our name -> the name of the row's column, for the columns that are called differently.
+        row: as it was read. A column whose value is None counts as absent: Arrow adds None to rows of other shapes.
+        columns: our name -> name of the column in the row, for columns with other names.
 
     Raises:
-        LRSAError: no shape is recognised, or something of it is missing, empty or not text. The sentence starts with
-            what is wrong: the caller knows the place and puts it in front.
+        LRSAError: no shape is recognised, or a value is missing, empty or not text. The message begins with the
+            problem: the caller puts the place of the row before it.
     """
     if not isinstance(row, dict):
         raise LRSAError(f"a row has to be an object with named columns, not {type(row).__name__}.")
@@ -105,7 +104,7 @@ def canonical(row: Any, columns: dict[str, str] | None = None) -> dict[str, Any]
 
 
 def uncut_length(row: dict[str, Any]) -> int:
-    """Characters, or tokens, of a canonical row that are never cut, however long it is."""
+    """Characters (or tokens) of a canonical row that are never cut, even if the row is too long."""
     if "messages" in row:
         lengths = [len(message["content"]) + len(message.get("reasoning_content", "")) for message in row["messages"]]
         others = [n for n, message in zip(lengths, row["messages"]) if message["role"] != "assistant"]
@@ -118,11 +117,11 @@ def uncut_length(row: dict[str, Any]) -> int:
 
 
 class _Shape(NamedTuple):
-    """What a row of this shape has, and how it is read.
+    """The columns of a shape, and the function that reads them.
 
     Args:
-        columns: groups of names of columns; a row of this shape has one of each group.
-        read: the named columns of a row -> its canonical form, without the task.
+        columns: groups of column names; a row of this shape has one column of each group.
+        read: converts the named columns of a row to its canonical form, without the task.
     """
 
     columns: tuple[tuple[str, ...], ...]
@@ -130,7 +129,7 @@ class _Shape(NamedTuple):
 
 
 def _shape_of(named: dict[str, Any], columns: dict[str, str]) -> _Shape | None:
-    """The first shape that the row has; one with a column that the user has mapped goes before all others."""
+    """The first shape that the row has; a shape with a column that the user has mapped takes precedence."""
     found = [s for s in _SHAPES if all(any(name in named for name in group) for group in s.columns)]
     mapped = [s for s in found if any(name in columns for group in s.columns for name in group)]
     return next(iter([*mapped, *found]), None)
@@ -141,7 +140,7 @@ def _renamed(row: dict, columns: dict[str, str]) -> dict[str, Any]:
         if theirs not in row:
             found = ", ".join(map(str, row))
             raise LRSAError(f"data.columns says that {ours} is in column {theirs!r}, and the row has only {found}.")
-    # A column that was mapped away does not also serve under its own name.
+    # A column that is mapped to another name is not read under its own name as well.
     taken = set(columns.values()) | set(columns)
     named = {key: value for key, value in row.items() if key not in taken}
     named.update({ours: row[theirs] for ours, theirs in columns.items()})
@@ -160,7 +159,7 @@ def _text(row: dict, key: str, may_be_empty: bool = False) -> str:
 
 
 def _first_of(row: dict, *keys: str) -> str:
-    """The first of the columns that the row has, or the first of all."""
+    """The first of the columns that the row has; the first of all if it has none."""
     return next((key for key in keys if key in row), keys[0])
 
 
@@ -184,7 +183,7 @@ def _prompt_and_completion(row: dict) -> dict[str, Any]:
 
 
 def _instruction(row: dict) -> dict[str, Any]:
-    """Alpaca's form; with `system` or `history` (pairs of an instruction and its output) it is a conversation."""
+    """Alpaca's form; with `system` or `history` (pairs of an instruction and its output) it becomes a conversation."""
     keys = _first_of(row, "input", "context"), _first_of(row, "output", "response", "completion")
     more = _text(row, keys[0], may_be_empty=True) if keys[0] in row else ""
     prompt = _text(row, "instruction") + (f"\n\n{more}" if more.strip() else "")
@@ -216,7 +215,7 @@ def _question(row: dict) -> dict[str, Any]:
     if len(right) > 1:
         found["answers"] = right
     start = next(iter([*starts, *_listed(row.get("answer_start"))]), None)
-    # Some data count bytes or were edited since: a place where the answer does not stand tells nothing.
+    # Some data sets count bytes, or were edited later: a place without the answer is ignored.
     if type(start) is int and start >= 0 and found["context"].startswith(answer, start):
         found["answer_start"] = start
     title = row.get("title")
@@ -226,7 +225,7 @@ def _question(row: dict) -> dict[str, Any]:
 
 
 def _passages(context: Any) -> Any:
-    """A list of texts as one text, and so HotpotQA's pairs of a title and its sentences, as published or as columns."""
+    """Joins a list of texts, or HotpotQA's pairs of a title and sentences, as published or as two columns."""
     if isinstance(context, dict) and {"title", "sentences"} <= context.keys():
         context = list(zip(context["title"], context["sentences"]))
     if not isinstance(context, (list, tuple)) or not context:
@@ -237,8 +236,8 @@ def _passages(context: Any) -> Any:
 
 
 def _answers(value: Any) -> tuple[list[Any], list[int]]:
-    """Texts and their places: of a text, a list of texts, SQuAD's {"text": [...], "answer_start": [...]}, or a list of
-    {"text", "answer_start"}."""
+    """Answers and where they begin: from a text, a list of texts, SQuAD's {"text": [...], "answer_start": [...]}, or a
+    list of {"text", "answer_start"}."""
     if isinstance(value, dict):
         return _listed(value.get("text")), _listed(value.get("answer_start"))
     values = _listed(value)
@@ -252,7 +251,7 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _tokens(row: dict) -> dict[str, Any]:
-    """Tokens with labels as transformers takes them: not shifted; without labels, every token is trained on."""
+    """Tokens and labels, not shifted, as transformers takes them. Without labels, every token is trained on."""
     ids, labels = row["input_ids"], row.get("labels", row["input_ids"])
     for key, values in (("input_ids", ids), ("labels", labels)):
         if not isinstance(values, (list, tuple)) or not all(type(value) is int for value in values):
@@ -270,7 +269,7 @@ def _tokens(row: dict) -> dict[str, Any]:
                 f"labels[{place}]={label} is neither input_ids[{place}]={token} nor {IGNORE}: give labels that "
                 "are not shifted."
             )
-    # Nothing stands before the first token, so that it cannot be predicted.
+    # The first token cannot be predicted: there is nothing before it.
     if all(label == IGNORE for label in labels[1:]):
         raise LRSAError("labels has no token to learn.")
     return {"input_ids": list(ids), "labels": list(labels)}

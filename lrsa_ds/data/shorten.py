@@ -1,7 +1,7 @@
 """Shortening a text to a number of tokens.
 
-It is the text that is shortened, not its tokens: what is left is rendered and tokenized anew. So the tokens at a seam
-are those that inference would see if it were given the shortened text.
+The text is cut, not its tokens: the rest is rendered and tokenized again. So the tokens at a cut are those that
+inference would see for the shortened text.
 """
 
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ from lrsa_ds.data.tokenizer import Tokenizer
 
 
 def token_ends(tokenizer: Tokenizer, text: str) -> np.ndarray:
-    """The character behind each token of `text`, ascending: [tokens]. Without offsets, as if all were equally long."""
+    """The end of each token of `text` in characters: [tokens], ascending. Slow tokenizers: as if of equal length."""
     options = {"add_special_tokens": False, "verbose": False}
     if not tokenizer.is_fast:
         num_tokens = len(tokenizer(text, **options).input_ids)
@@ -22,18 +22,18 @@ def token_ends(tokenizer: Tokenizer, text: str) -> np.ndarray:
 
 
 def shortened(text: str, ends: np.ndarray, parts: Iterable[range]) -> str:
-    """The characters of some of the tokens of `text`.
+    """The characters of some tokens of `text`.
 
     Args:
-        ends: as `token_ends` gives them.
-        parts: which tokens stay, in ascending order.
+        ends: from `token_ends`.
+        parts: the tokens to keep, in ascending order.
     """
-    # A token reaches from the end of the one before it to its own end; the last one to the end of the text.
+    # A token extends from the end of the previous one to its own end; the last token to the end of the text.
     stops = [0, *ends[:-1].tolist(), len(text)]
     return "".join(text[stops[part.start] : stops[part.stop]] for part in parts)
 
 
 def tokens_of(ends: np.ndarray, characters: tuple[int, int]) -> range:
-    """The tokens that hold characters of this stretch."""
+    """The tokens that cover these characters."""
     first, last = np.searchsorted(ends, [characters[0] + 1, characters[1]])
     return range(int(first), int(last) + 1)

@@ -17,26 +17,26 @@ from lrsa_ds.hub import hub_error, resolve_name
 from lrsa_ds.notices import say_once
 from lrsa_ds.settings.data import DataConfig
 
-# One in so many rows is held out where rows are few and their number is a default.
+# If rows are few and `eval.num_examples` is a default, one row in this many is held out.
 ROWS_TO_ONE = 4
 
 
 class Rows:
-    """The rows of `data.path` or `data.name`, split in two: those that are trained on, and validation rows.
+    """The rows of `data.path` or `data.name`, split into training rows and validation rows.
 
-    Validation rows are the first `num_validation` of `data.validation_path` or `data.validation_split`. Without these,
-    they are taken from the training rows and never trained on: the first of the order that `seed` gives, or the first
-    of the stream with `data.streaming`. The order of an epoch depends on the seed and the epoch alone: a permutation,
-    or, streaming, that of a buffer. Picklable; several ranks may build one at the same time.
+    Validation rows are the first `num_validation` of `data.validation_path` or `data.validation_split`. If neither is
+    set, they are held out of the training rows: the first in an order that `seed` gives, or, with `data.streaming`, the
+    first of the stream. The order of an epoch depends on the seed and the epoch only: it is a permutation, or, with
+    `data.streaming`, the order of a shuffle buffer. Picklable; several ranks may build one at the same time.
 
     Args:
-        to_row: brings a row, as the file or the data set holds it, into one of the known shapes.
-        allow_fewer: whether at most a quarter of the rows is held out, at least one, where there are few.
-        needs: a key that every canonical row has to have; a row without it is a bad one.
+        to_row: converts a row, as the file or the data set holds it, to one of the known shapes.
+        allow_fewer: whether, if there are few rows, at most a quarter of them and at least one is held out.
+        needs: a key that every canonical row must have; a row without it is a bad row.
 
     Raises:
-        LRSAError: nothing to read, nothing readable, a bad row (with `data.on_bad_row=error`), or too few rows to hold
-            any out. All rows are checked now, or, streaming, the first 1,000.
+        LRSAError: there is nothing to read, it cannot be read, a row is bad (with `data.on_bad_row=error`), or there
+            are too few rows to hold any out. All rows are checked here; of a stream, the first 1,000.
     """
 
     def __init__(
@@ -50,13 +50,13 @@ class Rows:
     ):
         self.seed, self.allow_fewer = seed, allow_fewer
         self.read_row = row_reader(dict(data.columns), to_row, needs)
-        # What a function of the user's looks at is not known.
+        # It is not known which columns a user's function reads.
         self.columns = [*USED_COLUMNS, *data.columns.values()] if to_row is None else None
         self.keep_bad = data.on_bad_row == "skip"
         opened = self._open(data, validation=False)
         separate = self._open(data, validation=True)
         self.streaming = data.streaming
-        assert opened is not None  # it is the validation rows that may be none of their own
+        assert opened is not None  # only validation rows are optional
         self.source = self._rows_of(opened)
         if separate is None:
             other = "data.validation_path" if data.source == "files" else "data.validation_split"
@@ -66,7 +66,7 @@ class Rows:
             held = self._rows_of(separate)
             self.held_out = list(islice(held.good_rows(), num_validation))
             self.num_held_out = 0
-        # One row is read, so that a source which cannot serve any fails here.
+        # Read one row, so that a source without a usable row fails here.
         next(self.epoch(0), None)
 
     def _rows_of(self, opened: Store | RowStream) -> "_Stored | _Streamed":
@@ -96,55 +96,55 @@ class Rows:
         return self.held_out
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Row]:
-        """Every training row from the `first` on, each once, in the order of this epoch."""
+        """The training rows of this epoch in order, from row `first` on, each once."""
         return self.source.epoch(epoch, first)
 
     @property
     def num_trained(self) -> int | None:
-        """Training rows, bad ones included; None for a stream, which does not know."""
+        """Training rows, including bad ones; None for a stream, whose length is unknown."""
         return self.source.num_trained
 
     @property
     def num_all(self) -> int | None:
-        """All rows of the source, those held out included; None for a stream."""
+        """All rows of the source, including those held out; None for a stream."""
         return self.source.num_all
 
     @property
     def num_bad(self) -> int:
-        """Training rows of which it is known that they cannot be used."""
+        """Training rows that are known to be bad."""
         return self.source.num_bad
 
     @property
     def num_too_long(self) -> int:
-        """Rows of which it is known that nothing holds them: none, before they are encoded."""
+        """Rows that are known to be too long: 0, since rows are not encoded yet."""
         return 0
 
     def first_error(self) -> LRSAError | None:
-        """What is wrong with the first row that cannot be used, if it is known that there is one."""
+        """The error of the first row that is known to be bad, if any."""
         return self.source.first_error()
 
     def longest(self) -> list[Row]:
-        """The rows that are most likely too long, whatever is cut; none of a stream, which has not met them yet."""
+        """The rows that are most likely too long, even after cutting; none for a stream, which has not read them."""
         return self.source.longest()
 
     def order(self, epoch: int) -> np.ndarray | None:
-        """The numbers of the training rows in the order of this epoch, unless they are streamed."""
+        """The numbers of the training rows in the order of this epoch; None for a stream."""
         return self.source.order(epoch)
 
     def at(self, epoch: int, places: list[int]) -> dict[int, Row]:
-        """The rows at these places in the order of this epoch, by place; without those that lie beyond its end.
+        """The rows at these places in the order of this epoch, by place; places beyond its end are left out.
 
-        A stream is passed over up to the last of them; of other data nothing else is read.
+        A stream is read up to the last of these places; other sources read these rows only.
         """
         return self.source.at(epoch, places)
 
     def fingerprint(self) -> str:
-        """What the training rows are: other content, or another number of rows held out, has another fingerprint."""
+        """Identifies the training rows: it changes with their content and with the number of rows held out."""
         return f"{self.source.opened.fingerprint()}, {self.num_held_out} rows held out"
 
 
 class _Stored:
-    """Training rows that are found by their number."""
+    """Training rows that are read by number."""
 
     def __init__(self, opened: Store, rows: Rows):
         self.opened, self.seed, self.read_row, self.allow_fewer = opened, rows.seed, rows.read_row, rows.allow_fewer
@@ -202,7 +202,7 @@ class _Stored:
 
 
 class _Streamed:
-    """Training rows that are read one after the other. The first are checked at once."""
+    """Training rows that are read in order. The first of them are checked at once."""
 
     num_trained, num_all, num_bad = None, None, 0
 
@@ -222,7 +222,7 @@ class _Streamed:
         return []
 
     def good_rows(self) -> Iterator[Row]:
-        """The rows in the order of the source; a bad one is passed over where it may be, or raised."""
+        """The usable rows in the order of the source; a bad row is skipped if that is allowed, or raises its error."""
         for index, handle in enumerate(self.opened.handles(None, 0)):
             row = _row(self, index, handle)
             if not isinstance(row.content, LRSAError):
@@ -231,7 +231,7 @@ class _Streamed:
                 raise row.content
 
     def hold_out(self, count: int, other: str) -> list[Row]:
-        """The first good rows; bad ones among them are not trained on either."""
+        """The first usable rows; bad rows among them are not trained on either."""
         if self.allow_fewer:
             count = _fewer(sum(1 for _ in islice(self.good_rows(), ROWS_TO_ONE * count)), count, self.opened.label)
         found = list(islice(self.good_rows(), count + 1))
@@ -251,7 +251,7 @@ class _Streamed:
 
 
 def _fewer(num_rows: int, num_validation: int, label: str) -> int:
-    """How many rows are held out where nobody has said it: at most one in `ROWS_TO_ONE`, and at least one."""
+    """How many rows are held out if their number is a default: at most one in `ROWS_TO_ONE`, and at least one."""
     fewer = max(1, min(num_validation, num_rows // ROWS_TO_ONE))
     if fewer < num_validation:
         say_once(
@@ -262,11 +262,11 @@ def _fewer(num_rows: int, num_validation: int, label: str) -> int:
 
 
 def _row(source: "_Stored | _Streamed", index: int, at: Any) -> Row:
-    """Row `index`, which the opened source has `at` a number or a handle."""
+    """Row `index`; `at` is its number in a store, or its handle in a stream."""
     place = Place(source.opened, at)
     try:
         raw = source.opened.read(at)
-    except LRSAError as error:  # it has its place
+    except LRSAError as error:  # it names the place
         return Row(index, error, place)
     try:
         return Row(index, source.read_row(raw), place)
@@ -283,7 +283,7 @@ def _require_more(num_rows: int, num_validation: int, label: str, other: str) ->
 
 
 def _open_hub(split_key: str, split: str, data: DataConfig) -> tuple[datasets.Dataset | datasets.IterableDataset, str]:
-    """The rows of a split, and what tells their content from another: it changes with the files and their revision."""
+    """The rows of a split, and a hash that identifies them: it changes with the files and their revision."""
     assert data.name is not None
     name = resolve_name("data.name", data.name)
     try:
@@ -293,7 +293,7 @@ def _open_hub(split_key: str, split: str, data: DataConfig) -> tuple[datasets.Da
         else:
             builder.download_and_prepare()
             rows = builder.as_dataset(split=split)
-        assert not isinstance(rows, dict)  # as it is for all splits at once
+        assert not isinstance(rows, dict)  # a dict holds all splits
         return rows, str(builder.hash)
     except ValueError as error:
         if "BuilderConfig" in str(error) or "Config name" in str(error):

@@ -1,19 +1,19 @@
-"""The special tokens of a tokenizer as they stand in text: which end a turn, and where a text may be split."""
+"""The special tokens of a tokenizer in text: which of them end a turn, and where a text may be split."""
 
 import re
 
 from lrsa_ds.data.tokenizer import Tokenizer
 
-# A generation prompt and what stands between two turns are shorter than this: no more of a prompt is searched.
+# A generation prompt, or the text between two turns, is shorter than this: no more of a prompt is searched.
 SEARCHED_CHARACTERS = 4096
 
 
 class SpecialTokens:
     """Finds added tokens in text.
 
-    A tokenizer looks for its added tokens first and tokenizes what stands between them piece by piece. So a text that
-    is split where a *border* token begins has the same tokens as the whole. A border is an added token that neither
-    swallows the white space before it nor waits for a normalizer; a slow tokenizer promises none.
+    A tokenizer finds its added tokens first and tokenizes the text between them separately. So a text that is split
+    where a *border* token begins has the same tokens as the complete text. A border is an added token that neither
+    strips the white space before it nor depends on a normalizer; slow tokenizers guarantee none.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -27,7 +27,7 @@ class SpecialTokens:
         self._border = _any_of(self._borders)
 
     def first(self, text: str) -> re.Match | None:
-        """The first special token of `text`, or else the first other added one."""
+        """The first special token of `text`, or else the first other added token."""
         return self._special.search(text) or self._added.search(text)
 
     def last(self, text: str) -> re.Match | None:
@@ -38,12 +38,12 @@ class SpecialTokens:
         return token in self._borders
 
     def last_border(self, text: str, start: int, stop: int) -> int | None:
-        """Where the last border of `text[start:stop]` begins, if one is near its end."""
+        """Where the last border of `text[start:stop]` begins; only the last `SEARCHED_CHARACTERS` are searched."""
         found = self._border.finditer(text, max(start, stop - SEARCHED_CHARACTERS), stop)
         return max(map(re.Match.start, found), default=None)
 
 
 def _any_of(tokens: set[str] | frozenset[str]) -> re.Pattern:
-    """The longest token first, as tokenizers match them; blank ones, which stand for runs of spaces, end nothing."""
+    """Matches the longest token first, as tokenizers do. Blank tokens, which stand for runs of spaces, are left out."""
     visible = sorted((token for token in tokens if token.strip()), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, visible)) or r"(?!)")

@@ -1,6 +1,6 @@
-"""Documents that every machine has: the documentation of the running Python's own standard library.
+"""Documents that exist on every machine: the documentation of the standard library of the running Python.
 
-The sources are read with `ast`, nothing is imported: importing every module would open windows and print poems.
+The sources are parsed with `ast` and not imported: some modules open windows or print text when imported.
 """
 
 import ast
@@ -25,9 +25,9 @@ class Document:
     """A function, class or method, or a topic of the language reference (without a signature).
 
     Args:
-        module: the module it stands in, such as "shutil"; of a topic, "topic <name>".
+        module: its module, such as "shutil"; for a topic, "topic <name>".
         name: the full name, such as "shutil.copytree".
-        signature: such as "(src, dst, *, follow_symlinks=True)"; None if there is none or a very long one.
+        signature: such as "(src, dst, *, follow_symlinks=True)"; None if there is none, or a very long one.
         doc: the docstring, at most 3,000 characters.
     """
 
@@ -47,18 +47,18 @@ class Document:
 
     @property
     def is_validation(self) -> bool:
-        """Decided by the top-level module alone, the same for every seed and on every machine."""
+        """Depends on the top-level module only: the same for every seed and on every machine."""
         top_level = self.module.split(".")[0]
         return int.from_bytes(hashlib.sha256(top_level.encode()).digest()[:4], "big") % 100 < VALIDATION_PERCENT
 
 
 @lru_cache(maxsize=1)
 def load_documents() -> tuple[Document, ...]:
-    """All documents, ordered by file and line; every name once."""
+    """All documents, ordered by file and line; names are unique."""
     documents: dict[str, Document] = {}
     for module, path in _source_files():
         for document in _documents_of(module, ast.parse(path.read_bytes())):
-            # A function defined once per platform: the first definition stands for all.
+            # Some functions are defined once per platform: the first definition is used.
             documents.setdefault(document.name, document)
     for document in _topics():
         documents.setdefault(document.name, document)
@@ -66,16 +66,16 @@ def load_documents() -> tuple[Document, ...]:
 
 
 def documents_fingerprint() -> str:
-    """Tells the documentation of one Python from that of another."""
+    """Identifies the documentation of a Python release."""
     documents = load_documents()
     digest = hashlib.sha256("\0".join(d.text for d in documents).encode()).hexdigest()
     return f"{len(documents)} documents of Python {sys.version.split()[0]}, {digest[:12]}"
 
 
 def _source_files() -> Iterator[tuple[str, Path]]:
-    """Public modules and their files, in the order of their names."""
+    """Public modules and their files, sorted by path."""
     root = Path(sysconfig.get_path("stdlib"))
-    # Not all that lies below: other people's packages do too.
+    # Not everything below `root`: site-packages may be there too.
     public = [name for name in sys.stdlib_module_names if not name.startswith("_")]
     files = [path for name in public for path in (root / f"{name}.py", *(root / name).rglob("*.py")) if path.is_file()]
     for path in sorted(files):
@@ -94,7 +94,7 @@ def _documents_of(module: str, tree: ast.Module) -> Iterator[Document]:
 
 
 def _definitions(tree: ast.AST, prefix: str, in_class: bool) -> Iterator[tuple[str, _Definition, bool]]:
-    """Public definitions with the name they stand under; those inside an `if` or `try` too, inside a function not."""
+    """Public definitions with their prefix; also those inside `if` or `try`, but not those inside a function."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, _Definition):
             if not node.name.startswith("_"):
@@ -106,7 +106,7 @@ def _definitions(tree: ast.AST, prefix: str, in_class: bool) -> Iterator[tuple[s
 
 
 def _signature(node: _Definition, in_class: bool) -> str | None:
-    """As a caller sees it: a class has that of its `__init__`, and `self` or `cls` is left out."""
+    """The signature as a caller sees it: a class has that of its `__init__`, and `self` or `cls` is left out."""
     decorators = {ast.unparse(decorator) for decorator in node.decorator_list}
     if isinstance(node, ast.ClassDef):
         inits = [n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"]
@@ -127,7 +127,7 @@ def _signature(node: _Definition, in_class: bool) -> str | None:
 
 
 def _topics() -> Iterator[Document]:
-    """The language reference, where this Python carries it."""
+    """The language reference, if this Python has it."""
     try:
         from pydoc_data.topics import topics
     except ImportError:

@@ -1,7 +1,7 @@
-"""Long-context questions over the standard library's documentation, generated on the fly.
+"""Generated long-context questions over the documentation of the standard library.
 
-Every context is made of randomly drawn documents; what a question asks for is stated somewhere among them. Modules of
-the validation split are never seen in training. Example i is a pure function of (split, seed, epoch, i).
+A context consists of randomly drawn documents; the answer to each question is in one of them. Modules of the validation
+split are never used in training. Example i is a pure function of (split, seed, epoch, i).
 """
 
 import random
@@ -20,15 +20,15 @@ from lrsa_ds.errors import LRSAError
 PASSKEY_DIGITS = 32
 NUM_LOOKUP_KEYS = 16
 MIN_LOOKUP_KEYS = 2
-# A context length serves signature questions if at least this many of them fit.
+# Signature questions need a context length that this many of them fit.
 _MIN_SIGNATURES = 32
-# "()" and "(x)" can be guessed; they are no question.
+# "()" and "(x)" can be guessed: they are not asked for.
 _MIN_SIGNATURE_CHARACTERS = 7
 
 
 @dataclass(frozen=True, slots=True)
 class _Question:
-    """`facts` have to stand in the context uncut; `detail` may follow the first of them and may be cut."""
+    """`facts` are in the context uncut; `detail` may follow the first fact and may be cut."""
 
     asked: Asked
     facts: list[str]
@@ -41,17 +41,17 @@ class StdlibQA:
 
     Args:
         split: "train" or "validation".
-        seed: with the split, the epoch and the index it determines an example.
-        tasks: what training draws from, uniformly.
-        context_length: tokens that a whole example may have: template, context, question and answer.
-        tokenizer: counts the tokens of documents, once each.
+        seed: determines an example, together with the split, the epoch and the index.
+        tasks: the tasks that training draws from, uniformly.
+        context_length: maximum tokens of a complete example: template, context, question and answer.
+        tokenizer: counts the tokens of each document once.
         frame_length: the number of tokens of a canonical row when it is encoded.
         num_examples: contexts of an epoch.
-        questions_per_context: questions over one context, as turns of a conversation; at most one of them is for a pass
+        questions_per_context: questions over one context, as turns of a conversation; at most one asks for the pass
             key.
 
     Raises:
-        LRSAError: `context_length` holds too few questions of a task, or not so many.
+        LRSAError: `context_length` is too short for questions of a task, or for `questions_per_context` questions.
     """
 
     def __init__(
@@ -95,13 +95,13 @@ class StdlibQA:
         return f"{self.num_examples} questions over {documents_fingerprint()}"
 
     def row(self, epoch: int, index: int, task: str | None = None, margin: int = MARGIN) -> dict[str, Any]:
-        """Example `index`: `{context, question, answer, task}`, or a conversation of several questions of the task.
+        """Example `index`: `{context, question, answer, task}`, or a conversation of several questions.
 
         Args:
             epoch: of training; 0 for validation.
             index: any number from 0.
             task: the task, or None for random ones of `tasks`.
-            margin: tokens of `context_length` that the estimate leaves free.
+            margin: tokens of `context_length` to leave free.
         """
         rng = random.Random(f"{self.split} {self.seed} {epoch} {index} {task}")
         if self.questions_per_context == 1:
@@ -127,12 +127,12 @@ class StdlibQA:
         if task == "passkey":
             key, fact = draw_passkey(PASSKEY_DIGITS, rng)
             return _Question(Asked(PASSKEY_QUESTION, key, task), [fact])
-        # The question asks for the first one: its place in the context is drawn later, and it is dropped last.
+        # The question is about the first fact: its place in the context is drawn later, and it is dropped last.
         asked, facts = self._draw_lookups(NUM_LOOKUP_KEYS, rng)
         return _Question(asked[0], facts)
 
     def _draw_lookups(self, num_keys: int, rng: random.Random) -> tuple[list[Asked], list[str]]:
-        """A question for each of so many keys, and the facts that answer them."""
+        """A question for each of `num_keys` keys, and the facts that answer them."""
         words = rng.sample(self.words, num_keys)
         numbers = [str(rng.randrange(10**6, 10**7)) for _ in words]
         facts = [number_fact(word, number) for word, number in zip(words, numbers, strict=True)]
@@ -140,7 +140,7 @@ class StdlibQA:
         return [Asked(number_question(word), number, "lookup") for word, number in pairs], facts
 
     def _draw_several(self, task: str | None, rng: random.Random) -> list[_Question]:
-        """`questions_per_context` different questions in random order; of the pass key, one."""
+        """`questions_per_context` different questions in random order, at most one of them for the pass key."""
         tasks: list[str] = []
         others = [other for other in self.tasks if other != "passkey"]
         for _ in range(1 if task == "passkey" else self.questions_per_context):
@@ -151,7 +151,7 @@ class StdlibQA:
             lookups, facts = self._draw_lookups(max(NUM_LOOKUP_KEYS, num_lookups), rng)
             of_lookup = zip(lookups[:num_lookups], facts[:num_lookups], strict=True)
             questions += [_Question(asked, [fact]) for asked, fact in of_lookup]
-            # The keys that nothing asks for go with the last question.
+            # Facts that no question asks for go with the last question.
             questions[-1].facts.extend(facts[num_lookups:])
         if "passkey" in tasks:
             questions.append(self._draw("passkey", rng))
@@ -159,25 +159,25 @@ class StdlibQA:
         return questions
 
     def _fewer_keys(self, question: _Question, room: int) -> _Question:
-        """As many of the 16 facts of a lookup as fit, and at least two."""
+        """As many of the facts of a lookup as fit, and at least two."""
         if question.asked.task != "lookup" or len(question.facts) < MIN_LOOKUP_KEYS:
             return question
         fitting = sum(total <= room for total in accumulate(self._count(question.facts)))
         return replace(question, facts=question.facts[: max(fitting, MIN_LOOKUP_KEYS)])
 
     def _context(self, questions: list[_Question], room: int, rng: random.Random) -> str:
-        """Documents that fill `room` tokens, the questions' facts at random places among them."""
+        """Documents that fill `room` tokens, with the facts of the questions at random places."""
         facts = [fact for question in questions for fact in question.facts]
         room -= sum(self._count(facts))
         detailed = [question for question in questions if question.detail]
         for number, question in enumerate(detailed):
-            # Each may take its share of what is left.
+            # Each question may use an equal share of the remaining room.
             detail, used = self._prefix(question.detail, room // (len(detailed) - number))
             facts[facts.index(question.facts[0])] += detail
             room -= used
         names = {question.name for question in questions}
         parts: list[str] = []
-        # The last room is filled with the first lines of a document; of several, as the first may have a long one.
+        # The end is filled with first lines of documents; several are tried, since the first line may be too long.
         tries_left = 3
         for i in self._endless_order(rng):
             if self.documents[i].name in names:
@@ -195,12 +195,12 @@ class StdlibQA:
         return "".join(parts).rstrip()
 
     def _endless_order(self, rng: random.Random) -> Iterator[int]:
-        """All documents in random order, and again: very long contexts need more than there are."""
+        """All documents in random order, repeated: very long contexts need more than there are."""
         while True:
             yield from rng.sample(range(len(self.documents)), len(self.documents))
 
     def _prefix(self, text: str, room: int) -> tuple[str, int]:
-        """The longest run of first lines that fits into `room` tokens, and their number."""
+        """The longest run of first lines that fits `room` tokens, and its number of tokens."""
         lines = text.splitlines(keepends=True)
         totals = [total for total in accumulate(self._count(lines)) if total <= room]
         return "".join(lines[: len(totals)]), totals[-1] if totals else 0
@@ -223,12 +223,12 @@ class StdlibQA:
             )
 
     def _minimum_length(self, task: str) -> int:
-        """Tokens that an example of this task needs; for signatures, also notes which of them fit."""
+        """Tokens that an example of this task needs. For signatures, also sets `self.signatures` to those that fit."""
         if task != "signature":
             rng = random.Random(0)
             return max(self._length_without_documents(self._draw(task, rng)) for _ in range(8)) + 2 * MARGIN
         asked = [d for d in self.documents if d.signature and len(d.signature) >= _MIN_SIGNATURE_CHARACTERS]
-        # The template around them is the same for all: the rest is counted in one go.
+        # The template is the same for all questions, so the rest is counted for all of them together.
         empty = self.frame_length({"context": "", "question": "?", "answer": "?", "task": task}) + 2 * MARGIN
         parts = zip(
             self._count([d.header for d in asked]),

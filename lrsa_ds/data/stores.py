@@ -1,8 +1,8 @@
-"""Opened sources whose rows are found by their number, all of them read and checked once.
+"""Stores: opened sources whose rows are read by number. All rows are read and checked once when a store is opened.
 
 A store has a label for errors, a length, `read(index)` for a row as it was read, `place(index)` to name it, and
-`fingerprint()`. A row that cannot be read, or that `read_row` refuses, ends the opening; or, with `keep_bad`, it stays
-in its place and is found in `bad`, so that the numbers of the others do not depend on it.
+`fingerprint()`. A row that cannot be read, or that `read_row` refuses, raises an error at opening. With `keep_bad` the
+row keeps its number instead, and its error is kept in `bad`: the numbers of other rows do not depend on it.
 """
 
 import heapq
@@ -33,7 +33,7 @@ class Store(Protocol):
 
     label: str
     bad: dict[int, LRSAError]
-    longest: list[int]  # the rows with the most characters that no cut may take, longest first
+    longest: list[int]  # rows with the most characters that are never cut, longest first
 
     def __len__(self) -> int: ...
 
@@ -44,17 +44,17 @@ class Store(Protocol):
         """Where row `index` is, for an error."""
 
     def fingerprint(self) -> str:
-        """What the rows are: other content has another one."""
+        """Identifies the rows: it changes with their content."""
 
 
 def file_store(label: str, files: list[str], read_row: ReadRow, columns: list[str] | None, keep_bad: bool) -> Store:
-    """The rows of JSON or Parquet files, in their order.
+    """The rows of JSON or Parquet files, in order.
 
     Args:
-        columns: the only columns that are used, or None for all; others are not read from Parquet files.
+        columns: the columns that are used, or None for all; Parquet files are read in these columns only.
 
     Raises:
-        LRSAError: a file without rows, one that cannot be read, or a bad row; it names file and line or row.
+        LRSAError: a file has no rows or cannot be read, or a row is bad; it names the file and the line or row.
     """
     if is_parquet(files[0]):
         return _ParquetStore(label, files, read_row, columns, keep_bad)
@@ -62,7 +62,7 @@ def file_store(label: str, files: list[str], read_row: ReadRow, columns: list[st
 
 
 def rows_of(path: str) -> Iterator[tuple[str, Any]]:
-    """The rows of a JSON or Parquet file as they are, with the place of each."""
+    """The rows of a JSON or Parquet file, unchanged, with the place of each."""
     if is_parquet(path):
         for number, row in enumerate(parquet_rows(path, None), start=1):
             yield f"{path}, row {number}", row
@@ -74,7 +74,7 @@ def rows_of(path: str) -> Iterator[tuple[str, Any]]:
 
 
 def without_none(value: Any) -> Any:
-    """A value that Arrow gave, without the None that it fills in where an object lacks a key that others have."""
+    """Removes the None values that Arrow adds to objects that lack a key of other objects."""
     if isinstance(value, dict):
         return {key: without_none(item) for key, item in value.items() if item is not None}
     if isinstance(value, list) and any(isinstance(item, (dict, list)) for item in value[:1]):
@@ -83,7 +83,7 @@ def without_none(value: Any) -> Any:
 
 
 class _Checks:
-    """Reads every row once; keeps the errors, or raises the first, and the numbers of the longest rows."""
+    """Checks every row once; keeps the errors, or raises the first, and keeps the numbers of the longest rows."""
 
     def __init__(self, read_row: ReadRow, keep_bad: bool):
         self.read_row, self.keep_bad = read_row, keep_bad
@@ -148,12 +148,12 @@ class _JSONStore:
 
 
 class _ParquetStore:
-    """Files of one schema after the other are opened together: columns may differ between files."""
+    """Consecutive files with the same schema are opened together: columns may differ between files."""
 
     def __init__(self, label: str, files: list[str], read_row: ReadRow, columns: list[str] | None, keep_bad: bool):
         self.label, self.files = label, files
         digest, checks = ContentDigest(), _Checks(read_row, keep_bad)
-        self._ends: list[int] = []  # of each file: the number of rows up to its end
+        self._ends: list[int] = []  # for each file: the number of rows up to its end
         count = 0
         for path in files:
             for number, row in enumerate(parquet_rows(path, columns), start=1):
@@ -167,7 +167,7 @@ class _ParquetStore:
         self._table_ends = list(accumulate(map(len, self._tables)))
 
     def _opened(self, files: list[str], columns: list[str] | None) -> datasets.Dataset:
-        patterns = [escape(path) for path in files]  # `datasets` takes every name for a pattern
+        patterns = [escape(path) for path in files]  # `datasets` treats every name as a pattern
         names = _used_schema(files[0], columns).names
         try:
             return datasets.load_dataset("parquet", data_files=patterns, split="train", columns=names)
@@ -194,7 +194,7 @@ def parquet_rows(path: str, columns: list[str] | None) -> Iterator[Any]:
     """The rows of a Parquet file in order, with None in the columns that are not read.
 
     Raises:
-        LRSAError: it cannot be read, or has no rows.
+        LRSAError: the file cannot be read, or has no rows.
     """
     try:
         names = _used_schema(path, columns).names
@@ -210,7 +210,7 @@ def parquet_rows(path: str, columns: list[str] | None) -> Iterator[Any]:
 
 
 def _used_schema(path: str, columns: list[str] | None) -> pyarrow.Schema:
-    """The columns of a Parquet file that are used; all of them if it has none of these."""
+    """The columns of a Parquet file that are used; all of them if the file has none of `columns`."""
     schema = pyarrow.parquet.read_schema(path)
     used = [field for field in schema if columns is None or field.name in columns]
     return pyarrow.schema(used or schema)
@@ -220,7 +220,7 @@ class HubStore:
     """A data set of the hub, which `datasets` has copied to this machine.
 
     Args:
-        identity: what tells its content from another.
+        identity: identifies its content.
     """
 
     def __init__(self, label: str, rows: datasets.Dataset, identity: str, read_row: ReadRow, keep_bad: bool):

@@ -1,4 +1,4 @@
-"""The endless stream of training steps, the same for any number of ranks, with a place that can be found again."""
+"""The endless stream of training steps: the same for any number of ranks, and resumable at any step."""
 
 import os
 import signal
@@ -15,30 +15,30 @@ from lrsa_ds.errors import LRSAError
 
 
 class TrainingRows(Protocol):
-    """What is trained on; see `recipes.qa.QAData`."""
+    """The data of a training run; see `recipes.qa.QAData`."""
 
     seq_len: int
     pad_id: int
 
     def examples_of_rows(self, epoch: int, first: int = 0) -> Iterator[list[Example]]:
-        """The examples of every row of an epoch, in its order, from row `first` on; the same on every rank.
+        """The examples of every row of an epoch, in order, from row `first` on; the same on every rank.
 
-        A row that cannot be used is an error, or a `LeftOut`.
+        For a row that cannot be used it raises an LRSAError, or yields a `LeftOut`.
         """
 
     def examples_at(self, epoch: int, rows: list[int]) -> dict[int, list[Example]]:
-        """The examples of the rows at these places in the order of an epoch, without reading all before them."""
+        """The examples of the rows at these places in the order of an epoch, without reading all rows before them."""
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where a stream stands: plain numbers, so that they can be kept as JSON.
+    """The position of a stream, in plain numbers that can be saved as JSON.
 
     Args:
-        epoch, row: what is read next.
-        open, ready: the sequences that are being packed, and those that are packed and not taken yet: the places of
-            their members, as in `Example.place`.
-        again: rows, as epoch and row, that are read before anything else; see `reread`.
+        epoch, row: the next row to read.
+        open, ready: sequences that are being packed, and packed sequences that were not taken yet; each is given by the
+            places of its examples, as in `Example.place`.
+        again: rows, as epoch and row, that are read before all others; see `reread`.
     """
 
     epoch: int = 0
@@ -49,9 +49,9 @@ class Position:
 
 
 def reread(position: dict) -> dict:
-    """The position for data that have changed: what was packed, or being packed, may be no more as it was.
+    """The position to resume at if the data have changed, since packed examples may have changed as well.
 
-    The rows that had been read for it are read again, as a whole and in their order, and packed anew.
+    The rows of open and ready sequences are read again, completely and in order, and packed again.
     """
     places = [place for places in (*position["ready"], *position["open"]) for place in places]
     again = sorted({(epoch, row) for epoch, row, _ in places})
@@ -60,10 +60,10 @@ def reread(position: dict) -> dict:
 
 @dataclass(frozen=True)
 class StepData:
-    """This rank's packed sequences of one optimizer step, and where the stream stands after it (on all ranks).
+    """This rank's packed sequences of one optimizer step, and the position of the stream after it (on all ranks).
 
-    `left_out` are the rows that were read for it and left out; `num_cut_tokens` and `num_lost_answers` are sums over
-    the examples of the step (see `Example`). All three are the same on all ranks.
+    `left_out` are the rows that were read for the step and left out; `num_cut_tokens` and `num_lost_answers` are sums
+    over the examples of the step (see `Example`). All three are the same on all ranks.
     """
 
     sequences: list[PackedSequence]
@@ -74,7 +74,7 @@ class StepData:
 
 
 class SequenceOrder:
-    """The global order of packed sequences: those of epochs 0, 1, 2, ... one after the other, from `position` on."""
+    """The global order of packed sequences: epochs 0, 1, 2, ... in turn, from `position` on."""
 
     def __init__(self, data: TrainingRows, position: Position):
         self.data = data
@@ -90,13 +90,13 @@ class SequenceOrder:
 
     def _read_again(self, rows: list[list[int]]) -> None:
         for epoch in sorted({epoch for epoch, _ in rows}):
-            # Rows that are there no more are not found.
+            # Rows that no longer exist are not found.
             found = self.data.examples_at(epoch, [row for e, row in rows if e == epoch])
             for row, examples in sorted(found.items()):
                 self._pack(examples, epoch, row)
 
     def _examples(self, places: list[list[int]]) -> dict[tuple[int, ...], Example]:
-        """The examples at these places, made anew."""
+        """Makes the examples at these places again."""
         found: dict[tuple[int, ...], Example] = {}
         for epoch in {place[0] for place in places}:
             rows = self.data.examples_at(epoch, sorted({place[1] for place in places if place[0] == epoch}))
@@ -132,7 +132,7 @@ class SequenceOrder:
             self.ready.extend(self.packer.add(replace(example, place=(epoch, row, number))))
 
     def take_left_out(self) -> list[LeftOut]:
-        """The rows that were left out since the last time."""
+        """The rows that were left out since the last call."""
         taken, self.left_out = self.left_out, []
         return taken
 
@@ -144,17 +144,17 @@ class SequenceOrder:
 
 
 class TrainStream(IterableDataset):
-    """Yields, for every optimizer step and for ever, this rank's `sequences_per_rank` packed sequences.
+    """Yields, endlessly and for every optimizer step, this rank's `sequences_per_rank` packed sequences.
 
-    A step takes the next `world_size * sequences_per_rank` sequences of the global order, rank r the r-th contiguous
-    part. A step may span epochs, so nothing is dropped at an epoch's end. Every rank walks the whole order, and the
-    sequences of a step are the same for any number of ranks.
+    A step takes the next `world_size * sequences_per_rank` sequences of the global order; rank r takes the r-th
+    contiguous part. A step may span epochs, so nothing is dropped at the end of an epoch. Every rank iterates over the
+    complete order, and the sequences of a step are the same for any number of ranks.
 
     Args:
-        start: where an earlier stream stood, as `StepData.position` gives it; default: at the beginning.
+        start: the position of an earlier stream, from `StepData.position`; default: the beginning.
 
     Raises (while iterating):
-        LRSAError: an epoch without a single sequence.
+        LRSAError: an epoch has no sequence.
     """
 
     def __init__(
@@ -189,9 +189,9 @@ class TrainStream(IterableDataset):
 
 
 def make_loader(stream: TrainStream, num_workers: int) -> Iterable[StepData]:
-    """A loader of the stream's steps, unbatched, in this process (0) or prepared ahead in another one (1).
+    """A loader of the stream's steps, unbatched: in this process (0), or ahead of time in another one (1).
 
-    A user error met in the worker arrives here as it was raised, not wrapped into the worker's traceback.
+    An LRSAError raised in the worker is raised here unchanged, without the traceback of the worker.
     """
     dataset = stream if num_workers == 0 else _ErrorsAsItems(stream)
     loader = DataLoader(
@@ -201,7 +201,7 @@ def make_loader(stream: TrainStream, num_workers: int) -> Iterable[StepData]:
 
 
 class _ErrorsAsItems(IterableDataset):
-    """The stream, with a final `LRSAError` as an item: torch would bury its sentence in a traceback."""
+    """The stream, which yields an `LRSAError` as its last item: torch would wrap it in a traceback."""
 
     def __init__(self, stream: TrainStream):
         super().__init__()
@@ -215,7 +215,7 @@ class _ErrorsAsItems(IterableDataset):
 
 
 class _Steps:
-    """What a loader loads; an error among its items is raised."""
+    """The items of a loader; an error among them is raised."""
 
     def __init__(self, loader: DataLoader):
         self.loader = loader
@@ -232,10 +232,10 @@ def _unchanged(item: Any) -> Any:
 
 
 def _start_worker(worker_id: int) -> None:
-    # Who ends a run sends these to all of its processes; the run still wants data up to the end of its step.
+    # Whoever stops a run signals all of its processes; the run still needs data for the rest of its step.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    # A forked tokenizer switches its threads off by itself, but prints a warning about it.
+    # A forked tokenizer disables its threads anyway, but prints a warning about it.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # The lock of remote streaming may have been held elsewhere at the fork; `datasets` does this for its own workers.
+    # Another thread may have held the lock of remote streaming at the fork; `datasets` also resets it in its workers.
     fsspec.asyn.reset_lock()

@@ -1,4 +1,4 @@
-"""A look at the training data before training: what is in it, what is cut, and how long it lasts."""
+"""A report on the training data before training: how much there is, what is cut, and how many steps it lasts."""
 
 import math
 from collections.abc import Iterable
@@ -8,28 +8,28 @@ from itertools import groupby
 from lrsa_ds.data.packing import IGNORE, Example, LeftOut, Packer
 from lrsa_ds.data.stream import TrainingRows
 
-# Tokens after which a look ends that need not see everything; a row is always read whole.
+# A survey of a sample ends after this many tokens; a row is always counted completely.
 SAMPLED_TOKENS = 1_000_000
 
 
 @dataclass(kw_only=True)
 class DataReport:
-    """Counts over the rows of epoch 0 that were read, in its order: all of them, or a sample of the first.
+    """Counts over rows of epoch 0, in order: all rows, or a sample of the first ones.
 
     Args:
-        num_rows: training rows of an epoch; None where that is not known.
-        is_whole: whether all of them were read.
-        num_read: rows that were read, those that are left out included.
-        num_bad_rows: rows left out since they cannot be used, of all rows as far as that is known.
-        num_too_long_rows: rows left out since they are too long.
-        num_examples, num_tokens, num_target_tokens: documents that are trained on, with what is left of their tokens.
-        num_cut_examples, num_cut_tokens: documents that were shortened, and the tokens that this took.
-        num_lost_answers: shortened documents that no longer hold the answer, which they held before.
-        short_length: a document of so many tokens, or fewer, is never compressed.
-        num_short_examples, num_short_tokens: such documents.
-        num_sequences: packed sequences of these documents; of a sample, a share of the last ones.
-        answer_lengths: target tokens of every answer that begins behind the first `short_length` tokens of its
-            document, so that something may have been dropped before it.
+        num_rows: training rows of an epoch; None if unknown.
+        is_whole: whether all rows were read.
+        num_read: rows that were read, including those left out.
+        num_bad_rows: rows left out because they cannot be used; of all rows, if that is known.
+        num_too_long_rows: rows left out because they are too long.
+        num_examples, num_tokens, num_target_tokens: documents to train on, after cutting, and their tokens.
+        num_cut_examples, num_cut_tokens: documents that were cut, and the tokens removed from them.
+        num_lost_answers: cut documents whose context no longer contains the answer.
+        short_length: the longest document, in tokens, that is never compressed.
+        num_short_examples, num_short_tokens: documents of at most this length.
+        num_sequences: packed sequences of these documents; in a sample, open sequences count as fractions.
+        answer_lengths: target tokens of every answer that begins after the first `short_length` tokens of its document.
+            Only before such an answer may the cache have dropped tokens.
     """
 
     num_rows: int | None
@@ -71,16 +71,16 @@ class DataReport:
 
     @property
     def share_cut(self) -> float:
-        """Of all tokens of the rows."""
+        """The share of all tokens that is cut."""
         return self.num_cut_tokens / max(1, self.num_cut_tokens + self.num_tokens)
 
     @property
     def share_short(self) -> float:
-        """Of the tokens that are trained on, those in documents that are too short to be compressed."""
+        """The share of the tokens trained on that is in documents too short to be compressed."""
         return self.num_short_tokens / max(1, self.num_tokens)
 
     def sequences_of_epoch(self) -> float | None:
-        """Packed sequences of an epoch: counted, estimated from the sample, or None where nothing tells."""
+        """Packed sequences of an epoch: counted, estimated from the sample, or None if unknown."""
         if self.is_whole or self.num_rows is None:
             return self.num_sequences if self.is_whole else None
         return self.num_sequences * self.num_rows / max(1, self.num_read)
@@ -93,12 +93,12 @@ class DataReport:
         return row
 
     def long_answers(self) -> tuple[int, int]:
-        """The length that one answer in ten reaches, and that of the longest; 0 where none was counted."""
+        """The 90th percentile of the answer lengths, and the maximum; 0 if there are no answers."""
         ordered = sorted(self.answer_lengths)
         return (ordered[(len(ordered) * 9) // 10], ordered[-1]) if ordered else (0, 0)
 
     def lines(self, sequences_per_step: int, num_steps: int) -> list[str]:
-        """The report in sentences, for a run of so many steps."""
+        """The report in sentences, for a run of `num_steps` steps."""
         of = "" if self.num_rows is None else f" of {self.num_rows:,}"
         rows = f"all {self.num_read:,} rows" if self.is_whole else f"a sample, the first {self.num_read:,} rows{of}"
         lines = [f"data: counted over {rows}: {self.num_examples:,} documents of {self.num_tokens:,} tokens"]
@@ -125,21 +125,21 @@ class DataReport:
 
 
 def _answer_lengths(labels: list[int], behind: int) -> list[int]:
-    """Lengths of the runs of targets that begin after the first `behind` tokens; 0 counts none."""
+    """Lengths of the runs of targets that begin after the first `behind` tokens; none if `behind` is 0."""
     runs = groupby(range(1, len(labels)), key=lambda place: labels[place] != IGNORE)
     answers = [list(places) for is_target, places in runs if is_target]
     return [len(places) for places in answers if 0 < behind <= places[0]]
 
 
 def survey(data: TrainingRows, short_length: int, limit: int | None = SAMPLED_TOKENS) -> DataReport:
-    """Reads the rows of epoch 0, all of them or up to `limit` tokens.
+    """Reads the rows of epoch 0: all of them, or up to `limit` tokens.
 
     Args:
-        data: where it has the attributes `num_rows`, `num_bad_rows` and `num_too_long_rows`, they are the rows of an
-            epoch, and those of which it is known already that they cannot be used, or are too long.
+        data: its attributes `num_rows`, `num_bad_rows` and `num_too_long_rows` are optional: the rows of an epoch, and
+            how many of them are known to be unusable or too long.
 
     Raises:
-        LRSAError: a row that cannot be used.
+        LRSAError: a row cannot be used.
     """
     report = DataReport(num_rows=getattr(data, "num_rows", None), short_length=short_length)
     packer, num_closed = Packer(data.seq_len), 0
@@ -159,9 +159,9 @@ def survey(data: TrainingRows, short_length: int, limit: int | None = SAMPLED_TO
 
 
 def steps_of_epochs(data: TrainingRows, num_epochs: float, sequences_per_step: int) -> int:
-    """Steps in which every row is trained on `num_epochs` times; the last one is filled with rows of the next epoch.
+    """Steps in which every row is trained on `num_epochs` times; the last step is filled with rows of the next epoch.
 
-    All rows are read, once for each epoch where `data` cannot tell which of them come in which order.
+    All rows are read; once for each epoch, if `data` does not provide their order (`row_order`).
     """
     order_of = getattr(data, "row_order", lambda epoch: None)
     lengths: dict[int, list[int]] = {}
@@ -184,9 +184,9 @@ def _lengths(examples: list[Example], known: dict[int, list[int]]) -> list[int]:
 
 
 def num_packed(rows: Iterable[list[int]], seq_len: int) -> int:
-    """Sequences that documents of these lengths, row by row, are packed into."""
+    """Packed sequences of documents with these lengths, row by row."""
     packer, num_closed = Packer(seq_len), 0
     for length in (length for row in rows for length in row):
-        # Only its length matters here.
+        # Only the length of an example matters here.
         num_closed += len(packer.add(Example(range(length), [], "", 0)))
     return num_closed + len(packer.flush())

@@ -1,4 +1,4 @@
-"""Rows that are tokens already: checked against the vocabulary, and brought to the length of a sequence."""
+"""Rows that are tokenized already: checked against the vocabulary, and cut to the length of a sequence."""
 
 from typing import Any
 
@@ -12,16 +12,16 @@ def tokenized_examples(
 ) -> list[Example]:
     """The examples of a canonical row with `input_ids` and `labels`; see `lrsa_ds.data.shapes`.
 
-    A row that is longer than `seq_len` and trained on as a whole is cut into pieces, as plain text is. Of any other
-    one, tokens are taken out of the middle of its longest stretch without a target.
+    A row longer than `seq_len` is split into pieces if every token is trained on, as plain text is. Other rows lose
+    tokens from the middle of their longest run of tokens without a target.
 
     Args:
         num_tokens: the size of the vocabulary.
-        may_cut: False refuses a row that would lose tokens.
+        may_cut: False refuses rows that would have to be cut.
 
     Raises:
-        LRSAError: a token beyond the vocabulary, or a row that is too long even without that stretch.
-        TooLong: a row that would be cut, and may not.
+        LRSAError: a token is not in the vocabulary, or the row is too long even without that run.
+        TooLong: the row would have to be cut, and `may_cut` is False.
     """
     ids, labels = row["input_ids"], row["labels"]
     if max(ids) >= num_tokens:
@@ -30,19 +30,19 @@ def tokenized_examples(
         return [_example(ids, labels, row, index)]
     if IGNORE not in labels[1:]:
         pieces = [ids[start : start + seq_len] for start in range(0, len(ids), seq_len)]
-        # One token alone predicts nothing.
+        # A single token has no target.
         return [_example(piece, piece, row, index) for piece in pieces if len(piece) > 1]
     if not may_cut:
         raise TooLong.of(len(ids), seq_len)
-    stretch = _longest_without_target(labels)
-    room = len(stretch) - (len(ids) - seq_len)
+    run = _longest_without_target(labels)
+    room = len(run) - (len(ids) - seq_len)
     if room < 0:
         raise LRSAError(
-            f"without its longest stretch that is not learnt it still has {len(ids) - len(stretch)} tokens, more than "
-            f"seq_len={seq_len}: raise seq_len or leave the row out."
+            f"without its longest run of tokens that are not trained on it still has {len(ids) - len(run)} tokens, "
+            f"more than seq_len={seq_len}: raise seq_len or leave the row out."
         )
-    kept = [stretch.start + i for part in kept_parts(len(stretch), room) for i in part]
-    places = [*range(stretch.start), *kept, *range(stretch.stop, len(ids))]
+    kept = [run.start + i for part in kept_parts(len(run), room) for i in part]
+    places = [*range(run.start), *kept, *range(run.stop, len(ids))]
     num_cut = len(ids) - len(places)
     return [_example([ids[i] for i in places], [labels[i] for i in places], row, index, num_cut)]
 

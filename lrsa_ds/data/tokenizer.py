@@ -1,4 +1,4 @@
-"""The tokenizer of a run: from the model, from elsewhere, or the embedded one of single bytes."""
+"""The tokenizer of a run: that of the model, another one, or the embedded byte tokenizer."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ CHATML = (
 
 
 def load_tokenizer(model: ModelConfig) -> Tokenizer:
-    """The tokenizer that `model.tokenizer`, or else `model.name`, names; always with a padding token.
+    """The tokenizer of `model.tokenizer`, or else of `model.name`; it always has a padding token.
 
     Raises:
         LRSAError: it cannot be found or loaded, or it has neither a padding nor an end-of-sequence token.
@@ -33,10 +33,10 @@ def load_tokenizer(model: ModelConfig) -> Tokenizer:
         return byte_tokenizer()
     own = model.tokenizer is None
     key, name = ("model.name", model.name) if own else ("model.tokenizer", model.tokenizer)
-    # The revision and the GGUF file belong to the repository of the model, not to a tokenizer from elsewhere.
+    # The revision and the GGUF file belong to the repository of the model, not to another tokenizer.
     options = {"revision": model.revision, "gguf_file": model.gguf_file} if own else {}
     options = {option: value for option, value in options.items() if value is not None}
-    assert name is not None  # or the weights were random, and the tokenizer given
+    assert name is not None  # with random weights, the tokenizer is given
     path = resolve_name(key, name)
     gguf_file = options.get("gguf_file")
     if gguf_file is not None and looks_local(name) and not (Path(path) / gguf_file).is_file():
@@ -48,7 +48,7 @@ def load_tokenizer(model: ModelConfig) -> Tokenizer:
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise LRSAError(f"{key}={name!r} has neither a padding nor an end-of-sequence token: add one to it.")
-        # Padding is never a target and stands in a document of its own, so any token serves.
+        # Padding is never a target and is a document of its own, so any token serves.
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -56,15 +56,15 @@ def load_tokenizer(model: ModelConfig) -> Tokenizer:
 def decoded(tokenizer: Tokenizer, ids: list[int] | torch.Tensor, **options: Any) -> str:
     """The text of one row of tokens; `options` are those of `Tokenizer.decode`."""
     text = tokenizer.decode(ids, **options)
-    assert isinstance(text, str)  # a list would be that of several rows
+    assert isinstance(text, str)  # a list is the result for several rows
     return text
 
 
 def _loader_for(path: str) -> type:
     """The class that reads the tokenizer in a directory as it was saved.
 
-    For some architectures (Qwen2) AutoTokenizer takes the class of the model, whatever the tokenizer says of itself,
-    and then splits text otherwise than it was split in training.
+    For some architectures (Qwen2) AutoTokenizer uses the class of the model, whatever the saved settings say, and then
+    splits text differently than in training.
     """
     settings = Path(path) / "tokenizer_config.json"
     if settings.is_file() and (Path(path) / "tokenizer.json").is_file():
@@ -75,8 +75,8 @@ def _loader_for(path: str) -> type:
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """256 bytes and three special tokens (259 ids), with a ChatML template: for tests and for random weights."""
-    # ByteLevel writes every byte as one printable character; without merges each of them stays a token.
+    """A tokenizer of 256 bytes and three special tokens, with a ChatML template: for tests and random weights."""
+    # ByteLevel maps every byte to one printable character; without merges each of them stays a token.
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = tokenizers.Tokenizer(
         models.BPE(vocab={character: i for i, character in enumerate(alphabet)}, merges=[])

@@ -1,8 +1,8 @@
-"""What inference renders before a turn is generated, and what has to be generated behind it.
+"""The prompt that inference renders before a turn, and the answer that has to be generated after it.
 
-Both are read off the tokenizer's chat template: the prompt is what it renders of the messages before the turn with
-`add_generation_prompt=True`, and the answer is how the finished turn continues that text. Nothing is known here of any
-particular template, with one exception, reasoning tags: see `_behind_reasoning_tag`.
+Both come from the tokenizer's chat template. The prompt is the rendering of the messages before the turn with
+`add_generation_prompt=True`. The answer is the continuation of that text in the rendering of the finished turn. No
+particular template is known here, with one exception, reasoning tags: see `_behind_reasoning_tag`.
 """
 
 import json
@@ -18,23 +18,23 @@ from lrsa_ds.data.special import SpecialTokens
 from lrsa_ds.data.tokenizer import Tokenizer
 from lrsa_ds.errors import LRSAError
 
-# What code in a template may raise apart from jinja's own errors, when it gets messages that it was not made for.
+# What a template may raise, apart from jinja's own errors, for messages that it was not written for.
 TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError)
-# The names under which templates read what a model thinks before it answers.
+# The names under which templates read the reasoning of a message.
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 _PLACEHOLDER = "xPLACEHOLDERx"
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One turn that is trained.
+    """One turn that is trained on.
 
     Args:
-        message: its place in the conversation.
-        prompt: all that inference renders before the model generates the turn.
-        answer: what has to be generated behind the prompt, without the token that ends it.
-        end: the special token that the template puts behind the answer, or "": then the tokenizer's own ends it.
-        after: what the template puts behind that, which is not trained.
+        message: its index in the conversation.
+        prompt: the text that inference renders before the model generates the turn.
+        answer: the text to generate after the prompt, without the token that ends it.
+        end: the special token with which the template ends the answer; if "", the tokenizer's own token ends it.
+        after: what the template adds after that, which is not trained on.
     """
 
     message: int
@@ -69,11 +69,11 @@ class ChatTemplate:
         self.reasoning_keys = [key for key in REASONING_KEYS if re.search(rf"\b{key}\b", source)]
 
     def turns(self, conversation: Conversation) -> list[Turn]:
-        """All trained turns of a conversation.
+        """All turns of a conversation that are trained on.
 
         Raises:
-            LRSAError: as `turn`; or the template leaves out a message, its reasoning or its calls of tools, or the
-                tools of the row: the sentence names it.
+            LRSAError: as `turn`; or the template leaves out a message, its reasoning or its tool calls, or the tools
+                of the row; the error names what is left out.
         """
         last = conversation.trained[-1]
         prompt = self._render(conversation, last, generate=True) if last > 0 else None
@@ -86,10 +86,10 @@ class ChatTemplate:
         return turns
 
     def turn(self, conversation: Conversation, message: int, prompt: str | None = None) -> Turn:
-        """The turn that `messages[message]`, of the assistant, is; `prompt` is its prompt where that is known.
+        """The turn of `messages[message]`, a message of the assistant; `prompt` is its prompt, if already rendered.
 
         Raises:
-            LRSAError: the template refuses the messages, or it renders the turn in a way that cannot continue its own
+            LRSAError: the template refuses the messages, or its rendering of the turn does not continue its own
                 generation prompt.
         """
         finished = self._render(conversation, message + 1)
@@ -104,7 +104,7 @@ class ChatTemplate:
         return Turn(message, prompt, answer, end.group(), after[end.end() :]) if end else Turn(message, prompt, answer)
 
     def _check_prompt(self, conversation: Conversation, prompt: str) -> None:
-        """Raises unless all that stands before the last trained turn is in its prompt."""
+        """Raises LRSAError unless the prompt of the last trained turn contains all messages before it."""
         last = conversation.trained[-1]
         for number, message in enumerate(conversation.messages[:last], start=1):
             for call in message.get("tool_calls") or ():
@@ -117,10 +117,10 @@ class ChatTemplate:
         if conversation.tools:
             without = replace(conversation, tools=None)
             if prompt == self._render(without, last, generate=True):
-                raise LRSAError("the chat template ignores tools: take a tokenizer whose template has them.")
+                raise LRSAError("the chat template ignores tools: use a tokenizer whose template has them.")
 
     def end_tokens(self) -> list[str]:
-        """The special tokens that end a turn of the assistant: of text, and of a call of a tool where there is one."""
+        """The special tokens with which the template ends a turn: after text, and after a tool call if it has them."""
         call = {"type": "function", "function": {"name": "look", "arguments": {"at": "it"}}}
         asked = {"role": "user", "content": "?"}
         found = []
@@ -129,11 +129,11 @@ class ChatTemplate:
             try:
                 found += self.turns(conversation)
             except LRSAError:
-                continue  # a template that does not take tools, or wants other messages first
+                continue  # the template takes no tools, or needs other messages first
         return [end for end in dict.fromkeys(turn.end for turn in found) if end]
 
     def _render(self, conversation: Conversation, count: int, generate: bool = False) -> str:
-        """The first `count` messages, with the generation prompt where a turn is to be generated."""
+        """Renders the first `count` messages, with the generation prompt if a turn is to be generated."""
         messages = [self._for_template(message) for message in conversation.messages[:count]]
         options: dict[str, Any] = {"tools": conversation.tools} if conversation.tools else {}
         try:
@@ -142,8 +142,8 @@ class ChatTemplate:
             )
         except TemplateSyntaxError as error:
             raise LRSAError(
-                f"the chat template of the tokenizer is broken ({error.message}, line {error.lineno}): mend it, or set "
-                "data.chat_template=false."
+                f"the chat template of the tokenizer is broken ({error.message}, line {error.lineno}): repair it, or "
+                "set data.chat_template=false."
             ) from error
         except TEMPLATE_ERRORS as error:
             roles = ", ".join(message["role"] for message in messages)
@@ -152,7 +152,7 @@ class ChatTemplate:
                 f"the chat template refuses the roles {roles} ({said}): change the messages, "
                 "or set data.chat_template=false for rows that are not messages."
             ) from error
-        assert isinstance(text, str)  # since it was not to tokenize
+        assert isinstance(text, str)  # because of tokenize=False
         return text
 
     def _for_template(self, message: dict[str, Any]) -> dict[str, Any]:
@@ -165,7 +165,7 @@ class ChatTemplate:
     def _prompt(self, conversation: Conversation, message: int, finished: str) -> str:
         if message > 0:
             return self._render(conversation, message, generate=True)
-        # Templates do not render an empty conversation: take what is rendered up to the end of the generation prompt.
+        # Templates do not render an empty conversation: use the finished text up to the end of the generation prompt.
         asked = self._generation_prompt
         head, found, _ = finished.partition(asked) if asked else ("", "", "")
         if not found:
@@ -179,7 +179,7 @@ class ChatTemplate:
 
     @cached_property
     def _usual_end(self) -> str | None:
-        """What the template renders behind the content of a last turn, where a question and an answer are enough."""
+        """What the template renders after the content of a last turn; None if it refuses one question and answer."""
         messages = ({"role": "user", "content": "?"}, {"role": "assistant", "content": _PLACEHOLDER})
         try:
             return self._render(Conversation(messages, (1,)), 2).rpartition(_PLACEHOLDER)[2]
@@ -187,7 +187,7 @@ class ChatTemplate:
             return None
 
     def _after_content(self, conversation: Conversation, message: int, finished: str) -> str:
-        """What the template renders behind the content, and the calls of tools, of the last of these messages."""
+        """What the template renders after the content and the tool calls of the last of these messages."""
         if self._usual_end is not None and finished.endswith(self._usual_end):
             return self._usual_end
         messages = list(conversation.messages[: message + 1])
@@ -203,14 +203,14 @@ class ChatTemplate:
 
 
 def _behind_reasoning_tag(prompt: str, finished: str, message: dict[str, Any]) -> str:
-    """The answer where the generation prompt has a reasoning tag that the finished turn lacks.
+    """The answer, if the generation prompt has a reasoning tag that the finished turn lacks.
 
-    Some generation prompts open a tag (`<think>`): the model generates the reasoning, closes it, and answers. Others
-    open and close it: the model answers at once. Finished turns are rendered without either, since the history does
-    not keep reasoning. What is trained is what will be generated behind the prompt.
+    Some generation prompts open a tag (`<think>`): the model generates the reasoning, closes the tag, and answers.
+    Others open and close it: the model answers at once. Finished turns are rendered without either, since the history
+    does not keep reasoning. The text trained on is the text to be generated after the prompt.
 
     Raises:
-        LRSAError: the two differ in another way, or there is reasoning where the prompt has closed the tag.
+        LRSAError: the two differ in another way, or there is reasoning but the prompt has closed the tag.
     """
     tag = re.search(r"<([^<>/\s]+)>\s*(</\1>\s*)?$", prompt)
     before = prompt[: tag.start()] if tag else ""
@@ -246,7 +246,7 @@ def _check_answer(turn: Turn, message: dict[str, Any]) -> None:
     reasoning = message.get(REASONING_KEYS[0])
     if reasoning and _dense(reasoning) not in answer:
         raise LRSAError(
-            f"the chat template ignores reasoning_content, which message {number} has: take a tokenizer whose template "
+            f"the chat template ignores reasoning_content, which message {number} has: use a tokenizer whose template "
             "has it, or write it into content."
         )
     for call in message.get("tool_calls") or ():
@@ -260,7 +260,7 @@ def _require_call(call: dict[str, Any], text: str, number: int) -> None:
 
 
 def _renders(text: str, content: str) -> bool:
-    """Whether `content` stands in `text`, apart from white space, or as JSON writes it."""
+    """Whether `text` contains `content`, ignoring white space, or with the escapes of JSON."""
     stripped = content.strip()
     return (
         stripped in text or json.dumps(stripped, ensure_ascii=False)[1:-1] in text or _dense(stripped) in _dense(text)

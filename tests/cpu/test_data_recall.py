@@ -12,7 +12,7 @@ import torch
 from lrsa_ds.config import AttentionConfig, DataConfig, EvalConfig, ModelConfig, TrainConfig
 from lrsa_ds.data.packing import IGNORE
 from lrsa_ds.data.recall_questions import RecallText
-from lrsa_ds.data.recall_texts import STRETCH_CHARACTERS, pieces_of
+from lrsa_ds.data.recall_texts import EXCERPT_CHARACTERS, pieces_of
 from lrsa_ds.data.stream import TrainStream
 from lrsa_ds.data.tokenizer import load_tokenizer
 from lrsa_ds.errors import LRSAError
@@ -118,8 +118,8 @@ def test_validation_is_of_each_task_over_text_that_is_not_trained_on(tmp_path, p
                 assert answer not in numbers
     other = write_rows(tmp_path / "other.jsonl", texts(3))
     held = prepare(config(recall(path, validation_path=other)), CHATML)
-    assert len(held.rows.contexts.validation.stretches) == 3
-    assert not set(held.rows.contexts.train.stretches) & set(held.rows.contexts.validation.stretches)
+    assert len(held.rows.contexts.validation.excerpts) == 3
+    assert not set(held.rows.contexts.train.excerpts) & set(held.rows.contexts.validation.excerpts)
 
 
 def test_an_example_is_a_function_of_seed_epoch_and_index(path):
@@ -160,7 +160,7 @@ def test_text_without_spaces_and_without_paragraphs(tmp_path):
 
 def test_pieces_are_the_text():
     text = "".join(row["text"] for row in texts(8)) + "x" * 300
-    for most in (64, 300, STRETCH_CHARACTERS):
+    for most in (64, 300, EXCERPT_CHARACTERS):
         pieces = pieces_of(text, most)
         assert "".join(pieces) == text and max(map(len, pieces)) <= most
 
@@ -220,7 +220,7 @@ def test_bad_input(tmp_path, path):
             r"recall_tasks=\['heading'\]: .* serves continue, fill, order in cont",
         ),
         (recall(write_rows(tmp_path / "few.jsonl", texts(2))), r"holds [\d,]+ tokens to train on, too few .* of 4096"),
-        (recall(write_rows(tmp_path / "one.jsonl", texts(1))), r"holds one stretch of 16,000 .*data.validation_path"),
+        (recall(write_rows(tmp_path / "one.jsonl", texts(1))), r"holds one excerpt of 16,000 .*data.validation_path"),
         (
             recall(write_rows(tmp_path / "qa.jsonl", [{"prompt": "a", "completion": "b"}])),
             r"line 1: it has no text, which",

@@ -229,14 +229,14 @@ ANSWER = {"role": "assistant", "content": "Paris"}
         (
             "chatml",
             {"messages": [ASKED, ANSWER | {"reasoning_content": "First think."}]},
-            r"ignores reasoning_content, which message 2 has: take a tokenizer whose template has it",
+            r"ignores reasoning_content, which message 2 has: use a tokenizer whose template has it",
         ),
         (
             "thinking closed in the prompt",
             {"messages": [ASKED, ANSWER | {"reasoning_content": "First think."}]},
             r"generation prompt closes <think>: reasoning_content has no place",
         ),
-        ("chatml", {"messages": [ASKED, ANSWER], "tools": [TOOL]}, "the chat template ignores tools: take a tokenizer"),
+        ("chatml", {"messages": [ASKED, ANSWER], "tools": [TOOL]}, "the chat template ignores tools: use a tokenizer"),
         (
             "chatml",
             {"messages": [ASKED, {"role": "assistant", "content": "", "tool_calls": [CALL]}]},
