@@ -70,7 +70,7 @@ class HostStore:
         return offloaded
 
     def _pack(self, x: torch.Tensor) -> "_Saved | torch.Tensor":
-        if not x.is_floating_point():
+        if not x.is_floating_point() or x.numel() == 0:  # torch saves an empty tensor of the CPU with each checkpoint
             return x.detach()
         self._let_go()
         buffer = self._buffer(x)

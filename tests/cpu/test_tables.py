@@ -70,6 +70,12 @@ def test_a_kernel_that_cannot(backend, settings, said, newest):
         choose_kernel(LRSAConfig(backend=backend), CPU, **settings)
 
 
+def test_flex_attention_needs_16_dimensions():
+    gpu = torch.device("cuda")
+    assert KERNELS["flex"].why_not(gpu, torch.float32, 12) == "head dims from 16 on are supported, not 12"
+    assert KERNELS["flex"].why_not(gpu, torch.float32, 16) is None
+
+
 def test_names_of_earlier_releases():
     assert ParallelConfig().exchange == ParallelConfig(exchange="kept").exchange == "gather_kept"
     assert ParallelConfig(exchange="heads").exchange == "head_groups"

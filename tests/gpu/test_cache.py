@@ -34,7 +34,7 @@ def test_the_cache_is_the_training_pass(steps, selection):
 @pytest.mark.parametrize("backend", ["chunked", "flex"])
 def test_rows_of_a_padded_batch_are_those_alone(backend):
     config = LRSAConfig(sink_size=5, lag_size=64, retention=0.3, backend=backend)
-    model = apply_lrsa(tiny("llama"), config).cuda()
+    model = apply_lrsa(tiny("llama", head_dim=16), config).cuda()
     ids, lengths = torch.randint(1, 101, (3, 900), device="cuda"), (900, 500, 60)
     mask = torch.arange(900, device="cuda") >= 900 - torch.tensor(lengths, device="cuda")[:, None]
     cache = LagKVCache(config)

@@ -31,6 +31,7 @@ class Kernel:
         has_lse_gradient: whether gradients flow through the log-sum-exp, by which two parts are merged.
         devices: types of devices that it runs on; None: all.
         dtypes, head_dims: those that it takes; None: all.
+        min_head_dim: the smallest head dim that it takes.
         what_is_missing: what else stands against it on a device of the right type, such as a package; None: nothing.
     """
 
@@ -42,6 +43,7 @@ class Kernel:
     devices: tuple[str, ...] | None = None
     dtypes: tuple[torch.dtype, ...] | None = None
     head_dims: tuple[int, ...] | None = None
+    min_head_dim: int = 1
     what_is_missing: Callable[[torch.device], str | None] = lambda device: None
 
     def runs_on(self, device: torch.device) -> bool:
@@ -57,6 +59,8 @@ class Kernel:
             return f"it computes in {' or '.join(map(dtype_name, self.dtypes))}, not in {dtype_name(dtype)}"
         if self.head_dims is not None and head_dim not in self.head_dims:
             return f"head dims {' and '.join(map(str, self.head_dims))} are supported, not {head_dim}"
+        if head_dim < self.min_head_dim:
+            return f"head dims from {self.min_head_dim} on are supported, not {head_dim}"
         return None
 
 
