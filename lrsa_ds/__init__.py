@@ -4,6 +4,7 @@ import lrsa_ds.parallel.sequence.strategies  # noqa: F401  fills the table of wh
 from lrsa_ds.attention import SelectionRule, lrsa_attention, register_selection, select_kept
 from lrsa_ds.lrsa_config import LRSAConfig
 from lrsa_ds.models.cache import LagKVCache
+from lrsa_ds.models.decoding import generate
 from lrsa_ds.models.inference import load, prefill
 from lrsa_ds.models.patch import apply_lrsa, new_cache, trained_caches
 
@@ -13,6 +14,7 @@ __all__ = [
     "LagKVCache",
     "SelectionRule",
     "apply_lrsa",
+    "generate",
     "load",
     "lrsa_attention",
     "new_cache",

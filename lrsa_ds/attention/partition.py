@@ -120,6 +120,15 @@ def num_held(num_tokens: int, config: AnyConfig) -> float:
     return num_tokens - mean_of(dropped)
 
 
+def most_held(max_tokens: int, config: LRSAConfig) -> int:
+    """Most entries that a token of a document of at most `max_tokens` attends to, its own among them."""
+    seen = max_tokens - 1
+    num_compressed = num_compressed_partitions(seen, config)
+    # More than behind all tokens may be held before the last compression.
+    before = config.sink_size + (num_compressed + 1) * config.lag_size - 1 if num_compressed else 0
+    return 1 + int(max(num_held(seen, config), num_held(before, config)))
+
+
 def mean_of(counts: Sequence[float]) -> float:
     """The mean; a whole number where it is one."""
     total = sum(counts)

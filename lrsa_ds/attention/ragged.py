@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import pad
 
 from lrsa_ds.attention.cached import cached_attention
+from lrsa_ds.attention.decoding import attend_entries
 from lrsa_ds.attention.lrsa import in_one_dtype
 from lrsa_ds.attention.partition import num_held
 from lrsa_ds.lrsa_config import LRSAConfig
@@ -87,7 +88,9 @@ def ragged_attention(
     q, k, v = in_one_dtype(q, k, v)
     entries = rows.entries(config)
     if rows.num_columns == 1 and rows.is_unpadded:
-        return _attend_step(q, k, v, entries, scale)
+        last = k.shape[2] - 1
+        first, last = (torch.tensor(x, device=q.device) for x in ([last + 1 - count for count in entries], [last]))
+        return attend_entries(q, k, v, first, last, scale)
     output = q.new_zeros(*q.shape[:3], v.shape[3])
     for row, (seen, places, length) in enumerate(zip(rows.seen, rows.places, entries, strict=True)):
         if not len(places):
@@ -96,15 +99,3 @@ def ragged_attention(
         found = cached_attention(queries, keys, values, seen, config, scale, layer)
         output[row].index_copy_(1, places.to(q.device), found[0])
     return output
-
-
-def _attend_step(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, entries: Sequence[int], scale: float | None
-) -> torch.Tensor:
-    """Attention of one token of each row, [B, H, 1, D], over the entries of the row."""
-    length = k.shape[2]
-    first = length - torch.tensor(entries, device=q.device)
-    mask = (torch.arange(length, device=q.device) >= first[:, None])[:, None, None]
-    # The queries of a group see the same keys: as its rows they need no copy of the keys for each head.
-    grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
-    return scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale).reshape(*q.shape[:3], v.shape[3])

@@ -5,6 +5,7 @@ model and not in its class.
 """
 
 from collections.abc import Callable
+from functools import partial
 from types import MethodType
 from typing import Any, cast
 
@@ -15,19 +16,25 @@ from transformers.generation import GenerationMixin, GenerationMode
 from lrsa_ds.errors import require
 from lrsa_ds.models.cache import LagKVCache
 
+STATIC = "static"  # transformers' name of a cache of fixed storage
 
-def use_lrsa_cache(model: PreTrainedModel, name: str, new_cache: Callable[[PreTrainedModel], LagKVCache]) -> None:
-    """Lets `generate` fill what `new_cache(model)` makes, as long as `name` is the attention of the model.
+
+def use_lrsa_cache(model: PreTrainedModel, name: str, new_cache: Callable[..., LagKVCache]) -> None:
+    """Lets `generate` fill what `new_cache(model, max_tokens=...)` makes, as long as `name` is the model's attention.
 
     So `pipeline("text-generation")` and other callers that know of no cache work. The model may be wrapped, as by PEFT.
     """
 
     # Of the same name as what it calls, or a pickled model could not be read.
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, *args):
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ):
         if self.config._attn_implementation == name:
-            _prepare_cache(self, generation_config, model_kwargs, generation_mode, batch_size, new_cache)
+            most = max_cache_length if generation_config.cache_implementation == STATIC else None
+            make = partial(new_cache, self, max_tokens=most)
+            _prepare_cache(generation_config, model_kwargs, generation_mode, batch_size, make)
         original = type(self)._prepare_cache_for_generation
-        return original(self, generation_config, model_kwargs, generation_mode, batch_size, *args)
+        return original(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
 
     for module in model.modules():
         if isinstance(module, GenerationMixin):
@@ -35,12 +42,11 @@ def use_lrsa_cache(model: PreTrainedModel, name: str, new_cache: Callable[[PreTr
 
 
 def _prepare_cache(
-    model: PreTrainedModel,
     settings: GenerationConfig,
     inputs: dict,
     mode: GenerationMode,
     batch_size: int,
-    new_cache: Callable[[PreTrainedModel], LagKVCache],
+    new_cache: Callable[[], LagKVCache],
 ) -> None:
     """Puts the cache of a generation into `inputs`, the keyword arguments of its passes.
 
@@ -61,12 +67,12 @@ def _prepare_cache(
     cache = inputs.get("past_key_values")
     if cache is None and settings.use_cache:
         require(
-            settings.cache_implementation in (None, "dynamic"),
+            settings.cache_implementation in (None, "dynamic", STATIC),
             f"cache_implementation={settings.cache_implementation!r} is not a cache that keeps what LRSA attention "
-            "keeps: leave it out, or give past_key_values=lrsa_ds.LagKVCache(config).",
+            "keeps: leave it out, take 'static', or give past_key_values=lrsa_ds.LagKVCache(config).",
         )
         settings.cache_implementation = None
-        inputs["past_key_values"] = new_cache(model)
+        inputs["past_key_values"] = new_cache()
     elif isinstance(cache, LagKVCache) and cache.batch_size == batch_size:
         cache.batch_repeat_interleave(max(settings.num_beams, settings.num_return_sequences))
 

@@ -13,7 +13,8 @@ from lrsa_ds.attention import AttentionFunction
 from lrsa_ds.attention.ragged import Rows
 from lrsa_ds.errors import LRSAError, require
 from lrsa_ds.lrsa_config import LRSAConfig
-from lrsa_ds.models.cache import LagKVCache, check_batch
+from lrsa_ds.models.cache import LagKVCache
+from lrsa_ds.models.cache_layers import check_batch
 from lrsa_ds.models.documents import document_lengths, restarting_positions
 
 
@@ -30,6 +31,8 @@ def read_pass(inputs: dict[str, Any], new_cache: Callable[[], LagKVCache]) -> di
     tokens = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
     if tokens is None:
         return inputs
+    if (step := inputs.get("step")) is not None:  # says all, on the device: reading anything would wait for it
+        return inputs | {"attention_mask": None, "position_ids": step.positions}
     num_rows, num_tokens = tokens.shape[:2]
     mask = inputs.get("attention_mask")
     require(

@@ -16,6 +16,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from lrsa_ds.attention import AttentionFunction, lrsa_attention
 from lrsa_ds.attention.cached import cached_attention
+from lrsa_ds.attention.decoding import Step, attend_step
 from lrsa_ds.attention.ragged import Rows, ragged_attention
 from lrsa_ds.errors import LRSAError, require
 from lrsa_ds.layers import AnyConfig, describe, from_saved, largest_first, resolve, saved_turns, trained_turns
@@ -64,16 +65,19 @@ def apply_lrsa(
     return model
 
 
-def new_cache(model: PreTrainedModel, layers: Mapping[Any, Any] | None = None) -> LagKVCache:
+def new_cache(
+    model: PreTrainedModel, layers: Mapping[Any, Any] | None = None, max_tokens: int | None = None
+) -> LagKVCache:
     """An empty cache that keeps what the attention of the model keeps, layer by layer.
 
     Args:
         layers: where the cache is to differ from that, as for `apply_lrsa`: {"0-": 1.0} makes a dense one.
+        max_tokens: of each row, for a cache of fixed storage; see `LagKVCache`.
 
     Raises:
         LRSAError: the model is not under `apply_lrsa`, or `layers` is not for it.
     """
-    return LagKVCache(resolve(_settings(model), layers, num_layers(model)))
+    return LagKVCache(resolve(_settings(model), layers, num_layers(model)), max_tokens)
 
 
 def trained_caches(model: PreTrainedModel) -> list[AnyConfig]:
@@ -84,6 +88,17 @@ def trained_caches(model: PreTrainedModel) -> list[AnyConfig]:
     """
     _settings(model)
     return largest_first(trained_turns(model.config.lrsa))
+
+
+def check_applied(model: PreTrainedModel) -> None:
+    """Raises LRSAError unless the attention of the model is LRSA."""
+    _settings(model)
+    attention = model.config._attn_implementation
+    require(
+        attention == NAME,
+        f"the attention of the model is {attention!r}: call lrsa_ds.apply_lrsa(model, config), or "
+        f"model.set_attn_implementation({NAME!r}) if that was done, first.",
+    )
 
 
 def num_layers(model: PreTrainedModel) -> int:
@@ -109,7 +124,7 @@ def _begin_pass(model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tupl
     cache = inputs.get("past_key_values")
     if isinstance(cache, LagKVCache):
         _check_cache(model, cache)
-        cache.begin_pass(inputs.get("rows"))
+        cache.begin_pass(inputs.get("rows"), inputs.get("step"))
         inputs |= {"num_seen": cache.get_seq_length(), "lrsa_config": cache.config}
     return (), inputs
 
@@ -228,11 +243,15 @@ def _lrsa_attention_function(
     attend: AttentionFunction = lrsa_attention,
     num_seen: int | None = None,
     rows: Rows | None = None,
+    step: Step | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """The form transformers calls: query [B, H, N, D], key and value [B, G, N, D] to ([B, N, H, D], no weights)."""
     require(attention_mask is None, "LRSA attention makes its own mask: a 4D attention_mask is not supported.")
     config = (lrsa_config or from_saved(module.config.lrsa)).at_layer(module.layer_idx)
+    if step is not None:
+        output = attend_step(query, key, value, step, module.layer_idx, scaling)
+        return output.transpose(1, 2).contiguous(), None
     if rows is not None:
         output = ragged_attention(query, key, value, rows, config, scaling, module.layer_idx)
         return output.transpose(1, 2).contiguous(), None

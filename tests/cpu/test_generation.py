@@ -138,7 +138,7 @@ def test_an_empty_prompt_is_refused(model, ids):
     [
         (dict(prompt_lookup_num_tokens=3), "assisted decoding takes tokens back"),
         (dict(assistant_model="itself"), "assisted decoding takes tokens back"),
-        (dict(cache_implementation="static"), "cache_implementation='static' is not a cache"),
+        (dict(cache_implementation="quantized"), "cache_implementation='quantized' is not a cache"),
         (dict(past_key_values="dense"), r"got one of 45 tokens: use past_key_values=lrsa_ds.LagKVCache"),
     ],
 )

@@ -1,0 +1,68 @@
+"""Attention of one new token of each row over a storage of fixed size, filled as far as tensors on the device say.
+
+Shapes and launches are the same at every token and nothing is read back, so that one CUDA graph serves all of them.
+
+Shapes: B rows, H query heads, G KV heads, C entries of the storage, D head dim.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from lrsa_ds.attention.fused_decoding import HAS_TRITON, fused_attend_entries
+from lrsa_ds.attention.lrsa import in_one_dtype
+
+
+class Step:
+    """Where the next token of each row goes: tensors on the device, whose addresses stay as they are.
+
+    Attributes:
+        positions: int64 [B, 1], of the tokens in their rows.
+        places: int64 [layers, 1], the entry of each layer's storage where the keys and values go, in every row.
+        firsts: int64 [layers, B], the first entry that each row has filled.
+    """
+
+    def __init__(self, num_layers: int, num_rows: int, device: torch.device):
+        self._numbers = torch.zeros((1 + num_layers) * num_rows + num_layers, dtype=torch.int64, device=device)
+        self._moving = self._numbers[: num_rows + num_layers]
+        self.positions = self._numbers[:num_rows, None]
+        self.places = self._numbers[num_rows : num_rows + num_layers, None]
+        self.firsts = self._numbers[num_rows + num_layers :].view(num_layers, num_rows)
+
+    def set(self, positions: Sequence[int], places: Sequence[int], firsts: Sequence[Sequence[int]]) -> None:
+        numbers = [*positions, *places, *(first for layer in firsts for first in layer)]
+        self._numbers.copy_(torch.tensor(numbers, dtype=torch.int64))
+
+    def advance(self) -> None:
+        """To the token after, if no row of any layer was compressed."""
+        self._moving += 1
+
+
+def attend_step(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, layer: int, scale: float | None
+) -> torch.Tensor:
+    """Attention of the token of a step over the storage of a layer, which holds the token already.
+
+    Args:
+        q: [B, H, 1, D].
+        k, v: [B, G, C, D].
+
+    Returns:
+        [B, H, 1, D].
+    """
+    return attend_entries(q, k, v, step.firsts[layer], step.places[layer], scale)
+
+
+def attend_entries(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first: torch.Tensor, last: torch.Tensor, scale: float | None
+) -> torch.Tensor:
+    """Attention of one query of each row over the entries from `first`, [B], up to and with `last`, [1]."""
+    q, k, v = in_one_dtype(q, k, v)
+    if q.is_cuda and HAS_TRITON and k.shape == v.shape:
+        return fused_attend_entries(q, k, v, first, last, scale)
+    entries = torch.arange(k.shape[2], device=q.device)
+    mask = ((entries >= first[:, None]) & (entries <= last))[:, None, None]
+    # The queries of a group see the same keys: as its rows they need no copy of the keys for each head.
+    grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
+    return scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale).reshape(*q.shape[:3], v.shape[3])

@@ -1,0 +1,103 @@
+"""`attend_entries` in two Triton kernels: the entries are split over the GPU, and the parts are joined.
+
+One token has too few queries to fill a GPU: so each program takes some entries of a KV head for all its query heads
+(flash decoding). How many are filled is read on the device. The readable form is in `decoding.py`.
+"""
+
+import importlib.util
+
+import torch
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+TILE = 64  # entries that a program reads at once
+PROGRAMS = 264  # two for each multiprocessor of an H100
+
+if HAS_TRITON:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def _part_kernel(
+        q, k, v, first, last, outputs, weights, scale, q_b, q_h, k_b, k_g, k_n, v_b, v_g, v_n,
+        num_heads, num_splits, dim: tl.constexpr, group: tl.constexpr,
+        GROUP: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr,
+    ):  # fmt: skip
+        """Attention of the `group` query heads of a KV head over one part of its entries.
+
+        Writes outputs fp32 [B * G, splits, group, D], and log-sum-exps fp32 [B * G, splits, group] into `weights`.
+        """
+        head, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+        row, kv_head = head // num_heads, head % num_heads
+        members, channels, tokens = tl.arange(0, GROUP), tl.arange(0, DIM), tl.arange(0, TILE)
+        is_member, is_channel = members < group, channels < dim
+        q_at = q + row * q_b + (kv_head * group + members)[:, None] * q_h + channels[None, :]
+        queries = tl.load(q_at, mask=is_member[:, None] & is_channel[None, :], other=0.0)
+        start, end = tl.load(first + row).to(tl.int32), tl.load(last).to(tl.int32) + 1
+        size = tl.cdiv(tl.cdiv(end - start, num_splits), TILE) * TILE
+        start += split * size
+        end = tl.minimum(end, start + size)
+        largest = tl.full([GROUP], float("-inf"), tl.float32)
+        total = tl.zeros([GROUP], tl.float32)
+        output = tl.zeros([GROUP, DIM], tl.float32)
+        for at in range(start, end, TILE):
+            entries, inside = (at + tokens).to(tl.int64), at + tokens < end
+            mask = inside[:, None] & is_channel[None, :]
+            k_at = k + row * k_b + kv_head * k_g + entries[:, None] * k_n + channels[None, :]
+            v_at = v + row * v_b + kv_head * v_g + entries[:, None] * v_n + channels[None, :]
+            keys = tl.load(k_at, mask=mask, other=0.0)
+            scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
+            scores = tl.where(inside[None, :], scores, float("-inf"))
+            new_largest = tl.maximum(largest, tl.max(scores, axis=1))
+            shares = tl.exp(scores - new_largest[:, None])
+            shrink = tl.exp(largest - new_largest)
+            total = total * shrink + tl.sum(shares, axis=1)
+            values = tl.load(v_at, mask=mask, other=0.0)
+            output = output * shrink[:, None] + tl.dot(shares.to(values.dtype), values, input_precision="ieee")
+            largest = new_largest
+        total = tl.where(total == 0.0, 1.0, total)  # a part without entries weighs exp(-inf)
+        output = output / total[:, None]
+        at = (head * num_splits + split) * group + members
+        tl.store(weights + at, largest + tl.log(total), mask=is_member)
+        tl.store(outputs + at[:, None] * dim + channels[None, :], output, mask=is_member[:, None] & is_channel[None, :])
+
+    @triton.jit
+    def _join_kernel(
+        outputs, weights, joined, num_splits, dim: tl.constexpr, group: tl.constexpr,
+        SPLITS: tl.constexpr, DIM: tl.constexpr,
+    ):  # fmt: skip
+        """The parts of one query head by their log-sum-exps: [B * H, D] in the dtype of `joined`."""
+        head, member = tl.program_id(0).to(tl.int64), tl.program_id(1)
+        splits, channels = tl.arange(0, SPLITS), tl.arange(0, DIM)
+        is_split, is_channel = splits < num_splits, channels < dim
+        at = (head * num_splits + splits) * group + member
+        weight = tl.load(weights + at, mask=is_split, other=float("-inf"))
+        share = tl.exp(weight - tl.max(weight, axis=0))
+        share = share / tl.sum(share, axis=0)
+        part = tl.load(
+            outputs + at[:, None] * dim + channels[None, :], mask=is_split[:, None] & is_channel[None, :], other=0.0
+        )
+        output = tl.sum(part * share[:, None], axis=0)
+        tl.store(joined + (head * group + member) * dim + channels, output.to(joined.dtype.element_ty), mask=is_channel)
+
+
+def fused_attend_entries(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first: torch.Tensor, last: torch.Tensor, scale: float | None
+) -> torch.Tensor:
+    """See `attend_entries`; keys and values of one shape, on a GPU."""
+    batch, num_heads, _, dim = q.shape
+    num_kv_heads, group = k.shape[1], num_heads // k.shape[1]
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    splits = max(1, min(PROGRAMS // (batch * num_kv_heads), -(-k.shape[2] // TILE)))
+    outputs = torch.empty(batch * num_kv_heads, splits, group, dim, dtype=torch.float32, device=q.device)
+    weights = torch.empty(batch * num_kv_heads, splits, group, dtype=torch.float32, device=q.device)
+    joined = torch.empty_like(q, memory_format=torch.contiguous_format)
+    width = triton.next_power_of_2(dim)
+    _part_kernel[batch * num_kv_heads, splits](
+        q, k, v, first, last, outputs, weights, float(dim**-0.5 if scale is None else scale),
+        *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], num_kv_heads, splits, dim, group,
+        GROUP=max(16, triton.next_power_of_2(group)), DIM=width, TILE=TILE, num_warps=4,
+    )  # fmt: skip
+    _join_kernel[batch * num_kv_heads, group](
+        outputs, weights, joined, splits, dim, group, SPLITS=triton.next_power_of_2(splits), DIM=width, num_warps=4
+    )
+    return joined

@@ -1,0 +1,300 @@
+"""The layers of a `LagKVCache`: one that grows, and one of fixed storage whose decoding never waits for the host.
+
+Shapes: B rows, G KV heads, D head dim, L lag size, K kept of a partition, C entries of a fixed storage.
+"""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from transformers.cache_utils import DynamicLayer
+
+from lrsa_ds.attention.decoding import Step
+from lrsa_ds.attention.kept_buffer import gather_kept
+from lrsa_ds.attention.partition import mean_of, most_held, num_compressed_partitions, num_held
+from lrsa_ds.attention.ragged import Rows, pack_rows, row_of
+from lrsa_ds.attention.selection.rule import Partitions
+from lrsa_ds.attention.selection.select import fast_select_partitions
+from lrsa_ds.errors import LRSAError, require
+from lrsa_ds.lrsa_config import LRSAConfig
+
+
+class LagKVLayer(DynamicLayer):
+    """The cache of one layer; `keys` and `values` are [B, G, length, D], as `LagKVCache` describes.
+
+    Rows that differ lie as `pack_rows` lays them; `row_lengths` are then the tokens seen of each, without padding.
+    """
+
+    is_croppable = False
+
+    def __init__(self, config: LRSAConfig, index: int = 0):
+        super().__init__()
+        self.config, self.index = config, index
+        self.cumulative_length = 0  # columns seen: tokens, and padding where rows have some
+        self.row_lengths: tuple[int, ...] | None = None  # None if no row has padding
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, rows: Rows | None = None, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Takes the keys and values of n new tokens; returns those that the new tokens attend to: cached, then new.
+
+        Args:
+            rows: where the rows stand, if they differ.
+        """
+        held = 0 if self.keys is None or self.keys.numel() == 0 else self.keys.shape[0]
+        check_batch(held, key_states.shape[0])
+        if rows is not None:
+            return self._update_rows(key_states, value_states, rows)
+        keys, values = self._joined(key_states, value_states)
+        before = self.cumulative_length
+        self.cumulative_length += key_states.shape[2]
+        self._hold(*self._compressed(keys, values, before, self.cumulative_length))
+        return keys, values
+
+    def _joined(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values that are held, with those of the new tokens behind them."""
+        return DynamicLayer.update(self, key_states, value_states)
+
+    def _hold(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Holds these keys and values from now on."""
+        self.keys, self.values = keys, values
+
+    def _update_rows(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, rows: Rows
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`update` of rows that differ: each is compressed where its own tokens complete a partition."""
+        entries = rows.entries(self.config)
+        if rows.is_unpadded:
+            keys, values = self._joined(key_states, value_states)
+        else:
+            keys, values = self._appended("keys", key_states, rows), self._appended("values", value_states, rows)
+        self.cumulative_length += key_states.shape[2]
+        self.row_lengths = rows.seen_after
+        self._hold_rows(keys, values, entries, rows.seen, rows.seen_after)
+        return keys, values
+
+    def _hold_rows(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        entries: Sequence[int],
+        seen: Sequence[int],
+        after: Sequence[int],
+    ) -> None:
+        """Holds what is kept of rows of these entries, which have seen `seen` tokens before and `after` now."""
+        held = [
+            self._compressed(row_of(keys, row, length), row_of(values, row, length), *counts)
+            for row, (length, *counts) in enumerate(zip(entries, seen, after, strict=True))
+        ]
+        if all(k.shape[2] == length for (k, _), length in zip(held, entries, strict=True)):
+            self._hold(keys, values)
+        else:
+            self._hold(pack_rows([k for k, _ in held]), pack_rows([v for _, v in held]))
+
+    def _appended(self, name: str, states: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """The keys or the values of each row with those of its new tokens, [B, G, longest, D]."""
+        if not self.is_initialized:
+            self.lazy_initialization(states, states)
+        held = getattr(self, name)
+        new = [rows.tokens_of(states, row) for row in range(len(rows.seen))]
+        if held.numel():
+            lengths = [int(num_held(seen, self.config)) for seen in rows.seen]
+            new = [torch.cat([row_of(held, r, lengths[r]), new[r]], dim=2) for r in range(len(new))]
+        return pack_rows(new)
+
+    @torch.no_grad()
+    def _compressed(
+        self, keys: torch.Tensor, values: torch.Tensor, seen_before: int, seen: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is kept of keys and values once `seen` tokens were seen; compressed as they were at `seen_before`."""
+        config = self.config
+        before, after = (num_compressed_partitions(count, config) for count in (seen_before, seen))
+        if before == after:
+            return keys, values
+        first = config.sink_size + before * config.num_kept
+        partitions = Partitions.adjacent(first, after - before, config.lag_size, keys.device, number=before)
+        kept = fast_select_partitions(keys, values, partitions, config, self.index)
+        since = first + (after - before) * config.lag_size
+        keys, values = (
+            torch.cat([x[:, :, :first], gather_kept(x, kept.flatten(2)), x[:, :, since:]], dim=2)
+            for x in (keys, values)
+        )
+        return keys, values
+
+    @property
+    def num_held(self) -> float:
+        """Tokens of which it holds keys and values; the mean over rows that differ."""
+        if self.row_lengths is not None:
+            return mean_of([int(num_held(seen, self.config)) for seen in self.row_lengths])
+        return 0 if self.keys is None else self.keys.shape[2]
+
+    def reset(self) -> None:
+        super().reset()
+        self.row_lengths = None
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        super().reorder_cache(cast(Any, beam_idx))
+        self._choose_rows(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._choose_rows(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        if self.row_lengths is not None:
+            self._choose_rows(torch.arange(len(self.row_lengths)).repeat_interleave(repeats))
+
+    def _choose_rows(self, indices: torch.Tensor) -> None:
+        if self.row_lengths is not None:
+            self.row_lengths = tuple(torch.tensor(self.row_lengths)[indices.cpu()].tolist())
+
+    def get_seq_length(self) -> int:
+        """Columns seen, padding included, as transformers counts them; the cache may hold fewer."""
+        return self.cumulative_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the keys for `query_length` new tokens: as if the first tokens were not there."""
+        held = self.keys.shape[2] if self.is_initialized and self.keys is not None else 0
+        return held + query_length, self.cumulative_length - held
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise LRSAError(
+            "a LagKVCache cannot give tokens back, since what they pushed out is gone: copy it (copy.deepcopy) before "
+            "tokens that may be taken back; assisted decoding does not work with it."
+        )
+
+
+class FixedLagKVLayer(LagKVLayer):
+    """A layer that never takes more memory than `most_held` entries, which are allocated with the first tokens.
+
+    `keys` and `values` are those entries of the storage that are filled. A step of decoding (see `Step`) writes into
+    the storage and attends to all of it; the entries of rows that differ end at one place, as `pack_rows` lays them.
+
+    Args:
+        max_tokens: of each row, without padding.
+    """
+
+    def __init__(self, config: LRSAConfig, max_tokens: int, index: int = 0):
+        super().__init__(config, index)
+        self.max_tokens = max_tokens
+        self.stored_keys: torch.Tensor | None = None  # [B, G, C, D], as are the values
+        self.stored_values: torch.Tensor | None = None
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        *args,
+        rows: Rows | None = None,
+        step: Step | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `LagKVLayer.update`; with a `step` the token is stored and the whole storage returned, nothing counted.
+
+        Raises:
+            LRSAError: more than `max_tokens` in a row.
+        """
+        if step is not None:
+            return self._store(step, key_states, value_states)
+        after = self.cumulative_length + key_states.shape[2] if rows is None else max(rows.seen_after)
+        require(
+            after <= self.max_tokens,
+            f"a text of {after} tokens does not fit into a cache of max_tokens={self.max_tokens}: make one with "
+            f"max_tokens={after} or more, and room for the answer.",
+        )
+        return super().update(key_states, value_states, *args, rows=rows, **kwargs)
+
+    def _store(
+        self, step: Step, key_states: torch.Tensor, value_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = self.storage
+        place = step.places[self.index]
+        return keys.index_copy_(2, place, key_states), values.index_copy_(2, place, value_states)
+
+    def count_token(self) -> bool:
+        """Counts the token of each row that a step has stored; returns whether one of them completed a partition."""
+        compresses, after = self._compresses(1), self.num_filled + 1
+        keys, values = (x[:, :, :after] for x in self.storage)
+        seen, self.cumulative_length = self.cumulative_length, self.cumulative_length + 1
+        if self.row_lengths is None:
+            self._hold(*self._compressed(keys, values, seen, seen + 1))
+        else:
+            rows, self.row_lengths = self.row_lengths, tuple(count + 1 for count in self.row_lengths)
+            entries = [int(num_held(count, self.config)) + 1 for count in rows]
+            self._hold_rows(keys, values, entries, rows, self.row_lengths)
+        return compresses
+
+    def _compresses(self, num_new: int) -> bool:
+        """Whether so many new tokens of each row complete a partition."""
+        seen = self.row_lengths or (self.cumulative_length,)
+        before, after = ([num_compressed_partitions(n + new, self.config) for n in seen] for new in (0, num_new))
+        return before != after
+
+    @property
+    def storage(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [B, G, C, D] of a layer that has seen tokens."""
+        assert self.stored_keys is not None and self.stored_values is not None
+        return self.stored_keys, self.stored_values
+
+    @property
+    def num_filled(self) -> int:
+        """Entries of the storage up to the end of all rows."""
+        return 0 if self.keys is None else self.keys.shape[2]
+
+    @property
+    def first_entries(self) -> list[int]:
+        """The first filled entry of each row."""
+        if self.row_lengths is None:
+            return [0] * self.storage[0].shape[0]
+        return [self.num_filled - int(num_held(seen, self.config)) for seen in self.row_lengths]
+
+    def _joined(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """In place where nothing will be compressed: what is returned is attended to after the compression."""
+        after = self.num_filled + key_states.shape[2]
+        if not self.is_initialized or self._compresses(key_states.shape[2]):
+            return super()._joined(key_states, value_states)
+        keys, values = (x[:, :, :after] for x in self.storage)
+        keys[:, :, self.num_filled :] = key_states.detach()
+        values[:, :, self.num_filled :] = value_states.detach()
+        return keys, values
+
+    def _hold(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        self.stored_keys, self.keys = self._stored(keys, self.stored_keys)
+        self.stored_values, self.values = self._stored(values, self.stored_values)
+
+    def _stored(self, x: torch.Tensor, storage: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """A storage that holds `x`, the one that is there if it fits, and its part that is filled."""
+        size = (*x.shape[:2], most_held(self.max_tokens, self.config), x.shape[3])
+        if storage is None or (storage.shape, storage.dtype, storage.device) != (size, x.dtype, x.device):
+            storage = x.new_zeros(size)
+        filled = storage[:, :, : x.shape[2]]
+        if x.data_ptr() != storage.data_ptr():
+            filled.copy_(x.detach())
+        return storage, filled
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._hold_again()
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._hold_again()
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._hold_again()
+
+    def _hold_again(self) -> None:
+        """Moves what was made of the rows into the storage."""
+        if self.keys is not None and self.values is not None:
+            self._hold(self.keys, self.values)
+
+
+def check_batch(held: int, given: int) -> None:
+    """Raises LRSAError if a pass of `given` rows cannot follow the `held` rows of a cache; 0 if it is empty."""
+    require(
+        held in (0, given),
+        f"the cache holds a batch of {held} and was given one of {given}: make a new LagKVCache for another batch, "
+        f"or, for {given} beams or samples of it, call cache.batch_repeat_interleave first.",
+    )

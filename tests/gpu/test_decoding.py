@@ -1,0 +1,95 @@
+"""Decoding behind a cache of fixed storage on a GPU: the CUDA graph, and the attention in Triton kernels."""
+
+import copy
+
+import pytest
+import torch
+
+import lrsa_ds
+from lrsa_ds import LRSAConfig, apply_lrsa, new_cache, prefill
+from lrsa_ds.attention.decoding import attend_entries
+from lrsa_ds.models.decoder import Decoder
+from tests.cpu.test_model import tiny
+from tests.helpers import assert_close
+
+pytestmark = pytest.mark.gpu
+CONFIG = LRSAConfig(sink_size=5, lag_size=64, retention=0.3, backend="chunked")
+MIXED = {"0": 1.0, "1": {"retention": 0.0, "lag_size": 40}, "rest": 0.3}
+GREEDY = dict(max_new_tokens=150, do_sample=False, pad_token_id=0)
+
+
+def make(layers=None):
+    return apply_lrsa(tiny("qwen2", vocab_size=300, num_hidden_layers=3), CONFIG, layers).cuda()
+
+
+def tokens(count, batch=1):
+    return torch.randint(1, 101, (batch, count), device="cuda")
+
+
+@pytest.mark.parametrize("dtype,bound", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("shape", [(1, 4, 2, 16), (2, 6, 2, 24), (3, 8, 8, 64), (1, 12, 2, 128), (8, 32, 8, 128)])
+@pytest.mark.parametrize("size,last", [(1, 0), (65, 3), (700, 699), (5000, 4321)])
+def test_kernels_attend_to_the_entries_of_each_row(shape, size, last, dtype, bound):
+    batch, heads, kv_heads, dim = shape
+    q = torch.randn(batch, heads, 1, dim, device="cuda", dtype=dtype)
+    k, v = torch.randn(2, batch, kv_heads, size, dim, device="cuda", dtype=dtype)
+    k[:, :, last + 1 :] = v[:, :, last + 1 :] = float("inf")  # never read
+    first, place = torch.randint(0, last + 1, (batch,), device="cuda"), torch.tensor([last], device="cuda")
+    on_host = (x.cpu().float().nan_to_num(posinf=0.0) for x in (q, k, v))
+    expected = attend_entries(*on_host, first.cpu(), place.cpu(), 0.2)
+    assert_close(attend_entries(q, k, v, first, place, 0.2).float(), expected, bound, "output")
+
+
+@pytest.mark.parametrize("layers", [None, MIXED])
+@pytest.mark.parametrize("lengths", [(300,), (300, 300), (300, 120, 9)])
+def test_a_graph_gives_the_logits_of_training(layers, lengths):
+    model, ids = make(layers), tokens(500, len(lengths))
+    mask = torch.arange(300, device="cuda") >= 300 - torch.tensor(lengths, device="cuda")[:, None]
+    cache, found = new_cache(model, max_tokens=500), []
+    prefill(model, ids[:, :300], cache, attention_mask=mask)
+    decoder = Decoder(model, captures=True)
+    decoder.start(cache)
+    for column in ids[:, 300:].T:
+        found.append(decoder(cache, column).clone())
+        decoder.end_step(cache)
+    for row, length in enumerate(lengths):
+        with torch.no_grad():
+            expected = model(ids[row : row + 1, 300 - length :], use_cache=False).logits[0, length:]
+        assert_close(torch.stack(found, dim=1)[row], expected, 1e-4, f"row {row}")
+
+
+@pytest.mark.parametrize("options", [{}, dict(do_sample=True, temperature=0.8, top_p=0.9)])
+def test_answers_through_a_graph(options):
+    """With the growing cache of `model.generate`, without a graph, and again behind the same cache."""
+    model, ids = make(), tokens(300)
+    model.generation_config.eos_token_id = list(range(3))
+    cache, options = new_cache(model, max_tokens=460), GREEDY | options
+
+    def seeded(generate, *args, **more):
+        torch.manual_seed(7)
+        return generate(*args, **options, **more)
+
+    expected = seeded(model.generate, ids)
+    assert torch.equal(seeded(lrsa_ds.generate, model, ids, graph=False), expected)
+    assert torch.equal(seeded(lrsa_ds.generate, model, ids, cache), expected)
+    graph = cache.decoder._graph
+    cache.reset()
+    assert torch.equal(seeded(lrsa_ds.generate, model, ids, cache), expected)
+    assert graph is not None and cache.decoder._graph is graph
+    text = torch.cat([expected, tokens(5)], dim=1)[:, :440]
+    copied, options = copy.deepcopy(cache), options | dict(max_new_tokens=9)
+    if cache.get_seq_length() < text.shape[1]:
+        assert torch.equal(
+            seeded(lrsa_ds.generate, model, text, cache), seeded(lrsa_ds.generate, model, text, copied, graph=False)
+        )
+
+
+def test_a_graph_in_bf16_behind_a_long_prompt():
+    config = LRSAConfig(sink_size=16, lag_size=256, retention=0.125)
+    model = apply_lrsa(tiny("llama", hidden_size=256, num_hidden_layers=4), config).cuda().bfloat16()
+    ids = tokens(6000)
+    found = lrsa_ds.generate(model, ids, max_new_tokens=300, do_sample=False)
+    with torch.no_grad():
+        best = model(found, use_cache=False).logits[:, 5999:-1].float()
+    chosen = best.gather(2, found[:, 6000:, None])[..., 0]
+    assert (best.amax(-1) - chosen).max() <= 0.05 * best.std()  # ties of bf16 aside
