@@ -1,4 +1,4 @@
-"""LRSA attention of a whole sequence as one interval attention over [copies of the kept buffer | tokens]."""
+"""LRSA attention of a complete sequence: one interval attention over [copies of the kept buffer | tokens]."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -26,7 +26,7 @@ def buffered_attention(
     kernel: Kernel,
     layer: int = 0,
 ) -> torch.Tensor:
-    """The same function as `chunked_attention`, on one of the kernels."""
+    """The same function as `chunked_attention`, on a kernel of interval attention."""
     layout = buffered_layout(document_lengths, config, q.device, kernel.skips_queries_ahead)
     k, v = select_and_gather(k, v, layout, layer)
     return kernel.attend(q, k, v, layout.intervals, scale)[0]
@@ -34,7 +34,7 @@ def buffered_attention(
 
 @dataclass(frozen=True, eq=False)
 class BufferedLayout:
-    """A partition table, the copies of its kept buffer, and what the queries see of [copies | tokens]."""
+    """A partition table, the copies of its kept buffer, and what each query sees of [copies | tokens]."""
 
     table: PartitionTable
     copies: Copies
@@ -44,7 +44,7 @@ class BufferedLayout:
 def select_and_gather(
     k: torch.Tensor, v: torch.Tensor, layout: BufferedLayout, layer: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values [B, G, N, D] behind the kept ones: two [B, G, copies + N, D], with gradients."""
+    """Puts the copies of the kept KV before keys and values [B, G, N, D]: two [B, G, copies + N, D], with gradients."""
     if not layout.copies.size:
         return k, v
     if HAS_TRITON and has_fused_path(k, v, layout.table.config):
@@ -59,7 +59,7 @@ def buffered_layout(
     document_lengths: tuple[int, ...], config: LRSAConfig, device: torch.device, skips_queries_ahead: bool = False
 ) -> BufferedLayout:
     table = partition_table(document_lengths, config, align=BLOCK)
-    # A kernel that has to begin at the first query would be slower for keys that are no whole blocks.
+    # A kernel that has to start at the first query is slower if the copies are not a whole number of blocks.
     ahead = queries_ahead(table) if skips_queries_ahead else 0
     chunks, copies = copy_history(table.chunks, table, ahead)
     hist_lo, hist_hi, win_lo = intervals_of(chunks, device)

@@ -1,4 +1,4 @@
-"""LRSA attention of new tokens behind a compressed cache: the same function as one pass over the whole sequence."""
+"""LRSA attention of new tokens after a compressed cache: the same function as one pass over the complete sequence."""
 
 from functools import lru_cache
 
@@ -33,21 +33,21 @@ def cached_attention(
     scale: float | None = None,
     layer: int = 0,
 ) -> torch.Tensor:
-    """Attention of n new tokens of a document of which `num_seen` tokens were seen before.
+    """Attention of n new tokens of a document after `num_seen` earlier tokens.
 
     Args:
         q: queries of the new tokens, [B, H, n, D].
-        k, v: [B, G, c + n, D]: what `LagKVCache` holds of the tokens before, [sink | kept KV of the compressed
-            partitions | all tokens since], and those of the new tokens.
+        k, v: [B, G, c + n, D]: the entries of `LagKVCache`, [sink | kept KV of the compressed partitions | all tokens
+            since], and then the new tokens.
 
     Returns:
-        [B, H, n, D]. Where the new tokens span several chunks, each chunk sees what it would have seen alone.
+        [B, H, n, D]. If the new tokens span several chunks, each chunk sees the same keys as in a pass of its own.
     """
     q, k, v = in_one_dtype(q, k, v)
     num_new = q.shape[2]
     if num_new >= BLOCK:
         kernel = choose_kernel(config, q.device, q.dtype, q.shape[3])
-        # As many keys as queries are plain causal attention, for which SDPA has dense kernels.
+        # As many keys as queries: plain causal attention, for which SDPA has dense kernels.
         if not kernel.is_readable and not (num_seen == 0 and num_new <= room_in_chunk(0, config)):
             return cached_attention_on(kernel, q, k, v, num_seen, config, scale, layer)
     if num_new <= room_in_chunk(num_seen, config):
@@ -67,10 +67,10 @@ def cached_attention_on(
     scale: float | None = None,
     layer: int = 0,
 ) -> torch.Tensor:
-    """`cached_attention` in one call of a kernel over [kept buffer | what `k` and `v` hold].
+    """`cached_attention` in one call of a kernel over [kept buffer | `k` and `v`].
 
-    Queries and keys are padded to powers of two, so that prompts of all lengths compile few shapes; no query sees the
-    padding.
+    Queries and keys are padded to powers of two, so that few shapes are compiled for prompts of all lengths; no query
+    sees the padding.
     """
     num_new = q.shape[2]
     kept_k, kept_v = _kept(k, v, num_seen, num_new, config, layer)
@@ -86,9 +86,9 @@ def _power_of_two(count: int) -> int:
 
 
 def _chunks(num_seen: int, num_new: int, config: LRSAConfig) -> tuple[list[Chunk], int]:
-    """The chunks of the new tokens, and how far behind its token each key of the cache's tail stands.
+    """The chunks of the new tokens, and how many tokens are missing from the keys.
 
-    Token t stands at place t - missing of the keys, if it is not one of the compressed partitions.
+    Token t is at place t - missing of the keys, unless it is in a compressed partition.
     """
     chunks = cut(partition_table((num_seen + num_new,), config).chunks, num_seen, num_seen + num_new)
     return chunks, num_compressed_partitions(num_seen, config) * (config.lag_size - config.num_kept)
@@ -97,13 +97,13 @@ def _chunks(num_seen: int, num_new: int, config: LRSAConfig) -> tuple[list[Chunk
 def _kept(
     k: torch.Tensor, v: torch.Tensor, num_seen: int, num_new: int, config: LRSAConfig, layer: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The kept buffer that the new tokens see: two [B, G, R, D]; empty if none of them has a history."""
+    """The kept buffer that the new tokens see: two [B, G, R, D]; empty if none of the tokens has a history."""
     documents = partition_table((num_seen + num_new,), config).kept_documents
     if not documents:
         return k[:, :, :0], v[:, :, :0]
     num_compressed = num_compressed_partitions(num_seen, config)
     before = config.sink_size + num_compressed * config.num_kept
-    # Within one chunk all that is history has been compressed already.
+    # Within one chunk, all partitions of the history are compressed already.
     count = max(0, documents[0].num_partitions - num_compressed)
     partitions = Partitions.adjacent(before, count, config.lag_size, k.device, number=num_compressed)
     kept = fast_select_partitions(k, v, partitions, config, layer).flatten(2)
@@ -115,7 +115,7 @@ def _kept(
 def _intervals(
     num_seen: int, num_new: int, config: LRSAConfig, num_kept: int, num_queries: int, device: torch.device
 ) -> Intervals:
-    """What the new tokens see of [kept buffer | keys]; the queries behind them see nothing."""
+    """What the new tokens see of [kept buffer | keys]; the queries after them, which are padding, see nothing."""
     chunks, missing = _chunks(num_seen, num_new, config)
     hist_lo, hist_hi, win_lo = intervals_of(chunks, device)
     shift = num_kept - missing

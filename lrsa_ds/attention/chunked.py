@@ -1,4 +1,4 @@
-"""LRSA attention as a plain loop over chunks: the readable definition, and the oracle of every faster backend."""
+"""LRSA attention as a plain loop over chunks: the readable definition, and the oracle for all faster backends."""
 
 from collections.abc import Iterable
 
@@ -17,7 +17,7 @@ def chunked_attention(
     scale: float | None = None,
     layer: int = 0,
 ) -> torch.Tensor:
-    """Attention of q [B, H, N, D] over k, v [B, G, N, D] under `table`: [B, H, N, D]. H is a multiple of G."""
+    """Attention of q [B, H, N, D] over k, v [B, G, N, D] as `table` defines it: [B, H, N, D]. H is a multiple of G."""
     positions = buffer_positions(k, v, table, layer)
     return attend_chunks(q, k, v, gather_kept(k, positions), gather_kept(v, positions), table.chunks, scale)
 
@@ -33,11 +33,11 @@ def attend_chunks(
     first_query: int = 0,
     first_key: int = 0,
 ) -> torch.Tensor:
-    """Each chunk's queries over its part of the kept buffer and its window, one after the other: [B, H, n, D].
+    """Attention of each chunk's queries over its part of the kept buffer and its window, in a loop: [B, H, n, D].
 
     Args:
         kept_k, kept_v: the kept buffer, [B, G, R, D].
-        first_query, first_key: the tokens that stand first in `q` and in `k` and `v`; chunks count from token 0.
+        first_query, first_key: the first token of `q`, and of `k` and `v`; the chunks count from token 0.
     """
     outputs = []
     for chunk in chunks:
@@ -50,16 +50,16 @@ def attend_chunks(
 
 
 def attend_causally(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> torch.Tensor:
-    """Attention of queries that are the last of the keys: each sees all keys up to its own."""
+    """Attention of queries that belong to the last keys: each sees all keys up to its own."""
     num_queries, num_keys = q.shape[2], k.shape[2]
-    # With as many keys as queries plain causality says it all, and SDPA's fastest kernels know that case.
+    # With as many keys as queries no mask is needed: SDPA has fast kernels for plain causal attention.
     square = num_keys == num_queries
     mask = None
     if not square and num_queries > 1:
         mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q.device).tril(num_keys - num_queries)
     gqa = q.shape[1] != k.shape[1]
     if gqa and mask is not None and q.is_cuda:
-        # No fused kernel of SDPA takes a mask and grouped heads together, and the plain one holds all scores.
+        # No fused kernel of SDPA takes both a mask and grouped heads, and the unfused one stores all scores.
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
         gqa = False
     return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=square, scale=scale, enable_gqa=gqa)

@@ -1,7 +1,7 @@
-"""Copies of the kept buffer beside the tokens, in a Triton kernel each way and that of the selection.
+"""[copies of the kept buffer | tokens] in one Triton kernel per direction, and the fused kernels of the selection.
 
-The readable form is `select_and_gather` on the CPU. The gradient of a token is that of the token itself and of all its
-copies, added in fp32 and rounded once; no atomics, so that the same input gives the same gradient.
+The readable form is in `select_and_gather`. The gradient of a token is the sum of its own gradient and those of its
+copies, computed in fp32 and rounded once, without atomics: the same input always gives the same gradient.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from lrsa_ds.attention.selection.fused_lagkv import HAS_TRITON
 from lrsa_ds.attention.selection.rule import Partitions
 from lrsa_ds.registry import SELECTION_RULES
 
-ROWS = 64  # of a program
+ROWS = 64  # rows of a program
 
 if HAS_TRITON:
     import triton
@@ -28,9 +28,9 @@ if HAS_TRITON:
         num_heads, num_copied, num_others, num_slots, num_tokens,
         dim: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
     ):  # fmt: skip
-        """[copies of kept keys | keys], and the same of the values: [B * G, num_copied + num_tokens, D] each.
+        """[copies of kept keys | keys], and the same for the values: [B * G, num_copied + num_tokens, D] each.
 
-        Of the tokens only the `others`, which the selection has not copied.
+        Only the tokens `others` are copied: the selection has copied the rest.
         """
         rows, channels = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, DIM)
         head = tl.program_id(1).to(tl.int64)
@@ -54,7 +54,7 @@ if HAS_TRITON:
         num_heads, num_copied, num_tokens,
         num_parts: tl.constexpr, dim: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
     ):  # fmt: skip
-        """Gradients of keys and values [B * G, N, D]; `parts` holds first slot, last slot and offset of each part."""
+        """Gradients of keys and values [B * G, N, D]; `parts` has first slot, last slot and offset of each part."""
         rows, channels = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, DIM)
         head = tl.program_id(1).to(tl.int64)
         is_token, is_channel = rows < num_tokens, (channels < dim)[None, :]
@@ -78,23 +78,23 @@ if HAS_TRITON:
 def fused_buffers(
     k: torch.Tensor, v: torch.Tensor, table: PartitionTable, copies: Copies, layer: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values [B, G, N, D] behind the copies of the kept ones: two [B, G, copies + N, D], with gradients.
+    """Puts the copies of the kept KV before keys and values [B, G, N, D]: two [B, G, copies + N, D], with gradients.
 
-    The rule of the table selects, by its own kernels.
+    The fused kernels of the table's rule select.
     """
     return _Buffers.apply(k, v, table, copies, layer)
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """What does not depend on the data: int tensors on one device."""
+    """The part that does not depend on the data: int tensors on one device."""
 
-    positions: torch.Tensor  # int64 [R]: the tokens of the sinks in their slots of the kept buffer
-    slot_of: torch.Tensor  # int32 [N]: the slots of the sinks' tokens, -1 elsewhere
-    partitions: Partitions  # those that are history
-    first_slots: torch.Tensor  # int64 [P]: where its kept KV begins
-    slots: torch.Tensor  # int64 [copies]: the slot behind each that is read
-    others: torch.Tensor  # int64 [O]: the tokens of no such partition
+    positions: torch.Tensor  # int64 [R]: tokens of the sinks, in their slots of the kept buffer
+    slot_of: torch.Tensor  # int32 [N]: slots of the tokens of the sinks; -1 for other tokens
+    partitions: Partitions  # those whose kept KV is history
+    first_slots: torch.Tensor  # int64 [P]: first slot of the kept KV of each partition
+    slots: torch.Tensor  # int64 [copies]: slot of the kept buffer that each copied slot reads
+    others: torch.Tensor  # int64 [O]: tokens that are in none of these partitions
     parts: torch.Tensor  # int32 [parts, 3]: first slot, last slot, offset
 
 

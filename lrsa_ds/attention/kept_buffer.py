@@ -1,4 +1,4 @@
-"""The kept buffer in its readable form: which token fills each slot, and the gather that collects keys and values.
+"""The kept buffer in its readable form: the token in each slot, and the gather of keys and values.
 
 Shapes: B batch, G KV heads, N tokens, D head dim, P partitions, K kept per partition, R kept buffer slots.
 """
@@ -15,17 +15,17 @@ from lrsa_ds.attention.selection.select import select_partitions
 
 @dataclass(frozen=True, eq=False)
 class BufferPlan:
-    """What of the kept buffer does not depend on the data: tensors on one device."""
+    """The part of the kept buffer that does not depend on the data: tensors on one device."""
 
-    positions: torch.Tensor  # int64 [R], the tokens of the sinks in their slots; any tokens in the others
-    partitions: Partitions  # those that are history
-    slots: torch.Tensor  # int64 [P * K], where the kept positions go
+    positions: torch.Tensor  # int64 [R]: tokens of the sinks, in their slots; arbitrary tokens in other slots
+    partitions: Partitions  # those whose kept KV is history
+    slots: torch.Tensor  # int64 [P * K]: slots of the kept KV
 
 
 @lru_cache(maxsize=64)
 def buffer_plan(table: PartitionTable, size: int, device: torch.device) -> BufferPlan:
-    """The plan of a kept buffer of `size` slots, `table.buffer_size` or more."""
-    # Gaps name token after token: the backward pass adds their zeros, and would be slow to add all of them to one.
+    """The plan of a kept buffer with `size` slots, at least `table.buffer_size`."""
+    # Unused slots name different tokens: the backward pass adds zeros to these, which is slow if all go to one token.
     arange = partial(torch.arange, device=device)
     positions = arange(size) % table.num_tokens
     partitions, slots = [], []
@@ -42,10 +42,10 @@ def buffer_plan(table: PartitionTable, size: int, device: torch.device) -> Buffe
 def buffer_positions(
     k: torch.Tensor, v: torch.Tensor, table: PartitionTable, layer: int, size: int | None = None
 ) -> torch.Tensor:
-    """Token position that fills each slot of the kept buffer: int64 [B, G, R]. Gaps name some token.
+    """The token in each slot of the kept buffer: int64 [B, G, R]. Unused slots name arbitrary tokens.
 
     Args:
-        size: R, if it is to be larger than `table.buffer_size`.
+        size: R, if larger than `table.buffer_size`.
     """
     if not table.kept_documents:
         return torch.empty(*k.shape[:2], 0, dtype=torch.int64, device=k.device)
@@ -57,5 +57,5 @@ def buffer_positions(
 
 
 def gather_kept(x: torch.Tensor, positions_BGR: torch.Tensor) -> torch.Tensor:
-    """Keys or values [B, G, N, D] at the given positions: the kept buffer [B, G, R, D], with gradients to `x`."""
+    """Keys or values [B, G, N, D] at the given positions: [B, G, R, D], with gradients to `x`."""
     return x.gather(2, positions_BGR[..., None].expand(-1, -1, -1, x.shape[3]))

@@ -1,4 +1,4 @@
-"""`lrsa_attention`: one function over all backends."""
+"""`lrsa_attention`: one function for all backends."""
 
 from collections.abc import Sequence
 
@@ -22,26 +22,26 @@ def lrsa_attention(
     scale: float | None = None,
     layer: int = 0,
 ) -> torch.Tensor:
-    """Causal attention of each token over sink, kept KV of partitions up to n - 2, partition n - 1, and its own.
+    """LRSA attention of one layer, over packed documents.
 
-    One pass over a whole sequence gives, token by token, what chunk-by-chunk prefill and decoding with the compressed
-    cache give. Gradients flow through the kept keys and values; the selection carries none.
+    A token of partition n attends to the sink, the kept KV of partitions up to n - 2, and partitions n - 1 and n up to
+    itself. One pass over a complete sequence gives, token by token, the same output as chunk-by-chunk prefill and
+    decoding with the compressed cache. Gradients flow through the kept keys and values, not through the selection.
 
     Args:
         q: queries [B, H, N, D].
-        k, v: keys and values [B, G, N, D] with their positions already encoded; H is a multiple of G.
+        k, v: keys and values [B, G, N, D], with position encoding applied; H is a multiple of G.
         config: sink size, lag size, retention, selection rule, backend.
-        document_lengths: tokens of each packed document, in order, summing to N and the same for every row of the
-            batch; each document starts at its own sink and sees nothing of the others. Default: one document.
+        document_lengths: tokens of each packed document, in order; they sum to N and are the same for every row of the
+            batch. Each document has its own sink and attends to no other document. Default: one document.
         scale: factor of the scores before the softmax; default 1 / sqrt(D).
-        layer: which layer of the model this is, for selection rules that go by it.
+        layer: index of the layer, for selection rules that depend on it.
 
     Returns:
-        [B, H, N, D], in the dtype of `q`; under `torch.autocast` in its dtype, to which q, k and v are cast as for
-        torch's own attention.
+        [B, H, N, D], in the dtype of `q`; under `torch.autocast` in its dtype, to which q, k and v are cast first.
 
     Raises:
-        LRSAError: shapes, dtypes or document lengths do not fit, or the backend does not run on the device.
+        LRSAError: shapes, dtypes or document lengths do not fit together, or the backend cannot run on the device.
 
     Source: LRSA, arXiv 2506.11498; selection by LagKV, arXiv 2504.04704.
     """
@@ -62,9 +62,9 @@ def lrsa_attention(
 
 
 def in_one_dtype(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Queries, keys and values in the dtype to attend in.
+    """Casts queries, keys and values to the dtype in which attention is computed.
 
-    Under autocast a rotary embedding gives queries and keys in fp32, and a linear layer gives values in bf16.
+    Under autocast a rotary embedding returns queries and keys in fp32, and a linear layer returns values in bf16.
     """
     device = tensors[0].device.type
     if torch.is_autocast_enabled(device) and all(x.dtype != torch.float64 for x in tensors):

@@ -1,13 +1,13 @@
 """The partition table: which keys each query sees, as integers that do not depend on the data.
 
-Vocabulary: sink, partition, lag reference, kept KV, history and window are those of the README. A *chunk* is the run of
-queries of one document that share their history and the start of their window. The kept buffer is laid out, for each
-document that has a history, as
+Sink, partition, lag reference, kept KV, history and window are defined in the README. A *chunk* is a run of queries of
+one document that share their history and the start of their window. The kept buffer holds, for each document that has
+a history,
 
     [sink | kept KV of partition 0 | kept KV of partition 1 | ...]
 
-and a query at token t of a chunk sees exactly two intervals: `[hist_lo, hist_hi)` of the kept buffer and `[win_lo, t]`
-of the tokens. Selection, mask, sequence parallelism and cache all read this one table.
+A query at token t of a chunk sees exactly two intervals: `[hist_lo, hist_hi)` of the kept buffer and `[win_lo, t]` of
+the tokens. Selection, mask, sequence parallelism and cache all use this one table.
 """
 
 from collections.abc import Iterable, Sequence
@@ -34,7 +34,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class KeptDocument:
-    """A document long enough to have a history: where its tokens and its part of the kept buffer begin."""
+    """A document long enough to have a history: its first token, and the first slot of its part of the kept buffer."""
 
     start: int
     num_partitions: int
@@ -43,9 +43,9 @@ class KeptDocument:
 
 @dataclass(frozen=True, eq=False)
 class PartitionTable:
-    """The layout of one packed sequence. All positions count tokens of the sequence or slots of the kept buffer.
+    """The layout of one packed sequence. Positions are tokens of the sequence, or slots of the kept buffer.
 
-    `buffer_size` is the number of slots, alignment gaps included; no query sees a gap.
+    `buffer_size` is the number of slots, including alignment gaps, which no query sees.
     """
 
     document_lengths: tuple[int, ...]
@@ -72,7 +72,7 @@ class PartitionTable:
 
     @property
     def num_pairs(self) -> int:
-        """Pairs of a query and a key that it sees."""
+        """Number of pairs of a query and a key that it sees."""
         lengths = [(c.q_hi - c.q_lo, c) for c in self.chunks]
         return sum(n * (c.hist_hi - c.hist_lo + c.q_lo - c.win_lo) + n * (n + 1) // 2 for n, c in lengths)
 
@@ -84,8 +84,8 @@ class PartitionTable:
 def intervals_of(chunks: Sequence[Chunk], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`hist_lo`, `hist_hi` and `win_lo` of every query of consecutive chunks: three int32 tensors [N].
 
-    Layouts are computed chunk by chunk and spread over the queries only here, on the device: operations on long tensors
-    of the CPU would wait for each other where several ranks share its cores.
+    Layouts are computed per chunk and expanded to queries only here, on the device: on the CPU, operations on long
+    tensors would slow each other down when several ranks share its cores.
     """
     rows = torch.tensor([(c.hist_lo, c.hist_hi, c.win_lo) for c in chunks], dtype=torch.int32).to(device)
     lengths = torch.tensor([c.q_hi - c.q_lo for c in chunks]).to(device)
@@ -113,8 +113,8 @@ def num_compressed_partitions(num_tokens: int, config: LRSAConfig) -> int:
 def num_held(num_tokens: int, config: AnyConfig) -> float:
     """Entries of a cache for each layer and KV head after `num_tokens` tokens of one document.
 
-    S + K (floor((n - S) / L) - 1) + L + (n - S) mod L for n >= S + 2L tokens, and all n before; the mean over the
-    layers where they differ.
+    n for n < S + 2L tokens, else S + K (floor((n - S) / L) - 1) + L + (n - S) mod L (LagKV, arXiv 2504.04704). The mean
+    over the layers if their settings differ.
     """
     dropped = [num_compressed_partitions(num_tokens, c) * (c.lag_size - c.num_kept) for c in config.layers]
     return num_tokens - mean_of(dropped)
@@ -130,19 +130,19 @@ def most_held(max_tokens: int, config: LRSAConfig) -> int:
 
 
 def mean_of(counts: Sequence[float]) -> float:
-    """The mean; a whole number where it is one."""
+    """The mean; an int if it is a whole number."""
     total = sum(counts)
     return total / len(counts) if total % len(counts) else total // len(counts)
 
 
 def cache_factor(lengths: Iterable[int], config: AnyConfig) -> float:
-    """How many times smaller the caches of documents of these lengths are: sum of tokens seen / sum of entries held."""
+    """How many times smaller the caches of such documents are: sum of tokens seen / sum of entries held."""
     lengths = list(lengths)
     return sum(lengths) / sum(num_held(length, config) for length in lengths)
 
 
 def room_in_chunk(num_tokens: int, config: AnyConfig) -> int:
-    """Tokens that may follow `num_tokens` before the next chunk begins, in any layer, which would see less."""
+    """Tokens that may follow `num_tokens` tokens before the next chunk begins in some layer."""
     return min(_room_in_chunk(num_tokens, c) for c in config.layers)
 
 
@@ -158,12 +158,12 @@ def partition_table(document_lengths: tuple[int, ...], config: LRSAConfig, align
     """The table of one packed sequence under `config`; dense causal attention per document if everything is kept.
 
     Args:
-        document_lengths: tokens of each document, in order; each starts at its own sink.
-        align: the first kept slot of every document falls on a multiple of this, so that a block-sparse kernel meets
-            few partly covered blocks.
+        document_lengths: tokens of each document, in order; each document has its own sink.
+        align: the first slot of kept KV of every document is a multiple of this, so that a block-sparse kernel has few
+            blocks that are seen in part.
 
     Raises:
-        LRSAError: there is no document, or one is empty.
+        LRSAError: there is no document, or a document is empty.
     """
     require(
         len(document_lengths) > 0 and min(document_lengths) > 0,
@@ -178,8 +178,8 @@ def _build(lengths: tuple[int, ...], config: LRSAConfig, align: int, is_dense: b
     chunks, kept_documents = [], []
     token, slot = 0, 0
     for length in lengths:
-        # The first S + 2L tokens see all that precedes them: sink, partition 0 and partition 1 are contiguous, so their
-        # history is part of the window. A document without more, and every document of dense attention, ends there.
+        # The first S + 2L tokens see all tokens before them: sink, partition 0 and partition 1 are contiguous, so their
+        # history is part of the window. Shorter documents, and all documents of dense attention, end there.
         head = length if is_dense else min(length, config.dense_prefix_size)
         chunks.append(Chunk(token, token + head, 0, 0, token))
         num_partitions = -(-(length - head) // lag)  # chunk n >= 2 adds partition n - 2 to the history

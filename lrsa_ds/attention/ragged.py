@@ -1,7 +1,7 @@
-"""LRSA attention of rows that stand at different places of their documents, as prompts of different lengths do.
+"""LRSA attention of a batch whose rows are at different positions, such as prompts of different lengths.
 
-Each row is compressed on its own grid. Keys and values of all rows lie in one tensor, those of each row at its end, so
-that the next token of every row is appended in one place.
+Each row has its own partition grid. Keys and values of all rows are in one tensor, right-aligned, so that the next
+token of every row is appended in the same column.
 
 Shapes: B rows, H query heads, G KV heads, n columns of the pass, D head dim, A entries of the longest row.
 """
@@ -21,11 +21,11 @@ from lrsa_ds.lrsa_config import LRSAConfig
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Where the rows of a pass stand.
+    """The rows of a pass: how many tokens each has seen, and where its new tokens are.
 
     Args:
         seen: tokens of each row before the pass, without padding.
-        places: for each row the columns of the pass that hold its tokens, int64, ascending; the others are padding.
+        places: for each row, the columns of the pass with its tokens, int64, ascending; other columns are padding.
         num_columns: n.
     """
 
@@ -35,7 +35,7 @@ class Rows:
 
     @classmethod
     def of_mask(cls, seen: Sequence[int], is_token: torch.Tensor) -> "Rows":
-        """Those of a pass whose tokens are marked, bool [B, n]."""
+        """The rows of a pass whose tokens are marked in `is_token`, bool [B, n]."""
         return cls(tuple(seen), tuple(row.nonzero()[:, 0] for row in is_token), is_token.shape[1])
 
     @property
@@ -52,18 +52,18 @@ class Rows:
         return x[row : row + 1].index_select(2, self.places[row].to(x.device))
 
     def entries(self, config: LRSAConfig) -> list[int]:
-        """Keys that the last token of each row may see: what the cache holds of it, and the new ones."""
+        """Keys that the last token of each row may see: the entries of the cache and the new tokens."""
         return [int(num_held(seen, config)) + len(places) for seen, places in zip(self.seen, self.places, strict=True)]
 
 
 def pack_rows(rows: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Rows [1, G, length, D] in one tensor [B, G, A, D], each at its end, behind zeros."""
+    """Packs rows [1, G, length, D] into one tensor [B, G, A, D], right-aligned, with zeros before each."""
     longest = max(row.shape[2] for row in rows)
     return torch.cat([pad(row, (0, 0, longest - row.shape[2], 0)) for row in rows])
 
 
 def row_of(x: torch.Tensor, row: int, length: int) -> torch.Tensor:
-    """One row of a tensor of `pack_rows`: [1, G, length, D]."""
+    """One row of a tensor from `pack_rows`: [1, G, length, D]."""
     return x[row : row + 1, :, x.shape[2] - length :]
 
 
@@ -76,14 +76,14 @@ def ragged_attention(
     scale: float | None = None,
     layer: int = 0,
 ) -> torch.Tensor:
-    """What `cached_attention` gives to each row alone.
+    """`cached_attention` of each row by itself.
 
     Args:
         q: queries of the new columns, [B, H, n, D].
-        k, v: [B, G, A, D], of each row at its end: what `LagKVCache` holds of it, and its new tokens.
+        k, v: [B, G, A, D], right-aligned: for each row the entries of `LagKVCache` and its new tokens.
 
     Returns:
-        [B, H, n, D]; zeros where there is padding.
+        [B, H, n, D]; zeros in padding.
     """
     q, k, v = in_one_dtype(q, k, v)
     entries = rows.entries(config)

@@ -1,4 +1,4 @@
-"""Kernels of interval attention: the table, the readable one first and the fastest last.
+"""Kernels of interval attention: the table, from the readable kernel to the fastest.
 
 To add a kernel, write a file with a function like `interval_attention` and add it here with its traits.
 """

@@ -1,6 +1,6 @@
-"""Blocks of queries and keys for block-sparse kernels, from the intervals that the queries see: integers only.
+"""Blocks of queries and keys for block-sparse kernels, computed from the intervals of the queries: integers only.
 
-No mask is evaluated element by element. The smallest and largest ends of the intervals of a block of queries tell
+No mask is evaluated element by element. The smallest and largest ends of the intervals of a block of queries show
 whether these queries see a block of keys in full, in part or not at all.
 """
 
@@ -16,11 +16,11 @@ from lrsa_ds.attention.partition import Chunk, PartitionTable, cut
 BLOCK = 128
 # The size of the history is rounded up to one of this many sizes, so that few shapes are compiled.
 BUFFER_SIZES = 16
-# A sequence has at most this many copies of its history.
+# Maximum number of copies of the history for one sequence.
 MOST_COPIES = 8
 # Programs (thread blocks) that an H100 runs at once.
 PROGRAMS = 132
-# Queries whose gradients (fp32, 128 channels) fit into the 50 MB of an H100's L2 cache, with room for other data.
+# Queries whose gradients (fp32, 128 channels) fit in the 50 MB L2 cache of an H100, with room for other data.
 QUERIES_UNDER_WAY = 65536
 # Bounds of `queries_a_copy`. Measured on an H100: copies for 4 or 8 times as many queries as the upper bound were 2 to
 # 5 % slower; copies for fewer queries than the lower bound were no faster.
@@ -32,7 +32,7 @@ LEAST_TOKENS_AHEAD = 16384
 
 @dataclass(frozen=True)
 class Copies:
-    """The history as a kernel reads it: the slots `[lo, hi)` of the kept buffer for each part, one after the other.
+    """The history as a kernel reads it: for each part, the slots `[lo, hi)` of the kept buffer, concatenated.
 
     `size` is the number of slots read. It includes padding at the end, which no query sees.
     """
@@ -45,14 +45,14 @@ class Copies:
         return sum(hi - lo for lo, hi in self.parts)
 
     def offsets(self) -> list[int]:
-        """The first slot of each part in the history as read."""
+        """The first slot of each part in the concatenated history."""
         return [sum(hi - lo for lo, hi in self.parts[:i]) for i in range(len(self.parts))]
 
     def of(self, kept: torch.Tensor) -> torch.Tensor:
-        """The history to read, [..., size, D], from the kept buffer [..., R, D]; differentiable."""
+        """The history, [..., size, D], read from the kept buffer [..., R, D]; differentiable."""
         pieces = [kept[..., lo:hi, :] for lo, hi in self.parts]
         missing = self.size - self.num_copied
-        # Zeros, since a kernel multiplies what no query sees by a weight of 0.
+        # Zeros, since a kernel multiplies keys that no query sees by a weight of 0.
         return torch.cat([*pieces, kept.new_zeros(*kept.shape[:-2], missing, kept.shape[-1])], dim=-2)
 
     def slots(self, device: torch.device) -> torch.Tensor:
@@ -72,11 +72,11 @@ def padded_buffer_size(table: PartitionTable) -> int:
 
 
 def queries_ahead(table: PartitionTable) -> int:
-    """Number of queries before the first block, so that blocks begin where the chunks of the longest document begin.
+    """Number of queries before the first block, chosen so that blocks begin where chunks of the longest document begin.
 
-    Two things cost time otherwise: a block of queries that spans two chunks sees the windows of both, and a window that
-    begins inside a block of keys sees that block in part. The number is 0 for short sequences, and where a chunk is not
-    a whole number of blocks. None of the queries ahead has a history: history begins after more than two blocks.
+    Otherwise time is lost twice: a block of queries that spans two chunks sees the windows of both, and a window that
+    begins inside a block of keys sees that block in part. The number is 0 for short sequences, and if a chunk is not a
+    whole number of blocks. Queries ahead never have a history: it begins after more than two blocks.
     """
     if table.lag_size % BLOCK or not table.kept_documents or table.num_tokens < LEAST_TOKENS_AHEAD:
         return 0
@@ -88,9 +88,9 @@ def queries_a_copy(table: PartitionTable) -> int:
     """Number of queries that share one copy of the history, a power of two.
 
     In the backward pass the program with the most work loops over all queries of one copy. While it runs, the other
-    programs work on the queries of other copies, and the gradients of all these queries should stay in the L2 cache.
-    `share_of_programs` estimates how much of the GPU the programs of one copy occupy: the larger it is, the fewer
-    copies are in work at the same time, and the more queries each copy may have.
+    programs process queries of other copies, and the gradients of all these queries should stay in the L2 cache.
+    `share_of_programs` estimates which share of the GPU the programs of one copy occupy: the larger it is, the fewer
+    copies are processed at the same time, and the more queries each copy may have.
     """
     share_of_programs = table.num_pairs / table.num_tokens / BLOCK / PROGRAMS
     count = LEAST_QUERIES_A_COPY
@@ -102,20 +102,21 @@ def queries_a_copy(table: PartitionTable) -> int:
 def copy_history(chunks: Sequence[Chunk], table: PartitionTable, ahead: int = 0) -> tuple[list[Chunk], Copies]:
     """Gives each run of `queries_a_copy` queries its own copy of the part of the history that they see.
 
-    Nearly all later queries see a kept key: tens of thousands. Without copies, one program of the backward pass would
-    loop over all of them. It would run much longer than the programs of the window, and the queries and gradients in
-    use would not fit into the GPU's L2 cache. With copies each program loops over the queries of one run only.
+    Later queries nearly all see the kept KV of early partitions. Without copies, one program of the backward pass would
+    loop over all of these queries, tens of thousands. It would run much longer than the programs of the window, and
+    the queries and gradients in use would not fit in the L2 cache. With copies each program loops over the queries of
+    one run only.
 
     Args:
         chunks: of consecutive queries, from 0 on; their `hist_lo` and `hist_hi` are slots of the kept buffer.
-        table: of the whole sequence that the chunks belong to.
+        table: of the complete sequence that the chunks belong to.
         ahead: queries before the first block, which have no history. The size of the copies is a whole number of
-            blocks less `ahead`: if the tokens follow the copies, the first block of keys after the first `ahead` tokens
-            begins with the same token as the first block of queries.
+            blocks minus `ahead`. So if the tokens follow the copies, blocks of keys begin with the same tokens as
+            blocks of queries.
 
     Returns:
         The chunks, cut at the ends of the runs, with `hist_lo` and `hist_hi` as slots of the copies; and the copies.
-        Their size takes few values, so that few shapes are compiled.
+        The size takes few different values, so that few shapes are compiled.
     """
     num_queries = chunks[-1].q_hi
     run = max(queries_a_copy(table), in_blocks(-(-num_queries // MOST_COPIES)))
@@ -157,15 +158,15 @@ def block_cover(rows: torch.Tensor, num_keys: int) -> tuple[torch.Tensor, torch.
 
     Returns:
         Two disjoint bool tensors [query blocks, key blocks]: seen in part, seen in full. Where a block of queries spans
-        two documents, the first may include a few blocks that no query sees; the mask hides them. A last block of keys
-        that is not whole is always in the first, so that blocks of the second need no check for the end of the keys.
+        two documents, the first may include a few blocks that no query sees; the mask hides them. An incomplete last
+        block of keys is never in the second, so blocks of the second need no check for the end of the keys.
     """
     a_lo, a_hi, b_lo, b_hi = rows.view(4, -1, BLOCK).unbind()
     first = torch.arange(0, num_keys, BLOCK, device=rows.device)[None]
     last = first + BLOCK
     some, whole = torch.zeros(2, len(a_lo), first.shape[1], dtype=torch.bool, device=rows.device)
     for lo, hi in ((a_lo, a_hi), (b_lo, b_hi)):
-        # An empty interval stays out of the union, and makes the intersection empty.
+        # An empty interval does not extend the union, and makes the intersection empty.
         empty = hi <= lo
         union_lo = lo.masked_fill(empty, num_keys).amin(1, keepdim=True)
         union_hi = hi.masked_fill(empty, 0).amax(1, keepdim=True)
@@ -177,9 +178,10 @@ def block_cover(rows: torch.Tensor, num_keys: int) -> tuple[torch.Tensor, torch.
 
 
 def as_lists(blocks: torch.Tensor, descending: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """A block matrix [rows, columns] as lists: the count of each row, and its columns, those that are set first.
+    """A block matrix [rows, columns] as lists: for each row the number of blocks that are set, and all columns, those
+    that are set first.
 
-    Columns ascend, or descend with `descending`.
+    These columns ascend, or descend with `descending`.
 
     Returns:
         int32 [1, 1, rows] and [1, 1, rows, columns].

@@ -1,7 +1,7 @@
 """Interval attention on flash-attn-4's block-sparse kernels for NVIDIA Hopper (the extra `fa4`).
 
-Blocks that queries see in full run unmasked; in the others the mask compares the key with the ends of the query's
-intervals, which it reads from tensors: one compilation serves every layout. flash-attn-4 is called with [B, N, H, D].
+Blocks that queries see in full run without a mask. In the others the mask compares keys with the ends of the
+intervals, which it reads from tensors, so one compilation serves all layouts. flash-attn-4 takes [B, N, H, D].
 """
 
 import importlib.metadata
@@ -17,11 +17,11 @@ from lrsa_ds.attention.kernels.interval import Intervals, sees
 if TYPE_CHECKING:
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
 
-RELEASE = "4.0.0b36"  # whose functions are called below the public one; the same in pyproject.toml
+RELEASE = "4.0.0b36"  # pinned, also in pyproject.toml: functions below the public interface are called
 
 
 def what_fa4_misses(device: torch.device) -> str | None:
-    """What stands against flash-attn-4 on a CUDA device, whatever the tensors, or None."""
+    """Why flash-attn-4 cannot run on a CUDA device, whatever the tensors; None if it can."""
     capability = torch.cuda.get_device_capability(device)
     if capability[0] != 9:
         return f"it is used on Hopper (compute capability 9.0), and this GPU has {capability[0]}.{capability[1]}"
@@ -41,15 +41,15 @@ def _installed_release() -> str | None:
 def fa4_interval_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, intervals: Intervals, scale: float | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same function as `interval_attention`. Shapes as there; the table says what it takes."""
+    """The same function as `interval_attention`, with the same shapes; the table of kernels has its limits."""
     return _Attention.apply(q, k, v, intervals, scale)
 
 
 class _Attention(torch.autograd.Function):
-    """flash-attn-4's own function, for queries that begin in the midst of a tensor.
+    """flash-attn-4's autograd function, for queries that do not begin at the start of their tensor.
 
-    It calls what flash-attn-4 calls, whose release is pinned: through the public function the queries ahead and those
-    in blocks would have to be put together by copies, of the output and of both gradients.
+    It calls functions below the public interface: through the public function, output and gradients of the queries
+    ahead and of the queries in blocks would have to be concatenated, which copies them.
     """
 
     @staticmethod
@@ -121,7 +121,7 @@ def _attend_ahead(q, k, v, layout: "_BlockLayout", scale: float, out: torch.Tens
 
 
 def _add_gradients_ahead(q, k, v, layout: "_BlockLayout", scale: float, grad_out, grad_lse, gradients) -> None:
-    """Writes the gradients of the queries ahead and adds those of the keys and values that they see."""
+    """Writes the gradients of the queries ahead, and adds those of the keys and values that they see."""
     (ahead, _), keys, visible = layout.split, layout.keys_ahead, layout.visible_ahead
     assert visible is not None
     parts = q_, k_, v_ = [x.detach().requires_grad_() for x in (q[:, :, ahead], k[:, :, keys], v[:, :, keys])]
@@ -135,7 +135,7 @@ def _add_gradients_ahead(q, k, v, layout: "_BlockLayout", scale: float, grad_out
 
 
 def _attend_densely(q, k, v, visible: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of a few queries to a few keys; `visible` [queries, keys] says who sees whom."""
+    """Attention of a few queries over a few keys; `visible` [queries, keys] is the mask."""
     k, v = (x.float().repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     scores = (q.float() @ k.mT * scale).masked_fill(~visible, -torch.inf)
     return (scores.softmax(-1) @ v).to(q.dtype), scores.logsumexp(-1)
@@ -143,14 +143,14 @@ def _attend_densely(q, k, v, visible: torch.Tensor, scale: float) -> tuple[torch
 
 @dataclass(frozen=True)
 class _BlockLayout:
-    """What flash-attn-4 is told of the intervals, which are queries ahead and queries in blocks."""
+    """The input of flash-attn-4 for given intervals; queries are either ahead or in blocks."""
 
-    split: tuple[slice, slice]  # the queries ahead, and those in blocks
+    split: tuple[slice, slice]  # queries ahead, and queries in blocks
     rows: list[torch.Tensor]  # the ends of the intervals of the queries in blocks
     by_query: "BlockSparseTensorsTorch"  # for the forward pass
     by_key: "BlockSparseTensorsTorch"  # for the backward pass
     keys_ahead: slice
-    visible_ahead: torch.Tensor | None  # bool [queries ahead, keys ahead]; None: there are none
+    visible_ahead: torch.Tensor | None  # bool [queries ahead, keys ahead]; None if there are none
 
 
 @lru_cache(maxsize=64)
@@ -169,7 +169,7 @@ def _block_layout(intervals: Intervals, num_keys: int) -> _BlockLayout:
     if count:
         assert window is not None, "queries ahead see a part of their window"
         visible_ahead = sees(window.lo[:count], window.hi[:count], keys.start, keys.stop)
-    # Backward, blocks of keys that end with the same queries walk from the last to the first, and so meet in the cache.
+    # In the backward pass, blocks of keys that end with the same queries run from last to first: L2 cache hits.
     return _BlockLayout(
         split=(slice(0, count), slice(count, None)),
         rows=list(rows.unbind()),
@@ -181,8 +181,8 @@ def _block_layout(intervals: Intervals, num_keys: int) -> _BlockLayout:
 
 
 def _short(blocks: torch.Tensor, descending: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `as_lists`, without the columns that no row fills."""
+    """As `as_lists`, without the columns that are unused in all rows."""
     counts, columns = as_lists(blocks, descending)
     columns = columns[..., : max(1, int(counts.max()))]
-    # A copy in any case, since flash-attn-4 wants a last stride of 1 even where there is a single column.
+    # Always a copy, since flash-attn-4 needs a last stride of 1 even for a single column.
     return counts, columns.clone(memory_format=torch.contiguous_format)

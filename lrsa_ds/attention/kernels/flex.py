@@ -1,7 +1,7 @@
 """Interval attention on FlexAttention: a block-sparse flash kernel, compiled on CUDA.
 
-The block mask comes from integers and is cached per layout. The kernel is compiled once per shape: the mask reads its
-intervals from tensors, so that another layout of the same shape compiles nothing.
+The block mask is computed from integers and cached per layout. The kernel is compiled once per shape: the mask reads
+the intervals from tensors, so another layout of the same shape needs no compilation.
 """
 
 from functools import lru_cache
@@ -16,24 +16,24 @@ from lrsa_ds.attention.kernels.interval import Intervals
 def flex_interval_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, intervals: Intervals, scale: float | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same function as `interval_attention`. Shapes as there."""
+    """The same function as `interval_attention`, with the same shapes."""
     attend = compiled_flex_attention() if q.is_cuda else flex_attention
     num_queries = q.shape[2]
     if num_queries < BLOCK:
-        # The kernel needs a whole block of queries: the missing ones see what the last one sees and are cut off again.
+        # The kernel needs a whole block of queries. Padding sees what the last query sees, and is removed again.
         q = torch.nn.functional.pad(q, (0, 0, 0, BLOCK - num_queries))
     mask = _block_mask(intervals, q.shape[2], k.shape[2])
     gqa = q.shape[1] != k.shape[1]
     out, aux = attend(q, k, v, block_mask=mask, scale=scale, enable_gqa=gqa, return_aux=AuxRequest(lse=True))
-    assert aux.lse is not None  # it was asked for
+    assert aux.lse is not None  # requested by AuxRequest
     return out[:, :, :num_queries], aux.lse[:, :, :num_queries]
 
 
 @lru_cache(maxsize=1)
 def compiled_flex_attention():
-    """FlexAttention, compiled anew for every shape and never for another layout of the same shape."""
-    # Beyond the limit dynamo would fall back to the eager version, which holds the full score matrix: fullgraph makes
-    # that an error, and a higher limit leaves room for several models, lengths and gradient modes.
+    """FlexAttention, compiled for every shape, but not again for another layout of the same shape."""
+    # Beyond its limit of compilations, dynamo falls back to the eager version, which stores all scores: fullgraph makes
+    # that an error, and the higher limit leaves room for several models, lengths and gradient modes.
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 

@@ -1,7 +1,7 @@
-"""Attention in which every query sees one or two intervals of the keys, with the log-sum-exp that merges two parts.
+"""Attention in which every query sees one or two intervals of the keys, with log-sum-exp to merge two parts.
 
-LRSA's mask is of this kind: history and window (`buffered.py`). Sequence parallelism computes the two in different
-places and joins them by their log-sum-exp. Shapes: B batch, H query heads, G KV heads, N queries, M keys, D head dim.
+LRSA's mask has this form: history and window (`buffered.py`). Sequence parallelism may compute the two in different
+places and merge them by their log-sum-exp. Shapes: B batch, H query heads, G KV heads, N queries, M keys, D head dim.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ QUERIES_AT_ONCE = 512
 
 @dataclass(frozen=True)
 class Ahead:
-    """The first `count` queries of a sequence, which see nothing but the keys `first_key <= j < first_key + count`."""
+    """The first `count` queries of a sequence, which see only keys `j` with `first_key <= j < first_key + count`."""
 
     count: int
     first_key: int
@@ -23,10 +23,10 @@ class Ahead:
 
 @dataclass(frozen=True, eq=False)
 class Intervals:
-    """Query i sees keys `lo[i] <= j < hi[i]`, and those of `also`, if given, which are others.
+    """Query i sees the keys `lo[i] <= j < hi[i]` and those of `also`, if given; the two do not overlap.
 
-    int32 tensors [N]. Compared by identity, so that caches may hold it. A kernel that computes in blocks may attend
-    the queries `ahead` on their own and let its blocks begin behind them, where more of them are seen in full.
+    int32 tensors [N]. Compared by identity, so that they can be keys of caches. A kernel that computes in blocks may
+    process the queries `ahead` separately and start its blocks after them: then more blocks are seen in full.
     """
 
     lo: torch.Tensor
@@ -38,11 +38,11 @@ class Intervals:
 def interval_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, intervals: Intervals, scale: float | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each query of q [B, H, N, D] attends to what it sees of k, v [B, G, M, D]: the readable form.
+    """Attention of q [B, H, N, D] over the keys that each query sees of k, v [B, G, M, D]: the readable form.
 
     Returns:
         Output [B, H, N, D] in the dtype of `q`, and log-sum-exp of the scaled scores, fp32 [B, H, N]. A query that sees
-        nothing gets output 0 and log-sum-exp -inf, and gives no gradient.
+        no key has output 0, log-sum-exp -inf, and no gradient.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     group = q.shape[1] // k.shape[1]
@@ -50,7 +50,7 @@ def interval_attention(
     outputs, lses = [], []
     for rows in torch.arange(q.shape[2], device=q.device).split(QUERIES_AT_ONCE):
         ends = [(part.lo[rows], part.hi[rows]) for part in parts]
-        # The keys that any of the queries sees in each part; both parts may take the same key, and one of them sees it.
+        # The keys that any of these queries sees, for each part. Both may include the same key; a query sees it in one.
         spans = [_span(lo, hi) for lo, hi in ends]
         keys, values = (
             torch.cat([x[:, :, first:last] for first, last in spans], dim=2).repeat_interleave(group, dim=1)
@@ -59,7 +59,7 @@ def interval_attention(
         visible = torch.cat([sees(*pair, *span) for pair, span in zip(ends, spans, strict=True)], dim=1)
         empty = ~visible.any(dim=1)
         scores = (q[:, :, rows].float() @ keys.float().mT) * scale
-        # Rows that see nothing keep finite scores, so that no NaN arises, and are cleared afterwards.
+        # Queries that see no key keep finite scores, which avoids NaN, and are cleared afterwards.
         scores = scores.masked_fill(~visible & ~empty[:, None], -torch.inf)
         outputs.append((scores.softmax(-1) @ values.float()).masked_fill(empty[:, None], 0).to(q.dtype))
         lses.append(scores.logsumexp(-1).masked_fill(empty, -torch.inf))
@@ -67,13 +67,13 @@ def interval_attention(
 
 
 def sees(lo: torch.Tensor, hi: torch.Tensor, first: int, last: int) -> torch.Tensor:
-    """Which of the keys `first` to `last` each query sees: bool [N, last - first]."""
+    """Which of the keys in [first, last) each query sees: bool [N, last - first]."""
     key_index = torch.arange(first, last, device=lo.device)
     return (key_index >= lo[:, None]) & (key_index < hi[:, None])
 
 
 def _span(lo: torch.Tensor, hi: torch.Tensor) -> tuple[int, int]:
-    """The least interval that holds all non-empty ones, of one key at least."""
+    """The smallest interval that contains all non-empty intervals; at least one key long."""
     full = hi > lo
     if not full.any():
         return 0, 1
@@ -83,9 +83,9 @@ def _span(lo: torch.Tensor, hi: torch.Tensor) -> tuple[int, int]:
 def merge(
     first: tuple[torch.Tensor, torch.Tensor], second: tuple[torch.Tensor, torch.Tensor], dtype: torch.dtype
 ) -> torch.Tensor:
-    """Attention over the keys of both parts, from the output and log-sum-exp of each, in fp32; differentiable.
+    """Attention over the keys of two parts, from the output and log-sum-exp of each, in fp32; differentiable.
 
-    Every query must see something in `first`; it may see nothing in `second`.
+    Every query must see a key in `first`; it may see none in `second`.
     """
     combine = _compiled_merge() if first[0].is_cuda else _merge
     return combine(*first, *second, dtype)
@@ -93,7 +93,7 @@ def merge(
 
 @lru_cache(maxsize=1)
 def _compiled_merge():
-    """One kernel each way, instead of a dozen that each read and write fp32 copies."""
+    """One kernel per direction, instead of a dozen that each read and write fp32 copies."""
     return torch.compile(_merge, dynamic=False, fullgraph=True)
 
 

@@ -1,4 +1,4 @@
-"""What the code that calls a kernel of interval attention has to know of it, and the choice of one."""
+"""The traits of a kernel of interval attention, which its callers depend on, and the choice of a kernel."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,15 +24,15 @@ class Kernel:
 
     Args:
         attend: the same function as `interval_attention`.
-        is_readable: whether it is there to be read and compared with. A whole sequence is then attended chunk by chunk,
-            without a kept buffer, and the selection is that in PyTorch.
-        wants_whole_blocks: whether it is faster where keys, kept buffer and halos come in whole blocks.
-        skips_queries_ahead: whether it may begin its blocks behind the `Intervals.ahead`.
-        has_lse_gradient: whether gradients flow through the log-sum-exp, by which two parts are merged.
+        is_readable: whether it is written to be read and compared with. A complete sequence is then processed chunk by
+            chunk, without a kept buffer, and the selection runs in PyTorch.
+        wants_whole_blocks: whether it is faster if keys, kept buffer and halos are whole numbers of blocks.
+        skips_queries_ahead: whether it may start its blocks after `Intervals.ahead`.
+        has_lse_gradient: whether gradients flow through the log-sum-exp, which merges two parts.
         devices: types of devices that it runs on; None: all.
-        dtypes, head_dims: those that it takes; None: all.
-        min_head_dim: the smallest head dim that it takes.
-        what_is_missing: what else stands against it on a device of the right type, such as a package; None: nothing.
+        dtypes, head_dims: those that it supports; None: all.
+        min_head_dim: the smallest head dim that it supports.
+        what_is_missing: returns another reason why it cannot run on a device, such as a missing package, or None.
     """
 
     attend: IntervalAttention
@@ -50,7 +50,7 @@ class Kernel:
         return self.devices is None or device.type in self.devices
 
     def why_not(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-        """What stands against the kernel for such tensors, or None."""
+        """Why the kernel cannot run on such tensors; None if it can."""
         if self.devices is not None and not self.runs_on(device):
             return f"it needs a {' or '.join(map(str.upper, self.devices))} device, and this is {device}"
         if (missing := self.what_is_missing(device)) is not None:
@@ -72,15 +72,15 @@ def choose_kernel(
     has_history: bool = True,
     needs_lse_gradient: bool = False,
 ) -> Kernel:
-    """The kernel for such tensors; "auto" is the last one of the table that can take them.
+    """The kernel for such tensors; "auto" is the last one of the table that can run on them.
 
     Args:
-        has_history: whether some query has a history. Without one a readable kernel is the fastest: it makes one plain
+        has_history: whether any query has a history. If not, a readable kernel is the fastest: it makes one plain
             causal call for each document, for which SDPA has dense kernels.
-        needs_lse_gradient: whether the caller merges by the log-sum-exp.
+        needs_lse_gradient: whether the caller merges parts by their log-sum-exp.
 
     Raises:
-        LRSAError: the kernel that the settings name cannot.
+        LRSAError: the kernel that the settings name cannot run on them.
     """
 
     def reason(kernel: Kernel) -> str | None:

@@ -1,7 +1,7 @@
 """Selection rules: which tokens of each partition are kept.
 
-To add a rule, write a file with a function from `Candidates` to scores and add it to the table below; or, outside this
-package, call `lrsa_ds.register_selection`. Training, sequence parallelism, cache and evaluation follow.
+To add a rule, write a file with a function from `Candidates` to scores and add it to the table below. Outside of this
+package, call `lrsa_ds.register_selection`. Training, sequence parallelism, cache and evaluation need no change.
 """
 
 from lrsa_ds.attention.selection.key_norm import KEY_NORM

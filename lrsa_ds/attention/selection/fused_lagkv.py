@@ -1,7 +1,7 @@
 """LagKV's selection in two Triton kernels.
 
-The readable form is `lagkv.py`. Both score in fp32 from the same keys and values, and break ties alike; where sums
-are rounded in another order, two scores that differ by less than that may change places. Shapes as there.
+The readable form is `lagkv.py`. Both compute fp32 scores from the same keys and values, and break ties alike. They sum
+in another order, so scores that differ only by rounding may be ranked differently. Shapes as there.
 """
 
 import importlib.util
@@ -11,7 +11,7 @@ import torch
 from lrsa_ds.attention.selection.rule import Partitions
 from lrsa_ds.lrsa_config import LRSAConfig
 
-# Elements that a program holds at once: on an H100, 32,768 took 0.77 of the time of 8,192.
+# Elements that a program processes at once: on an H100, 32,768 took 0.77 of the time of 8,192.
 TILE = 32768
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -25,10 +25,10 @@ if HAS_TRITON:
         copied_k, copied_v, copied_rows, first_row,
         lag: tl.constexpr, dim: tl.constexpr, TOKENS: tl.constexpr, DIM: tl.constexpr, COPY: tl.constexpr,
     ):  # fmt: skip
-        """Deviation of each token of a partition over its channels, normalised by the lag reference: [2, B * G, P, L].
+        """Standard deviation of each token over its channels, normalised by the lag reference: [2, B * G, P, L].
 
-        Keys first, then values. With COPY the tokens of the partitions are copied to [B * G, copied_rows, D] behind
-        `first_row` rows, since they are read anyway.
+        Keys first, then values. With COPY, the tokens of the partitions are also written to [B * G, copied_rows, D],
+        after the first `first_row` rows, since they are read anyway.
         """
         head, partition, which = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
         tokens, channels = tl.arange(0, TOKENS), tl.arange(0, DIM)
@@ -46,7 +46,7 @@ if HAS_TRITON:
             values = tl.load(base + (start + lag + first + tokens)[:, None] * stride_n, mask=inside).to(tl.float32)
             low = tl.minimum(low, tl.min(tl.where(inside, values, float("inf")), axis=0))
             high = tl.maximum(high, tl.max(tl.where(inside, values, float("-inf")), axis=0))
-        # A channel that is constant in the reference gives no scale to measure by: it counts as 0.
+        # A channel that is constant in the reference cannot be normalised: it counts as 0.
         spread = tl.where(high > low, high - low, float("inf"))
         for first in range(0, lag, TOKENS):
             inside = (first + tokens < lag)[:, None] & is_channel[None, :]
@@ -57,7 +57,7 @@ if HAS_TRITON:
             scaled = tl.where(inside, (values.to(tl.float32) - low[None, :]) / spread[None, :], 0.0)
             centred = tl.where(inside, scaled - (tl.sum(scaled, axis=1) / dim)[:, None], 0.0)
             deviation = tl.sqrt(tl.sum(centred * centred, axis=1) / (dim - 1))
-            # What overflows stands out most of all.
+            # A deviation that overflows becomes the largest one.
             deviation = tl.where(deviation < 3.4028234663852886e38, deviation, 3.4028234663852886e38)
             row = ((which * tl.num_programs(0) + head) * num_partitions + partition) * lag
             tl.store(out + row + first + tokens, deviation, mask=first + tokens < lag)
@@ -67,9 +67,10 @@ if HAS_TRITON:
         deviations, row_size, starts, slots, kept, kept_stride, slot_of, num_tokens, num_partitions,
         value_weight, lag: tl.constexpr, num_kept, LAG: tl.constexpr, INVERSE: tl.constexpr,
     ):  # fmt: skip
-        """Positions of the `num_kept` highest scores of a partition, ascending, from slot `slots[partition]` on.
+        """Writes the positions with the `num_kept` highest scores of a partition, ascending, to slot
+        `slots[partition]` and the next ones.
 
-        Ties go to the lower position. With INVERSE the slot of each kept token is written too.
+        Ties go to the lower position. With INVERSE, the slot of each kept token is written as well.
         """
         row, tokens = tl.program_id(0).to(tl.int64), tl.arange(0, LAG)
         is_token = tokens < lag
@@ -80,7 +81,7 @@ if HAS_TRITON:
             weight = tl.exp(deviation - tl.max(deviation, axis=0))
             share = weight / tl.sum(weight, axis=0)
             score += share if part == 0 else value_weight * share
-        # The bits of floats that are not negative are ordered as they are: find the num_kept-th largest bit by bit.
+        # Floats that are not negative are ordered like their bits: find the num_kept-th largest bit by bit.
         bits = tl.where(is_token, score.to(tl.int32, bitcast=True), -1)
         threshold = tl.zeros([1], tl.int32)
         for place in tl.static_range(31):
@@ -110,7 +111,7 @@ def fused_select_into(
     slot_of: torch.Tensor | None = None,
     copies: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
-    """See `FusedSelection`; `layer` makes no difference."""
+    """See `FusedSelection`; `layer` is not used."""
     starts_P, lag, num_tokens = partitions.starts, config.lag_size, k.shape[2]
     batch, heads, num_partitions = *k.shape[:2], len(partitions)
     num_rows = batch * heads * num_partitions
@@ -136,7 +137,7 @@ def fused_select_into(
         positions if slot_of is None else slot_of,
         num_tokens,
         num_partitions,
-        float(config.value_weight),  # a whole number would be compiled in
+        float(config.value_weight),  # an int would be compiled as a constant
         lag,
         config.num_kept,
         LAG=triton.next_power_of_2(lag),

@@ -1,4 +1,4 @@
-"""The keys of the lowest norm (arXiv 2406.11430), which attract attention; LagKV's authors compare with this rule."""
+"""Keeps the keys with the lowest norm, which attract attention (arXiv 2406.11430); LagKV's authors compare with it."""
 
 import torch
 
@@ -6,9 +6,9 @@ from lrsa_ds.attention.selection.rule import Candidates, SelectionRule
 
 
 def score(candidates: Candidates) -> torch.Tensor:
+    # Rotary embedding preserves norms: in the first layer a repeated token has the same norm except for rounding, which
+    # differs between passes. In bf16 such tokens tie.
     norms = candidates.keys.float().norm(dim=-1)
-    # Rotary embedding leaves the norm as it is: a token that comes twice has the same one in the first layer, but for
-    # rounding, which differs from pass to pass. In bf16 the two tie.
     return -norms.bfloat16().float()
 
 

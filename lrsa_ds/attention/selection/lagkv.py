@@ -1,4 +1,4 @@
-"""LagKV (arXiv 2504.04704, equations 5 to 9): how much a token stands out from the partition after its own."""
+"""LagKV (arXiv 2504.04704, equations 5 to 9): how much a token stands out from the next partition."""
 
 import torch
 
@@ -18,10 +18,10 @@ def lag_scores(partition: torch.Tensor, reference: torch.Tensor) -> torch.Tensor
     """
     low = reference.amin(dim=-2, keepdim=True).float()
     high = reference.amax(dim=-2, keepdim=True).float()
-    # A channel that is constant in the reference gives no scale to measure by: divided by infinity it counts as 0.
+    # A channel that is constant in the reference cannot be normalised: divided by infinity, it counts as 0.
     spread = torch.where(high > low, high - low, torch.inf)
     deviation = ((partition.float() - low) / spread).std(dim=-1)
-    # Near-constant channels can overflow fp32; such a token stands out most of all, and must not become NaN below.
+    # Nearly constant channels can overflow fp32: such a token gets the largest deviation instead of NaN.
     largest = torch.finfo(torch.float32).max
     return deviation.nan_to_num(nan=largest, posinf=largest).softmax(dim=-1)
 

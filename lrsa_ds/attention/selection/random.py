@@ -1,7 +1,7 @@
-"""Tokens at random: a control for rules that look at them.
+"""Keeps random tokens: a control for rules that read the tokens.
 
-The draw is a function of seed, layer, KV head and position in the document. So a training pass, a prefill and decoding
-keep the same tokens, and so does every rank.
+The draw is a function of seed, layer, KV head and position in the document. So a training pass, prefill and decoding
+keep the same tokens, on every rank.
 """
 
 import torch
@@ -12,14 +12,14 @@ BITS = 2**32 - 1
 
 
 def mix(x: torch.Tensor) -> torch.Tensor:
-    """Numbers of 32 bits, each mapped to another one without a pattern; int64, so that no product overflows."""
+    """Hashes numbers of 32 bits; int64, so that no product overflows."""
     for _ in range(2):
         x = ((x ^ (x >> 16)) * 0x45D9F3B) & BITS
     return x ^ (x >> 16)
 
 
 def random_rule(seed: int) -> SelectionRule:
-    """The rule that draws with `seed`, a number of 32 bits."""
+    """A rule that draws with `seed`, a number of 32 bits."""
 
     def score(candidates: Candidates) -> torch.Tensor:
         heads = torch.arange(candidates.num_heads, device=candidates.device)[:, None, None]

@@ -1,4 +1,4 @@
-"""What a selection rule is: a score of the tokens of each partition, and what it reads to make it.
+"""Selection rules: a score for the tokens of each partition, and the inputs that it reads.
 
 Shapes: B batch, G KV heads, P partitions, L lag size, D head dim, K kept per partition, R kept buffer slots, N tokens.
 """
@@ -13,20 +13,20 @@ from lrsa_ds.errors import LRSAError, require
 from lrsa_ds.lrsa_config import LRSAConfig
 from lrsa_ds.registry import SELECTION_RULES
 
-# What a rule may declare to read. "reference" is the lag reference of the keys or values that it reads beside it.
+# Inputs that a rule may declare. "reference" is the lag reference of the keys or values that it also declares.
 READABLE = ("keys", "values", "reference", "value_weight")
 
 
 @dataclass(frozen=True, eq=False)
 class Partitions:
-    """Partitions among whose tokens a rule selects: where they stand in the keys at hand, and in their documents.
+    """Partitions from which a rule selects tokens: their place in the given keys, and in their documents.
 
-    Each is followed by its lag reference in the keys at hand. `first` is the first start where the partitions are
-    adjacent, so that they need not be copied to be read.
+    Each is followed by its lag reference in these keys. `first` is the first start if the partitions are adjacent: then
+    they can be read without a copy.
     """
 
-    starts: torch.Tensor  # int64 [P]: position of the first token in the keys at hand
-    numbers: torch.Tensor  # int64 [P]: place of the partition in its document, from 0 on
+    starts: torch.Tensor  # int64 [P]: position of the first token in the given keys
+    numbers: torch.Tensor  # int64 [P]: number of the partition in its document, from 0 on
     first: int | None
 
     @classmethod
@@ -37,7 +37,7 @@ class Partitions:
 
     @classmethod
     def joined(cls, parts: Sequence["Partitions"]) -> "Partitions":
-        """Those of several documents, one after the other."""
+        """The partitions of several documents, concatenated."""
         if len(parts) == 1:
             return parts[0]
         return cls(torch.cat([p.starts for p in parts]), torch.cat([p.numbers for p in parts]), None)
@@ -57,10 +57,10 @@ class Partitions:
 
 
 class Candidates:
-    """The tokens of some partitions, as a rule reads them; what the rule did not declare cannot be read.
+    """The tokens of some partitions, as a rule reads them; inputs that the rule did not declare cannot be read.
 
-    `positions` and `layer` are there for every rule: they are the same in a training pass, a prefill and decoding, and
-    on every rank.
+    Every rule can read `positions` and `layer`: they are the same in a training pass, a prefill and decoding, and on
+    every rank.
     """
 
     def __init__(self, k: torch.Tensor, v: torch.Tensor, partitions: Partitions, config: LRSAConfig, layer: int):
@@ -68,34 +68,34 @@ class Candidates:
         self.num_heads, self.device = k.shape[1], k.device
         self._states, self._partitions, self._config = {"keys": k, "values": v}, partitions, config
         self._reads = SELECTION_RULES[config.selection].reads
-        # Partitions that are not adjacent are copied, so a copy serves its reference too.
+        # Partitions that are not adjacent are copied together with their reference, so the copy is reused.
         self._last: tuple[str, tuple[torch.Tensor, torch.Tensor]] | None = None
 
     @property
     def positions(self) -> torch.Tensor:
-        """Of the tokens in their document, int64 [P, L]."""
+        """Positions of the tokens in their document, int64 [P, L]."""
         lag = self._config.lag_size
         starts = self._config.sink_size + lag * self._partitions.numbers
         return starts[:, None] + torch.arange(lag, device=self.device)
 
     @property
     def keys(self) -> torch.Tensor:
-        """[B, G, P, L, D], with their positions encoded."""
+        """[B, G, P, L, D], with position encoding applied."""
         return self._read("keys", 0)
 
     @property
     def values(self) -> torch.Tensor:
-        """[B, G, P, L, D]; their D may differ from that of the keys."""
+        """[B, G, P, L, D]; D may differ from that of the keys."""
         return self._read("values", 0)
 
     @property
     def key_reference(self) -> torch.Tensor:
-        """The keys of the partition after each, [B, G, P, L, D]."""
+        """The keys of the lag reference of each partition, [B, G, P, L, D]."""
         return self._read("keys", 1)
 
     @property
     def value_reference(self) -> torch.Tensor:
-        """The values of the partition after each, [B, G, P, L, D]."""
+        """The values of the lag reference of each partition, [B, G, P, L, D]."""
         return self._read("values", 1)
 
     @property
@@ -120,7 +120,7 @@ class Candidates:
 
 
 class FusedSelection(Protocol):
-    """The fused GPU path of a rule."""
+    """The fused GPU kernels of a rule."""
 
     def __call__(
         self,
@@ -134,26 +134,26 @@ class FusedSelection(Protocol):
         slot_of: torch.Tensor | None = None,
         copies: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
-        """Writes the positions kept of each partition into `positions` int64 [B, G, R], from slot `slots_P[p]` on.
+        """Writes the kept positions of each partition to `positions`, int64 [B, G, R], from slot `slots_P[p]` on.
 
         Args:
             k, v: keys and values of one shape, [B, G, N, D], on a GPU.
-            slot_of: int32 [B, G, N], if given: the slot of each kept token is written there.
-            copies: of keys and values, [B, G, C + N, D] each and contiguous, if given: the tokens of the partitions
-                are copied to their places behind the first C rows.
+            slot_of: int32 [B, G, N], optional: the slot of each kept token is written to it.
+            copies: of keys and values, [B, G, C + N, D] each and contiguous, optional: the tokens of the partitions
+                are copied to their places after the first C rows.
         """
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SelectionRule:
-    """How the tokens that are kept of each partition are chosen.
+    """How the tokens to keep of each partition are chosen.
 
     Args:
         score: from `Candidates` to fp32 [B, G, P, L], or to a shape that expands to it. The K tokens with the highest
-            scores are kept; ties go to the lower position. Scores carry no gradient. None where nothing is kept.
-        reads: what `score` reads, of `READABLE`; `positions` and `layer` need no declaration.
-        fused: the same selection in kernels of its own for a GPU. Without it the rule runs in PyTorch there.
-        keeps_nothing: K is 0 at every retention below 1, so that no token is scored.
+            scores are kept; ties go to the lower position. Scores carry no gradient. None if nothing is kept.
+        reads: the inputs of `score`, from `READABLE`; `positions` and `layer` need no declaration.
+        fused: the same selection in fused GPU kernels. Without it the rule runs in PyTorch on a GPU.
+        keeps_nothing: K is 0 at every retention below 1, and no token is scored.
     """
 
     score: Callable[[Candidates], torch.Tensor] | None = None
@@ -171,9 +171,9 @@ class SelectionRule:
 
 
 def register_selection(name: str, rule: SelectionRule) -> None:
-    """Makes `rule` known as `attention.selection=name`.
+    """Registers `rule` as `attention.selection=name`.
 
-    Every process that trains, evaluates or loads a model with the rule has to call this first.
+    Call it in every process that trains, evaluates or loads a model with the rule.
 
     Raises:
         LRSAError: the name is taken, or `rule` is not a `SelectionRule`.

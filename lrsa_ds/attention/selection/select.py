@@ -1,4 +1,4 @@
-"""Selecting what is kept of each partition, by the rule that the settings name.
+"""Selection of the tokens to keep of each partition, by the rule in the settings.
 
 Shapes: B batch, G KV heads, N tokens, D head dim, P partitions, L lag size, K kept per partition.
 """
@@ -13,11 +13,11 @@ from lrsa_ds.registry import SELECTION_RULES
 
 
 def select_kept(k: torch.Tensor, v: torch.Tensor, config: LRSAConfig, layer: int = 0) -> torch.Tensor:
-    """Positions kept of each partition that can ever be history: all complete partitions but the last.
+    """Positions kept of each partition that can become history: all complete partitions but the last.
 
     Args:
         k, v: keys and values of one document, [B, G, N, D] (their D may differ).
-        layer: which layer of the model they belong to, for rules that go by it.
+        layer: index of their layer in the model, for rules that depend on it.
 
     Returns:
         int64 [B, G, P, K], absolute positions, ascending; P is 0 for a document shorter than S + 2L.
@@ -48,7 +48,7 @@ def select_partitions(
         raise LRSAError(
             f"the selection rule {config.selection} gives scores of shape {list(scores.shape)}: give {list(shape)}."
         ) from error
-    # A stable sort, since topk does not say which of two equal scores it takes.
+    # A stable sort, since topk does not define which of two equal scores it takes.
     best = scores.sort(dim=-1, descending=True, stable=True).indices[..., : config.num_kept].sort(dim=-1).values
     return best + partitions.starts[:, None]
 
@@ -57,7 +57,7 @@ def select_partitions(
 def fast_select_partitions(
     k: torch.Tensor, v: torch.Tensor, partitions: Partitions, config: LRSAConfig, layer: int
 ) -> torch.Tensor:
-    """`select_partitions`, in the fused kernels of the rule where it has some for these tensors."""
+    """`select_partitions`, in the fused kernels of the rule if it has any for these tensors."""
     if len(partitions) == 0 or not has_fused_path(k, v, config):
         return select_partitions(k, v, partitions, config, layer)
     kept = torch.empty(*k.shape[:2], len(partitions), config.num_kept, dtype=torch.int64, device=k.device)
@@ -67,7 +67,7 @@ def fast_select_partitions(
 
 
 def has_fused_path(k: torch.Tensor, v: torch.Tensor, config: LRSAConfig) -> bool:
-    """Whether the rule selects from such tensors in kernels of its own; says once where it has none for a GPU."""
+    """Whether the rule has fused kernels for such tensors; prints once if it has none for a GPU."""
     if not k.is_cuda or config.num_kept == 0:
         return False
     if SELECTION_RULES[config.selection].fused is None:

@@ -1,4 +1,4 @@
-"""Nothing is kept but sink and window (StreamingLLM, arXiv 2309.17453)."""
+"""Keeps only sink and window (StreamingLLM, arXiv 2309.17453)."""
 
 from lrsa_ds.attention.selection.rule import SelectionRule
 
