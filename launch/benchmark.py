@@ -2,13 +2,15 @@
 
     python launch/benchmark.py attention --num-tokens 32768 131072 --retention 0.25 0.125      # needs a GPU
     python launch/benchmark.py generation --num-tokens 32768 131072 --retention 0.25 0.125
+    python launch/benchmark.py decoding --num-tokens 8192 131072 --streams 1 8 --retention 0.125
 
 `attention`: forward, and forward with backward, against torch's dense kernels, and flash-attn-4 and
 native-sparse-attention-pytorch (NSA) where they are installed. Selection and gather are part of LRSA's times, the
 choice of blocks is not part of NSA's. `generation`: prefilling, decoding and the memory of the cache, against the dense
 cache of transformers. Decoding with several caches takes turns, token by token; `gpu_ms` is the time that the GPU works
 for a token, which is less than what passes where the host cannot keep it busy; "replay" is the same token from a CUDA
-graph, without the host.
+graph, without the host. `decoding`: the time from token to token as a streamer of `lrsa_ds.generate` sees it, with the
+dense cache under the same function and under transformers' `generate`, behind caches of random keys and values.
 Every row has the median, 20th and 80th percentile of the repetitions. Absolute times say little without the dense rows
 beside them: compare within one run.
 """
@@ -27,26 +29,22 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel  # noqa: E402
 
 from benchmarks.attention_methods import dense_methods, has_nsa, nsa  # noqa: E402
-from lrsa_ds import LagKVCache, LRSAConfig, apply_lrsa, lrsa_attention, prefill  # noqa: E402
+from benchmarks.generation import SHAPES, decoding_rows, generation_rows, settings_of  # noqa: E402
+from benchmarks.timing import measure  # noqa: E402
+from lrsa_ds import LRSAConfig, lrsa_attention  # noqa: E402
 from lrsa_ds.attention.buffered import buffered_layout, select_and_gather  # noqa: E402
 from lrsa_ds.attention.kernels.kernel import choose_kernel  # noqa: E402
 from lrsa_ds.attention.partition import partition_table  # noqa: E402
 from lrsa_ds.errors import LRSAError, require_one_of  # noqa: E402
-from lrsa_ds.models.cache import cached_states  # noqa: E402
 from lrsa_ds.models.inference import MAX_TOKENS_AT_ONCE  # noqa: E402
 from lrsa_ds.registry import KERNELS  # noqa: E402
-
-# Shapes of models whose weights do not matter: (hidden, intermediate, layers, query heads, KV heads).
-SHAPES = {"tiny": (64, 128, 2, 4, 2), "1.5b": (1536, 8960, 28, 12, 2), "8b": (4096, 14336, 32, 32, 8)}
-DECODED_TOKENS = 64
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("attention", "generation"))
+    parser.add_argument("what", choices=ROWS)
     parser.add_argument("--num-tokens", type=int, nargs="+", default=[32768, 131072])
     parser.add_argument("--retention", type=float, nargs="+", default=[0.25, 0.125])
     parser.add_argument("--sink-size", type=int, default=16)
@@ -55,7 +53,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=[], help="of attention: the names to time; default: all")
     parser.add_argument("--chunks-at-once", type=int, help="of prefilling; default: as many as --max-tokens-at-once")
     parser.add_argument("--max-tokens-at-once", type=int, default=MAX_TOKENS_AT_ONCE, help="of prefilling")
-    parser.add_argument("--model", choices=SHAPES, default="1.5b", help="of generation; random weights")
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 8], help="of decoding: rows of a batch")
+    parser.add_argument("--model", choices=SHAPES, default="1.5b", help="of generation and decoding; random weights")
     parser.add_argument("--repetitions", type=int, default=10)
     parser.add_argument("--csv", type=Path, default=Path("outputs/benchmark.csv"))
     return parser.parse_args()
@@ -72,46 +71,6 @@ def setting(device: torch.device) -> dict[str, str]:
         "transformers": transformers.__version__,
         "commit": commit.stdout.strip() or "unknown",
     }
-
-
-def percentiles(times: list[float]) -> dict[str, float]:
-    p20, p50, p80 = torch.tensor(times).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
-    return {"ms_p20": p20, "ms_p50": p50, "ms_p80": p80}
-
-
-def timed(function: Callable[[], object], device: torch.device) -> float:
-    """Milliseconds of a call, to the end of the work that it started."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return 1e3 * (time.perf_counter() - started)
-
-
-def peak_gb(function: Callable[[], object], device: torch.device) -> float | str:
-    """Memory that a call takes beyond what is there before, in 1e9 bytes; not known on the CPU."""
-    if device.type != "cuda":
-        function()
-        return ""
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    function()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 1e9
-
-
-def measure(function: Callable[[], object], repetitions: int, device: torch.device) -> dict[str, float | str]:
-    """Times of a call after one that may compile, and its memory."""
-    first = timed(function, device)
-    peak = peak_gb(function, device)
-    times = [timed(function, device) for _ in range(repetitions)]
-    return percentiles(times) | {"peak_gb": peak, "first_call_s": first / 1e3}
-
-
-def settings_of(options: argparse.Namespace, retention: float) -> LRSAConfig:
-    return LRSAConfig(sink_size=options.sink_size, lag_size=options.lag_size, retention=retention)
 
 
 def fast_kernels(device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
@@ -162,108 +121,7 @@ def attention_rows(options: argparse.Namespace, num_tokens: int, device: torch.d
         add("LRSA", config, "select and gather", selection)
 
 
-def random_model(shape: str, num_tokens: int, device: torch.device) -> PreTrainedModel:
-    hidden, intermediate, layers, heads, kv_heads = SHAPES[shape]
-    config = AutoConfig.for_model(
-        "qwen2",
-        vocab_size=32000,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=2 * num_tokens,
-        tie_word_embeddings=True,
-    )
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-
-
-def gpu_ms(function: Callable[[], object], device: torch.device) -> float | str:
-    """Time that the GPU works in a call; not known on the CPU."""
-    if device.type != "cuda":
-        return ""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-        function()
-        torch.cuda.synchronize()
-    return sum(event.self_device_time_total for event in profiler.key_averages()) / 1e3
-
-
-def captured(function: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """The kernels of a call as a CUDA graph, which one launch of the host replays."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return graph
-
-
-def cache_gb(cache: Cache) -> float:
-    """Memory that the keys and values take."""
-    return sum(x.untyped_storage().nbytes() for states in cached_states(cache) for x in states) / 1e9
-
-
-@torch.no_grad()
-def generation_rows(options: argparse.Namespace, num_tokens: int, device: torch.device, add: Callable) -> None:
-    """Rows of one context length: prefilling and decoding with the dense cache, and with each compressed one."""
-    model = random_model(options.model, num_tokens, device)
-    ids = torch.randint(0, 32000, (1, num_tokens), device=device)
-    configs = [None, *(settings_of(options, retention) for retention in options.retention)]
-
-    def use(config: LRSAConfig | None) -> None:
-        if config is None:
-            model.set_attn_implementation("sdpa")
-        else:
-            apply_lrsa(model, config)
-
-    def fill(config: LRSAConfig | None) -> Cache:
-        if config is None:
-            dense = DynamicCache(config=model.config)
-            model(ids, past_key_values=dense, logits_to_keep=1)
-            return dense
-        compressed = LagKVCache(config)
-        prefill(model, ids, compressed, options.chunks_at_once, max_tokens_at_once=options.max_tokens_at_once)
-        return compressed
-
-    caches: list[Cache] = []
-    for config in configs:
-        use(config)
-        peak = peak_gb(lambda config=config: fill(config), device)  # which also warms up
-        filled = [timed(lambda config=config: caches.append(fill(config)), device) for _ in range(3)]
-        del caches[-3:-1]
-        values = percentiles(filled) | {"cache_gb": cache_gb(caches[-1]), "peak_gb": peak}
-        add("dense" if config is None else "LRSA", config, "prefill", values)
-
-    def step(cache: Cache, **kwargs) -> None:
-        model(ids[:, :1], past_key_values=cache, **kwargs)
-
-    times: list[list[float]] = [[] for _ in caches]
-    for _ in range(DECODED_TOKENS):
-        for config, cache, mine in zip(configs, caches, times, strict=True):
-            use(config)
-            mine.append(timed(lambda cache=cache: step(cache), device))
-    for config, cache, mine in zip(configs, caches, times, strict=True):
-        use(config)
-        decoded = {**percentiles(mine[DECODED_TOKENS // 4 :]), "cache_gb": cache_gb(cache)}
-        busy = {"gpu_ms": gpu_ms(lambda cache=cache: step(cache), device)}
-        add("dense" if config is None else "LRSA", config, "decode one token", decoded | busy)
-    if device.type != "cuda":
-        return
-    # The graphs read these tensors, which the caches let go of; their memory would be freed before the replay.
-    read = [cached_states(cache) for cache in caches]
-    graphs = []
-    for config, cache in zip(configs, caches, strict=True):
-        use(config)
-        # A token sees all that is cached: no mask. While a graph is captured transformers would make one nevertheless,
-        # and the dense attention with it takes six times as long.
-        no_mask = {"attention_mask": {"full_attention": None}} if config is None else {}
-        graphs.append(captured(lambda cache=cache, no_mask=no_mask: step(cache, **no_mask)))
-    times = [[timed(graph.replay, device) for graph in graphs] for _ in range(DECODED_TOKENS)]
-    for config, mine in zip(configs, zip(*times, strict=True), strict=True):
-        add("dense" if config is None else "LRSA", config, "replay one token", percentiles(list(mine)))
-    del read, graphs
-
-
+ROWS = {"attention": attention_rows, "generation": generation_rows, "decoding": decoding_rows}
 COLUMNS = ["ms_p20", "ms_p50", "ms_p80", "gpu_ms", "peak_gb", "cache_gb", "first_call_s"]
 
 
@@ -306,13 +164,13 @@ def main() -> int:
         print("error: the benchmark of attention needs a CUDA device, and there is none.", file=sys.stderr)
         return 2
     where = setting(device)
-    subject = "model" if options.what == "generation" else "heads"
+    subject = "heads" if options.what == "attention" else "model"
     shape = {subject: str(getattr(options, subject))}
     sizes = {"sink_size": options.sink_size, "lag_size": options.lag_size}
     print(", ".join(f"{key} {value}" for key, value in (where | shape | sizes).items()))
     torch.manual_seed(0)
     table = Table()
-    measure_rows = attention_rows if options.what == "attention" else generation_rows
+    measure_rows = ROWS[options.what]
     for num_tokens in options.num_tokens:
         before = len(table.rows)
         measure_rows(options, num_tokens, device, lambda *row, n=num_tokens: table.add(n, *row))

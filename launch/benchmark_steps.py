@@ -23,7 +23,8 @@ import torch  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
 import recipes  # noqa: E402
-from launch.benchmark import append, percentiles, setting  # noqa: E402
+from benchmarks.timing import percentiles  # noqa: E402
+from launch.benchmark import append, setting  # noqa: E402
 from launch.cli.command import leave, run_command  # noqa: E402
 from lrsa_ds.config import TrainConfig  # noqa: E402
 from lrsa_ds.data.packing import IGNORE, PackedSequence  # noqa: E402
