@@ -26,7 +26,7 @@ def test_a_wheel_holds_lrsa_ds_alone_and_works_where_it_is_unpacked(tmp_path):
         archive.extractall(tmp_path / "site")
     use = (
         "import lrsa_ds, lrsa_ds.train.run, lrsa_ds.evaluate.run, lrsa_ds.train.selftest, lrsa_ds.sweep, sys;"
-        "print(lrsa_ds.__file__, lrsa_ds.LRSAConfig().num_kept, {'recipes', 'launch'} & set(sys.modules))"
+        "print(lrsa_ds.__file__, lrsa_ds.LRSAConfig().num_kept, {'recipes', 'launch', 'mlflow'} & set(sys.modules))"
     )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
     done = subprocess.run([sys.executable, "-c", use], cwd=tmp_path, env=environment, capture_output=True, text=True)
