@@ -5,6 +5,7 @@ from functools import lru_cache
 
 import torch
 
+from lrsa_ds.attention.extras import Extras
 from lrsa_ds.attention.fused_buffer import fused_buffers
 from lrsa_ds.attention.kept_buffer import buffer_positions, gather_kept
 from lrsa_ds.attention.kernels.blocks import BLOCK, Copies, copy_history, padded_buffer_size, queries_ahead
@@ -22,14 +23,14 @@ def buffered_attention(
     v: torch.Tensor,
     config: LRSAConfig,
     document_lengths: tuple[int, ...],
-    scale: float | None,
+    extras: Extras,
     kernel: Kernel,
     layer: int = 0,
 ) -> torch.Tensor:
     """The same function as `chunked_attention`, on a kernel of interval attention."""
     layout = buffered_layout(document_lengths, config, q.device, kernel.skips_queries_ahead)
     k, v = select_and_gather(k, v, layout, layer)
-    return kernel.attend(q, k, v, layout.intervals, scale)[0]
+    return extras.with_sinks(*kernel.attend(q, k, v, layout.intervals, extras))[0]
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,6 +6,7 @@ import torch
 from torch.nn.functional import pad
 
 from lrsa_ds.attention.chunked import attend_causally, attend_chunks
+from lrsa_ds.attention.extras import PLAIN, Extras
 from lrsa_ds.attention.kept_buffer import gather_kept
 from lrsa_ds.attention.kernels.blocks import BLOCK
 from lrsa_ds.attention.kernels.interval import Intervals
@@ -30,7 +31,7 @@ def cached_attention(
     v: torch.Tensor,
     num_seen: int,
     config: LRSAConfig,
-    scale: float | None = None,
+    extras: Extras = PLAIN,
     layer: int = 0,
 ) -> torch.Tensor:
     """Attention of n new tokens of a document after `num_seen` earlier tokens.
@@ -46,15 +47,16 @@ def cached_attention(
     q, k, v = in_one_dtype(q, k, v)
     num_new = q.shape[2]
     if num_new >= BLOCK:
-        kernel = choose_kernel(config, q.device, q.dtype, q.shape[3])
+        kernel = choose_kernel(config, q.device, q.dtype, q.shape[3], value_dim=v.shape[3], extras=extras)
         # As many keys as queries: plain causal attention, for which SDPA has dense kernels.
-        if not kernel.is_readable and not (num_seen == 0 and num_new <= room_in_chunk(0, config)):
-            return cached_attention_on(kernel, q, k, v, num_seen, config, scale, layer)
+        is_causal = extras.is_plain and num_seen == 0 and num_new <= room_in_chunk(0, config)
+        if not kernel.is_readable and not is_causal:
+            return cached_attention_on(kernel, q, k, v, num_seen, config, extras, layer)
     if num_new <= room_in_chunk(num_seen, config):
-        return attend_causally(q, k, v, scale)
+        return attend_causally(q, k, v, extras)
     chunks, missing = _chunks(num_seen, num_new, config)
     kept_k, kept_v = _kept(k, v, num_seen, num_new, config, layer)
-    return attend_chunks(q, k, v, kept_k, kept_v, chunks, scale, first_query=num_seen, first_key=missing)
+    return attend_chunks(q, k, v, kept_k, kept_v, chunks, extras, first_query=num_seen, first_key=missing)
 
 
 def cached_attention_on(
@@ -64,7 +66,7 @@ def cached_attention_on(
     v: torch.Tensor,
     num_seen: int,
     config: LRSAConfig,
-    scale: float | None = None,
+    extras: Extras = PLAIN,
     layer: int = 0,
 ) -> torch.Tensor:
     """`cached_attention` in one call of a kernel over [kept buffer | `k` and `v`].
@@ -78,7 +80,8 @@ def cached_attention_on(
     intervals = _intervals(num_seen, num_new, config, kept_k.shape[2], num_queries, q.device)
     tail = (0, 0, 0, num_keys - kept_k.shape[2] - k.shape[2])
     keys, values = (pad(torch.cat(pair, dim=2), tail) for pair in ((kept_k, k), (kept_v, v)))
-    return kernel.attend(pad(q, (0, 0, 0, num_queries - num_new)), keys, values, intervals, scale)[0][:, :, :num_new]
+    queries = pad(q, (0, 0, 0, num_queries - num_new))
+    return extras.with_sinks(*kernel.attend(queries, keys, values, intervals, extras))[0][:, :, :num_new]
 
 
 def _power_of_two(count: int) -> int:

@@ -5,7 +5,9 @@ from collections.abc import Iterable
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from lrsa_ds.attention.extras import PLAIN, Extras
 from lrsa_ds.attention.kept_buffer import buffer_positions, gather_kept
+from lrsa_ds.attention.kernels.interval import attend_visible
 from lrsa_ds.attention.partition import Chunk, PartitionTable
 
 
@@ -14,12 +16,15 @@ def chunked_attention(
     k: torch.Tensor,
     v: torch.Tensor,
     table: PartitionTable,
-    scale: float | None = None,
+    extras: Extras = PLAIN,
     layer: int = 0,
 ) -> torch.Tensor:
-    """Attention of q [B, H, N, D] over k, v [B, G, N, D] as `table` defines it: [B, H, N, D]. H is a multiple of G."""
+    """Attention of q [B, H, N, D] over k, v [B, G, N, D] as `table` defines it: [B, H, N, D]. H is a multiple of G.
+
+    Here and below values may have another head dim than queries and keys; the output has that of the values.
+    """
     positions = buffer_positions(k, v, table, layer)
-    return attend_chunks(q, k, v, gather_kept(k, positions), gather_kept(v, positions), table.chunks, scale)
+    return attend_chunks(q, k, v, gather_kept(k, positions), gather_kept(v, positions), table.chunks, extras)
 
 
 def attend_chunks(
@@ -29,7 +34,7 @@ def attend_chunks(
     kept_k: torch.Tensor,
     kept_v: torch.Tensor,
     chunks: Iterable[Chunk],
-    scale: float | None,
+    extras: Extras,
     first_query: int = 0,
     first_key: int = 0,
 ) -> torch.Tensor:
@@ -45,16 +50,19 @@ def attend_chunks(
         keys = torch.cat([kept_k[:, :, history], k[:, :, window]], dim=2)
         values = torch.cat([kept_v[:, :, history], v[:, :, window]], dim=2)
         queries = q[:, :, chunk.q_lo - first_query : chunk.q_hi - first_query]
-        outputs.append(attend_causally(queries, keys, values, scale))
+        outputs.append(attend_causally(queries, keys, values, extras))
     return torch.cat(outputs, dim=2)
 
 
-def attend_causally(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> torch.Tensor:
+def attend_causally(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extras: Extras) -> torch.Tensor:
     """Attention of queries that belong to the last keys: each sees all keys up to its own."""
     num_queries, num_keys = q.shape[2], k.shape[2]
     # With as many keys as queries no mask is needed: SDPA has fast kernels for plain causal attention.
     square = num_keys == num_queries
     mask = None
+    if not extras.is_plain:
+        visible = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q.device).tril(num_keys - num_queries)
+        return extras.with_sinks(*attend_visible(q, k, v, visible, extras))[0]
     if not square and num_queries > 1:
         mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q.device).tril(num_keys - num_queries)
     gqa = q.shape[1] != k.shape[1]
@@ -62,4 +70,4 @@ def attend_causally(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: fl
         # No fused kernel of SDPA takes both a mask and grouped heads, and the unfused one stores all scores.
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
         gqa = False
-    return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=square, scale=scale, enable_gqa=gqa)
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=square, scale=extras.scale, enable_gqa=gqa)

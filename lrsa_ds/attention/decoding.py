@@ -10,7 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from lrsa_ds.attention.extras import Extras
 from lrsa_ds.attention.fused_decoding import HAS_TRITON, fused_attend_entries
+from lrsa_ds.attention.kernels.interval import attend_visible
 from lrsa_ds.attention.lrsa import in_one_dtype
 
 
@@ -40,7 +42,7 @@ class Step:
 
 
 def attend_step(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, layer: int, scale: float | None
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, layer: int, extras: Extras
 ) -> torch.Tensor:
     """Attention of the token of a step over the storage of a layer, which holds the token already.
 
@@ -51,18 +53,21 @@ def attend_step(
     Returns:
         [B, H, 1, D].
     """
-    return attend_entries(q, k, v, step.firsts[layer], step.places[layer], scale)
+    return attend_entries(q, k, v, step.firsts[layer], step.places[layer], extras)
 
 
 def attend_entries(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first: torch.Tensor, last: torch.Tensor, scale: float | None
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first: torch.Tensor, last: torch.Tensor, extras: Extras
 ) -> torch.Tensor:
     """Attention of one query of each row over the entries from `first`, [B], up to and with `last`, [1]."""
     q, k, v = in_one_dtype(q, k, v)
-    if q.is_cuda and HAS_TRITON and k.shape == v.shape:
-        return fused_attend_entries(q, k, v, first, last, scale)
+    if q.is_cuda and HAS_TRITON and k.shape == v.shape and extras.is_plain:
+        return fused_attend_entries(q, k, v, first, last, extras.scale)
     entries = torch.arange(k.shape[2], device=q.device)
     mask = ((entries >= first[:, None]) & (entries <= last))[:, None, None]
+    if not extras.is_plain:
+        return extras.with_sinks(*attend_visible(q, k, v, mask, extras))[0]
     # The queries of a group see the same keys: as its rows they need no copy of the keys for each head.
     grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
-    return scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale).reshape(*q.shape[:3], v.shape[3])
+    output = scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=extras.scale)
+    return output.reshape(*q.shape[:3], v.shape[3])

@@ -6,6 +6,7 @@ import torch
 
 from lrsa_ds.attention.buffered import buffered_attention
 from lrsa_ds.attention.chunked import chunked_attention
+from lrsa_ds.attention.extras import Extras, extras_of
 from lrsa_ds.attention.kernels.kernel import choose_kernel
 from lrsa_ds.attention.partition import partition_table
 from lrsa_ds.dtypes import dtype_name
@@ -21,6 +22,7 @@ def lrsa_attention(
     document_lengths: Sequence[int] | None = None,
     scale: float | None = None,
     layer: int = 0,
+    extras: Extras | None = None,
 ) -> torch.Tensor:
     """LRSA attention of one layer, over packed documents.
 
@@ -30,15 +32,17 @@ def lrsa_attention(
 
     Args:
         q: queries [B, H, N, D].
-        k, v: keys and values [B, G, N, D], with position encoding applied; H is a multiple of G.
+        k, v: keys and values [B, G, N, D], with position encoding applied; H is a multiple of G. Values may
+            have another head dim D' than keys.
         config: sink size, lag size, retention, selection rule, backend.
         document_lengths: tokens of each packed document, in order; they sum to N and are the same for every row of the
             batch. Each document has its own sink and attends to no other document. Default: one document.
         scale: factor of the scores before the softmax; default 1 / sqrt(D).
         layer: index of the layer, for selection rules that depend on it.
+        extras: the scale together with a cap of the scores and learned sinks, instead of `scale`.
 
     Returns:
-        [B, H, N, D], in the dtype of `q`; under `torch.autocast` in its dtype, to which q, k and v are cast first.
+        [B, H, N, D'], in the dtype of `q`; under `torch.autocast` in its dtype, to which q, k and v are cast first.
 
     Raises:
         LRSAError: shapes, dtypes or document lengths do not fit together, or the backend cannot run on the device.
@@ -47,18 +51,22 @@ def lrsa_attention(
     """
     num_tokens = q.shape[2]
     require(
-        k.shape[2] == v.shape[2] == num_tokens and k.shape[1] == v.shape[1] and q.shape[1] % k.shape[1] == 0,
+        k.shape[2] == v.shape[2] == num_tokens
+        and k.shape[1] == v.shape[1]
+        and q.shape[1] % k.shape[1] == 0
+        and q.shape[3] == k.shape[3],
         f"q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)} do not fit: [batch, heads, tokens, head dim] with "
         "as many tokens each, and query heads a multiple of KV heads.",
     )
+    extras = extras_of(scale, extras)
     q, k, v = in_one_dtype(q, k, v)
     lengths = (num_tokens,) if document_lengths is None else tuple(map(int, document_lengths))
     require(sum(lengths) == num_tokens, f"document_lengths sum to {sum(lengths)}, and there are {num_tokens} tokens.")
     has_history = not config.is_dense and max(lengths) > config.dense_prefix_size
-    kernel = choose_kernel(config, q.device, q.dtype, q.shape[3], has_history)
+    kernel = choose_kernel(config, q.device, q.dtype, q.shape[3], has_history, value_dim=v.shape[3], extras=extras)
     if kernel.is_readable:
-        return chunked_attention(q, k, v, partition_table(lengths, config), scale, layer)
-    return buffered_attention(q, k, v, config, lengths, scale, kernel, layer)
+        return chunked_attention(q, k, v, partition_table(lengths, config), extras, layer)
+    return buffered_attention(q, k, v, config, lengths, extras, kernel, layer)
 
 
 def in_one_dtype(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 
 from lrsa_ds.attention.cached import cached_attention
 from lrsa_ds.attention.decoding import attend_entries
+from lrsa_ds.attention.extras import PLAIN, Extras
 from lrsa_ds.attention.lrsa import in_one_dtype
 from lrsa_ds.attention.partition import num_held
 from lrsa_ds.lrsa_config import LRSAConfig
@@ -73,7 +74,7 @@ def ragged_attention(
     v: torch.Tensor,
     rows: Rows,
     config: LRSAConfig,
-    scale: float | None = None,
+    extras: Extras = PLAIN,
     layer: int = 0,
 ) -> torch.Tensor:
     """`cached_attention` of each row by itself.
@@ -90,12 +91,12 @@ def ragged_attention(
     if rows.num_columns == 1 and rows.is_unpadded:
         last = k.shape[2] - 1
         first, last = (torch.tensor(x, device=q.device) for x in ([last + 1 - count for count in entries], [last]))
-        return attend_entries(q, k, v, first, last, scale)
+        return attend_entries(q, k, v, first, last, extras)
     output = q.new_zeros(*q.shape[:3], v.shape[3])
     for row, (seen, places, length) in enumerate(zip(rows.seen, rows.places, entries, strict=True)):
         if not len(places):
             continue
         queries, keys, values = rows.tokens_of(q, row), row_of(k, row, length), row_of(v, row, length)
-        found = cached_attention(queries, keys, values, seen, config, scale, layer)
+        found = cached_attention(queries, keys, values, seen, config, extras, layer)
         output[row].index_copy_(1, places.to(q.device), found[0])
     return output

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lrsa_ds.attention import AttentionFunction
+from lrsa_ds.attention.extras import Extras
 from lrsa_ds.attention.ragged import Rows
 from lrsa_ds.errors import LRSAError, require
 from lrsa_ds.lrsa_config import LRSAConfig
@@ -167,18 +168,18 @@ def attend_rows(
     v: torch.Tensor,
     config: LRSAConfig,
     lengths: tuple[int, ...] | None,
-    scale: float | None,
+    extras: Extras,
     layer: int,
 ) -> torch.Tensor:
     """`attend`, also where the documents differ from row to row: the rows are then packed into one sequence.
 
     Args:
-        q: [B, H, N, D]; k, v: [B, G, N, D].
+        q: [B, H, N, D]; k, v: [B, G, N, D], of v perhaps another D.
         lengths: of the documents of every row, summing to N, or of the rows one after the other, summing to B * N.
     """
-    num_rows, num_heads, num_tokens, head_dim = q.shape
+    num_rows, num_heads, num_tokens = q.shape[:3]
     if num_rows == 1 or lengths is None or sum(lengths) != num_rows * num_tokens:
-        return attend(q, k, v, config, lengths, scale, layer)
-    q, k, v = (x.transpose(0, 1).reshape(1, x.shape[1], -1, head_dim) for x in (q, k, v))
-    output = attend(q, k, v, config, lengths, scale, layer)
-    return output.view(num_heads, num_rows, num_tokens, head_dim).transpose(0, 1)
+        return attend(q, k, v, config, lengths, layer=layer, extras=extras)
+    q, k, v = (x.transpose(0, 1).reshape(1, x.shape[1], -1, x.shape[3]) for x in (q, k, v))
+    output = attend(q, k, v, config, lengths, layer=layer, extras=extras)
+    return output.view(num_heads, num_rows, num_tokens, v.shape[3]).transpose(0, 1)

@@ -17,6 +17,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from lrsa_ds.attention import AttentionFunction, lrsa_attention
 from lrsa_ds.attention.cached import cached_attention
 from lrsa_ds.attention.decoding import Step, attend_step
+from lrsa_ds.attention.extras import Extras
 from lrsa_ds.attention.ragged import Rows, ragged_attention
 from lrsa_ds.errors import LRSAError, require
 from lrsa_ds.layers import AnyConfig, describe, from_saved, largest_first, resolve, saved_turns, trained_turns
@@ -213,10 +214,6 @@ def _unlike_causal_attention(module: torch.nn.Module, config: PreTrainedConfig) 
             return f"is of type {layer_types[module.layer_idx]}"
     elif _has_window(config):
         return f"has a sliding window of {config.sliding_window} tokens"
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        return f"caps its attention scores at {config.attn_logit_softcapping}"
-    if getattr(module, "sinks", None) is not None:
-        return "has learned attention sinks"
     if getattr(module, "is_causal", True) is False:
         return "is not causal"
     return other_attention(module)
@@ -238,6 +235,8 @@ def _lrsa_attention_function(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     document_lengths: tuple[int, ...] | None = None,
     lrsa_config: AnyConfig | None = None,
     attend: AttentionFunction = lrsa_attention,
@@ -246,17 +245,21 @@ def _lrsa_attention_function(
     step: Step | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """The form transformers calls: query [B, H, N, D], key and value [B, G, N, D] to ([B, N, H, D], no weights)."""
+    """The form transformers calls: query [B, H, N, D], key and value [B, G, N, D] to ([B, N, H, D], no weights).
+
+    Layers give their own `scaling`, `softcap` and `s_aux`, which are learned sinks [H].
+    """
     require(attention_mask is None, "LRSA attention makes its own mask: a 4D attention_mask is not supported.")
     config = (lrsa_config or from_saved(module.config.lrsa)).at_layer(module.layer_idx)
+    extras = Extras(scaling, softcap, s_aux)
     if step is not None:
-        output = attend_step(query, key, value, step, module.layer_idx, scaling)
+        output = attend_step(query, key, value, step, module.layer_idx, extras)
         return output.transpose(1, 2).contiguous(), None
     if rows is not None:
-        output = ragged_attention(query, key, value, rows, config, scaling, module.layer_idx)
+        output = ragged_attention(query, key, value, rows, config, extras, module.layer_idx)
         return output.transpose(1, 2).contiguous(), None
     if num_seen is not None:
-        output = cached_attention(query, key, value, num_seen, config, scaling, module.layer_idx)
+        output = cached_attention(query, key, value, num_seen, config, extras, module.layer_idx)
         return output.transpose(1, 2).contiguous(), None
     require(
         query.shape[2] == key.shape[2],
@@ -264,7 +267,7 @@ def _lrsa_attention_function(
         f"{key.shape[2] - query.shape[2]} tokens: use past_key_values=lrsa_ds.LagKVCache(config), or "
         "model.set_attn_implementation('sdpa') for dense attention.",
     )
-    output = attend_rows(attend, query, key, value, config, document_lengths, scaling, module.layer_idx)
+    output = attend_rows(attend, query, key, value, config, document_lengths, extras, module.layer_idx)
     return output.transpose(1, 2).contiguous(), None
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from lrsa_ds.attention import lrsa_attention
+from lrsa_ds.attention.extras import Extras, extras_of
 from lrsa_ds.attention.kept_buffer import buffer_positions
 from lrsa_ds.attention.partition import PartitionTable, partition_table
 from lrsa_ds.layers import AnyConfig
@@ -46,24 +47,25 @@ class RetentionProbe:
         document_lengths: Sequence[int] | None = None,
         scale: float | None = None,
         layer: int = 0,
+        extras: Extras | None = None,
     ) -> torch.Tensor:
         """As `lrsa_attention`, for one row: q [1, H, N, D], k and v [1, G, N, D]."""
         lengths = (q.shape[2],) if document_lengths is None else tuple(document_lengths)
-        self._observe(q, k, v, partition_table(lengths, self.compressed.at_layer(layer)), scale, layer)
-        return lrsa_attention(q, k, v, config, document_lengths, scale, layer)
+        extras = extras_of(scale, extras)
+        self._observe(q, k, v, partition_table(lengths, self.compressed.at_layer(layer)), extras, layer)
+        return lrsa_attention(q, k, v, config, document_lengths, layer=layer, extras=extras)
 
     @torch.no_grad()
     def _observe(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: PartitionTable, scale: float | None, layer: int
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: PartitionTable, extras: Extras, layer: int
     ) -> None:
         kept_GN = _kept(k, v, table, layer)
         win_lo = table.intervals()[2]
         win_lo_N = win_lo.to(k.device)
-        scale = q.shape[3] ** -0.5 if scale is None else scale
         mass, kept = (torch.zeros(k.shape[1], dtype=torch.float64, device=k.device) for _ in range(2))
         num_left = 0
         for answer in self.answers:
-            mass += _dropped_mass(q[0], k[0], kept_GN, win_lo_N, answer, scale)
+            mass += _dropped_mass(q[0], k[0], kept_GN, win_lo_N, answer, extras)
             window, behind_sink = int(win_lo[answer.first]), answer.start + table.sink_size
             left = [place for place in answer.places if behind_sink <= place < window]
             if left:
@@ -84,7 +86,7 @@ def _dropped_mass(
     kept_GN: torch.Tensor,
     win_lo_N: torch.Tensor,
     answer: Answer,
-    scale: float,
+    extras: Extras,
 ) -> torch.Tensor:
     """Mass of dense attention on what is neither kept nor in the window, summed over the answer's queries: [G]."""
     group_size, num_keys = len(q_HND) // len(k_GND), answer.end - answer.start
@@ -97,8 +99,10 @@ def _dropped_mass(
         for head, (keys, kept) in enumerate(zip(k_GND, kept_GN, strict=True)):
             group = q_HND[head * group_size : (head + 1) * group_size, queries]
             with torch.autocast(q_HND.device.type, enabled=False):  # in fp32, whatever the pass computes in
-                scores = scale * group.float() @ keys[answer.start : answer.end].float().T
-            probabilities = scores.masked_fill_(is_later, -torch.inf).softmax(dim=-1)
+                scores = extras.scale_of(q_HND.shape[2]) * group.float() @ keys[answer.start : answer.end].float().T
+            scores = extras.capped(scores).masked_fill_(is_later, -torch.inf)
+            own = extras.of_heads(slice(head * group_size, (head + 1) * group_size))
+            probabilities, _ = own.with_sinks(scores.softmax(dim=-1), scores.logsumexp(dim=-1))
             is_dropped = is_outside & ~kept[answer.start : answer.end]
             mass[head] += (probabilities * is_dropped).sum(dtype=torch.float64) / group_size
     return mass

@@ -6,6 +6,7 @@ import torch
 from lrsa_ds import LRSAConfig, lrsa_attention, select_kept
 from lrsa_ds.attention.buffered import buffered_attention, buffered_layout, select_and_gather
 from lrsa_ds.attention.chunked import chunked_attention
+from lrsa_ds.attention.extras import PLAIN
 from lrsa_ds.attention.kernels import blocks
 from lrsa_ds.attention.kernels.blocks import BLOCK, block_cover, interval_rows
 from lrsa_ds.attention.kernels.fa4 import RELEASE
@@ -104,7 +105,7 @@ def test_flex_is_the_same_function(layout):
     config = LRSAConfig(**{key: value for key, value in layout.items() if key != "lengths"})
     inputs = [x.detach() for x in random_qkv(sum(lengths))]
     expected = chunked_attention(*inputs, partition_table(lengths, config))
-    actual = buffered_attention(*inputs, config, lengths, None, KERNELS["flex"])
+    actual = buffered_attention(*inputs, config, lengths, PLAIN, KERNELS["flex"])
     assert_close(actual, expected, 1e-5, "output")
 
 
@@ -124,7 +125,7 @@ def test_history_and_window_are_two_intervals(layout, queries_a_copy):
     lengths = layout["lengths"]
     config = LRSAConfig(**{key: value for key, value in layout.items() if key != "lengths"})
     inputs = random_qkv(sum(lengths), 4, 2)
-    actual = buffered_attention(*inputs, config, lengths, None, KERNELS["chunked"])
+    actual = buffered_attention(*inputs, config, lengths, PLAIN, KERNELS["chunked"])
     assert_same_function(actual, chunked_attention(*inputs, partition_table(lengths, config)), inputs, 1e-5)
 
 
@@ -176,7 +177,7 @@ def test_blocks_may_begin_where_the_chunks_of_the_longest_document_do(lengths, a
     assert (window.lo[:ahead] >= first_key).all() and (window.hi[:ahead] <= first_key + ahead).all()
     assert (layout.intervals.lo[:ahead] == layout.intervals.hi[:ahead]).all()
     q, k, v = random_qkv(sum(lengths))
-    actual, _ = interval_attention(q, *select_and_gather(k, v, layout), layout.intervals, None)
+    actual, _ = interval_attention(q, *select_and_gather(k, v, layout), layout.intervals, PLAIN)
     assert_same_function(actual, chunked_attention(q, k, v, partition_table(lengths, config)), (q, k, v), 1e-5)
     partly, wholly = block_cover(interval_rows(layout.intervals, ahead), layout.copies.size + sum(lengths))
     # The block with the sink and the last one of the window.

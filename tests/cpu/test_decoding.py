@@ -12,6 +12,7 @@ from transformers import TextIteratorStreamer
 import lrsa_ds
 from lrsa_ds import LagKVCache, LRSAConfig, apply_lrsa, new_cache, prefill
 from lrsa_ds.attention.decoding import Step, attend_entries
+from lrsa_ds.attention.extras import PLAIN
 from lrsa_ds.attention.partition import most_held, num_held
 from lrsa_ds.data.tokenizer import byte_tokenizer
 from lrsa_ds.errors import LRSAError
@@ -237,7 +238,7 @@ def test_entries_outside_of_a_row_are_not_seen(groups):
     step.set([4, 5], [19], [[7, 0]])
     step.advance()
     assert step.positions.tolist() == [[5], [6]] and step.places.tolist() == [[20]]
-    found = attend_entries(q, k, v, step.firsts[0], step.places[0], None)
+    found = attend_entries(q, k, v, step.firsts[0], step.places[0], PLAIN)
     for row, first in enumerate((7, 0)):
         keys, values = (x[row, :, first:21].repeat_interleave(groups, dim=0) for x in (k, v))
         scores = (q[row] @ keys.transpose(1, 2) / 12**0.5).softmax(-1)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lrsa_ds import LRSAConfig
+from lrsa_ds.attention.extras import Extras
 from lrsa_ds.attention.kernels.blocks import BLOCK
 from lrsa_ds.attention.kernels.flex import flex_interval_attention
 from lrsa_ds.attention.kernels.interval import Intervals, interval_attention, merge
@@ -15,6 +16,8 @@ from lrsa_ds.parallel.sequence.strategy import Sharing
 from lrsa_ds.parallel.sequence.ulysses import check_dense_heads
 from lrsa_ds.registry import EXCHANGES
 from tests.helpers import assert_close
+
+SCALE = Extras(0.2)
 
 
 def random_parts(num_queries, num_keys, heads=4, kv_heads=2, dim=16):
@@ -47,7 +50,7 @@ def visible_in(intervals, num_keys):
 def test_interval_attention_follows_the_definition(num_queries, num_keys, heads, kv_heads):
     inputs = random_parts(num_queries, num_keys, heads, kv_heads)
     intervals = random_intervals(num_queries, num_keys)
-    out, lse = interval_attention(*inputs, intervals, 0.2)
+    out, lse = interval_attention(*inputs, intervals, SCALE)
     expected, expected_lse = masked_attention(*inputs, visible_in(intervals, num_keys), 0.2)
     assert_close(out, expected, 1e-6, "output")
     sees = intervals.hi > intervals.lo
@@ -67,8 +70,8 @@ def test_flex_interval_attention_is_the_same_function(num_queries, num_keys):
     inputs = [x.detach() for x in random_parts(num_queries, num_keys)]
     intervals = random_intervals(num_queries, num_keys)
     sees = intervals.hi > intervals.lo
-    out, lse = flex_interval_attention(*inputs, intervals, 0.2)
-    expected, expected_lse = interval_attention(*inputs, intervals, 0.2)
+    out, lse = flex_interval_attention(*inputs, intervals, SCALE)
+    expected, expected_lse = interval_attention(*inputs, intervals, SCALE)
     assert out.shape == expected.shape and lse.shape == expected_lse.shape
     assert_close(out[:, :, sees], expected[:, :, sees], 1e-5, "output")
     assert_close(lse[..., sees], expected_lse[..., sees], 1e-5, "log-sum-exp")
@@ -81,8 +84,8 @@ def test_merged_parts_are_attention_over_both():
     some = random_intervals(num_queries, split)
     own = Intervals(torch.full((num_queries,), split), torch.arange(split + 1, split + 1 + num_queries).clamp(max=80))
     shifted = Intervals(own.lo - split, own.hi - split)
-    history = interval_attention(q, k[:, :, :split], v[:, :, :split], some, 0.2)
-    window = interval_attention(q, k[:, :, split:], v[:, :, split:], shifted, 0.2)
+    history = interval_attention(q, k[:, :, :split], v[:, :, :split], some, SCALE)
+    window = interval_attention(q, k[:, :, split:], v[:, :, split:], shifted, SCALE)
     merged = merge(window, history, torch.float32)
     visible = visible_in(some, num_keys) | visible_in(own, num_keys)
     expected, _ = masked_attention(*inputs, visible, 0.2)

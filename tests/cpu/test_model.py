@@ -204,12 +204,6 @@ def test_fixed_frequencies_are_taken(rope):
     assert_close(prefill(model, ids, LagKVCache(config)), expected, 1e-5, "logits")
 
 
-def test_a_softcapped_layer_is_named():
-    settings = dict(final_logit_softcapping=None, layer_types=["full_attention"] * 2, attn_logit_softcapping=50.0)
-    with pytest.raises(LRSAError, match=r"layer 0 of Gemma2.*caps its attention scores"):
-        apply_lrsa(tiny("gemma2", **settings), LRSAConfig())
-
-
 def test_left_padding_and_a_cache_are_refused():
     model = apply_lrsa(tiny("llama"), LRSAConfig(sink_size=2, lag_size=8))
     ids = torch.randint(0, 101, (1, 30))

@@ -9,6 +9,7 @@ import lrsa_ds
 from lrsa_ds import LagKVCache, LRSAConfig, SelectionRule, apply_lrsa, prefill, register_selection, select_kept
 from lrsa_ds.attention.buffered import buffered_attention
 from lrsa_ds.attention.chunked import chunked_attention
+from lrsa_ds.attention.extras import PLAIN
 from lrsa_ds.attention.partition import partition_table
 from lrsa_ds.config import TrainConfig
 from lrsa_ds.errors import LRSAError
@@ -112,7 +113,7 @@ def test_every_rule_through_the_kept_buffer(rule, layout):
     lengths = layout["lengths"]
     config = LRSAConfig(**{key: value for key, value in layout.items() if key != "lengths"}, selection=rule)
     inputs = random_qkv(sum(lengths))
-    actual = buffered_attention(*inputs, config, lengths, None, KERNELS["chunked"], layer=1)
+    actual = buffered_attention(*inputs, config, lengths, PLAIN, KERNELS["chunked"], layer=1)
     expected = chunked_attention(*inputs, partition_table(lengths, config), layer=1)
     assert_same_function(actual, expected, inputs, 1e-5)
 

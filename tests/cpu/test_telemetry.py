@@ -123,9 +123,9 @@ def plain_sums(model, answers, config):
     """Dropped mass and share kept from whole attention matrices, by the definition of what a cache holds."""
     states = {}
 
-    def record(q, k, v, settings, lengths, scale, layer):
-        states[layer] = q, k, v, scale
-        return lrsa_attention(q, k, v, settings, lengths, scale, layer)
+    def record(q, k, v, settings, lengths, layer, extras):
+        states[layer] = q, k, v, extras.scale
+        return lrsa_attention(q, k, v, settings, lengths, layer=layer, extras=extras)
 
     pass_of(model)(ROW, config.at_retention(1.0), 64, record)
     starts = torch.tensor([0, *ROW.document_lengths]).cumsum(0).tolist()

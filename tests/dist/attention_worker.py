@@ -9,9 +9,11 @@ import sys
 from dataclasses import replace
 
 import torch
+import torch.distributed as dist
 
 from lrsa_ds import LRSAConfig
 from lrsa_ds.attention.chunked import chunked_attention
+from lrsa_ds.attention.extras import Extras
 from lrsa_ds.attention.kernels import blocks
 from lrsa_ds.attention.kernels.interval import interval_attention
 from lrsa_ds.attention.partition import partition_table
@@ -39,6 +41,10 @@ def random_case(draw: random.Random, size: int, exchange: str, rule: str) -> tup
     return config, lengths, heads, kv_heads
 
 
+def gradients_of(output: torch.Tensor, inputs: list[torch.Tensor], upstream: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return torch.autograd.grad(output, inputs, upstream, allow_unused=True, materialize_grads=True)
+
+
 def worst_errors(mesh: Mesh, exchange: str, num_cases: int) -> list[tuple[str, float]]:
     """Random cases, each with its worst relative error over output and gradients."""
     size = mesh.sp_size
@@ -48,20 +54,23 @@ def worst_errors(mesh: Mesh, exchange: str, num_cases: int) -> list[tuple[str, f
     draw, results = random.Random(size), []
     for number in range(num_cases):
         config, lengths, num_heads, num_kv_heads = random_case(draw, size, exchange, RULES[number % len(RULES)])
-        num_tokens, dim = sum(lengths), 8
-        q, k, v, upstream = (
-            torch.randn(1, h, num_tokens, dim).double() for h in (num_heads, num_kv_heads, num_kv_heads, num_heads)
-        )
+        num_tokens, dim, value_dim = sum(lengths), 8, (8, 5, 11)[number % 3]
+        shapes = [(num_heads, dim), (num_kv_heads, dim), (num_kv_heads, value_dim), (num_heads, value_dim)]
+        q, k, v, upstream = (torch.randn(1, heads, num_tokens, last).double() for heads, last in shapes)
+        sinks = torch.randn(num_heads).double().requires_grad_()
+        extras = Extras(0.3, 1.5, sinks) if number % 2 else Extras(0.3)
         shard = torch.cat([torch.arange(num_tokens)[part] for part in mesh.local_tokens(num_tokens)])
         parts = [x[:, :, shard].clone().requires_grad_() for x in (q, k, v)]
-        output = attend(*parts, config, tuple(lengths), 0.3, LAYER)
-        gradients = torch.autograd.grad(output, parts, upstream[:, :, shard])
+        output = attend(*parts, config, tuple(lengths), layer=LAYER, extras=extras)
+        *gradients, of_sinks = gradients_of(output, [*parts, sinks], upstream[:, :, shard])
         whole = [x.requires_grad_() for x in (q, k, v)]
-        expected = chunked_attention(*whole, partition_table(tuple(lengths), config), 0.3, LAYER)
-        wanted = torch.autograd.grad(expected, whole, upstream)
+        expected = chunked_attention(*whole, partition_table(tuple(lengths), config), extras, LAYER)
+        *wanted, wanted_of_sinks = gradients_of(expected, [*whole, sinks], upstream)
         pairs = zip((output, *gradients), (expected, *wanted), strict=True)
         # Of the whole sequence: one rank's few gradients may all be small.
         errors = [(a - e[:, :, shard]).norm().item() / e.norm().item() for a, e in pairs]
+        dist.all_reduce(of_sinks)  # every rank has the part of its own queries
+        errors.append((of_sinks - wanted_of_sinks).norm().item() / max(1e-30, wanted_of_sinks.norm().item()))
         sizes = f"S={config.sink_size} L={config.lag_size} K={config.num_kept} heads {num_heads}/{num_kv_heads}"
         case = f"{config.selection} {lengths} {sizes}"
         results.append((case, max(mesh.max(errors))))

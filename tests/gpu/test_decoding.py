@@ -8,6 +8,7 @@ import torch
 import lrsa_ds
 from lrsa_ds import LRSAConfig, apply_lrsa, new_cache, prefill
 from lrsa_ds.attention.decoding import attend_entries
+from lrsa_ds.attention.extras import Extras
 from lrsa_ds.models.decoder import Decoder
 from tests.cpu.test_model import tiny
 from tests.helpers import assert_close
@@ -36,8 +37,8 @@ def test_kernels_attend_to_the_entries_of_each_row(shape, size, last, dtype, bou
     k[:, :, last + 1 :] = v[:, :, last + 1 :] = float("inf")  # never read
     first, place = torch.randint(0, last + 1, (batch,), device="cuda"), torch.tensor([last], device="cuda")
     on_host = (x.cpu().float().nan_to_num(posinf=0.0) for x in (q, k, v))
-    expected = attend_entries(*on_host, first.cpu(), place.cpu(), 0.2)
-    assert_close(attend_entries(q, k, v, first, place, 0.2).float(), expected, bound, "output")
+    expected = attend_entries(*on_host, first.cpu(), place.cpu(), Extras(0.2))
+    assert_close(attend_entries(q, k, v, first, place, Extras(0.2)).float(), expected, bound, "output")
 
 
 @pytest.mark.parametrize("layers", [None, MIXED])

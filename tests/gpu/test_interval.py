@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lrsa_ds import LagKVCache, LRSAConfig, apply_lrsa, prefill
+from lrsa_ds.attention.extras import Extras
 from lrsa_ds.attention.kernels.interval import Intervals, interval_attention, merge
 from lrsa_ds.registry import KERNELS
 from tests.cpu.test_model import tiny
@@ -30,7 +31,7 @@ def test_kernels_are_the_same_function(backend, dtype, tolerance, num_queries, n
     upstream = torch.randn(shapes[0], device="cuda", dtype=dtype)
     results = []
     for attend in (KERNELS[backend].attend, interval_attention):
-        merged = merge(attend(*inputs, everything, 0.1), attend(*inputs, intervals, 0.1), dtype)
+        merged = merge(attend(*inputs, everything, Extras(0.1)), attend(*inputs, intervals, Extras(0.1)), dtype)
         results.append((merged, *torch.autograd.grad(merged, inputs, upstream)))
     errors = [relative_error(a, b) for a, b in zip(*results, strict=True)]
     assert max(errors) < tolerance, errors

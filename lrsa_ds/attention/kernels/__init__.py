@@ -11,8 +11,26 @@ from lrsa_ds.attention.kernels.interval import interval_attention
 from lrsa_ds.attention.kernels.kernel import Kernel
 from lrsa_ds.registry import KERNELS
 
-KERNELS.add("chunked", Kernel(attend=interval_attention, is_readable=True, wants_whole_blocks=False))
-KERNELS.add("flex", Kernel(attend=flex_interval_attention, devices=("cuda",), min_head_dim=16))
+KERNELS.add(
+    "chunked",
+    Kernel(
+        attend=interval_attention,
+        is_readable=True,
+        wants_whole_blocks=False,
+        takes_other_value_dims=True,
+        caps_scores=True,
+    ),
+)
+KERNELS.add(
+    "flex",
+    Kernel(
+        attend=flex_interval_attention,
+        devices=("cuda",),
+        min_head_dim=16,
+        takes_other_value_dims=True,
+        caps_scores=True,
+    ),
+)
 KERNELS.add(
     "fa4",
     Kernel(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lrsa_ds.attention.extras import Extras
 from lrsa_ds.attention.kernels.blocks import BLOCK, as_lists, block_cover, interval_rows
 from lrsa_ds.attention.kernels.interval import Intervals, sees
 
@@ -39,10 +40,10 @@ def _installed_release() -> str | None:
 
 
 def fa4_interval_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, intervals: Intervals, scale: float | None
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, intervals: Intervals, extras: Extras
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same function as `interval_attention`, with the same shapes; the table of kernels has its limits."""
-    return _Attention.apply(q, k, v, intervals, scale)
+    return _Attention.apply(q, k, v, intervals, extras.scale)
 
 
 class _Attention(torch.autograd.Function):

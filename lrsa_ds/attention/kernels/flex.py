@@ -9,12 +9,13 @@ from functools import lru_cache
 import torch
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
+from lrsa_ds.attention.extras import Extras
 from lrsa_ds.attention.kernels.blocks import BLOCK, as_lists, block_cover, interval_rows
 from lrsa_ds.attention.kernels.interval import Intervals
 
 
 def flex_interval_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, intervals: Intervals, scale: float | None
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, intervals: Intervals, extras: Extras
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same function as `interval_attention`, with the same shapes."""
     attend = compiled_flex_attention() if q.is_cuda else flex_attention
@@ -24,7 +25,16 @@ def flex_interval_attention(
         q = torch.nn.functional.pad(q, (0, 0, 0, BLOCK - num_queries))
     mask = _block_mask(intervals, q.shape[2], k.shape[2])
     gqa = q.shape[1] != k.shape[1]
-    out, aux = attend(q, k, v, block_mask=mask, scale=scale, enable_gqa=gqa, return_aux=AuxRequest(lse=True))
+    out, aux = attend(
+        q,
+        k,
+        v,
+        score_mod=None if extras.softcap is None else _cap(extras.softcap),
+        block_mask=mask,
+        scale=extras.scale,
+        enable_gqa=gqa,
+        return_aux=AuxRequest(lse=True),
+    )
     assert aux.lse is not None  # requested by AuxRequest
     return out[:, :, :num_queries], aux.lse[:, :, :num_queries]
 
@@ -36,6 +46,16 @@ def compiled_flex_attention():
     # that an error, and the higher limit leaves room for several models, lengths and gradient modes.
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     return torch.compile(flex_attention, dynamic=False, fullgraph=True)
+
+
+@lru_cache(maxsize=16)
+def _cap(softcap: float):
+    """The cap as FlexAttention takes it; one function for each value, so that none is compiled twice."""
+
+    def capped(score, batch, head, q_index, kv_index):
+        return softcap * torch.tanh(score / softcap)
+
+    return capped
 
 
 @lru_cache(maxsize=64)

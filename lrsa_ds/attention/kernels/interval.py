@@ -10,6 +10,8 @@ from typing import Optional
 
 import torch
 
+from lrsa_ds.attention.extras import Extras
+
 QUERIES_AT_ONCE = 512
 
 
@@ -36,34 +38,40 @@ class Intervals:
 
 
 def interval_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, intervals: Intervals, scale: float | None
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, intervals: Intervals, extras: Extras
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of q [B, H, N, D] over the keys that each query sees of k, v [B, G, M, D]: the readable form.
 
     Returns:
-        Output [B, H, N, D] in the dtype of `q`, and log-sum-exp of the scaled scores, fp32 [B, H, N]. A query that sees
-        no key has output 0, log-sum-exp -inf, and no gradient.
+        Output [B, H, N, D] in the dtype of `q`, and log-sum-exp of the scaled and capped scores, without sinks, fp32
+        [B, H, N]. A query that sees no key has output 0, log-sum-exp -inf, and no gradient.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    group = q.shape[1] // k.shape[1]
     parts = [intervals] if intervals.also is None else [intervals, intervals.also]
     outputs, lses = [], []
     for rows in torch.arange(q.shape[2], device=q.device).split(QUERIES_AT_ONCE):
         ends = [(part.lo[rows], part.hi[rows]) for part in parts]
         # The keys that any of these queries sees, for each part. Both may include the same key; a query sees it in one.
         spans = [_span(lo, hi) for lo, hi in ends]
-        keys, values = (
-            torch.cat([x[:, :, first:last] for first, last in spans], dim=2).repeat_interleave(group, dim=1)
-            for x in (k, v)
-        )
+        keys, values = (torch.cat([x[:, :, first:last] for first, last in spans], dim=2) for x in (k, v))
         visible = torch.cat([sees(*pair, *span) for pair, span in zip(ends, spans, strict=True)], dim=1)
-        empty = ~visible.any(dim=1)
-        scores = (q[:, :, rows].float() @ keys.float().mT) * scale
-        # Queries that see no key keep finite scores, which avoids NaN, and are cleared afterwards.
-        scores = scores.masked_fill(~visible & ~empty[:, None], -torch.inf)
-        outputs.append((scores.softmax(-1) @ values.float()).masked_fill(empty[:, None], 0).to(q.dtype))
-        lses.append(scores.logsumexp(-1).masked_fill(empty, -torch.inf))
+        out, lse = attend_visible(q[:, :, rows], keys, values, visible, extras)
+        outputs.append(out)
+        lses.append(lse)
     return torch.cat(outputs, dim=2), torch.cat(lses, dim=2)
+
+
+def attend_visible(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor, extras: Extras
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same where `visible`, bool [..., N, M], says which keys each query sees. Computes in fp32 or fp64."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    k, v = (x.to(dtype).repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    empty = ~visible.any(dim=-1, keepdim=True)
+    scores = extras.capped((q.to(dtype) @ k.mT) * extras.scale_of(q.shape[3]))
+    # Queries that see no key keep finite scores, which avoids NaN, and are cleared afterwards.
+    scores = scores.masked_fill(~visible & ~empty, -torch.inf)
+    out = (scores.softmax(-1) @ v).masked_fill(empty, 0).to(q.dtype)
+    return out, scores.logsumexp(-1).masked_fill(empty[..., 0], -torch.inf)
 
 
 def sees(lo: torch.Tensor, hi: torch.Tensor, first: int, last: int) -> torch.Tensor:

@@ -5,6 +5,7 @@ from functools import partial
 import torch
 
 from lrsa_ds.attention import AttentionFunction, lrsa_attention
+from lrsa_ds.attention.extras import Extras, extras_of
 from lrsa_ds.lrsa_config import LRSAConfig
 from lrsa_ds.parallel.sequence.all_to_all import SequenceGroup
 from lrsa_ds.parallel.sequence.ulysses import ulysses_attention
@@ -27,8 +28,9 @@ def _shared(
     document_lengths: tuple[int, ...],
     scale: float | None = None,
     layer: int = 0,
+    extras: Extras | None = None,
 ) -> torch.Tensor:
     attend = ulysses_attention if config.is_dense else group.strategy.attend
-    output = attend(q, k, v, config, document_lengths, group, scale, layer)
-    group.traffic.count_ulysses(q, k, output, group.size, is_real=config.is_dense)
+    output = attend(q, k, v, config, document_lengths, group, extras_of(scale, extras), layer)
+    group.traffic.count_ulysses(q, k, v, output, group.size, is_real=config.is_dense)
     return output

@@ -17,12 +17,14 @@ from functools import lru_cache, partial
 
 import torch
 
+from lrsa_ds.attention.extras import PLAIN, Extras
 from lrsa_ds.attention.kernels.blocks import BLOCK
 from lrsa_ds.attention.kernels.interval import Intervals
 from lrsa_ds.attention.kernels.kernel import choose_kernel
 from lrsa_ds.attention.partition import cut, intervals_of, partition_table
 from lrsa_ds.lrsa_config import LRSAConfig
 from lrsa_ds.parallel.sequence.all_to_all import SequenceGroup, start, start_to_all
+from lrsa_ds.parallel.sequence.keys_and_values import KeysAndValues
 from lrsa_ds.parallel.sequence.pieces import SharedBuffer, halo_size, select_pieces, share_buffer
 from lrsa_ds.parallel.sequence.strategy import Sharing, Strategy, check_stretches, local_tokens
 
@@ -44,48 +46,49 @@ def kept_attention(
     config: LRSAConfig,
     document_lengths: tuple[int, ...],
     group: SequenceGroup,
-    scale: float | None = None,
+    extras: Extras = PLAIN,
     layer: int = 0,
 ) -> torch.Tensor:
     """`lrsa_attention` of the whole sequence, for the queries of this rank.
 
     Args:
-        q: [1, H, n, D], of this rank's stretches, one after the other; k, v: [1, G, n, D].
+        q: [1, H, n, D], of this rank's stretches, one after the other; k, v: [1, G, n, D], of v perhaps another D.
         document_lengths: of the whole sequence, summing to N = P * n.
 
     Returns:
         [1, H, n, D].
     """
-    kernel = choose_kernel(config, q.device, q.dtype, q.shape[3])
+    kernel = choose_kernel(config, q.device, q.dtype, q.shape[3], value_dim=v.shape[3], extras=extras)
     by_blocks = kernel.wants_whole_blocks
     layout = kept_layout(tuple(document_lengths), config, group.size, group.index, by_blocks, q.device)
     k, v = with_halos(k, v, layout, group)
     buffer = layout.buffer
     if any(buffer.num_sent):  # otherwise no document is long enough for a history: attend to the window only
-        both = torch.stack([x[0] for x in select_pieces(k, v, buffer.own, config, layer, fast=not kernel.is_readable)])
-        shapes = [(2, k.shape[1], count, k.shape[3]) for count in buffer.num_sent]
-        history = buffer.history(start_to_all(group, "kept", both, shapes).finish())
-        k, v = (torch.cat([x[None], local], dim=2) for x, local in zip(history, (k, v), strict=True))
-    return kernel.attend(q, k, v, layout.intervals, scale)[0]
+        pair = KeysAndValues.of(k, v)
+        both = pair.stack(*select_pieces(k, v, buffer.own, config, layer, fast=not kernel.is_readable))
+        shapes = [pair.shape(count) for count in buffer.num_sent]
+        history = pair.unstack(buffer.history(start_to_all(group, "kept", both, shapes).finish()))
+        k, v = (torch.cat(pieces, dim=2) for pieces in zip(history, (k, v), strict=True))
+    return extras.with_sinks(*kernel.attend(q, k, v, layout.intervals, extras))[0]
 
 
 def with_halos(
     k: torch.Tensor, v: torch.Tensor, layout: "KeptLayout", group: SequenceGroup
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """[halo | stretch] of each stretch, one after the other: two [1, G, M, D], with gradients to the halos' owners."""
-    stretches = torch.stack([k[0], v[0]]).split(k.shape[2] // len(layout.halo_from), dim=2)
+    pair = KeysAndValues.of(k, v)
+    stretches = pair.stack(k, v).split(k.shape[2] // len(layout.halo_from), dim=2)
     parts = [stretches[0][:, :, :0]] * group.size
     for number, receiver in enumerate(layout.halo_to):
         if receiver is not None:
             parts[receiver] = stretches[number][:, :, -layout.halo_size :]
-    shape = (2, k.shape[1], layout.halo_size, k.shape[3])
+    shape = pair.shape(layout.halo_size)
     shapes = [shape if rank in layout.halo_from else (0,) for rank in range(group.size)]
     received = start(group, "halo", parts, shapes).finish()
     pieces = []
     for sender, stretch in zip(layout.halo_from, stretches, strict=True):
         pieces += [stretch] if sender is None else [received[sender], stretch]
-    k, v = torch.cat(pieces, dim=2)[:, None]
-    return k, v
+    return pair.unstack(torch.cat(pieces, dim=2))
 
 
 @dataclass(frozen=True, eq=False)

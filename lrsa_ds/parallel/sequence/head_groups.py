@@ -15,11 +15,13 @@ from functools import lru_cache
 
 import torch
 
+from lrsa_ds.attention.extras import PLAIN, Extras
 from lrsa_ds.attention.kernels.interval import merge
 from lrsa_ds.attention.kernels.kernel import choose_kernel
 from lrsa_ds.errors import require
 from lrsa_ds.lrsa_config import LRSAConfig
 from lrsa_ds.parallel.sequence.all_to_all import AllToAll, SequenceGroup, start, start_even
+from lrsa_ds.parallel.sequence.keys_and_values import KeysAndValues
 from lrsa_ds.parallel.sequence.pieces import select_pieces
 from lrsa_ds.parallel.sequence.shard import ShardLayout, shard_layout
 from lrsa_ds.parallel.sequence.strategy import Sharing, Strategy, check_stretches
@@ -47,30 +49,33 @@ def heads_attention(
     config: LRSAConfig,
     document_lengths: tuple[int, ...],
     group: SequenceGroup,
-    scale: float | None = None,
+    extras: Extras = PLAIN,
     layer: int = 0,
 ) -> torch.Tensor:
     """`lrsa_attention` of the whole sequence, for the queries of this rank's shard.
 
     Args:
-        q: [1, H, n, D], of this rank's shard; k, v: [1, G, n, D].
+        q: [1, H, n, D], of this rank's shard; k, v: [1, G, n, D], of v perhaps another D.
         document_lengths: of the whole sequence, summing to N = P * n.
 
     Returns:
         [1, H, n, D].
     """
-    kernel = choose_kernel(config, q.device, q.dtype, q.shape[3], needs_lse_gradient=True)
+    kernel = choose_kernel(
+        config, q.device, q.dtype, q.shape[3], needs_lse_gradient=True, value_dim=v.shape[3], extras=extras
+    )
     attend, by_blocks = kernel.attend, kernel.wants_whole_blocks
     layout = shard_layout(tuple(document_lengths), config, group.size, group.index, by_blocks, q.device)
-    heads = HeadGroups(q.shape[1], k.shape[1], group)
+    heads = HeadGroups(q.shape[1], KeysAndValues.of(k, v), group)
     halo_k, halo_v = exchange_halo(k, v, layout, group)
     k, v = torch.cat([halo_k, k], dim=2), torch.cat([halo_v, v], dim=2)
     if not any(layout.buffer.num_sent):  # no document is long enough for a history: attend to the window only
-        return attend(q, k, v, layout.window, scale)[0]
+        return extras.with_sinks(*attend(q, k, v, layout.window, extras))[0]
     queries = heads.send_queries(q)
     kept = heads.send_kept(*select_pieces(k, v, layout.buffer.own, config, layer, fast=not kernel.is_readable), layout)
-    window = attend(q, k, v, layout.window, scale)
-    history = attend(heads.receive_queries(queries), *heads.receive_kept(kept, layout), layout.history, scale)
+    # Every query sees itself in the window, so the sinks take their share there.
+    window = extras.with_sinks(*attend(q, k, v, layout.window, extras))
+    history = attend(heads.receive_queries(queries), *heads.receive_kept(kept, layout), layout.history, extras)
     return heads.merge(window, heads.return_outputs(*history), q.dtype)
 
 
@@ -78,22 +83,22 @@ def exchange_halo(
     k: torch.Tensor, v: torch.Tensor, layout: ShardLayout, group: SequenceGroup
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of the halo: two [1, G, halo, D]; their gradients go back to the rank that sent them."""
-    num_sent = layout.sent_halo_size
+    num_sent, pair = layout.sent_halo_size, KeysAndValues.of(k, v)
     # Empty parts are slices of k, so that every rank has the all-to-all in its graph and joins its backward pass.
     parts = [k[0, :, :0]] * group.size
     if num_sent:
         # A shard is at least as long as the halo, so the halo comes from one neighbour.
-        parts[group.index + 1] = torch.stack([x[0, :, -num_sent:] for x in (k, v)])
+        parts[group.index + 1] = pair.stack(*(x[:, :, -num_sent:] for x in (k, v)))
     shapes: list[tuple[int, ...]] = [(0,)] * group.size
     if layout.halo_size:
-        shapes[group.index - 1] = (2, k.shape[1], layout.halo_size, k.shape[3])
+        shapes[group.index - 1] = pair.shape(layout.halo_size)
     received = start(group, "halo", parts, shapes).finish()
     if not layout.halo_size:
         # Adding 0 times the result keeps the all-to-all in the graph: its backward pass returns the gradients of the
         # halo that this rank sent.
         nothing = received[0].sum() * 0
         return k[:, :, :0] + nothing, v[:, :, :0]
-    return received[group.index - 1][0][None], received[group.index - 1][1][None]
+    return pair.unstack(received[group.index - 1])
 
 
 class HeadGroups:
@@ -103,11 +108,11 @@ class HeadGroups:
     rank is contiguous, and most copies are avoided.
     """
 
-    def __init__(self, num_heads: int, num_kv_heads: int, group: SequenceGroup):
+    def __init__(self, num_heads: int, pair: KeysAndValues, group: SequenceGroup):
         check_heads(num_heads, group.size)
-        self.group = group
+        self.group, self.pair = group, pair
         self.num_heads = num_heads // group.size
-        share = num_heads // num_kv_heads
+        share = num_heads // pair.num_heads
         # The KV head that each query head of each rank reads; fewer KV heads than ranks are sent to several ranks.
         reads = [
             [h // share for h in range(rank * self.num_heads, (rank + 1) * self.num_heads)]
@@ -127,13 +132,14 @@ class HeadGroups:
         return transfer.finish_stacked().flatten(0, 1).transpose(0, 1)[None]
 
     def send_kept(self, k: torch.Tensor, v: torch.Tensor, layout: ShardLayout) -> AllToAll:
-        both = torch.stack([k[0], v[0]])
+        both = self.pair.stack(k, v)
         parts = [both[:, heads] for heads in self.kv_heads]
-        return start(self.group, "kept", parts, [(2, self.num_kv_heads, n, k.shape[3]) for n in layout.buffer.num_sent])
+        shapes = [(2, self.num_kv_heads, n, self.pair.dim) for n in layout.buffer.num_sent]
+        return start(self.group, "kept", parts, shapes)
 
     def receive_kept(self, transfer: AllToAll, layout: ShardLayout) -> tuple[torch.Tensor, torch.Tensor]:
         """The copies of the whole sequence's kept buffer for the heads of this rank: keys and values [1, G', R, D]."""
-        k, v = layout.buffer.history(transfer.finish())[:, None]
+        k, v = self.pair.unstack(layout.buffer.history(transfer.finish()))
         per_kv = self.num_heads // self.num_kv_heads
         if self.place_of_kv == tuple(h // per_kv for h in range(self.num_heads)):
             return k, v

@@ -41,7 +41,7 @@ class Strategy:
         owners: from the number of ranks to the owner of each stretch, in the order of the tokens; all ranks own equally
             many.
         attend: `lrsa_attention` of the whole sequence for the queries of this rank. It takes (q, k, v, config,
-            document_lengths, group, scale, layer); q, k and v are those of this rank's stretches, concatenated.
+            document_lengths, group, extras, layer); q, k and v are those of this rank's stretches, concatenated.
         check: raises LRSAError for a `Sharing` that the strategy does not support.
         merges_parts: whether it merges history and window by their log-sum-exp; the kernel then has to be
             differentiable through it.

@@ -33,14 +33,16 @@ class Traffic:
         """Forgets what was sent so far."""
         self.sent, self.ulysses = Counter(), Counter()
 
-    def count_ulysses(self, q: torch.Tensor, k: torch.Tensor, output: torch.Tensor, size: int, is_real: bool) -> None:
+    def count_ulysses(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, output: torch.Tensor, size: int, is_real: bool
+    ) -> None:
         """Counts what dense Ulysses sends for this attention, and again when its backward pass comes by.
 
         Args:
-            q, k: [1, H, n, D] and [1, G, n, D], of one shard; `output` is their attention.
+            q, k, v: [1, H, n, D] and [1, G, n, D], of one shard; `output` is their attention.
             is_real: whether it was Ulysses that computed it.
         """
-        num_bytes = ulysses_bytes(q, k, size)
+        num_bytes = ulysses_bytes(q, k, v, size)
         books = [self.ulysses, self.sent] if is_real else [self.ulysses]
 
         def count(direction: str) -> None:
@@ -52,9 +54,12 @@ class Traffic:
             output.register_hook(lambda gradient: count("backward"))
 
 
-def ulysses_bytes(q: torch.Tensor, k: torch.Tensor, size: int) -> dict[str, int]:
-    """Bytes that dense Ulysses sends from a rank in one pass over a layer; shards q [1, H, n, D] and k [1, G, n, D]."""
-    one_head = q.shape[2:].numel() * q.element_size()
+def ulysses_bytes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, size: int) -> dict[str, int]:
+    """Bytes that dense Ulysses sends from a rank in one pass over a layer: shards q [1, H, n, D], k and v [1, G, n, D].
+
+    It sends keys and values of one head dim, the larger one where they differ.
+    """
+    one_head = q.shape[2] * max(q.shape[3], v.shape[3]) * q.element_size()
     # Fewer KV heads than ranks are repeated, so that every rank receives one.
     heads = {"queries": q.shape[1], "kv": 2 * max(k.shape[1], size), "outputs": q.shape[1]}
     return {cargo: n * one_head * (size - 1) // size for cargo, n in heads.items()}

@@ -1,12 +1,15 @@
 """Dense attention of one sequence over several ranks: DeepSpeed's Ulysses, with packed documents kept apart."""
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, cast
 
 import torch
 from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
+from torch.nn.functional import pad
 
 from lrsa_ds.attention import lrsa_attention
+from lrsa_ds.attention.extras import PLAIN, Extras
 from lrsa_ds.errors import require
 from lrsa_ds.lrsa_config import LRSAConfig
 from lrsa_ds.parallel.sequence.all_to_all import SequenceGroup
@@ -37,13 +40,13 @@ def ulysses_attention(
     config: LRSAConfig,
     document_lengths: tuple[int, ...],
     group: SequenceGroup,
-    scale: float | None = None,
+    extras: Extras = PLAIN,
     layer: int = 0,
 ) -> torch.Tensor:
     """Dense causal attention of the whole sequence, for the queries of this rank's shard.
 
     Args:
-        q: [1, H, n, D], of this rank's shard; k, v: [1, G, n, D].
+        q: [1, H, n, D], of this rank's shard; k, v: [1, G, n, D], of v perhaps another D.
         config: its retention keeps everything.
         document_lengths: of the whole sequence, summing to P * n.
         layer: makes no difference.
@@ -52,7 +55,12 @@ def ulysses_attention(
         [1, H, n, D].
     """
     order = group.strategy.token_order(group.size * q.shape[2], group.size, q.device)
-    ulysses = _ulysses(q.shape[1], k.shape[1], q.shape[3], group)
+    # DeepSpeed takes one head dim. Zeros behind the smaller ones change neither scores nor what is cut off again.
+    extras, value_dim = replace(extras, scale=extras.scale_of(q.shape[3])), v.shape[3]
+    dim = max(q.shape[3], value_dim)
+    q, k, v = (pad(x, (0, dim - x.shape[3])) for x in (q, k, v))
+    ulysses = _ulysses(q.shape[1], k.shape[1], dim, group)
+    own = q.shape[1] // group.size
     # DeepSpeed gathers the positions for kernels that find the documents by them; ours are told the lengths.
     positions = torch.zeros(1, q.shape[2], dtype=torch.int64, device=q.device)
     output, _ = ulysses(
@@ -64,10 +72,10 @@ def ulysses_attention(
         position_ids=positions,
         lrsa_config=config,
         document_lengths=document_lengths,
-        scaling=scale,
+        extras=extras.of_heads(slice(group.index * own, (group.index + 1) * own)),
         order=order,
     )
-    return output.view(1, q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
+    return output.view(1, q.shape[2], q.shape[1], dim)[..., :value_dim].transpose(1, 2)
 
 
 @lru_cache(maxsize=16)
@@ -93,15 +101,15 @@ def _dense_core(
     *,
     lrsa_config: LRSAConfig,
     document_lengths: tuple[int, ...],
-    scaling: float | None,
+    extras: Extras,
     order: tuple[torch.Tensor, torch.Tensor] | None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """What Ulysses calls on the head group with all tokens, rank after rank: [1, H / P, N, D] to [1, N, H / P, D]."""
     if order is None:
-        output = lrsa_attention(query, key, value, lrsa_config, document_lengths, scaling)
+        output = lrsa_attention(query, key, value, lrsa_config, document_lengths, extras=extras)
         return output.transpose(1, 2).contiguous(), None
     in_ranks, of_token = order
     query, key, value = (x.index_select(2, of_token) for x in (query, key, value))
-    output = lrsa_attention(query, key, value, lrsa_config, document_lengths, scaling)
+    output = lrsa_attention(query, key, value, lrsa_config, document_lengths, extras=extras)
     return output.transpose(1, 2).index_select(1, in_ranks), None
