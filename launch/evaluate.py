@@ -17,11 +17,11 @@ from launch.cli.command import leave, run_command
 from lrsa_ds.evaluate.config import EvaluateConfig
 from lrsa_ds.evaluate.run import evaluate
 from recipes.samples import Samples
-from recipes.scoring import METRICS
+from recipes.scoring import score
 
 
 def action(config: EvaluateConfig) -> bool:
-    evaluate(config, Samples, lambda metric, prediction, answers: METRICS[metric](prediction, answers))
+    evaluate(config, Samples, score)
     return True
 
 

@@ -1,7 +1,7 @@
-"""Samples from files: extractive questions in any of the shapes of training, LongBench, and RULER.
+"""Samples from files: extractive questions in any of the shapes of training, and LongBench.
 
-LongBench and RULER are read from the user's own JSONL copies. Questions are put in our own frame (context, question)
-and answers are cut at nothing, so scores compare within one evaluation, not with published tables.
+LongBench is read from the user's own JSONL copies. Questions are put in our own frame (context, question) and answers
+are cut at nothing, so scores compare within one evaluation, not with published tables.
 """
 
 import random
@@ -35,8 +35,6 @@ DEFAULT_QUESTIONS = {
     "count": "How many different passages are there?",
     "similarity": "What is the next line of this code? Give only this line.",
 }
-# The folder in which RULER leaves what models said, one JSONL file a task.
-PREDICTIONS = "pred"
 
 
 @dataclass(frozen=True)
@@ -105,24 +103,10 @@ def longbench_entries(path: str, seed: int, num_samples: int) -> dict[str, list[
     return {name: _drawn(entries, seed, num_samples) for name, entries in found.items()}
 
 
-def ruler_entries(path: str, seed: int, num_samples: int) -> dict[str, list[Entry]]:
-    """Rows of RULER's form: `input`, `outputs` and, if any, `answer_prefix`. A task is a file, or its folder."""
-    found: dict[str, list[Entry]] = {}
-    for place, name, row in _json_rows("ruler", path):
-        answers = _texts(row, "outputs", place)
-        metric = "hit" if name.startswith("qa") else "recall"
-        prompt = _text(row, "input", place) + str(row.get("answer_prefix") or "")
-        canonical = {"prompt": prompt, "completion": ", ".join(answers), "task": name}
-        found.setdefault(f"ruler/{name}", []).append(Entry(canonical, answers, (metric,), may_be_cut=False))
-    return {name: _drawn(entries, seed, num_samples) for name, entries in found.items()}
-
-
 def _json_rows(key: str, value: str) -> Iterator[tuple[str, str, dict]]:
     """Place, name of the task, and row, of every row of the files."""
     for path in find_files(key, value, subfolders=True):
         stem, folder = Path(path).stem, Path(path).resolve().parent.name
-        if folder == PREDICTIONS:
-            continue
         name = folder if stem in ("validation", "test") else stem
         for place, row in rows_of(path):
             if not isinstance(row, dict):

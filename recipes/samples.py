@@ -1,43 +1,65 @@
-"""All samples of an evaluation: generated tasks and files behind one interface."""
+"""All samples of an evaluation: generated tasks, files and benchmarks behind one interface."""
+
+from typing import Protocol
 
 from lrsa_ds.data.tokenizer import Tokenizer
 from lrsa_ds.evaluate.config import EvaluateConfig
 from lrsa_ds.evaluate.evaluator import Sample
-from recipes.eval_sets import Entry, FileSamples, longbench_entries, qa_entries, ruler_entries
+from recipes.benchmarks import BENCHMARKS
+from recipes.benchmarks.samples import BenchmarkSamples, drawn_cases
+from recipes.eval_sets import Entry, FileSamples, longbench_entries, qa_entries
 from recipes.longeval import GeneratedSamples
+
+FILE_TASKS = ("qa", "longbench")
+
+
+class Source(Protocol):
+    """Samples of some tasks, by task, length and index."""
+
+    def sample(self, task: str, length: int, index: int) -> Sample: ...
 
 
 class Samples:
     """All samples of an evaluation, each a function of the configuration, the task, the length and the index."""
 
     def __init__(self, config: EvaluateConfig, tokenizer: Tokenizer):
-        self.config = config
+        self.counts: dict[tuple[str, int], int] = {}
+        self._sources: dict[tuple[str, int], Source] = {}
+        options, chat_template = (config.seed, config.num_samples), config.data.chat_template
+        made = [task for task in config.tasks if task not in (*FILE_TASKS, *BENCHMARKS)]
+        if made:
+            generated = GeneratedSamples(tokenizer, config.seed, config.num_depths, chat_template)
+            counts = {(task, length): config.num_samples for task in made for length in config.lengths}
+            self._add(generated, counts)
         files: dict[str, list[Entry]] = {}
-        options = (config.seed, config.num_samples)
         if "qa" in config.tasks:
             files |= qa_entries(config.data, *options)
         if "longbench" in config.tasks:
             assert config.longbench is not None  # checked with the configuration
             files |= longbench_entries(config.longbench, *options)
-        if "ruler" in config.tasks:
-            assert config.ruler is not None
-            files |= ruler_entries(config.ruler, *options)
-        self.files = FileSamples(tokenizer, files, config.data.chat_template)
-        self.generated = GeneratedSamples(tokenizer, config.seed, config.num_depths, config.data.chat_template)
-        self.counts = {task: config.num_samples for task in config.tasks if task not in ("qa", "longbench", "ruler")}
-        self.counts |= {task: len(entries) for task, entries in files.items()}
+        counts = {(task, length): len(entries) for task, entries in files.items() for length in config.lengths}
+        self._add(FileSamples(tokenizer, files, chat_template), counts)
+        cases = {}
+        for key in BENCHMARKS:
+            if key in config.tasks:
+                cases |= drawn_cases(key, getattr(config, key), config.lengths, *options)
+        self.benchmarks = BenchmarkSamples(tokenizer, cases, chat_template)
+        self._add(self.benchmarks, {at: len(mine) for at, mine in cases.items()})
+
+    def _add(self, source: Source, counts: dict[tuple[str, int], int]) -> None:
+        self.counts |= counts
+        self._sources |= dict.fromkeys(counts, source)
 
     def items(self) -> list[tuple[str, int, int]]:
         """Task, length and index of every sample; the first of every task and length before the second of any."""
-        everything = [(t, n, i) for t, count in self.counts.items() for n in self.config.lengths for i in range(count)]
+        everything = [(*at, index) for at, count in self.counts.items() for index in range(count)]
         return sorted(everything, key=lambda item: item[2])
 
     def sample(self, task: str, length: int, index: int) -> Sample:
-        source = self.files if task in self.files.entries else self.generated
-        return source.sample(task, length, index)
+        return self._sources[task, length].sample(task, length, index)
 
     def check(self) -> None:
-        """Makes the first sample of every task and length, so that a length that is too short is said at once."""
-        for task, length, index in self.items():
-            if index == 0:
-                self.sample(task, length, index)
+        """Makes a sample of every task and length, so that a length that is too short is said at once."""
+        self.benchmarks.check()
+        for task, length in self.counts.keys() - self.benchmarks.cases.keys():
+            self.sample(task, length, 0)

@@ -1,10 +1,16 @@
-"""How an answer is scored: one function for each metric, from 0 to 1, the best over all right answers."""
+"""How an answer is scored: one function for each metric, from 0 to 1, the best over all right answers.
+
+Benchmarks of others bring their own metrics.
+"""
 
 import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
 from difflib import SequenceMatcher
+
+from lrsa_ds.evaluate.evaluator import Sample
+from recipes import benchmarks
 
 Metric = Callable[[str, Sequence[str]], float]
 
@@ -20,13 +26,13 @@ def f1(prediction: str, answers: Sequence[str]) -> float:
 
 
 def recall(prediction: str, answers: Sequence[str]) -> float:
-    """Share of the answers that stand in the prediction, in any case (RULER's measure for all its retrieval tasks)."""
+    """Share of the answers that stand in the prediction, in any case (as RULER scores retrieval)."""
     found = prediction.lower()
     return sum(answer.lower() in found for answer in answers) / len(answers)
 
 
 def hit(prediction: str, answers: Sequence[str]) -> float:
-    """Whether one of the answers stands in the prediction, in any case (RULER's measure for questions)."""
+    """Whether one of the answers stands in the prediction, in any case."""
     return float(any(answer.lower() in prediction.lower() for answer in answers))
 
 
@@ -57,6 +63,13 @@ def count(prediction: str, answers: Sequence[str]) -> float:
 METRICS: dict[str, Metric] = {
     function.__name__: function for function in (exact, f1, recall, hit, partial, rouge_l, similarity, count)
 }
+
+
+def score(metric: str, prediction: str, sample: Sample) -> float:
+    """The score of what was said to a sample."""
+    if metric in METRICS:
+        return METRICS[metric](prediction, sample.answers)
+    return benchmarks.METRICS[metric](prediction, sample.answers, sample.classes)
 
 
 def _normal(text: str) -> str:

@@ -102,6 +102,15 @@ class Encoder:
         said = decoded(self.tokenizer, self._tokens([lead])[0], skip_special_tokens=True).split()
         return Prompt(found.ids[: found.num_prompt], answer_ids, said[-1] if said else "")
 
+    def open_prompt(self, asked: str, answer_prefix: str = "") -> list[int]:
+        """The tokens of what a user says, uncut, up to where a model goes on with an answer that has a beginning.
+
+        Raises:
+            LRSAError: the chat template refuses the message.
+        """
+        ids = self._tokens([self.frame.opened(asked) + answer_prefix])[0]
+        return ids if ids[: len(self.before)] == self.before else self.before + ids
+
     def _conversation(self, row: dict[str, Any]) -> Conversation:
         return (chat_conversation if self.use_template else plain_conversation)(row)
 

@@ -23,6 +23,8 @@ TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeE
 # The names under which templates read the reasoning of a message.
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 _PLACEHOLDER = "xPLACEHOLDERx"
+# At the end of a generation prompt: a tag that is opened, and what closes it, if anything does.
+_REASONING_TAG = re.compile(r"<([^<>/\s]+)>\s*(</\1>\s*)?$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,9 @@ class PlainText:
     def turn(self, conversation: Conversation, message: int) -> Turn:
         prompt, answer = (m["content"] for m in conversation.messages)
         return Turn(message, prompt, answer)
+
+    def opened(self, asked: str) -> str:
+        return asked
 
 
 class ChatTemplate:
@@ -102,6 +107,18 @@ class ChatTemplate:
         else:
             answer = _behind_reasoning_tag(prompt, finished[:stop], conversation.messages[message])
         return Turn(message, prompt, answer, end.group(), after[end.end() :]) if end else Turn(message, prompt, answer)
+
+    def opened(self, asked: str) -> str:
+        """What inference renders for one message of the user, up to where the answer begins.
+
+        Reasoning that the generation prompt opens (`<think>`) is closed at once: the text goes on with the answer.
+
+        Raises:
+            LRSAError: the template refuses the message.
+        """
+        prompt = self._render(Conversation(({"role": "user", "content": asked},), ()), 1, generate=True)
+        tag = _REASONING_TAG.search(prompt)
+        return prompt if not tag or tag.group(2) else f"{prompt.rstrip()}\n</{tag.group(1)}>\n\n"
 
     def _check_prompt(self, conversation: Conversation, prompt: str) -> None:
         """Raises LRSAError unless the prompt of the last trained turn contains all messages before it."""
@@ -212,7 +229,7 @@ def _behind_reasoning_tag(prompt: str, finished: str, message: dict[str, Any]) -
     Raises:
         LRSAError: the two differ in another way, or there is reasoning but the prompt has closed the tag.
     """
-    tag = re.search(r"<([^<>/\s]+)>\s*(</\1>\s*)?$", prompt)
+    tag = _REASONING_TAG.search(prompt)
     before = prompt[: tag.start()] if tag else ""
     if not tag or not finished.startswith(before):
         shared = next((i for i, (a, b) in enumerate(zip(prompt, finished, strict=False)) if a != b), 0)

@@ -37,6 +37,7 @@ class Sample:
         depth: where the fact stands in the prompt, from 0 to 1, if there is one.
         lead_end: a word that a model says before its answer (`</think>`); what it says up to there is not scored.
         answer_ids: the tokens that are to follow the prompt, the end of the turn included; none for "nll".
+        classes: the labels of a classification, for metrics that need them.
     """
 
     task: str
@@ -49,6 +50,10 @@ class Sample:
     depth: float | None = None
     lead_end: str = ""
     answer_ids: tuple[int, ...] = ()
+    classes: tuple[str, ...] = ()
+
+
+Score = Callable[[str, str, Sample], float]
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,7 @@ class Evaluator:
         attention: sink and lag size; layers that differ as they are, of which the dense ones stay so in every mode but
             that. Other retentions are not read.
         differing: the caches whose layers differ, by the names of the modes.
-        score: from the name of a metric, a prediction and the right answers to a number from 0 to 1.
+        score: from the name of a metric, a prediction and its sample to a number from 0 to 1.
     """
 
     def __init__(
@@ -102,7 +107,7 @@ class Evaluator:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         attention: AnyConfig,
-        score: Callable[[str, str, Sequence[str]], float],
+        score: Score,
         differing: Mapping[str, AnyConfig] | None = None,
     ):
         self.model = model
@@ -168,8 +173,10 @@ class Evaluator:
         return Answer(ids, size, time.perf_counter() - start)
 
     def _answer_row(self, sample: Sample, mode: Mode, answer: Answer, dense: Answer | None) -> dict:
-        text = after_lead(decoded(self.tokenizer, answer.ids, skip_special_tokens=True), sample.lead_end)
-        scores = {name: 100 * self.score(name, text, sample.answers) for name in sample.metrics}
+        text = decoded(self.tokenizer, answer.ids, skip_special_tokens=True)
+        if sample.lead_end:
+            text = after_lead(text, sample.lead_end)
+        scores = {name: 100 * self.score(name, text, sample) for name in sample.metrics}
         if dense is not None and answer.size["num_held"] < answer.size["num_tokens"]:
             scores["first_token"] = 100.0 * (answer.ids[0] == dense.ids[0])
         said = {"scores": scores, "prediction": text, "answers": list(sample.answers)}

@@ -30,6 +30,8 @@ METRICS = {
     "rouge_l": "F1 of the longest common subsequence of words",
     "similarity": "how alike the first lines of code are, character by character",
     "count": "the numbers in what was said that are the answer's",
+    "string_match_all": "RULER's: the right answers that stand in what was said",
+    "string_match_part": "RULER's: samples with one of the right answers in what was said",
     "first_token": "samples whose first generated token is that of the dense cache",
     "nll": "negative log-likelihood of a token of the text, in nats",
 }

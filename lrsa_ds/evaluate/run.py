@@ -1,6 +1,6 @@
 """An evaluation from configuration to pictures: each rank answers its share of the samples, and any may be stopped."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -17,7 +17,7 @@ from lrsa_ds.directories.lock import check_lock
 from lrsa_ds.dtypes import dtype_of
 from lrsa_ds.errors import require
 from lrsa_ds.evaluate.config import EvaluateConfig
-from lrsa_ds.evaluate.evaluator import Evaluator, Mode, Sample, modes
+from lrsa_ds.evaluate.evaluator import Evaluator, Mode, Sample, Score, modes
 from lrsa_ds.evaluate.page import predictions_page
 from lrsa_ds.evaluate.report import draw_results, results_table
 from lrsa_ds.evaluate.results import (
@@ -48,7 +48,6 @@ from lrsa_ds.settings.attention import require_compression
 from lrsa_ds.settings.run import LogConfig
 from lrsa_ds.telemetry.report import report_telemetry
 
-Score = Callable[[str, str, Sequence[str]], float]
 SETTINGS = "config.yaml"
 # What may differ when an evaluation resumes in the same directory: more of the same, or how it is shown.
 MAY_DIFFER = ("run_name", "output_dir", "overwrite", "log", "tasks", "lengths", "num_samples", "longbench", "ruler")

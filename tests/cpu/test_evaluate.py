@@ -20,9 +20,10 @@ from lrsa_ds.evaluate.report import draw_results, results_table
 from lrsa_ds.evaluate.results import collect, interval, part_of, read_results, summary, wilson
 from lrsa_ds.settings.data import DataConfig
 from lrsa_ds.settings.model import ModelConfig
+from recipes import benchmarks
 from recipes.longeval import GENERATED, GeneratedSamples
 from recipes.samples import Samples
-from recipes.scoring import METRICS
+from recipes.scoring import METRICS, score
 from tests.cpu.test_model import tiny
 
 TOKENIZER = byte_tokenizer()
@@ -106,7 +107,7 @@ def make_evaluator(retention=0.25, **settings):
     attention = LRSAConfig(sink_size=4, lag_size=16, retention=retention)
     torch.manual_seed(3)
     model = apply_lrsa(tiny("llama", vocab_size=TOKENIZER.vocab_size + 10, **settings), attention)
-    return Evaluator(model, TOKENIZER, attention, lambda metric, text, answers: METRICS[metric](text, answers))
+    return Evaluator(model, TOKENIZER, attention, score)
 
 
 def make_sample(num_tokens=150, metrics=("recall",), **settings):
@@ -137,7 +138,7 @@ def test_answers_are_those_of_the_training_pass():
             ids.append(int(logits[0, -1].argmax()))
             if ids[-1] in evaluator.ends:
                 break
-        assert row["prediction"] == TOKENIZER.decode(ids[150:], skip_special_tokens=True).strip()
+        assert row["prediction"] == TOKENIZER.decode(ids[150:], skip_special_tokens=True)
     assert "first_token" not in rows[0]["scores"]
     assert all(row["scores"]["first_token"] in (0.0, 100.0) for row in rows[1:])
 
@@ -236,7 +237,7 @@ def test_table_and_pictures(tmp_path):
 
 
 def test_every_metric_has_a_legend():
-    assert set(METRICS) | {"first_token", "nll"} == set(LEGEND)
+    assert {*METRICS, *benchmarks.METRICS, "first_token", "nll"} == set(LEGEND)
 
 
 def test_prompts_that_are_too_short_say_so_and_agree_with_nothing():
@@ -273,47 +274,23 @@ def test_file_tasks(tmp_path):
         json.dumps({"input": "Who?", "context": "long " * 400, "answers": ["Ann", "Anne"], "dataset": "hotpotqa"})
         + "\n"
     )
-    # As RULER leaves it: a folder for each task below "data", and what a model said in "pred".
-    ruler = tmp_path / "ruler" / "600"
-    for task in ("niah_single_1", "qa_2"):
-        (ruler / "data" / task).mkdir(parents=True)
-        row = {"index": 0, "input": "Read this. " * 20, "outputs": ["12", "34"], "length": 99}
-        (ruler / "data" / task / "validation.jsonl").write_text(json.dumps(row) + "\n")
-    (ruler / "pred").mkdir()
-    (ruler / "pred" / "niah_single_1.jsonl").write_text(json.dumps({"input": "", "outputs": ["1"], "pred": "2"}))
     squad = [{"context": f"c{i}" * 9, "question": "q?", "answers": {"text": ["x", "y"]}} for i in range(6)]
     (tmp_path / "squad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in squad))
     config = make_config(
-        tasks=["qa", "longbench", "ruler"],
+        tasks=["qa", "longbench"],
         lengths=[600],
         num_samples=3,
         longbench=str(tmp_path / "hotpotqa.jsonl"),
-        ruler=str(tmp_path / "ruler"),
         data=DataConfig(source="files", path=str(tmp_path / "squad.jsonl")),
     )
     samples = Samples(config, TOKENIZER)
     samples.check()
     items = samples.items()
-    assert [item[0] for item in items] == [
-        *("qa", "longbench/hotpotqa", "ruler/niah_single_1", "ruler/qa_2", "qa", "qa")
-    ]
-    assert samples.sample("ruler/qa_2", 600, 0).metrics == ("hit",)
+    assert [item[0] for item in items] == ["qa", "longbench/hotpotqa", "qa", "qa"]
     cut = samples.sample("longbench/hotpotqa", 600, 0)
     assert len(cut.prompt_ids) < 600 and cut.answers == ("Ann", "Anne") and cut.metrics == ("f1",)
     assert "Who?" in text_of(cut)
-    assert samples.sample("ruler/niah_single_1", 600, 0).metrics == ("recall",)
     assert samples.sample("qa", 600, 0).answers == ("x", "y")
-    with pytest.raises(LRSAError, match=r"lengths=100 is too short for ruler/niah_single_1.*may not be cut"):
-        samples.sample("ruler/niah_single_1", 100, 0)
-
-
-@pytest.mark.parametrize("place", [".", "validation.jsonl", "../niah_single_1"])
-def test_a_ruler_task_is_named_by_its_folder(tmp_path, monkeypatch, place):
-    (tmp_path / "niah_single_1").mkdir()
-    monkeypatch.chdir(tmp_path / "niah_single_1")
-    (tmp_path / "niah_single_1" / "validation.jsonl").write_text(json.dumps({"input": "q", "outputs": ["a"]}))
-    samples = Samples(make_config(tasks=["ruler"], ruler=place), TOKENIZER)
-    assert samples.items() == [("ruler/niah_single_1", 4096, 0)]
 
 
 def test_unknown_and_broken_files(tmp_path):
@@ -325,9 +302,6 @@ def test_unknown_and_broken_files(tmp_path):
     path.write_text(json.dumps({"input": "q", "context": "c", "answers": [], "dataset": "qasper"}) + "\n")
     with pytest.raises(LRSAError, match=r"line 1: answers has to be a list of texts"):
         Samples(make_config(**options), TOKENIZER)
-    path.write_text(json.dumps({"outputs": ["a"]}) + "\n")
-    with pytest.raises(LRSAError, match=r"line 1: input is missing"):
-        Samples(make_config(tasks=["ruler"], ruler=str(path)), TOKENIZER)
 
 
 @pytest.mark.parametrize(

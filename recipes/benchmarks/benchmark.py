@@ -1,0 +1,70 @@
+"""What a benchmark of others is here: its rows as cases, each with the prompt, limits and metric of its authors.
+
+To add one: a file with a `Benchmark`, a line in the table of `recipes/benchmarks/__init__.py`, and its key, which holds
+the path of the user's copy, in `lrsa_ds/evaluate/config.py`.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lrsa_ds.errors import LRSAError
+
+# From what was said, the right answers, and the labels that the task has, to a score from 0 to 1.
+Metric = Callable[[str, Sequence[str], Sequence[str]], float]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One question of a benchmark.
+
+    Args:
+        task: its name below that of the benchmark.
+        prompt: what a user says, complete.
+        answers: right answers; what they mean is up to the metric.
+        expected: the whole right answer, for what is measured at its tokens.
+        max_new_tokens: the authors' limit of an answer.
+        answer_prefix: how the answer begins; it belongs to the prompt.
+        length: tokens that the prompt was made for, where its folder says so.
+        in_turn: False for prompts that stand outside the chat template.
+        may_be_cut: whether the middle of a prompt that is too long is taken out.
+        classes: the labels of a classification.
+        stop: a text whose last token ends the answer.
+    """
+
+    task: str
+    prompt: str
+    answers: tuple[str, ...]
+    expected: str
+    metric: str
+    max_new_tokens: int
+    answer_prefix: str = ""
+    length: int | None = None
+    in_turn: bool = True
+    may_be_cut: bool = False
+    classes: tuple[str, ...] = ()
+    stop: str = ""
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Args:
+    read: from the path of the user's copy to its cases; raises LRSAError for rows of another form.
+    metrics: by name.
+    """
+
+    read: Callable[[str], Iterator[Case]]
+    metrics: Mapping[str, Metric]
+
+
+def text_of(row: dict[str, Any], key: str, place: str) -> str:
+    if not isinstance(row.get(key), str):
+        raise LRSAError(f"{place}: {key} is missing or not text.")
+    return row[key]
+
+
+def texts_of(row: dict[str, Any], key: str, place: str) -> tuple[str, ...]:
+    texts = row.get(key)
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text for text in texts):
+        raise LRSAError(f"{place}: {key} has to be a list of texts, and not an empty one.")
+    return tuple(texts)
