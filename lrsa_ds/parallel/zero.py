@@ -61,7 +61,8 @@ def make_engine(
     around every single module would otherwise take longer than the layers of a small model.
     """
     if config.zero.stage == 3 and config.zero.gather_layers:
-        deepspeed.utils.set_z3_leaf_modules(model, layer_classes)
+        for layer in deepspeed.utils.set_z3_leaf_modules(model, layer_classes):
+            layer.register_forward_pre_hook(_need_input_gradient)
     optimizer = make_optimizer(_parameter_groups(model, config.optim.weight_decay), config)
 
     def scheduler(wrapped: torch.optim.Optimizer) -> Any:
@@ -74,6 +75,21 @@ def make_engine(
         config=deepspeed_config(config, dtype, load_universal),
     )
     return engine
+
+
+def _need_input_gradient(layer: torch.nn.Module, args: tuple) -> tuple:
+    """Hook before the pass of a layer that is gathered as a whole: its hidden states take part in the backward pass.
+
+    DeepSpeed releases the parameters of such a layer when the gradients of its inputs are there. Behind frozen
+    embeddings (LoRA, `model.freeze`) none would ask for them, and it would release them before the backward pass.
+    """
+    if torch.is_grad_enabled() and args and not args[0].requires_grad and _is_trained(layer):
+        return args[0].detach().requires_grad_(), *args[1:]
+    return args
+
+
+def _is_trained(layer: torch.nn.Module) -> bool:
+    return any(p.requires_grad for p in layer.parameters())
 
 
 def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:

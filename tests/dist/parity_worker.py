@@ -20,7 +20,7 @@ from lrsa_ds.config import TrainConfig
 from lrsa_ds.data.packing import IGNORE, Example, collate, pack
 from lrsa_ds.data.stream import StepData
 from lrsa_ds.layers import resolve
-from lrsa_ds.models.adapters import add_adapters
+from lrsa_ds.models.adapters import add_adapters, freeze
 from lrsa_ds.models.patch import enable_checkpointing, layer_classes
 from lrsa_ds.models.tiling import num_tiles, tile_mlps
 from lrsa_ds.objectives import make_objective
@@ -83,6 +83,7 @@ def make_model(options):
         for name, parameter in model.named_parameters():
             if "lora_B" in name:  # larger ones amplify the rounding of fp32 beyond what is asked of gradients here
                 torch.nn.init.normal_(parameter, std=0.02)
+    freeze(model, options.freeze)
     return model.train()
 
 
@@ -171,6 +172,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--offload", action="store_true")
     parser.add_argument("--tile-size", type=int, default=0)
     parser.add_argument("--lora", action="store_true")
+    parser.add_argument("--freeze", nargs="*", default=[])
     parser.add_argument("--by-module", action="store_true")
     parser.add_argument("--break-scale", action="store_true")
     parser.add_argument("--break-halo", action="store_true")

@@ -47,6 +47,9 @@ PARITY = [
     (2, ["--family", "qwen3_moe", "--by-module", "--sp-size", 2]),
     (2, ["--layers", TURNS, "--checkpointing"]),
     *((2, ["--sp-size", 2, "--exchange", exchange, "--layers", TURNS, "--checkpointing"]) for exchange in EXCHANGES),
+    # Frozen embeddings ask for no gradient, and DeepSpeed must still hold a gathered layer until its backward pass.
+    (2, ["--lora"]),
+    (2, ["--freeze", "embed", "layers.0"]),
     # Only where heads are dealt out do the ranks have to divide them.
     (2, ["--sp-size", 2, "--heads", 3, "--kv-heads", 1, "--checkpointing"]),
     # Dense attention under sequence parallelism is DeepSpeed's Ulysses.
