@@ -1,4 +1,4 @@
-"""Training a part of a model: frozen parameters, and low-rank adapters (LoRA) through PEFT, saved and loaded again."""
+"""Training only a part of a model: frozen parameters, and low-rank adapters (LoRA) through PEFT; saving and loading."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from lrsa_ds.models.rope import saved_rope
 from lrsa_ds.settings.model import LoraConfig, ModelConfig
 
 ADAPTER = "default"
-# In a directory of adapters: PEFT's settings, those of LRSA, positions, and a base that could not be found by a name.
+# Files in a directory of adapters: PEFT's settings, LRSA's settings, positions; and a base that has no name to load by.
 PEFT_SETTINGS = "adapter_config.json"
 SETTINGS = "lrsa.json"
 ROPE = "rope.json"
@@ -38,10 +38,10 @@ def _require_peft(what_needs: str, instead: str = "") -> None:
 
 
 def freeze(model: PreTrainedModel, patterns: list[str]) -> None:
-    """Excludes parameters from training: those in whose name one of the regular expressions is found.
+    """Excludes parameters from training: those whose name matches one of the regular expressions, anywhere.
 
     Raises:
-        LRSAError: a pattern is found in no name, or nothing is left to train.
+        LRSAError: a pattern matches no name, or no parameter is left to train.
     """
     for pattern in patterns:
         found = [p for name, p in model.named_parameters() if re.search(pattern, name)]
@@ -53,7 +53,7 @@ def freeze(model: PreTrainedModel, patterns: list[str]) -> None:
 
 
 def add_adapters(model: PreTrainedModel, lora: LoraConfig) -> None:
-    """Puts LoRA adapters into the model, in place; they alone are trained.
+    """Adds LoRA adapters to the model, in place; only they are trained.
 
     Raises:
         LRSAError: no layer fits `model.lora.targets`.
@@ -68,10 +68,10 @@ def add_adapters(model: PreTrainedModel, lora: LoraConfig) -> None:
 
 @contextmanager
 def adapters_disabled(model: PreTrainedModel) -> Iterator[None]:
-    """While it lasts, the model computes as if it had no adapters; for passes without gradients."""
+    """A context in which the model computes as if it had no adapters; for passes without gradients."""
     from peft.tuners.lora import LoraLayer
 
-    # They are scaled to nothing rather than switched off: every module is still called, in the order that ZeRO-3 knows.
+    # Adapters are scaled to 0 instead of disabled: ZeRO-3 relies on every module being called, in the same order.
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     for layer in layers:
         layer.scale_layer(0.0)
@@ -91,7 +91,7 @@ def _peft_config(lora: LoraConfig) -> Any:
 
 
 def merge_adapters(model: PreTrainedModel, weights: dict[str, torch.Tensor], lora: LoraConfig) -> dict:
-    """Weights of the plain model with the adapters added to them, from the weights of the model with adapters."""
+    """Weights of the plain model with the adapters merged, from the weights of the model with adapters."""
     from peft import LoraModel
 
     with torch.device("meta"):
@@ -103,9 +103,9 @@ def merge_adapters(model: PreTrainedModel, weights: dict[str, torch.Tensor], lor
 
 
 def base_name(model: ModelConfig) -> str | None:
-    """The base under which PEFT finds it from anywhere: a hub name, or an absolute path.
+    """The name under which PEFT finds the base from anywhere: a hub name, or an absolute path.
 
-    None for what PEFT cannot load by a name: random weights, a GGUF file, and a base that has adapters itself.
+    None if PEFT cannot load it by a name: random weights, a GGUF file, or a base that has adapters itself.
     """
     if model.random is not None or model.gguf_file is not None or find_adapters(model) is not None:
         return None
@@ -126,7 +126,7 @@ def save_adapters(
     base: str,
     revision: str | None = None,
 ) -> None:
-    """The adapters alone, in PEFT's format, beside the LRSA settings, the positions and what ends a generation.
+    """Saves the adapters in PEFT's format, with the LRSA settings, the positions and the generation settings.
 
     Args:
         base: the name of the model that they belong to, see `base_name`.
@@ -139,13 +139,13 @@ def save_adapters(
     config.base_model_name_or_path, config.revision = base, revision
     config.inference_mode = True
     model.peft_config = {ADAPTER: config}
-    # The embedding has not grown, for which PEFT would look in the base, perhaps on the hub.
+    # The embedding has not grown: without this, PEFT would look for its size in the base, perhaps on the hub.
     adapters = get_peft_model_state_dict(model, weights, adapter_name=ADAPTER, save_embedding_layers=False)
     directory.mkdir(parents=True, exist_ok=True)
     prefixed = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in adapters.items()}
     save_file(prefixed, directory / "adapter_model.safetensors")
     config.save_pretrained(directory)
-    # A config.json would tell transformers that the directory holds a whole model.
+    # With a config.json transformers would take the directory for a complete model.
     for name, settings in ((SETTINGS, model.config.lrsa), (ROPE, saved_rope(model.config))):
         (directory / name).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     model.generation_config.save_pretrained(directory)
@@ -153,8 +153,8 @@ def save_adapters(
 
 @dataclass(frozen=True)
 class SavedAdapters:
-    """Adapters in a local directory, the model that they belong to, and the LRSA settings and positions of their
-    training, if any."""
+    """Adapters in a local directory, their base model, and the LRSA settings and positions of their training, if
+    any."""
 
     directory: Path
     base: ModelConfig
@@ -163,7 +163,7 @@ class SavedAdapters:
 
 
 def find_adapters(model: ModelConfig) -> SavedAdapters | None:
-    """The adapters that `model.name` holds, or None if it is a hub name or a directory of something else.
+    """The adapters in the directory `model.name`; None if it is a hub name or another directory.
 
     Raises:
         LRSAError: their base is a path that does not exist, or PEFT is not installed.
@@ -174,11 +174,11 @@ def find_adapters(model: ModelConfig) -> SavedAdapters | None:
     if not (directory / PEFT_SETTINGS).is_file() or (directory / "config.json").is_file():
         return None
     peft = json.loads((directory / PEFT_SETTINGS).read_text(encoding="utf-8"))
-    # A base that was exported with the adapters moves with them.
+    # A base that was exported with the adapters is next to them.
     name = str(directory / BASE) if (directory / BASE).is_dir() else peft["base_model_name_or_path"]
     require(
         not looks_local(name) or Path(name).is_dir(),
-        f"model.name={directory} holds adapters of {name}, which does not exist: bring the base back, or name it in "
+        f"model.name={directory} holds adapters of {name}, which does not exist: restore the base, or name it in "
         f"base_model_name_or_path of {directory / PEFT_SETTINGS}.",
     )
     _require_peft(f"model.name={directory} holds adapters, which need")
@@ -189,7 +189,7 @@ def find_adapters(model: ModelConfig) -> SavedAdapters | None:
 
 
 def merge_saved(model: PreTrainedModel, saved: SavedAdapters) -> PreTrainedModel:
-    """The base with the saved adapters added to its weights: a plain model, to be used or trained further."""
+    """The base with the saved adapters merged into its weights: a plain model, to use or to train further."""
     from peft import PeftModel
 
     merged = PeftModel.from_pretrained(model, saved.directory).merge_and_unload()

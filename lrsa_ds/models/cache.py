@@ -1,7 +1,7 @@
-"""A KV cache that keeps what LRSA keeps: sink, kept KV of past partitions, and all of the last one and since.
+"""A KV cache that holds what LRSA attention attends to: sink, kept KV of past partitions, and all tokens since.
 
-Source: LagKV, arXiv 2504.04704. New tokens first attend to all that is there; then every partition that has a whole
-partition after it is cut down to its kept KV. That is the function which LRSA attention computes in training.
+Source: LagKV, arXiv 2504.04704. New tokens first attend to all entries; then every partition that is followed by a
+complete partition is compressed to its kept KV. In training, LRSA attention computes the same function.
 """
 
 from dataclasses import dataclass
@@ -34,31 +34,31 @@ class LagKVCache(Cache):
     position order and with their original positions: S + K (floor((n - S) / L) - 1) + L + (n - S) mod L entries for
     n >= S + 2L, and n before.
 
-    The model must be under `apply_lrsa`: new tokens that end a partition and go on into the next have to attend chunk
-    by chunk. So a whole prompt may be given at once; `lrsa_ds.prefill` gives it in parts, with bounded memory.
+    The model must be under `apply_lrsa`: new tokens that span two partitions have to attend chunk by chunk. Its
+    attention does so, and a complete prompt may be one pass; `lrsa_ds.prefill` splits it, with bounded memory.
 
-    Prompts of different lengths go in one batch, padded on the left or on the right, with an `attention_mask`: padding
+    Prompts of different lengths form one batch, padded on the left or on the right, with an `attention_mask`: padding
     is neither attended to nor kept, and each row is compressed as if it were alone.
 
     Args:
-        config: sink size, lag size, retention and selection rule, of all layers or of each; `lrsa_ds.new_cache(model)`
-            takes those of a model.
-        max_tokens: of each row, for a cache of fixed storage: it takes the memory that it may need at most with the
-            first tokens, and `lrsa_ds.generate` decodes behind it without waiting for the host. It carries no gradient.
+        config: sink size, lag size, retention and selection rule, for all layers or for each;
+            `lrsa_ds.new_cache(model)` uses the settings of a model.
+        max_tokens: maximum tokens of each row, for a cache of fixed storage: it allocates the memory for them with the
+            first tokens, and `lrsa_ds.generate` decodes with it without waiting for the host. It carries no gradient.
 
     Raises:
-        LRSAError: (while in use) another batch size, more than `max_tokens`, a model without LRSA attention, or an
-            attempt to crop.
+        LRSAError: (while in use) another batch size, more than `max_tokens` tokens, a model without LRSA attention, or
+            a call of `crop`.
     """
 
     def __init__(self, config: AnyConfig, max_tokens: int | None = None):
         if max_tokens is not None:
             require_whole("max_tokens", max_tokens, 1)
-        # Annotated as a class, and called without arguments.
+        # The argument is annotated as a class, but only called without arguments.
         super().__init__(layer_class_to_replicate=cast(Any, self._next_layer))
         self.config, self.max_tokens = config, max_tokens
         self._pass: _Pass | None = None  # None between passes
-        self.decoder: object = None  # what `lrsa_ds.generate` has captured behind this storage
+        self.decoder: object = None  # the state of `lrsa_ds.generate` for this storage
 
     def begin_pass(self, rows: Rows | None, step: Step | None = None) -> None:
         """Opens the cache for the tokens of one forward pass of a model with LRSA attention."""
@@ -75,7 +75,7 @@ class LagKVCache(Cache):
 
     @classmethod
     def from_dense(cls, cache: Cache, config: AnyConfig, max_tokens: int | None = None) -> "LagKVCache":
-        """What is kept of a cache that was filled under dense attention: "prefill fully, then compress"."""
+        """Compresses a cache that was filled under dense attention: "prefill fully, then compress"."""
         compressed = cls(config, max_tokens)
         for keys, values in cached_states(cache):
             layer = compressed._next_layer()
@@ -99,13 +99,13 @@ class LagKVCache(Cache):
         return super().update(key_states, value_states, layer_idx, *args, **options, **kwargs)
 
     def next_step(self) -> Step:
-        """Where the next token of each row goes, in a cache of fixed storage that has seen tokens."""
+        """The step for the next token of each row, in a cache of fixed storage that has seen tokens."""
         step = Step(len(self.layers), self.batch_size, cached_states(self)[0][0].device)
         self.place(step)
         return step
 
     def end_step(self, step: Step) -> None:
-        """After the pass of a step: counts its tokens, compresses what they complete, and moves the step on."""
+        """After the pass of a step: counts its tokens, compresses completed partitions, and advances the step."""
         compressed = [cast(FixedLagKVLayer, layer).count_token() for layer in self.layers]
         if any(compressed):
             self.place(step)
@@ -120,7 +120,7 @@ class LagKVCache(Cache):
 
     @property
     def storage(self) -> list[tuple[int, torch.Size]]:
-        """Address and shape of what each layer stores; a cache of fixed storage keeps them."""
+        """Address and shape of the stored tensors of each layer, which do not change in a cache of fixed storage."""
         return [(x.data_ptr(), x.shape) for layer in self.layers for x in cast(FixedLagKVLayer, layer).storage]
 
     @property
@@ -130,17 +130,17 @@ class LagKVCache(Cache):
 
     @property
     def batch_size(self) -> int:
-        """Rows of which keys and values are held; 0 before the first token."""
+        """Number of rows; 0 before the first token."""
         return cached_states(self)[0][0].shape[0] if self.num_held else 0
 
     @property
     def num_bytes(self) -> int:
-        """Memory that the keys and values take."""
+        """Bytes of memory that the keys and values take."""
         return sum(x.untyped_storage().nbytes() for states in cached_states(self) for x in states)
 
     @property
     def num_held(self) -> float:
-        """Tokens of which a layer holds keys and values for each KV head; the mean over layers that differ."""
+        """Entries of a layer for each KV head; the mean over layers if they differ."""
         held = [cast(LagKVLayer, layer).num_held for layer in self.layers]
         return mean_of(held) if held else 0
 

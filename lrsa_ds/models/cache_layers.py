@@ -22,7 +22,7 @@ from lrsa_ds.lrsa_config import LRSAConfig
 class LagKVLayer(DynamicLayer):
     """The cache of one layer; `keys` and `values` are [B, G, length, D], as `LagKVCache` describes.
 
-    Rows that differ lie as `pack_rows` lays them; `row_lengths` are then the tokens seen of each, without padding.
+    Rows that differ are laid out by `pack_rows`; `row_lengths` are then the tokens seen of each row, without padding.
     """
 
     is_croppable = False
@@ -30,16 +30,16 @@ class LagKVLayer(DynamicLayer):
     def __init__(self, config: LRSAConfig, index: int = 0):
         super().__init__()
         self.config, self.index = config, index
-        self.cumulative_length = 0  # columns seen: tokens, and padding where rows have some
+        self.cumulative_length = 0  # columns seen: tokens, and padding if rows have any
         self.row_lengths: tuple[int, ...] | None = None  # None if no row has padding
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, rows: Rows | None = None, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Takes the keys and values of n new tokens; returns those that the new tokens attend to: cached, then new.
+        """Adds the keys and values of n new tokens; returns those that the new tokens attend to: cached, then new.
 
         Args:
-            rows: where the rows stand, if they differ.
+            rows: the tokens of each row, if rows differ.
         """
         held = 0 if self.keys is None or self.keys.numel() == 0 else self.keys.shape[0]
         check_batch(held, key_states.shape[0])
@@ -52,17 +52,17 @@ class LagKVLayer(DynamicLayer):
         return keys, values
 
     def _joined(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values that are held, with those of the new tokens behind them."""
+        """The cached keys and values, followed by those of the new tokens."""
         return DynamicLayer.update(self, key_states, value_states)
 
     def _hold(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Holds these keys and values from now on."""
+        """Replaces the keys and values of the cache."""
         self.keys, self.values = keys, values
 
     def _update_rows(
         self, key_states: torch.Tensor, value_states: torch.Tensor, rows: Rows
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`update` of rows that differ: each is compressed where its own tokens complete a partition."""
+        """`update` of rows that differ: each is compressed when its own tokens complete a partition."""
         entries = rows.entries(self.config)
         if rows.is_unpadded:
             keys, values = self._joined(key_states, value_states)
@@ -81,7 +81,7 @@ class LagKVLayer(DynamicLayer):
         seen: Sequence[int],
         after: Sequence[int],
     ) -> None:
-        """Holds what is kept of rows of these entries, which have seen `seen` tokens before and `after` now."""
+        """Compresses and holds rows with these entries, after `seen` tokens before and `after` tokens now."""
         held = [
             self._compressed(row_of(keys, row, length), row_of(values, row, length), *counts)
             for row, (length, *counts) in enumerate(zip(entries, seen, after, strict=True))
@@ -92,7 +92,7 @@ class LagKVLayer(DynamicLayer):
             self._hold(pack_rows([k for k, _ in held]), pack_rows([v for _, v in held]))
 
     def _appended(self, name: str, states: torch.Tensor, rows: Rows) -> torch.Tensor:
-        """The keys or the values of each row with those of its new tokens, [B, G, longest, D]."""
+        """The keys or values of each row, followed by those of its new tokens: [B, G, longest, D]."""
         if not self.is_initialized:
             self.lazy_initialization(states, states)
         held = getattr(self, name)
@@ -106,7 +106,7 @@ class LagKVLayer(DynamicLayer):
     def _compressed(
         self, keys: torch.Tensor, values: torch.Tensor, seen_before: int, seen: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What is kept of keys and values once `seen` tokens were seen; compressed as they were at `seen_before`."""
+        """Keys and values after `seen` tokens; the given ones are compressed as after `seen_before` tokens."""
         config = self.config
         before, after = (num_compressed_partitions(count, config) for count in (seen_before, seen))
         if before == after:
@@ -123,7 +123,7 @@ class LagKVLayer(DynamicLayer):
 
     @property
     def num_held(self) -> float:
-        """Tokens of which it holds keys and values; the mean over rows that differ."""
+        """Entries for each KV head; the mean over rows if they differ."""
         if self.row_lengths is not None:
             return mean_of([int(num_held(seen, self.config)) for seen in self.row_lengths])
         return 0 if self.keys is None else self.keys.shape[2]
@@ -150,29 +150,29 @@ class LagKVLayer(DynamicLayer):
             self.row_lengths = tuple(torch.tensor(self.row_lengths)[indices.cpu()].tolist())
 
     def get_seq_length(self) -> int:
-        """Columns seen, padding included, as transformers counts them; the cache may hold fewer."""
+        """Columns seen, including padding, as transformers counts them; the cache may hold fewer."""
         return self.cumulative_length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the keys for `query_length` new tokens: as if the first tokens were not there."""
+        """Length and offset of the keys for `query_length` new tokens, as if the first tokens did not exist."""
         held = self.keys.shape[2] if self.is_initialized and self.keys is not None else 0
         return held + query_length, self.cumulative_length - held
 
     def crop(self, tokens_to_remove: int) -> None:
         raise LRSAError(
-            "a LagKVCache cannot give tokens back, since what they pushed out is gone: copy it (copy.deepcopy) before "
-            "tokens that may be taken back; assisted decoding does not work with it."
+            "a LagKVCache cannot give tokens back, since it has discarded others for them: copy it (copy.deepcopy) "
+            "before tokens that may be taken back; assisted decoding does not work with it."
         )
 
 
 class FixedLagKVLayer(LagKVLayer):
-    """A layer that never takes more memory than `most_held` entries, which are allocated with the first tokens.
+    """A layer of fixed storage: `most_held` entries, allocated with the first tokens.
 
-    `keys` and `values` are those entries of the storage that are filled. A step of decoding (see `Step`) writes into
-    the storage and attends to all of it; the entries of rows that differ end at one place, as `pack_rows` lays them.
+    `keys` and `values` are the filled entries of the storage. A step of decoding (see `Step`) writes into the storage
+    and attends to all of it. The entries of rows that differ are right-aligned, as in `pack_rows`.
 
     Args:
-        max_tokens: of each row, without padding.
+        max_tokens: maximum tokens of each row, without padding.
     """
 
     def __init__(self, config: LRSAConfig, max_tokens: int, index: int = 0):
@@ -190,10 +190,10 @@ class FixedLagKVLayer(LagKVLayer):
         step: Step | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `LagKVLayer.update`; with a `step` the token is stored and the whole storage returned, nothing counted.
+        """As `LagKVLayer.update`. With a `step`, stores the token uncounted and returns the complete storage.
 
         Raises:
-            LRSAError: more than `max_tokens` in a row.
+            LRSAError: a row has more than `max_tokens` tokens.
         """
         if step is not None:
             return self._store(step, key_states, value_states)
@@ -213,7 +213,7 @@ class FixedLagKVLayer(LagKVLayer):
         return keys.index_copy_(2, place, key_states), values.index_copy_(2, place, value_states)
 
     def count_token(self) -> bool:
-        """Counts the token of each row that a step has stored; returns whether one of them completed a partition."""
+        """Counts the token of each row that a step has stored; returns whether any row has completed a partition."""
         compresses, after = self._compresses(1), self.num_filled + 1
         keys, values = (x[:, :, :after] for x in self.storage)
         seen, self.cumulative_length = self.cumulative_length, self.cumulative_length + 1
@@ -226,7 +226,7 @@ class FixedLagKVLayer(LagKVLayer):
         return compresses
 
     def _compresses(self, num_new: int) -> bool:
-        """Whether so many new tokens of each row complete a partition."""
+        """Whether `num_new` new tokens of each row complete a partition in any row."""
         seen = self.row_lengths or (self.cumulative_length,)
         before, after = ([num_compressed_partitions(n + new, self.config) for n in seen] for new in (0, num_new))
         return before != after
@@ -239,7 +239,7 @@ class FixedLagKVLayer(LagKVLayer):
 
     @property
     def num_filled(self) -> int:
-        """Entries of the storage up to the end of all rows."""
+        """Filled entries of the storage, the same for all rows, which are right-aligned."""
         return 0 if self.keys is None else self.keys.shape[2]
 
     @property
@@ -250,7 +250,7 @@ class FixedLagKVLayer(LagKVLayer):
         return [self.num_filled - int(num_held(seen, self.config)) for seen in self.row_lengths]
 
     def _joined(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """In place where nothing will be compressed: what is returned is attended to after the compression."""
+        """Works in place unless partitions are completed: the result is attended to after they have been compressed."""
         after = self.num_filled + key_states.shape[2]
         if not self.is_initialized or self._compresses(key_states.shape[2]):
             return super()._joined(key_states, value_states)
@@ -264,7 +264,7 @@ class FixedLagKVLayer(LagKVLayer):
         self.stored_values, self.values = self._stored(values, self.stored_values)
 
     def _stored(self, x: torch.Tensor, storage: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """A storage that holds `x`, the one that is there if it fits, and its part that is filled."""
+        """A storage that holds `x`, reused if it fits, and its filled part."""
         size = (*x.shape[:2], most_held(self.max_tokens, self.config), x.shape[3])
         if storage is None or (storage.shape, storage.dtype, storage.device) != (size, x.dtype, x.device):
             storage = x.new_zeros(size)
@@ -286,13 +286,13 @@ class FixedLagKVLayer(LagKVLayer):
         self._hold_again()
 
     def _hold_again(self) -> None:
-        """Moves what was made of the rows into the storage."""
+        """Copies the keys and values of rearranged rows back into the storage."""
         if self.keys is not None and self.values is not None:
             self._hold(self.keys, self.values)
 
 
 def check_batch(held: int, given: int) -> None:
-    """Raises LRSAError if a pass of `given` rows cannot follow the `held` rows of a cache; 0 if it is empty."""
+    """Raises LRSAError if a pass of `given` rows cannot follow a cache of `held` rows; 0 rows: it is empty."""
     require(
         held in (0, given),
         f"the cache holds a batch of {held} and was given one of {given}: make a new LagKVCache for another batch, "

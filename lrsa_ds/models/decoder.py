@@ -1,7 +1,7 @@
-"""One step of decoding behind a cache of fixed storage: a pass of the model, which a CUDA graph replays on a GPU.
+"""One step of decoding with a cache of fixed storage: a pass of the model, which a CUDA graph replays on a GPU.
 
-Between two compressions every step runs the same kernels on the same addresses. Where its tokens go is read from
-tensors (`Step`), and layers are compressed between two steps.
+Between two compressions every step runs the same kernels on the same addresses. The places of its tokens are read from
+tensors (`Step`), and layers are compressed between steps.
 """
 
 from typing import Any, cast
@@ -11,17 +11,17 @@ from transformers import PreTrainedModel
 
 from lrsa_ds.models.cache import LagKVCache
 
-WARM_UPS = 2  # passes before a capture, in which kernels are compiled and libraries take their memory
+WARM_UPS = 2  # passes before a capture: kernels are compiled, and libraries allocate memory
 
 
 def can_capture(model: PreTrainedModel) -> bool:
-    """Whether a CUDA graph can hold a pass of the model: all of it is on one CUDA device."""
+    """Whether a CUDA graph can capture a pass of the model: all its parameters are on one CUDA device."""
     devices = {parameter.device for parameter in model.parameters()}
     return len(devices) == 1 and devices.pop().type == "cuda"
 
 
 class Decoder:
-    """Passes of one token of each row. It stays with its cache, so that a graph serves several calls.
+    """Passes of one token for each row. A cache keeps its decoder, so that one graph serves several calls.
 
     Args:
         captures: whether steps are replayed from a CUDA graph.
@@ -30,21 +30,21 @@ class Decoder:
     def __init__(self, model: PreTrainedModel, captures: bool):
         self.model, self.captures = model, captures
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._storage: list[tuple[int, torch.Size]] = []  # where the graph writes and reads
+        self._storage: list[tuple[int, torch.Size]] = []  # that the graph reads and writes
 
     @classmethod
     def behind(cls, cache: LagKVCache, model: PreTrainedModel, captures: bool) -> "Decoder":
-        """That of a cache, or a new one for it."""
+        """The decoder of a cache; a new one if it has none for this model."""
         if not isinstance(cache.decoder, Decoder) or (cache.decoder.model, cache.decoder.captures) != (model, captures):
             cache.decoder = cls(model, captures)
         return cache.decoder
 
     def __reduce__(self):
-        """A copy of a cache has another storage, for which a graph is captured anew."""
+        """Decoders are not copied: a copy of a cache has another storage, which needs another graph."""
         return type(None), ()
 
     def start(self, cache: LagKVCache) -> None:
-        """Before the first step behind what the cache holds now."""
+        """Prepares for the first step after the tokens that the cache holds now."""
         storage = cache.storage
         if storage != self._storage:
             self._storage, self._graph = storage, None
@@ -54,9 +54,9 @@ class Decoder:
             cache.place(self._step)
 
     def __call__(self, cache: LagKVCache, tokens: torch.Tensor) -> torch.Tensor:
-        """Logits behind tokens [B], [B, vocabulary]; the next call may write to the same memory.
+        """Logits after tokens [B]: [B, vocabulary]; the next call may overwrite them.
 
-        What the cache holds counts the tokens only after `end_step`.
+        The cache counts the tokens only in `end_step`.
         """
         self._tokens.copy_(tokens[:, None])
         if not self.captures:
@@ -75,7 +75,7 @@ class Decoder:
         return cast(Any, self.model)(self._tokens, past_key_values=cache, use_cache=True, step=self._step).logits[:, -1]
 
     def _capture(self, cache: LagKVCache) -> None:
-        """A pass stores the same at the same place each time, so that warming up changes nothing."""
+        """Captures the graph. Each pass stores the same values at the same place, so the warm-up changes nothing."""
         with torch.cuda.device(self._tokens.device):
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
@@ -90,7 +90,7 @@ class Decoder:
 
 
 class HostCopy:
-    """A copy of a tensor on the host, under way while the device goes on."""
+    """A copy of a tensor on the host that runs while the device continues."""
 
     def __init__(self, x: torch.Tensor):
         self._copy = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)

@@ -1,7 +1,7 @@
-"""`lrsa_ds.generate`: generation behind a cache of fixed storage, on a GPU through a CUDA graph.
+"""`lrsa_ds.generate`: generation with a cache of fixed storage, through a CUDA graph on a GPU.
 
-transformers prepares everything (limits, processors of the scores, stopping criteria) and calls the loop here, as
-`custom_generate` of its `generate` offers. The prompt is prefilled in passes as in `prefill`.
+transformers prepares everything (limits, logits processors, stopping criteria) and calls the loop in this module, as
+the option `custom_generate` of its `generate` allows. The prompt is prefilled as in `prefill`.
 """
 
 from collections.abc import Sequence
@@ -39,22 +39,23 @@ def generate(
     stopping_criteria: Sequence[StoppingCriteria] = (),
     **options: Any,
 ) -> torch.Tensor:
-    """The prompts with what follows them, [B, N + new tokens]: what `model.generate` gives, with less waiting.
+    """The prompts and their continuations, [B, N + new tokens]: the result of `model.generate`, with fewer host waits.
 
     Args:
         model: a causal language model under `apply_lrsa`.
-        input_ids: [B, N], the whole text of each row; rows of different lengths are padded on the left.
-        cache: with `max_tokens`, empty or behind the first tokens of `input_ids`; by default a new one with room for
-            the answer. A CUDA graph is captured once for each cache, also where it is used again after `reset`.
+        input_ids: [B, N], the complete text of each row; rows of different lengths are padded on the left.
+        cache: with `max_tokens`, empty or filled with the first tokens of `input_ids`; by default a new one with room
+            for the answer. A CUDA graph is captured once for each cache, and is used again after `reset`.
         attention_mask: [B, N], 1 for tokens and 0 for padding.
-        graph: whether steps are replayed from a CUDA graph; by default where the model is on one CUDA device.
-        streamer: is given the tokens as they come, such as `transformers.TextStreamer(tokenizer)`.
-        tokenizer: reads `stop_strings`, which end a row.
+        graph: whether steps are replayed from a CUDA graph; by default, if the model is on one CUDA device.
+        streamer: receives the tokens as they are generated, such as `transformers.TextStreamer(tokenizer)`.
+        tokenizer: needed for `stop_strings`, which end a row.
         options: those of `model.generate` for greedy decoding and sampling, such as `max_new_tokens`, `do_sample`,
             `temperature`, `top_p` and `num_return_sequences`.
 
     Raises:
-        LRSAError: no token, no LRSA attention, a cache without room, or what only `model.generate` offers.
+        LRSAError: there is no token, no LRSA attention, too little room in the cache, or an option that only
+            `model.generate` has.
     """
     check_applied(model)
     require(input_ids.ndim == 2 and input_ids.numel() > 0, f"input_ids {list(input_ids.shape)} has no tokens.")
@@ -67,7 +68,7 @@ def generate(
     captures = can_capture(model) if graph is None else graph
     require(
         not captures or can_capture(model),
-        "graph=True needs the whole model on one CUDA device, and it is elsewhere: leave graph out.",
+        "graph=True needs the complete model on one CUDA device, and it is elsewhere: leave graph out.",
     )
 
     def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, **inputs):
@@ -93,13 +94,13 @@ def _check_cache(cache: LagKVCache | None, input_ids: torch.Tensor) -> None:
     seen, given = cache.get_seq_length(), input_ids.shape[1]
     require(
         seen < given,
-        f"the cache has seen {seen} tokens, and input_ids has {given}: give the whole text, and a cache that has not "
-        "seen its last token, as after lrsa_ds.prefill(model, ids[:, :-1], cache).",
+        f"the cache has seen {seen} tokens, and input_ids has {given}: give the complete text, and a cache that has "
+        "not seen its last token, as after lrsa_ds.prefill(model, ids[:, :-1], cache).",
     )
 
 
 def _check_settings(settings: GenerationConfig) -> None:
-    """Raises LRSAError for what the loop does not do."""
+    """Raises LRSAError for options that the loop does not support."""
     mode = settings.get_generation_mode()
     require(
         mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE),
@@ -114,7 +115,7 @@ def _check_settings(settings: GenerationConfig) -> None:
 
 
 def _check_room(cache: LagKVCache, input_ids: torch.Tensor, mask: torch.Tensor | None, max_length: int) -> None:
-    """Raises LRSAError unless the cache has room for the tokens of each row and all that may follow but the last."""
+    """Raises LRSAError unless the cache has room for each row and its longest answer without its last token."""
     assert cache.max_tokens is not None
     longest = input_ids.shape[1] if mask is None else int(mask.sum(dim=1).max())
     total = longest + max_length - input_ids.shape[1] - 1
@@ -126,12 +127,12 @@ def _check_room(cache: LagKVCache, input_ids: torch.Tensor, mask: torch.Tensor |
 
 
 class Loop:
-    """Decoding of one batch: chooses tokens until each row ends.
+    """Decoding of one batch until each row has ended.
 
     Args:
-        settings: prepared by transformers, as are `processors` and `criteria`.
-        processors: of the scores, before a token is chosen.
-        criteria: which end rows.
+        settings: prepared by transformers, like `processors` and `criteria`.
+        processors: applied to the scores before a token is chosen.
+        criteria: end rows.
     """
 
     def __init__(
@@ -142,11 +143,11 @@ class Loop:
         streamer: BaseStreamer | None,
     ):
         self.settings, self.processors, self.criteria, self.streamer = settings, processors, criteria, streamer
-        # As in transformers, rows that ended otherwise go on until all have.
+        # As in transformers, rows that end by another criterion continue until all rows have ended.
         self.pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
 
     def run(self, ids: torch.Tensor, mask: torch.Tensor | None, decoder: Decoder, cache: LagKVCache) -> torch.Tensor:
-        """The prompts [B, N] with what follows them.
+        """The prompts [B, N] and their continuations.
 
         Args:
             mask: [B, N], or None without padding.
@@ -161,8 +162,8 @@ class Loop:
             ids = torch.cat([ids, tokens[:, None]], dim=1)
             unfinished = unfinished & ~self.criteria(ids, None)
             said = HostCopy(torch.cat([tokens, unfinished.max()[None]]))
-            # A graph runs ahead of the host, which learns meanwhile whether it was the last token; what a step has
-            # stored counts only after `end_step`.
+            # A graph runs ahead of the host, which checks meanwhile whether this was the last token. Tokens that a step
+            # has stored are counted only in `end_step`.
             ahead = decoder.captures and ids.shape[1] < self.settings.max_length
             if ahead:
                 logits = decoder(cache, tokens)
@@ -177,7 +178,7 @@ class Loop:
         return ids
 
     def _choose(self, ids: torch.Tensor, logits: torch.Tensor, unfinished: torch.Tensor) -> torch.Tensor:
-        """The next token of each row, int64 [B]; padding behind those that have ended."""
+        """The next token of each row, int64 [B]; padding for rows that have ended."""
         scores = self.processors(cast(Any, ids), logits.to(ids.device, torch.float32, copy=True))
         if self.settings.do_sample:
             tokens = torch.multinomial(scores.softmax(dim=-1), num_samples=1).squeeze(1)

@@ -1,7 +1,7 @@
-"""Which documents the tokens of a forward pass belong to, read from what packing collators hand to a model.
+"""The documents of a forward pass, read from the inputs that packing collators pass to a model.
 
-They say it in one or several of four ways: `position_ids` that restart, `cu_seq_lens_q` and `cu_seq_lens_k` (tokens
-before each document, and all of them), `seq_idx` (a number for each token), and an attention mask of document numbers
+There are four such inputs, alone or together: `position_ids` that restart, `cu_seq_lens_q` and `cu_seq_lens_k`
+(cumulative lengths), `seq_idx` (a document number for each token), and an attention mask of document numbers
 (1 1 1 2 2 0: zeros are padding). Shapes: R rows, N tokens of a row.
 """
 
@@ -12,7 +12,7 @@ import torch
 
 from lrsa_ds.errors import LRSAError, require
 
-# How the names of the cumulative lengths begin, in the spellings that are in use.
+# How the names of the cumulative lengths begin, in all spellings in use.
 CUMULATIVE = "cu_seq"
 
 
@@ -20,15 +20,15 @@ def document_lengths(inputs: Mapping[str, Any], num_rows: int, num_tokens: int) 
     """Tokens of each document, in order; None if every row is one document, with or without padding on its right.
 
     Args:
-        inputs: keyword arguments of the pass; those that say nothing of documents are not read. The mask is 2D.
+        inputs: keyword arguments of the pass; those that do not describe documents are ignored. The mask is 2D.
 
     Returns:
-        The lengths sum to N if they are the same in every row, else to R * N: those of the first row, of the second,
-        and so on. Padding on the right of packed documents is a document of its own.
+        The lengths sum to N if they are the same in every row, else to R * N: those of the first row, then of the
+        second, and so on. Padding on the right of packed documents is a document of its own.
 
     Raises:
-        LRSAError: padding on the left or between the tokens of a document, a document in several pieces, positions that
-            jump, or two inputs that disagree.
+        LRSAError: there is padding on the left or between the tokens of a document, a document is in several pieces,
+            positions jump, or two inputs disagree.
     """
     inputs = {name: torch.as_tensor(x).cpu() for name, x in inputs.items() if _is_read(name) and x is not None}
     if not inputs:
@@ -40,12 +40,12 @@ def document_lengths(inputs: Mapping[str, Any], num_rows: int, num_tokens: int) 
         return None
     (first_name, starts), *others = found.items()
     for name, other in others:
-        require(torch.equal(other, starts), f"{first_name} and {name} tell of different documents: give one of them.")
+        require(torch.equal(other, starts), f"{first_name} and {name} describe different documents: give one of them.")
     require(
         inputs.get("position_ids") is None or "position_ids" in found or int(starts.sum()) == num_rows,
-        f"position_ids run on from one document of {first_name} to the next: leave them out, or let them start again.",
+        f"position_ids run on from one document of {first_name} to the next: leave them out, or restart them in each.",
     )
-    # Padding is what follows the last token that is none.
+    # Padding is all that follows the last real token.
     starts = starts | (~real & real.roll(1, dims=1))
     if starts.sum() == num_rows:
         return None
@@ -55,7 +55,7 @@ def document_lengths(inputs: Mapping[str, Any], num_rows: int, num_tokens: int) 
 
 
 def restarting_positions(lengths: tuple[int, ...], num_tokens: int) -> torch.Tensor:
-    """Positions that start at 0 in every document, [1, N], or [R, N] for documents of several rows."""
+    """Positions that start at 0 in every document: [1, N], or [R, N] for documents of several rows."""
     return torch.cat([torch.arange(length) for length in lengths]).view(-1, num_tokens)
 
 
@@ -64,13 +64,13 @@ def _is_read(name: str) -> bool:
 
 
 def _cumulative(inputs: Mapping[str, torch.Tensor], num_all: int) -> list[int] | None:
-    """The cumulative lengths without empty documents, or None if there are none."""
+    """The cumulative lengths without empty documents; None if the inputs have none."""
     given = {name: x for name, x in inputs.items() if name.startswith(CUMULATIVE)}
     if not given:
         return None
     (first_name, bounds), *others = ((name, sorted(set(x.tolist()))) for name, x in given.items())
     for name, other in others:
-        require(other == bounds, f"{first_name} and {name} tell of different documents: give one of them.")
+        require(other == bounds, f"{first_name} and {name} describe different documents: give one of them.")
     ascends = given[first_name].diff().ge(0).all()
     require(
         len(bounds) > 1 and bounds[0] == 0 and bounds[-1] <= num_all and bool(ascends),
@@ -81,7 +81,7 @@ def _cumulative(inputs: Mapping[str, torch.Tensor], num_all: int) -> list[int] |
 
 
 def _real_tokens(mask: torch.Tensor | None, bounds: list[int] | None, num_rows: int, num_tokens: int) -> torch.Tensor:
-    """Which tokens are no padding, [R, N]: in each row all up to the last one that the mask and the lengths cover."""
+    """Which tokens are not padding, [R, N]: in each row, all up to the last one that mask and lengths cover."""
     real = torch.ones(num_rows, num_tokens, dtype=torch.bool)
     if bounds is not None:
         real = (torch.arange(num_rows * num_tokens) < bounds[-1]).view(num_rows, num_tokens)
@@ -111,13 +111,13 @@ def _real_tokens(mask: torch.Tensor | None, bounds: list[int] | None, num_rows: 
 def _document_starts(
     inputs: Mapping[str, torch.Tensor], bounds: list[int] | None, real: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """For each input that tells of documents, the tokens with which one starts, [R, N]."""
+    """For each input that describes documents, the tokens at which a document starts, [R, N]."""
     found = {}
     if bounds is not None:
         starts = torch.zeros(real.numel(), dtype=torch.bool)
         starts[[bound for bound in bounds if bound < real.numel()]] = True
         starts = starts.view_as(real)
-        require(bool(starts[:, 0].all()), f"{CUMULATIVE}_lens name a document that goes on from one row to the next.")
+        require(bool(starts[:, 0].all()), f"{CUMULATIVE}_lens describe a document that continues in the next row.")
         found[f"{CUMULATIVE}_lens"] = starts & real
     if (numbers := inputs.get("seq_idx")) is not None:
         found["seq_idx"] = _changes("seq_idx", numbers, real, least=0)
@@ -125,7 +125,7 @@ def _document_starts(
         found["attention_mask"] = _changes("attention_mask", mask, real, least=1)
     if (positions := inputs.get("position_ids")) is not None:
         restarts = _restarts(positions, real)
-        if restarts.sum() > len(real):  # positions that only go on may have been made by someone who knew no documents
+        if restarts.sum() > len(real):  # without restarts, positions may not know of documents
             found["position_ids"] = restarts
     return found
 
@@ -140,7 +140,7 @@ def _as_rows(name: str, values: torch.Tensor, real: torch.Tensor) -> torch.Tenso
 
 
 def _changes(name: str, numbers: torch.Tensor, real: torch.Tensor, least: int) -> torch.Tensor:
-    """Where the number of the document changes; numbers below `least` are padding and may come again."""
+    """Where the document number changes; numbers below `least` are padding and may be repeated."""
     numbers = _as_rows(name, numbers, real)
     starts = torch.ones_like(real)
     starts[:, 1:] = numbers[:, 1:] != numbers[:, :-1]
@@ -149,13 +149,13 @@ def _changes(name: str, numbers: torch.Tensor, real: torch.Tensor, least: int) -
         named = row[begins & (row >= least)]
         require(
             len(named.unique()) == len(named),
-            f"{name} has a document in several pieces: its tokens have to stand together, without padding in between.",
+            f"{name} has a document in several pieces: its tokens must be contiguous, without padding between them.",
         )
     return starts
 
 
 def _restarts(positions: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    """Where positions do not go on by one: there they have to start again as at the first token of the row."""
+    """Where positions do not increase by one: there they must restart, as at the first token of the row."""
     positions = _as_rows("position_ids", positions, real)
     starts = torch.ones_like(real)
     starts[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
@@ -165,7 +165,7 @@ def _restarts(positions: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
         row, token = jumps[0].tolist()
         before, after = positions[row, token - 1 : token + 1].tolist()
         raise LRSAError(
-            f"position_ids go from {before} to {after} at token {token} of row {row}: within a document they go on by "
-            f"one, and the next one starts again at {positions[row, 0]}; give document_lengths for other positions."
+            f"position_ids go from {before} to {after} at token {token} of row {row}: within a document they increase "
+            f"by one, and the next one starts again at {positions[row, 0]}; give document_lengths for other positions."
         )
     return starts

@@ -1,7 +1,7 @@
-"""`model.generate` with the cache that LRSA needs: made where none is given, repeated for beams and samples.
+"""`model.generate` with the cache that LRSA needs: created if none is given, repeated for beams and samples.
 
-transformers makes the cache of a generation in a method of the model; `use_lrsa_cache` puts one in front of it, in one
-model and not in its class.
+In transformers a method of the model creates the cache of a generation; `use_lrsa_cache` overrides this method on the
+instance, not on its class.
 """
 
 from collections.abc import Callable
@@ -20,12 +20,12 @@ STATIC = "static"  # transformers' name of a cache of fixed storage
 
 
 def use_lrsa_cache(model: PreTrainedModel, name: str, new_cache: Callable[..., LagKVCache]) -> None:
-    """Lets `generate` fill what `new_cache(model, max_tokens=...)` makes, as long as `name` is the model's attention.
+    """Lets `generate` use the cache of `new_cache(model, max_tokens=...)` while `name` is the attention of the model.
 
-    So `pipeline("text-generation")` and other callers that know of no cache work. The model may be wrapped, as by PEFT.
+    So `pipeline("text-generation")` and other callers that pass no cache work. The model may be wrapped, as by PEFT.
     """
 
-    # Of the same name as what it calls, or a pickled model could not be read.
+    # It has the name of the method that it overrides, so that a pickled model can be loaded.
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ):
@@ -48,10 +48,10 @@ def _prepare_cache(
     batch_size: int,
     new_cache: Callable[[], LagKVCache],
 ) -> None:
-    """Puts the cache of a generation into `inputs`, the keyword arguments of its passes.
+    """Adds the cache of a generation to `inputs`, the keyword arguments of its passes.
 
     Raises:
-        LRSAError: padding at the end of a row, another kind of cache, or assisted decoding.
+        LRSAError: a row ends with padding, another kind of cache is given, or decoding is assisted.
     """
     require(
         mode != GenerationMode.ASSISTED_GENERATION and not settings.is_assistant,
@@ -61,7 +61,7 @@ def _prepare_cache(
     mask = inputs.get("attention_mask")
     require(
         mask is None or mask.numel() == 0 or bool((mask[:, -1] != 0).all()),
-        "a prompt ends with padding, behind which `generate` would go on: pad on the left "
+        "a prompt ends with padding, and `generate` would continue after it: pad on the left "
         "(tokenizer.padding_side='left'), and give each prompt at least one token.",
     )
     cache = inputs.get("past_key_values")
@@ -69,7 +69,7 @@ def _prepare_cache(
         require(
             settings.cache_implementation in (None, "dynamic", STATIC),
             f"cache_implementation={settings.cache_implementation!r} is not a cache that keeps what LRSA attention "
-            "keeps: leave it out, take 'static', or give past_key_values=lrsa_ds.LagKVCache(config).",
+            "keeps: leave it out, use 'static', or give past_key_values=lrsa_ds.LagKVCache(config).",
         )
         settings.cache_implementation = None
         inputs["past_key_values"] = new_cache()
@@ -78,12 +78,12 @@ def _prepare_cache(
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens after which generation stops: all that the model's generation settings name, and the tokenizer's."""
+    """The tokens that stop generation: those of the model's generation settings, and the tokenizer's."""
     named = model.generation_config.eos_token_id
     named = named if isinstance(named, list) else [named]
     return sorted({token for token in (*named, tokenizer.eos_token_id) if token is not None})
 
 
 def generate(model: PreTrainedModel, ids: torch.Tensor, **options: Any) -> torch.Tensor:
-    """`model.generate`, which the type of a model does not promise: the prompts [B, N] with what follows them."""
+    """`model.generate`, which the type of a model does not declare: the prompts [B, N] and their continuations."""
     return cast(Any, model).generate(ids, **options)

@@ -1,4 +1,4 @@
-"""Using a trained model: loading it with its settings, and prefilling a compressed cache chunk by chunk."""
+"""Using a trained model: loading it with its settings, and prefilling a compressed cache."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -16,14 +16,14 @@ from lrsa_ds.models.loading import load_model
 from lrsa_ds.models.patch import apply_lrsa, new_cache, to_device
 from lrsa_ds.settings.model import ModelConfig
 
-# Tokens of one pass of `prefill`: the activations of an MLP of 9,000 channels then take less than 1 GB in 16 bits.
+# Tokens of a pass of `prefill`: the activations of an MLP with 9,000 channels then take less than 1 GB in 16 bits.
 MAX_TOKENS_AT_ONCE = 16384
 
 
 class Loaded(NamedTuple):
     """A model with LRSA attention, its tokenizer, and a function that makes an empty cache with its settings.
 
-    `new_cache(layers)` makes one of which layers differ, as `lrsa_ds.new_cache(model, layers)` does.
+    `new_cache(layers)` makes a cache in which some layers differ, as `lrsa_ds.new_cache(model, layers)` does.
     """
 
     model: PreTrainedModel
@@ -37,18 +37,17 @@ def load(
     device: torch.device | str | None = None,
     layers: Mapping[Any, Any] | None = None,
 ) -> Loaded:
-    """A model that `launch/train.py` or `save_pretrained` after `apply_lrsa` has saved, ready to answer.
+    """Loads a model that was saved by `launch/train.py`, or by `save_pretrained` after `apply_lrsa`, for inference.
 
     Args:
         path: its directory, or its name on the hub.
-        dtype: "auto" is the one that it was saved in.
-        device: where to put it; default: the GPU if there is one.
-        layers: what its layers keep instead of what it was saved with, as for `lrsa_ds.apply_lrsa`. Without it a model
-            that was trained with several settings in turn has those of the smallest cache; `lrsa_ds.trained_caches`
-            has all of them.
+        dtype: "auto" is the dtype in which it was saved.
+        device: of the model; default: the GPU if there is one.
+        layers: settings of layers that replace the saved ones, as for `lrsa_ds.apply_lrsa`. By default, a model trained
+            with several settings in turn gets those of the smallest cache; `lrsa_ds.trained_caches` returns all.
 
     Raises:
-        LRSAError: nothing is there, `layers` is not for the model, or the model was saved without LRSA settings.
+        LRSAError: the model does not exist, was saved without LRSA settings, or `layers` does not fit it.
     """
     source = ModelConfig(name=str(path))
     model = load_model(source, dtype)
@@ -73,24 +72,24 @@ def prefill(
     attention_mask: torch.Tensor | None = None,
     max_tokens_at_once: int = MAX_TOKENS_AT_ONCE,
 ) -> torch.Tensor:
-    """Runs the tokens that `cache` has not seen through the model, many chunks in one pass, on the training's kernels.
+    """Runs the tokens that `cache` has not seen through the model, many chunks in one pass, on the kernels of training.
 
-    The memory that it takes beside the weights is bounded by the cache and the activations of one pass.
+    Beside the weights, the memory is bounded by the cache and the activations of one pass.
 
     Args:
         model: a causal language model under `apply_lrsa`.
         input_ids: [B, n], the next tokens of each row.
-        cache: empty, or behind an earlier `prefill` or `generate`.
-        chunks_at_once: chunks of one forward pass instead: S + 2L tokens first, then L at a time for 1.
-        attention_mask: [B, n], 1 for tokens and 0 for padding, which may stand on either side; without it rows that
-            begin or end with the padding token are refused.
-        max_tokens_at_once: tokens of each row in one pass: more are faster and take more memory, with the same result.
+        cache: empty, or filled by an earlier `prefill` or `generate`.
+        chunks_at_once: sets the tokens of a pass in chunks instead; with 1, S + 2L tokens first, then L at a time.
+        attention_mask: [B, n], 1 for tokens and 0 for padding, which may be on either side; without it, rows that begin
+            or end with the padding token are refused.
+        max_tokens_at_once: tokens of each row in one pass: more are faster, take more memory, and give the same result.
 
     Returns:
         The logits of the last token of each row, [B, vocabulary].
 
     Raises:
-        LRSAError: a row has no token, or it is not said what is padding.
+        LRSAError: a row has no tokens, or padding is not marked.
     """
     if chunks_at_once is not None:
         require_whole("chunks_at_once", chunks_at_once, 1)
@@ -111,7 +110,7 @@ def prefill(
 
 
 def _step(cache: LagKVCache, chunks_at_once: int | None, max_tokens: int) -> int:
-    """Tokens of the next pass: up to the end of a chunk, if that is within `max_tokens`."""
+    """Tokens of the next pass: up to the end of a chunk, if a chunk ends within `max_tokens`."""
     room, lag = room_in_chunk(cache.get_seq_length(), cache.config), cache.config.lag_size
     if chunks_at_once is not None:
         return room + (chunks_at_once - 1) * lag
@@ -121,10 +120,10 @@ def _step(cache: LagKVCache, chunks_at_once: int | None, max_tokens: int) -> int
 def _prefill_rows(
     model: PreTrainedModel, input_ids: torch.Tensor, cache: LagKVCache, step: int, mask: torch.Tensor
 ) -> torch.Tensor:
-    """`prefill` of rows with padding, `step` columns at a time: the logits of the last token of each row."""
+    """`prefill` of rows with padding, `step` columns per pass: the logits of the last token of each row."""
     last = [row.nonzero()[-1, 0].item() for row in mask]
     found: dict[int, torch.Tensor] = {}
-    # How padding lay among the columns seen does not matter any more: the cache knows the tokens of each row.
+    # Where the padding was among the columns seen no longer matters: the cache knows the number of tokens of each row.
     lengths = torch.tensor(cache.row_lengths or [cache.get_seq_length()] * len(mask))
     mask = torch.cat([torch.arange(cache.get_seq_length()) < lengths[:, None], mask.cpu()], dim=1)
     for done in range(0, input_ids.shape[1], step):

@@ -1,4 +1,4 @@
-"""Liger's fused kernels for what lies between the matrix multiplications: norms, rotary embedding, gated MLP."""
+"""Liger's fused kernels for the layers between matrix multiplications: norms, rotary embedding, gated MLP."""
 
 import importlib.util
 
@@ -10,7 +10,7 @@ from lrsa_ds.settings.model import ModelConfig
 
 
 def check_liger(model: ModelConfig, model_type: str) -> None:
-    """Raises LRSAError if Liger's kernels are asked for and cannot be had for models of this type, or here."""
+    """Raises LRSAError if Liger's kernels are asked for but not available for models of this type, or not installed."""
     if not model.liger_kernel:
         return
     require(
@@ -30,7 +30,7 @@ def check_liger(model: ModelConfig, model_type: str) -> None:
 
 
 def apply_liger(model: PreTrainedModel) -> None:
-    """Puts the kernels into the model, in place. Its loss stays that of the objective, which knows the targets."""
+    """Installs the kernels in the model, in place. The loss stays that of the objective, which knows the targets."""
     from transformers.integrations.liger import apply_liger_kernel
 
     apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})

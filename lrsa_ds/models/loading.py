@@ -1,4 +1,4 @@
-"""Hugging Face causal language models: from the hub, a directory, a GGUF file, adapters, or with random weights."""
+"""Loading of Hugging Face causal language models: from the hub, a directory, a GGUF file, adapters, or random."""
 
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,10 @@ WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
 
 
 def model_config(model: ModelConfig) -> PreTrainedConfig:
-    """The architecture that `model` names, with the positions of `model.rope`, without its weights.
+    """The configuration of `model`, with the positions of `model.rope`; no weights are loaded.
 
     Raises:
-        LRSAError: the hub cannot be reached, the directory does not exist or lacks weights, the file is not there.
+        LRSAError: the hub cannot be reached, the directory does not exist or has no weights, or the file is missing.
     """
     config = _own_config(model)
     set_rope(config, model.rope)
@@ -45,7 +45,7 @@ def _own_config(model: ModelConfig) -> PreTrainedConfig:
 
 
 def _pretrained(kind: type, model: ModelConfig, **options: Any) -> Any:
-    """What the class `kind` of transformers reads at `model.name`."""
+    """Calls `from_pretrained` of a class of transformers for `model.name`."""
     assert model.name is not None
     origin = {"revision": model.revision, "gguf_file": model.gguf_file, "trust_remote_code": model.trust_remote_code}
     options |= {key: value for key, value in origin.items() if value is not None}
@@ -68,7 +68,7 @@ def _check_weights(directory: Path, gguf_file: str | None) -> None:
 
 
 def _named(key: str, function, name: str, **kwargs):
-    """Calls a transformers loader and turns what it raises for a bad name into one sentence that names the key."""
+    """Calls a loader of transformers, and converts its error for a bad name to one sentence that names the key."""
     try:
         return function(name, **kwargs)
     except (OSError, ValueError, KeyError) as error:
@@ -76,7 +76,7 @@ def _named(key: str, function, name: str, **kwargs):
 
 
 def empty_model(model: ModelConfig) -> PreTrainedModel:
-    """The model on the meta device: its structure and sizes at no cost, to check them before anything is loaded."""
+    """The model on the meta device: its structure and sizes without memory, to check them before weights are loaded."""
     config = model_config(model)
     with torch.device("meta"):
         structure = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
@@ -87,13 +87,12 @@ def empty_model(model: ModelConfig) -> PreTrainedModel:
 def load_model(model: ModelConfig, dtype: torch.dtype | str, deepspeed_config: dict | None = None) -> PreTrainedModel:
     """The model with its weights in `dtype`.
 
-    Under ZeRO-3 (from `deepspeed_config`) each layer is sharded as soon as it is made, so that no rank ever holds the
-    whole model; a GGUF file is the exception, and a directory of adapters, which are merged: every rank reads them in
-    full.
+    Under ZeRO-3 (from `deepspeed_config`) each layer is sharded as soon as it is created, so no rank ever holds all
+    parameters. Exceptions are GGUF files and adapters, which are merged: every rank reads these models completely.
     """
     config = model_config(model)
     is_whole = model.gguf_file is None and find_adapters(model) is None
-    # transformers looks for this object while it lives, and calls DeepSpeed's sharded initialization.
+    # transformers looks for this object as long as it exists, and then uses DeepSpeed's sharded initialization.
     sharding = HfDeepSpeedConfig(deepspeed_config) if deepspeed_config and is_whole else None
     try:
         return _load(model, config, dtype)
@@ -102,7 +101,7 @@ def load_model(model: ModelConfig, dtype: torch.dtype | str, deepspeed_config: d
 
 
 def _load(model: ModelConfig, config: PreTrainedConfig, dtype: torch.dtype | str) -> PreTrainedModel:
-    disable_progress_bar()  # one bar of each rank would tear the run's own
+    disable_progress_bar()  # one bar per rank would break the run's own bar
     if model.random is not None:
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
     if model.gguf_file is not None:
@@ -115,9 +114,9 @@ def _load(model: ModelConfig, config: PreTrainedConfig, dtype: torch.dtype | str
 
 
 def _load_gguf(model: ModelConfig, config: PreTrainedConfig, dtype: torch.dtype | str) -> PreTrainedModel:
-    """A GGUF file, dequantized. The result is an ordinary model that can be trained and saved."""
+    """Loads a GGUF file and dequantizes it. The result is an ordinary model that can be trained and saved."""
     loaded = _pretrained(AutoModelForCausalLM, model, dtype=dtype)
-    # transformers marks the model as quantized and then refuses to save or train it; the weights are plain by now.
+    # transformers marks the model as quantized, and refuses to save or train it, although the weights are plain now.
     settings = loaded.config.to_dict()
     settings.pop("quantization_config", None)
     plain = type(loaded)(type(loaded.config)(**settings | saved_rope(config))).to(dtype)

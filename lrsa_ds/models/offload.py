@@ -1,9 +1,9 @@
-"""Checkpointed activations in host memory: copied there behind the forward pass, and back ahead of the backward pass.
+"""Offload of checkpointed activations: copied to host memory during the forward pass, and back for the backward pass.
 
-Activation checkpointing holds the input of every decoder layer until its backward pass. `HostStore` holds them in
-pinned host memory instead. Copies run on a stream of their own: while a layer computes, its input leaves, and while a
-layer is recomputed, the input of the layer before it comes back. All copies are on the one stream, so a buffer in host
-memory is never read or written out of order, and it is pinned once and used again in every pass.
+Activation checkpointing stores the input of every decoder layer until its backward pass. `HostStore` stores them in
+pinned host memory instead. Copies run on their own stream: while a layer computes, its input is copied to the host, and
+while a layer is recomputed, the input of the layer before it is copied back. All copies are on one stream, so a buffer
+in host memory is never read or written out of order, and a buffer is pinned once and reused in every pass.
 """
 
 from collections.abc import Callable, Iterator
@@ -31,12 +31,12 @@ def check_host_memory(config: TrainConfig, model: PreTrainedModel, dtype: torch.
     require(
         needed < present,
         f"memory.offload_checkpoints=true needs {needed / 1e9:.0f} GB of host memory for the activations alone, and "
-        f"there are {present / 1e9:.0f} GB: lower seq_len, or share a sequence among more hosts (parallel.sp_size).",
+        f"there are {present / 1e9:.0f} GB: lower seq_len, or split a sequence over more hosts (parallel.sp_size).",
     )
 
 
 def offload_checkpoints(model: PreTrainedModel) -> "HostStore":
-    """Holds what the checkpointed layers of `model` save in host memory; after activation checkpointing is enabled."""
+    """Stores the checkpoints of `model` in host memory; call it after activation checkpointing was enabled."""
     store = HostStore()
     for module in cast(Iterator[Any], model.modules()):
         checkpoint = getattr(module, "_gradient_checkpointing_func", None)
@@ -46,11 +46,11 @@ def offload_checkpoints(model: PreTrainedModel) -> "HostStore":
 
 
 class HostStore:
-    """Tensors that the forward pass saves, in host memory until the backward pass asks for them.
+    """Stores tensors that the forward pass saves in host memory until the backward pass needs them.
 
     Attributes:
-        num_saved: tensors that were moved to the host, since the start.
-        num_bytes: host memory that the buffers take.
+        num_saved: number of tensors that were copied to the host so far.
+        num_bytes: host memory of the buffers.
     """
 
     def __init__(self) -> None:
@@ -61,7 +61,7 @@ class HostStore:
         self._last: ReferenceType[_Saved] | None = None
 
     def around(self, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-        """`checkpoint` with the tensors that it saves in this store; what it computes in between saves nothing here."""
+        """`checkpoint` whose saved tensors go into this store; tensors saved while it runs do not."""
 
         def offloaded(*args: Any, **kwargs: Any) -> Any:
             with saved_tensors_hooks(self._pack, self._unpack):
@@ -102,7 +102,7 @@ class HostStore:
         return here
 
     def _start(self, saved: "_Saved") -> "tuple[torch.cuda.Event, torch.Tensor]":
-        """Starts the copy back to the GPU. The computing stream owns the buffer there, and waits before it reads."""
+        """Starts the copy back to the GPU. The compute stream owns the target, and waits for the copy."""
         here = torch.empty(saved.host.shape, dtype=saved.host.dtype, device=saved.device)
         return self._copy(here, saved.host), here
 
@@ -134,14 +134,14 @@ class HostStore:
         return _pinned(num_bytes) if x.is_cuda else torch.empty(num_bytes, dtype=torch.uint8)
 
     def take_back(self, saved: "_Saved") -> None:
-        """The autograd graph has released `saved`: its buffer is free for the next copy."""
-        if saved.coming is not None:  # it was fetched for nothing: its memory on the GPU must outlast the copy
+        """Called when the autograd graph releases `saved`: its buffer is free for the next copy."""
+        if saved.coming is not None:  # it was fetched but not used: its GPU memory must outlive the copy
             torch.cuda.current_stream(saved.device).wait_event(saved.coming[0])
         self._free.append(saved.buffer)
 
 
 class _Saved:
-    """A tensor in host memory: `host`, at the start of `buffer`; `before` is the one that was saved before it."""
+    """A tensor in host memory: `host`, at the start of `buffer`; `before` is the tensor that was saved before it."""
 
     def __init__(
         self, store: HostStore, x: torch.Tensor, buffer: torch.Tensor, before: "ReferenceType[_Saved] | None"
@@ -155,7 +155,7 @@ class _Saved:
 
 
 def _pinned(num_bytes: int) -> torch.Tensor:
-    """Host memory that a GPU copies from and to directly. torch's own allocator would round it up to a power of two."""
+    """Pinned host memory, which a GPU copies directly. torch's allocator would round its size up to a power of two."""
     buffer = torch.empty(num_bytes, dtype=torch.uint8)
     runtime: Any = torch.cuda.cudart()
     if int(runtime.cudaHostRegister(buffer.data_ptr(), num_bytes, 0)) != 0:

@@ -1,7 +1,7 @@
 """The inputs of a forward pass that describe its tokens: their documents, padding and positions.
 
-The decoder reads them before every pass, so that all entries are checked alike: a training loop of one's own,
-`prefill`, `generate`, and the decoder called by itself.
+The decoder reads them before every pass, so that all callers are checked alike: a user's own training loop, `prefill`,
+`generate`, and direct calls of the decoder.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,19 +20,19 @@ from lrsa_ds.models.documents import document_lengths, restarting_positions
 
 
 def read_pass(inputs: dict[str, Any], new_cache: Callable[[], LagKVCache]) -> dict[str, Any]:
-    """The keyword arguments of a pass as LRSA needs them: with the lengths of packed documents, without a mask.
+    """The keyword arguments of a pass, converted for LRSA: with the lengths of packed documents and without a mask.
 
     Args:
         inputs: keyword arguments of the decoder.
-        new_cache: makes the cache of a pass that is to fill one (`use_cache=True`) and was given none.
+        new_cache: creates the cache of a pass with `use_cache=True` that was given none.
 
     Raises:
-        LRSAError: there is no token, or mask, positions or documents cannot be honoured.
+        LRSAError: there are no tokens, or mask, positions or documents are not supported.
     """
     tokens = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
     if tokens is None:
         return inputs
-    if (step := inputs.get("step")) is not None:  # says all, on the device: reading anything would wait for it
+    if (step := inputs.get("step")) is not None:  # a step has all of it on the device: reading would wait
         return inputs | {"attention_mask": None, "position_ids": step.positions}
     num_rows, num_tokens = tokens.shape[:2]
     mask = inputs.get("attention_mask")
@@ -44,8 +44,8 @@ def read_pass(inputs: dict[str, Any], new_cache: Callable[[], LagKVCache]) -> di
     num_seen = 0 if cache is None else cache.get_seq_length()
     require(
         num_rows > 0 and num_tokens > 0,
-        f"a pass over input_ids {[num_rows, num_tokens]} behind {num_seen} seen tokens has no tokens: give at least "
-        "one in each row, such as tokenizer.bos_token_id; `generate` takes the whole text, not what the cache lacks.",
+        f"a pass over input_ids {[num_rows, num_tokens]} after {num_seen} seen tokens has no tokens: give at least one "
+        "in each row, such as tokenizer.bos_token_id; `generate` takes the complete text, not only its new tokens.",
     )
     if cache is None and inputs.get("use_cache"):
         cache = new_cache()
@@ -58,14 +58,14 @@ def read_pass(inputs: dict[str, Any], new_cache: Callable[[], LagKVCache]) -> di
             inputs |= {"rows": rows, "position_ids": _positions_of(rows, inputs).to(tokens.device)}
         return inputs | {"attention_mask": None, "past_key_values": cache}
     if num_seen:
-        return inputs  # refused by the attention, which names the cache that is needed
+        return inputs  # the attention function raises the error
     lengths = inputs.get("document_lengths")
     if lengths is None:
         lengths = document_lengths(inputs, num_rows, num_tokens)
     else:  # the other inputs may be those of a shard
         document_lengths({"attention_mask": mask}, num_rows, num_tokens)
     positions = inputs.get("position_ids")
-    if lengths is not None and positions is None:  # what is kept depends on them: they are those of inference
+    if lengths is not None and positions is None:  # selection depends on them: use those of inference
         _check_sum(lengths, num_rows, num_tokens)
         positions = restarting_positions(lengths, num_tokens).to(tokens.device)
     return inputs | {"attention_mask": None, "document_lengths": lengths, "position_ids": positions}
@@ -79,7 +79,7 @@ def _check_sum(lengths: Sequence[int], num_rows: int, num_tokens: int) -> None:
 
 
 def check_follows(inputs: dict[str, Any], num_seen: int, num_rows: int, num_tokens: int) -> None:
-    """Raises LRSAError unless the tokens of a pass are the next ones of the one document that a cache has seen."""
+    """Raises LRSAError unless the tokens of a pass are the next tokens of the one document that the cache has seen."""
     positions, total = inputs.get("position_ids"), num_seen + num_tokens
     positions = None if positions is None else positions.cpu()
     _check_one_document(inputs | {"position_ids": positions}, num_rows, num_tokens)
@@ -87,13 +87,13 @@ def check_follows(inputs: dict[str, Any], num_seen: int, num_rows: int, num_toke
         first, last = positions.flatten()[[0, -1]].tolist()
         raise LRSAError(
             f"the tokens of the pass have position_ids {first} to {last}, and the cache has seen {num_seen} tokens, so "
-            f"they stand at {num_seen} to {total - 1}: give `generate` the whole text and a cache that has not seen "
+            f"they are at {num_seen} to {total - 1}: give `generate` the complete text and a cache that has not seen "
             "its last token, as after lrsa_ds.prefill(model, ids[:, :-1], cache), and another text another cache."
         )
 
 
 def _check_one_document(inputs: dict[str, Any], num_rows: int, num_tokens: int) -> None:
-    """Raises LRSAError if a pass behind a cache brings several documents."""
+    """Raises LRSAError if a pass with a cache has several documents."""
     if num_tokens > 1:
         told = {name: x for name, x in inputs.items() if name != "attention_mask"}
         given = inputs.get("document_lengths") or document_lengths(told, num_rows, num_tokens) or (num_tokens,)
@@ -105,14 +105,13 @@ def _check_one_document(inputs: dict[str, Any], num_rows: int, num_tokens: int) 
 
 
 def read_rows(mask: torch.Tensor | None, cache: LagKVCache, num_rows: int, num_tokens: int) -> Rows | None:
-    """Where the rows of a pass behind `cache` stand, or None if there is and was no padding.
+    """The tokens of each row of a pass with `cache`; None if there is and was no padding.
 
     Args:
-        mask: of all columns, those that the cache has seen and the new ones: 1 for tokens, 0 for padding. Without it
-            all new columns are tokens.
+        mask: of all columns, seen and new: 1 for tokens, 0 for padding. Without it, all new columns are tokens.
 
     Raises:
-        LRSAError: the mask is of another shape, names documents, or is not that under which the cache was filled.
+        LRSAError: the mask has another shape, numbers documents, or differs from the one used to fill the cache.
     """
     num_seen, seen = cache.get_seq_length(), cache.row_lengths
     check_batch(len(seen or ()), num_rows)
@@ -122,13 +121,13 @@ def read_rows(mask: torch.Tensor | None, cache: LagKVCache, num_rows: int, num_t
     total = num_seen + num_tokens
     require(
         mask.shape == (num_rows, total),
-        f"attention_mask {list(mask.shape)} does not fit: the cache has seen {num_seen} tokens and the pass brings "
+        f"attention_mask {list(mask.shape)} does not fit: the cache has seen {num_seen} tokens and the pass has "
         f"{num_tokens}, in {num_rows} rows; give one of {[num_rows, total]}, or none.",
     )
     mask = mask.cpu()
     require(
         bool(((mask == 0) | (mask == 1)).all()),
-        "behind a cache the attention mask has 1 for tokens and 0 for padding, and nothing else.",
+        "with a cache, the attention mask has 1 for tokens and 0 for padding, and no other values.",
     )
     if seen is None and bool((mask == 1).all()):
         return None
@@ -137,7 +136,7 @@ def read_rows(mask: torch.Tensor | None, cache: LagKVCache, num_rows: int, num_t
     require(
         told == before,
         f"the attention mask counts {list(told)} tokens of the rows as seen, and the cache has seen {list(before)}: "
-        "it cannot drop tokens as padding later; make a new cache and give it the whole text with this mask.",
+        "it cannot drop tokens as padding later; make a new cache and give it the complete text with this mask.",
     )
     return Rows.of_mask(before, mask[:, num_seen:] == 1)
 
@@ -146,7 +145,7 @@ def _positions_of(rows: Rows, inputs: dict[str, Any]) -> torch.Tensor:
     """Positions of the tokens in their rows, int64 [B, n]; 0 for padding.
 
     Raises:
-        LRSAError: the pass was given others.
+        LRSAError: the pass has other position_ids.
     """
     given = inputs.get("position_ids")
     given = None if given is None else given.cpu().expand(len(rows.seen), -1)
@@ -155,7 +154,7 @@ def _positions_of(rows: Rows, inputs: dict[str, Any]) -> torch.Tensor:
         positions[row, places] = torch.arange(seen, seen + len(places))
         require(
             given is None or torch.equal(given[row, places], positions[row, places]),
-            f"the position_ids of row {row} do not go on from the {seen} tokens that the cache has seen of it: leave "
+            f"the position_ids of row {row} do not continue after the {seen} tokens that the cache has seen: leave "
             "them out, or count the tokens of each row without padding.",
         )
     return positions
@@ -171,11 +170,11 @@ def attend_rows(
     extras: Extras,
     layer: int,
 ) -> torch.Tensor:
-    """`attend`, also where the documents differ from row to row: the rows are then packed into one sequence.
+    """`attend`, also for documents that differ between rows: these rows are packed into one sequence.
 
     Args:
-        q: [B, H, N, D]; k, v: [B, G, N, D], of v perhaps another D.
-        lengths: of the documents of every row, summing to N, or of the rows one after the other, summing to B * N.
+        q: [B, H, N, D]; k, v: [B, G, N, D]; D of v may differ.
+        lengths: of the documents of every row, summing to N, or of all rows in order, summing to B * N.
     """
     num_rows, num_heads, num_tokens = q.shape[:3]
     if num_rows == 1 or lengths is None or sum(lengths) != num_rows * num_tokens:

@@ -1,8 +1,7 @@
-"""LRSA in the place of the attention of Hugging Face causal language models.
+"""Replaces the attention of Hugging Face causal language models by LRSA.
 
-A model is changed from outside its layers: `apply_lrsa` selects the attention function that is registered here under
-the name "lrsa", after checking that every layer is plain causal attention, and hooks on the decoder read what a pass is
-given.
+The layers of the model are not changed. `apply_lrsa` checks that every layer is plain causal attention, and selects the
+attention function that is registered here as "lrsa". Hooks on the decoder read the inputs of each pass.
 """
 
 import warnings
@@ -37,27 +36,27 @@ def apply_lrsa(
 ) -> PreTrainedModel:
     """Replaces the attention of every layer by LRSA under `config`, in place, and returns the model.
 
-    The settings stay in `model.config.lrsa`, so that a saved model remembers them. A forward pass may pass
-    `document_lengths` (packed documents), `lrsa_config` (other settings for this pass) and `attend` (a function like
-    `lrsa_attention` in its place: sequence parallelism). Without `document_lengths` they follow from what packing
-    collators give: restarting `position_ids`, `cu_seq_lens_q` and `_k`, `seq_idx`, or a mask of document numbers.
+    The settings are stored in `model.config.lrsa`, and saved with the model. A forward pass accepts `document_lengths`
+    (packed documents), `lrsa_config` (other settings for this pass) and `attend` (a function with the signature of
+    `lrsa_attention`, for sequence parallelism). Without `document_lengths`, documents are read from the inputs of
+    packing collators: restarting `position_ids`, `cu_seq_lens_q` and `_k`, `seq_idx`, or a mask of document numbers.
 
     Args:
-        config: or several, which training takes in turn: the one with the smallest cache is that of the model, and it
-            remembers all of them (`trained_caches`).
-        layers: where layers are to differ from `config`: from layers to a retention, such as
+        config: settings, or several that training uses in turn: the model gets those with the smallest cache, and
+            stores all of them (`trained_caches`).
+        layers: settings of layers that differ from `config`: layers mapped to a retention, such as
             {"0 3 7-9": 1.0, "rest": 0.1}, to some settings, or to an `LRSAConfig`; see `lrsa_ds.layers.read_layers`.
 
     Raises:
-        LRSAError: a layer is not plain causal attention; the sentence names the layer and why. Or `layers` leaves one
-            out, names one twice, or one that the model does not have.
+        LRSAError: a layer is not plain causal attention; the message names the layer and the reason. Or `layers` leaves
+            out a layer, or names one twice, or one that the model does not have.
     """
     check_supported(model)
     configs = [config] if isinstance(config, AnyConfig) else config
     model.config.lrsa = saved_turns([resolve(each, layers, num_layers(model)) for each in configs])
     model.set_attn_implementation(NAME)
-    decoder = model.get_decoder()  # every pass goes through it, also one that is not given to the whole model
-    decoder.config.lrsa = model.config.lrsa  # another object where the model has encoders beside its text model
+    decoder = model.get_decoder()  # all passes go through it, also those that do not call `model`
+    decoder.config.lrsa = model.config.lrsa  # a separate object if the model has encoders
     without_dropout(model)
     if _begin_pass not in decoder._forward_pre_hooks.values():
         decoder.register_forward_pre_hook(_begin_pass, with_kwargs=True)
@@ -69,20 +68,20 @@ def apply_lrsa(
 def new_cache(
     model: PreTrainedModel, layers: Mapping[Any, Any] | None = None, max_tokens: int | None = None
 ) -> LagKVCache:
-    """An empty cache that keeps what the attention of the model keeps, layer by layer.
+    """An empty cache with the settings of the model's attention, layer by layer.
 
     Args:
-        layers: where the cache is to differ from that, as for `apply_lrsa`: {"0-": 1.0} makes a dense one.
-        max_tokens: of each row, for a cache of fixed storage; see `LagKVCache`.
+        layers: settings of layers that differ, as for `apply_lrsa`: {"0-": 1.0} makes a dense cache.
+        max_tokens: maximum tokens of each row, for a cache of fixed storage; see `LagKVCache`.
 
     Raises:
-        LRSAError: the model is not under `apply_lrsa`, or `layers` is not for it.
+        LRSAError: the model is not under `apply_lrsa`, or `layers` does not fit it.
     """
     return LagKVCache(resolve(_settings(model), layers, num_layers(model)), max_tokens)
 
 
 def trained_caches(model: PreTrainedModel) -> list[AnyConfig]:
-    """The settings that training took in turn, the largest cache first; `LagKVCache` takes any of them.
+    """The settings that training used in turn, the largest cache first; `LagKVCache` accepts each of them.
 
     Raises:
         LRSAError: the model is not under `apply_lrsa`.
@@ -98,7 +97,7 @@ def check_applied(model: PreTrainedModel) -> None:
     require(
         attention == NAME,
         f"the attention of the model is {attention!r}: call lrsa_ds.apply_lrsa(model, config), or "
-        f"model.set_attn_implementation({NAME!r}) if that was done, first.",
+        f"model.set_attn_implementation({NAME!r}) if you have done so, first.",
     )
 
 
@@ -159,7 +158,7 @@ def _check_layers(cache: LagKVCache, count: int) -> None:
 
 
 def _sizes(config: LRSAConfig) -> str:
-    """The settings that decide what is kept; the selection where it is not the default."""
+    """The settings that determine what is kept; the selection only if it is not the default."""
     if config.is_dense:
         return "retention=1"
     names = {"backend": None, "retention": f"{config.retention:g}"}
@@ -168,7 +167,7 @@ def _sizes(config: LRSAConfig) -> str:
 
 
 def check_supported(model: PreTrainedModel) -> None:
-    """Raises LRSAError unless LRSA can take the place of the attention of every layer of `model`."""
+    """Raises LRSAError unless LRSA can replace the attention of every layer of `model`."""
     name, config = type(model).__name__, model.config.get_text_config()
     require(
         model._supports_attention_backend and model._can_set_attn_implementation(),
@@ -179,7 +178,7 @@ def check_supported(model: PreTrainedModel) -> None:
     reason = other_logits(model)
     require(reason is None, f"{name} {reason}: the loss would not be that of its own logits.")
     _check_rope(model)
-    own = set(model.get_decoder().modules())  # beside them a model that reads images or sound has encoders
+    own = set(model.get_decoder().modules())  # models for images or sound also have encoders
     layers = [(p, m) for p, m in model.named_modules() if m in own and isinstance(getattr(m, "layer_idx", None), int)]
     for path, module in layers:
         reason = _unlike_causal_attention(module, config)
@@ -187,9 +186,10 @@ def check_supported(model: PreTrainedModel) -> None:
 
 
 def _check_rope(model: PreTrainedModel) -> None:
-    """Refuses frequencies that depend on the length of the pass: chunks, shards and documents would have their own.
+    """Refuses frequencies that depend on the length of a pass: they would differ for chunks, shards and documents.
 
-    The kinds are looked for in the modules that compute them and in the settings, whose place and key differ by age.
+    The types are read from the modules that compute them and from the settings, whose place and key depend on the age
+    of the model.
     """
     config = model.config.get_text_config()
     settings = [getattr(config, key, None) for key in ("rope_parameters", "rope_scaling")]
@@ -207,7 +207,7 @@ def _check_rope(model: PreTrainedModel) -> None:
 
 
 def _unlike_causal_attention(module: torch.nn.Module, config: PreTrainedConfig) -> str | None:
-    """What in a layer is other than plain causal attention, or None."""
+    """What distinguishes a layer from plain causal attention; None if nothing."""
     layer_types = getattr(config, "layer_types", None)
     if layer_types is not None:
         if layer_types[module.layer_idx] != "full_attention":
@@ -220,7 +220,7 @@ def _unlike_causal_attention(module: torch.nn.Module, config: PreTrainedConfig) 
 
 
 def _has_window(config: PreTrainedConfig) -> bool:
-    """Whether a sliding window hides anything: not if it is as long as the positions that the model has."""
+    """Whether the sliding window hides any key: not if it is as long as the positions of the model."""
     window = getattr(config, "sliding_window", None)
     if window is None or not getattr(config, "use_sliding_window", True):
         return False
@@ -245,9 +245,9 @@ def _lrsa_attention_function(
     step: Step | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """The form transformers calls: query [B, H, N, D], key and value [B, G, N, D] to ([B, N, H, D], no weights).
+    """The signature that transformers calls: query [B, H, N, D], key and value [B, G, N, D] to ([B, N, H, D], None).
 
-    Layers give their own `scaling`, `softcap` and `s_aux`, which are learned sinks [H].
+    A layer passes its own `scaling`, `softcap` and `s_aux`, which are learned sinks [H].
     """
     require(attention_mask is None, "LRSA attention makes its own mask: a 4D attention_mask is not supported.")
     config = (lrsa_config or from_saved(module.config.lrsa)).at_layer(module.layer_idx)
@@ -263,7 +263,7 @@ def _lrsa_attention_function(
         return output.transpose(1, 2).contiguous(), None
     require(
         query.shape[2] == key.shape[2],
-        f"a model with LRSA attention needs a cache that keeps what it keeps, and got one of "
+        f"a model with LRSA attention needs a cache that keeps what its attention keeps, and got one of "
         f"{key.shape[2] - query.shape[2]} tokens: use past_key_values=lrsa_ds.LagKVCache(config), or "
         "model.set_attn_implementation('sdpa') for dense attention.",
     )
@@ -272,10 +272,10 @@ def _lrsa_attention_function(
 
 
 def _lrsa_mask(attention_mask: torch.Tensor | None = None, **kwargs) -> None:
-    """LRSA makes its own mask, and `_begin_pass` has removed that of the caller."""
+    """Returns no mask: LRSA makes its own, and `_begin_pass` has removed that of the caller."""
     require(
         attention_mask is None or bool(attention_mask.all()),
-        "nobody has read the attention mask: call lrsa_ds.apply_lrsa(model, config) before the pass.",
+        "the attention mask has not been read: call lrsa_ds.apply_lrsa(model, config) before the pass.",
     )
 
 
@@ -284,7 +284,7 @@ AttentionMaskInterface.register(NAME, _lrsa_mask)
 
 
 def to_device(model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
-    """`model.to(device)`, which transformers wraps in a way that type checkers read wrongly."""
+    """`model.to(device)`; transformers wraps it in a way that type checkers misread."""
     return cast(Any, model).to(device)
 
 
@@ -295,10 +295,10 @@ def layer_classes(model: PreTrainedModel) -> list[str]:
 
 
 def enable_checkpointing(model: PreTrainedModel, offload: bool = False) -> None:
-    """Recomputes the activations of each decoder layer in the backward pass instead of holding them.
+    """Recomputes the activations of each decoder layer in the backward pass instead of storing them.
 
     Args:
-        offload: whether to hold the inputs of the layers in host memory meanwhile.
+        offload: whether the inputs of the layers are stored in host memory.
     """
     kwargs = {"use_reentrant": False}
     if hasattr(model, "activation_checkpointing_enable"):  # the name since transformers 5.2x; the older one warns there

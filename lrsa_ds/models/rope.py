@@ -1,4 +1,4 @@
-"""Rotary positions of a model: those of `model.rope` in the place of its own, and how far they reach."""
+"""Rotary positions of a model: replaced by those of `model.rope`, and the length that they cover."""
 
 from typing import Any
 
@@ -8,20 +8,20 @@ from lrsa_ds.errors import LRSAError, require
 from lrsa_ds.notices import say_once
 from lrsa_ds.settings.rope import KEY, NEEDED, by_layers, check_fields, fields_of
 
-# What a configuration says of positions; `saved_rope` writes both beside adapters.
+# Keys of a configuration that describe positions; `saved_rope` saves both with adapters.
 PARAMETERS, REACH = "rope_parameters", "max_position_embeddings"
 ORIGINAL = "original_max_position_embeddings"
 
 
 def set_rope(config: PreTrainedConfig, rope: dict[str, Any]) -> None:
-    """Puts `rope` into the configuration of a model that is not made yet, in place; an empty one changes nothing.
+    """Applies `rope` to the configuration of a model before it is created, in place; an empty one changes nothing.
 
-    A `rope_type` replaces the model's own scaling and keeps its theta; fields without one change the model's own.
-    Where types of layers have settings of their own (Gemma 3), fields that name no type go to full attention.
-    `max_position_embeddings` becomes the length that the scaling reaches.
+    A `rope_type` replaces the model's own scaling and keeps its theta; fields without one change the model's own. If
+    types of layers have their own settings (Gemma 3), fields without a type of layer apply to full attention.
+    `max_position_embeddings` becomes the length that the scaling covers.
 
     Raises:
-        LRSAError: the model has no rotary positions, other types of layers, or a scaling that does not take a field.
+        LRSAError: the model has no rotary positions, or other types of layers, or the scaling does not have a field.
     """
     if not rope:
         return
@@ -48,10 +48,10 @@ def set_rope(config: PreTrainedConfig, rope: dict[str, Any]) -> None:
 
 
 def _scaled(key: str, own: dict[str, Any], given: dict[str, Any], positions: int) -> tuple[dict[str, Any], int]:
-    """The parameters of transformers for a model whose own are `own`, and the number of positions that they reach."""
+    """The parameters for transformers, from the model's `own` and the given ones, and the positions that they cover."""
     rope_type = given.get("rope_type") or own.get("rope_type", "default")
     if "rope_type" in given:
-        # What belongs to no scaling stays, such as theta and the part of a head that is rotated.
+        # Fields that belong to no scaling are kept, such as theta and the rotated part of a head.
         base = {name: value for name, value in own.items() if name not in _SCALING}
     else:
         require(rope_type in NEEDED, f"{key} needs rope_type, since the model's own {rope_type} cannot be changed.")
@@ -62,7 +62,7 @@ def _scaled(key: str, own: dict[str, Any], given: dict[str, Any], positions: int
     if ORIGINAL in fields_of(rope_type):
         parameters[ORIGINAL] = original
     reach = round(original * parameters["factor"]) if parameters.get("factor") else positions
-    # Llama 3.1 was trained at twice the length that its factor makes of the first one.
+    # Llama 3.1 was trained at twice the length that its factor gives.
     return parameters, max(reach, positions) if rope_type == "llama3" else reach
 
 
@@ -70,7 +70,7 @@ _SCALING = {name for rope_type in NEEDED for name in fields_of(rope_type)} - {"r
 
 
 def check_taken(model: PreTrainedModel, rope: dict[str, Any]) -> None:
-    """Raises LRSAError where no module of the model computes its positions from the settings that it was given."""
+    """Raises LRSAError if no module of the model computes its positions from the settings."""
     require(
         not rope or any(hasattr(module, "rope_type") for module in model.modules()),
         f"{KEY} has no effect on {type(model).__name__}, which does not compute its positions as transformers does.",
@@ -78,12 +78,12 @@ def check_taken(model: PreTrainedModel, rope: dict[str, Any]) -> None:
 
 
 def has_factor(rope: dict[str, Any]) -> bool:
-    """Whether the settings say how far they reach; a theta alone does not."""
+    """Whether the settings determine how many positions they cover; a theta alone does not."""
     return "factor" in rope or any("factor" in given for given in rope.values() if isinstance(given, dict))
 
 
 def check_reach(config: PreTrainedConfig, rope: dict[str, Any], key: str, length: int) -> None:
-    """Warns once where `length`, the value of `key`, is beyond the model's positions and `rope` does not help."""
+    """Warns once if `length`, the value of `key`, exceeds the model's positions and `rope` does not extend them."""
     reach = getattr(config.get_text_config(), REACH, None)
     if reach is None or length <= reach or (rope and not has_factor(rope)):
         return
@@ -96,19 +96,19 @@ def check_reach(config: PreTrainedConfig, rope: dict[str, Any], key: str, length
 
 
 def raise_reach(config: PreTrainedConfig, rope: dict[str, Any], length: int) -> None:
-    """After `rope` without a factor, such as a theta: a model reaches what it was trained at."""
+    """With a `rope` without a factor, such as a theta: sets the positions to the training length, if it is longer."""
     text = config.get_text_config()
     if rope and not has_factor(rope) and getattr(text, REACH, length) < length:
         setattr(text, REACH, length)
 
 
 def saved_rope(config: PreTrainedConfig) -> dict[str, Any]:
-    """What `restore_rope` needs to give the base of adapters the positions that they were trained with."""
+    """The settings from which `restore_rope` gives the base of adapters the positions of their training."""
     text = config.get_text_config()
     return {name: getattr(text, name) for name in (PARAMETERS, REACH) if getattr(text, name, None)}
 
 
 def restore_rope(config: PreTrainedConfig, saved: dict[str, Any]) -> None:
-    """Puts what `saved_rope` gave into the configuration of a model that is not made yet, in place."""
+    """Applies the result of `saved_rope` to the configuration of a model before it is created, in place."""
     for name, value in saved.items():
         setattr(config.get_text_config(), name, value)

@@ -1,4 +1,4 @@
-"""Stop tokens: training teaches the model to end an answer with them, so generation has to stop at them."""
+"""Stop tokens: training teaches the model to end answers with them, so generation has to stop at them."""
 
 from typing import cast
 
@@ -12,7 +12,7 @@ from lrsa_ds.settings.model import ModelConfig
 
 
 def trained_stop_tokens(tokenizer: Tokenizer, chat_template: bool = True) -> list[int]:
-    """The tokens that end what is trained: the tokenizer's own, and those that its chat template ends a turn with."""
+    """The tokens that end an answer in training: the tokenizer's own, and those with which its template ends a turn."""
     ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if chat_template and tokenizer.chat_template is not None:
         found = ChatTemplate(tokenizer, SpecialTokens(tokenizer)).end_tokens()
@@ -25,7 +25,7 @@ def set_stop_tokens(
 ) -> None:
     """Adds `trained_stop_tokens` to the generation settings of `model`, which are exported with it.
 
-    Stop tokens that are set already stay, unless they belong to another tokenizer, as with random weights.
+    Existing stop tokens are kept, unless they belong to another tokenizer, as with random weights.
     """
     settings = model.generation_config
     if source.random is not None or source.tokenizer is not None:

@@ -1,4 +1,4 @@
-"""What in the structure of a model keeps LRSA from taking the place of its attention."""
+"""Parts of a model's structure that prevent LRSA from replacing its attention."""
 
 import ast
 import inspect
@@ -11,35 +11,35 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lrsa_ds.notices import say_once
 
-# Attributes that only attention of that kind has, and what it does; each would pass as plain attention otherwise.
+# Attributes that mark other kinds of attention -> what they do; without them, these would pass as plain attention.
 KINDS = {
     "expand_kv": "caches a latent from which the keys and values of every head are made, and LRSA keeps single keys",
     "lambda_q1": "subtracts two attentions (differential attention), and LRSA is one",
-    "prepare_dynamic_mask": "makes a mask of its own from its values (dynamic mask attention)",
+    "prepare_dynamic_mask": "makes its own mask from its values (dynamic mask attention)",
 }
 
 
 def other_attention(module: nn.Module) -> str | None:
-    """What an attention layer does that LRSA does not, or None."""
+    """What an attention layer does that LRSA does not; None if nothing."""
     return next((reason for name, reason in KINDS.items() if hasattr(module, name)), None)
 
 
 def unfit_decoder(model: PreTrainedModel) -> str | None:
-    """Why passes through the decoder of `model` cannot be told about documents, caches and ranks, or None."""
+    """Why documents, caches and ranks cannot be passed through the decoder of `model`; None if they can."""
     decoder = model.get_decoder()
     if not isinstance(decoder, PreTrainedModel) or decoder.get_output_embeddings() is not None:
         return f"gives {type(decoder).__name__} as its decoder, which is none that ends before the output layer"
     others = set(getattr(decoder.config, "layers_block_type", None) or ()) - {"attention", "full_attention"}
     if others:
-        return f"has layers of type {', '.join(sorted(others))}, whose state runs on from token to token"
+        return f"has layers of type {', '.join(sorted(others))}, whose state is carried from token to token"
     for kind in {type(m) for m in decoder.modules() if type(m).__name__ in (model._no_split_modules or ())}:
         if issubclass(kind, GradientCheckpointingLayer) and not _hands_on_keywords(kind):
-            return f"does not tell its attention what a pass is told (the forward of {kind.__name__} drops **kwargs)"
+            return f"does not pass keywords to its attention (the forward of {kind.__name__} drops **kwargs)"
     return None
 
 
 def without_dropout(model: PreTrainedModel) -> None:
-    """LRSA drops no attention weights, so the settings of the model come to say so, and one sentence does."""
+    """Sets attention dropout to 0 in the settings of the model, and prints it once: LRSA drops no attention weights."""
     config = model.config.get_text_config()
     for key in ("attention_dropout", "attn_pdrop"):
         if value := getattr(config, key, 0.0):
@@ -48,7 +48,7 @@ def without_dropout(model: PreTrainedModel) -> None:
 
 
 def _hands_on_keywords(kind: type[nn.Module]) -> bool:
-    """Whether some call in the forward of a layer passes `**kwargs` on; True where there is no source to read."""
+    """Whether a call in the forward of a layer passes `**kwargs` on; True if there is no source to read."""
     try:
         source = textwrap.dedent(inspect.getsource(inspect.unwrap(kind.forward)))
     except (OSError, TypeError):

@@ -1,8 +1,8 @@
-"""The gated MLP of every layer over one tile of tokens after the other, so that only a tile's activations are held.
+"""Runs the gated MLP of every layer over tiles of tokens, so that only the activations of one tile are stored.
 
-An MLP treats each token alone, so its output over tiles is the same. Each tile is checkpointed: its activations, as
-wide as the MLP, are made anew in its backward pass. Autograd adds up the tiles' gradients before a parameter sees them,
-so that ZeRO reduces each of them once, as without tiles.
+An MLP processes each token alone, so its output is the same in tiles. Each tile is checkpointed: its activations, as
+wide as the MLP, are recomputed in its backward pass. Autograd sums the gradients of the tiles before a parameter
+receives them, so ZeRO reduces each gradient once, as without tiles.
 """
 
 from collections.abc import Callable
@@ -20,13 +20,13 @@ KEY = "memory.tiled_mlp"
 
 
 def check_tiling(config: TrainConfig, model: PreTrainedModel) -> None:
-    """Raises LRSAError if the MLPs of `model` are to be tiled and cannot be."""
+    """Raises LRSAError if the MLPs of `model` should be tiled but cannot be."""
     if config.memory.tiled_mlp:
         gated_mlps(model)
 
 
 def num_tiles(config: TrainConfig) -> int:
-    """Tiles of each MLP, at most `memory.tile_size` tokens each; 1 where it is not to be tiled.
+    """Tiles of each MLP, of at most `memory.tile_size` tokens each; 1 if MLPs are not tiled.
 
     The same on every rank, whatever the length of its row: under ZeRO-3 a tile may be a collective.
     """
@@ -37,7 +37,7 @@ def num_tiles(config: TrainConfig) -> int:
 
 
 def describe_levers(config: TrainConfig) -> str:
-    """What a run says of `memory` when it starts; empty where no lever is on."""
+    """The line about `memory` at the start of a run; empty if nothing is enabled."""
     count, offload = num_tiles(config), config.memory.offload_checkpoints
     levers = [
         *(["checkpointed activations in host memory"] if offload else []),
@@ -47,7 +47,7 @@ def describe_levers(config: TrainConfig) -> str:
 
 
 def tile_mlps(model: PreTrainedModel, count: int) -> PreTrainedModel:
-    """Runs every MLP of `model` in `count` tiles, in place, and returns it; one tile leaves it as it is."""
+    """Runs every MLP of `model` in `count` tiles, in place, and returns the model; with one tile nothing changes."""
     for mlp in gated_mlps(model) if count > 1 else []:
         mlp.forward = _tiled(mlp.forward, count)
     return model
@@ -55,7 +55,7 @@ def tile_mlps(model: PreTrainedModel, count: int) -> PreTrainedModel:
 
 def _tiled(forward: Callable[[torch.Tensor], torch.Tensor], count: int) -> Callable[[torch.Tensor], torch.Tensor]:
     def tiled(x: torch.Tensor) -> torch.Tensor:
-        # [..., N, C]. There are always `count` tiles; those of a row with fewer tokens are empty.
+        # [..., N, C]. There are always `count` tiles; a row with fewer tokens has empty ones.
         tiles = x.tensor_split(count, dim=-2)
         return torch.cat([checkpoint(forward, tile, use_reentrant=False) for tile in tiles], dim=-2)
 
@@ -63,10 +63,10 @@ def _tiled(forward: Callable[[torch.Tensor], torch.Tensor], count: int) -> Calla
 
 
 def gated_mlps(model: PreTrainedModel) -> list[nn.Module]:
-    """The MLP of each decoder layer, found by its matrices: from the hidden size to a width, twice, and back.
+    """The MLP of each decoder layer, recognised by its matrices: two from the hidden size to a width, and one back.
 
     Raises:
-        LRSAError: a layer has none, or experts.
+        LRSAError: a layer has no such MLP, or has experts.
     """
     size = model.config.get_text_config().hidden_size
     kinds, found = set(model._no_split_modules or ()), []
@@ -89,7 +89,7 @@ def _is_gated_mlp(module: nn.Module, size: int) -> bool:
     """Two matrices from `size` to one width, or one to twice the width, and one back; attention has a layer_idx."""
     if hasattr(module, "layer_idx"):
         return False
-    # Adapters around a matrix have its sizes too.
+    # Adapters wrap a matrix and have the same sizes.
     matrices = [child for child in module.children() if hasattr(child, "in_features")]
     sizes = [(cast(int, m.in_features), cast(int, m.out_features)) for m in matrices]
     return any(

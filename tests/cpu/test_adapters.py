@@ -110,9 +110,7 @@ def test_exported_adapters_are_loaded_by_everyone_from_anywhere(tmp_path, monkey
     directory.rename(moved)
     if kind != "random weights":
         (tmp_path / "base model").rename(tmp_path / "elsewhere")
-        with pytest.raises(
-            LRSAError, match=r"holds adapters of .*base model, which does not exist: bring the base back"
-        ):
+        with pytest.raises(LRSAError, match=r"holds adapters of .*base model, which does not exist: restore the base"):
             load(moved, device="cpu")
         return
     assert_close(load(moved, device="cpu").model(ids, use_cache=False).logits, expected, 1e-5, "logits")

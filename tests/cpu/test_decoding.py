@@ -268,7 +268,7 @@ def test_mistakes_of_generate():
         ("ask for beam search", lambda: lrsa_ds.generate(model, ids, num_beams=2, **GREEDY)),
         ("neither use_cache=False nor", lambda: lrsa_ds.generate(model, ids, use_cache=False, **GREEDY)),
         ("give tokenizer=", lambda: lrsa_ds.generate(model, ids, stop_strings="a", **GREEDY)),
-        ("graph=True needs the whole model on one CUDA", lambda: lrsa_ds.generate(model, ids, graph=True, **GREEDY)),
+        ("graph=True needs the complete model on one CUDA", lambda: lrsa_ds.generate(model, ids, graph=True, **GREEDY)),
         ("max_tokens=0 is not valid", lambda: new_cache(model, max_tokens=0)),
     ):  # fmt: skip
         with pytest.raises(LRSAError, match=said):

@@ -115,7 +115,7 @@ def test_the_tokens_since_the_cache_with_the_mask_of_all(model, ids):
 
 def test_only_the_tokens_since_the_cache_without_a_mask_are_refused(model, ids):
     for num_seen in (20, 40):  # transformers would take the last tokens of ids for all of the text
-        with pytest.raises(LRSAError, match=r"cache has seen 20 tokens|behind 40 seen tokens has no tokens"):
+        with pytest.raises(LRSAError, match=r"cache has seen 20 tokens|after 40 seen tokens has no tokens"):
             model.generate(ids[:, 30:], past_key_values=behind(model, ids[:, :num_seen]), **GREEDY)
 
 
@@ -129,7 +129,7 @@ def test_embeddings_in_the_place_of_tokens(model, ids):
 
 def test_an_empty_prompt_is_refused(model, ids):
     for call in (lambda: model.generate(ids[:, :0], **GREEDY), lambda: model(ids[:, :0]), lambda: model(ids[:0])):
-        with pytest.raises(LRSAError, match="behind 0 seen tokens has no tokens: give at least one"):
+        with pytest.raises(LRSAError, match="after 0 seen tokens has no tokens: give at least one"):
             call()
 
 

@@ -113,7 +113,7 @@ def test_scaling_reaches_the_attention():
         ("gemma3_text", dict(num_hidden_layers=2), r"layer 0 of Gemma3.*sliding_attention"),
         ("gpt_oss", dict(num_local_experts=2, num_experts_per_tok=1), r"layer 0 of GptOss"),
         ("recurrent_gemma", {}, r"RecurrentGemmaForCausalLM has layers of type linear_attention"),
-        ("doge", {}, r"layer 0 of Doge.* makes a mask of its own"),
+        ("doge", {}, r"layer 0 of Doge.* makes its own mask"),
         ("diffllama", {}, r"layer 0 of DiffLlama.* subtracts two attentions"),
         ("nemotron", {}, r"NemotronForCausalLM .*NemotronDecoderLayer drops"),
     ],

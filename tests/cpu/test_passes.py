@@ -143,11 +143,11 @@ def test_packed_documents_with_padding_on_their_right():
         (dict(cu_seq_lens_q=torch.tensor([0, 4, 3, 6])), "is not valid"),
         (
             dict(cu_seq_lens_q=torch.tensor([0, 3, 6]), cu_seq_lens_k=torch.tensor([0, 2, 6])),
-            "cu_seq_lens_q and cu_seq_lens_k tell of different documents",
+            "cu_seq_lens_q and cu_seq_lens_k describe different documents",
         ),
         (
             dict(cu_seq_lens_q=torch.tensor([0, 3, 6]), position_ids=torch.tensor([[0, 1, 0, 1, 2, 3]])),
-            "cu_seq_lens and position_ids tell of different documents",
+            "cu_seq_lens and position_ids describe different documents",
         ),
         (
             dict(cu_seq_lens_q=torch.tensor([0, 3, 6]), position_ids=torch.arange(6)[None]),
@@ -162,7 +162,7 @@ def test_what_cannot_be_honoured_is_refused(given, said):
 
 
 def test_a_document_may_not_go_on_in_the_next_row():
-    with pytest.raises(LRSAError, match="goes on from one row to the next"):
+    with pytest.raises(LRSAError, match="continues in the next row"):
         document_lengths({"cu_seq_lens_q": torch.tensor([0, 5, 8])}, 2, 4)
     with pytest.raises(LRSAError, match="leave a row without tokens"):
         document_lengths({"cu_seq_lens_q": torch.tensor([0, 4])}, 2, 4)
@@ -259,5 +259,5 @@ def test_a_mask_that_nobody_reads_is_refused():
     model = tiny("llama")
     model.config.lrsa = {"sink_size": 2, "lag_size": 8, "retention": 0.25}
     model.set_attn_implementation("lrsa")
-    with pytest.raises(LRSAError, match=r"nobody has read the attention mask: call lrsa_ds.apply_lrsa"):
+    with pytest.raises(LRSAError, match=r"the attention mask has not been read: call lrsa_ds.apply_lrsa"):
         model(torch.ones(1, 3).long(), attention_mask=torch.tensor([[0, 1, 1]]), use_cache=False)

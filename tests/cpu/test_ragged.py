@@ -172,7 +172,7 @@ def test_mistakes():
         prefill(model, ids, cache, attention_mask=mask * torch.tensor([[1], [0]]))
     with pytest.raises(LRSAError, match="1 for tokens and 0 for padding"):
         model(ids, attention_mask=mask * 2, past_key_values=cache)
-    with pytest.raises(LRSAError, match="position_ids of row 1 do not go on from the 0 tokens"):
+    with pytest.raises(LRSAError, match="position_ids of row 1 do not continue after the 0 tokens"):
         model(ids, attention_mask=mask, position_ids=torch.arange(30)[None], past_key_values=cache)
     with pytest.raises(LRSAError, match=r"one document in each row, .* \(10, 20\)"):
         model(ids, attention_mask=mask, document_lengths=(10, 20), past_key_values=cache)
