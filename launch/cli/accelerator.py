@@ -9,8 +9,10 @@ from launch.cli.naming import evaluation_name, run_name
 PICKS: dict[str, str] = {}
 
 
-def register_resolver() -> None:
-    OmegaConf.register_new_resolver("gpu_or_cpu", _gpu_or_cpu, replace=True)
+def register_resolver(on_gpu: bool = False) -> None:
+    """Makes the resolvers known; `on_gpu`: the settings are for a GPU that is elsewhere."""
+    picked = (lambda on_gpu, on_cpu: on_gpu) if on_gpu else _gpu_or_cpu
+    OmegaConf.register_new_resolver("gpu_or_cpu", picked, replace=True)
     OmegaConf.register_new_resolver("run_name", run_name, replace=True)
     OmegaConf.register_new_resolver("evaluation_name", evaluation_name, replace=True)
 

@@ -65,8 +65,13 @@ def _lost_a_rank(error: Exception) -> bool:
     return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
-def run_command(action: Callable[[Any], bool], name: str = "train", schema: type = TrainConfig) -> int:
+def run_command(
+    action: Callable[[Any], bool], name: str = "train", schema: type = TrainConfig, on_gpu: bool = False
+) -> int:
     """Runs `action` on what `conf/<name>.yaml` and the command line compose, as an instance of `schema`.
+
+    Args:
+        on_gpu: whether settings that depend on the device are those for a GPU, also where there is none.
 
     Returns:
         The exit code. Its message is printed once on each host, see `lrsa_ds.process.exit_message`.
@@ -75,7 +80,7 @@ def run_command(action: Callable[[Any], bool], name: str = "train", schema: type
         gc.enable()
         gc.freeze()  # what was imported stays: no collection has to look at it
     try:
-        return Exit.DONE if _composed_and_run(action, name, schema) else Exit.FAILED
+        return Exit.DONE if _composed_and_run(action, name, schema, on_gpu) else Exit.FAILED
     except Stopped as stopped:
         return report_exit(str(stopped), Exit.STOPPED)
     except LRSAError as error:
@@ -90,14 +95,14 @@ def run_command(action: Callable[[Any], bool], name: str = "train", schema: type
         return report_exit(lost, Exit.LOST) if code is None else code
 
 
-def _composed_and_run(action: Callable[[Any], bool], name: str, schema: type) -> bool:
+def _composed_and_run(action: Callable[[Any], bool], name: str, schema: type, on_gpu: bool) -> bool:
     check_launcher()
     # The deepspeed launcher appends --local_rank=N, which Hydra would refuse; the environment says the same.
     sys.argv = [plain_keys(argument) for argument in sys.argv if not argument.startswith("--local_rank")]
     if {"-m", "--multirun"} & set(sys.argv):
         raise LRSAError("a sweep has a command of its own: python launch/sweep.py --multirun ...")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, and leave as one sentence
-    register_resolver()
+    register_resolver(on_gpu)
     register_checkout()
     register_schema(name, schema)
     succeeded, failure = False, None
@@ -105,7 +110,7 @@ def _composed_and_run(action: Callable[[Any], bool], name: str, schema: type) ->
     def task(composed: DictConfig) -> None:
         nonlocal succeeded, failure
         try:
-            if schema is TrainConfig:
+            if issubclass(schema, TrainConfig):
                 PICKS.update(fit_defaults(composed, HydraConfig.get().overrides.task))
             config = typed_with_plugins(composed, schema)
             check_fetched(config.model)

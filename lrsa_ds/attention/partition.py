@@ -12,7 +12,7 @@ the tokens. Selection, mask, sequence parallelism and cache all use this one tab
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 
@@ -70,7 +70,7 @@ class PartitionTable:
     def num_tokens(self) -> int:
         return sum(self.document_lengths)
 
-    @property
+    @cached_property
     def num_pairs(self) -> int:
         """Number of pairs of a query and a key that it sees."""
         lengths = [(c.q_hi - c.q_lo, c) for c in self.chunks]

@@ -89,16 +89,17 @@ def model_shape(model: PreTrainedModel) -> ModelShape | None:
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """The layers of a model that hold attention, in their order."""
     kinds = set(layer_classes(model))
-    return [m for m in model.modules() if type(m).__name__ in kinds and _attention(m) is not None]
+    return [m for m in model.modules() if type(m).__name__ in kinds and attention_of(m) is not None]
 
 
-def _attention(layer: nn.Module) -> nn.Module | None:
+def attention_of(layer: nn.Module) -> nn.Module | None:
+    """The attention of a decoder layer."""
     return next((m for m in layer.modules() if hasattr(m, "layer_idx") and _matrices_below(m)), None)
 
 
 def _layer_shape(layer: nn.Module, config: Any, before: bool) -> LayerShape:
     """The shape of a layer; `before`: whether anything in front of it is trained."""
-    attention = cast(nn.Module, _attention(layer))
+    attention = cast(nn.Module, attention_of(layer))
     # All children of the attention that hold a matrix read the layer's input, but the last, which makes its output.
     *readers, _ = [child for child in attention.children() if _matrices_below(child)]
     reading = {id(m) for child in readers for m in _matrices_below(child)}
@@ -109,7 +110,7 @@ def _layer_shape(layer: nn.Module, config: Any, before: bool) -> LayerShape:
     matrices, last = [], None
     for name, module in layer.named_modules():
         reads_input = id(module) in reading and "lora_B" not in name
-        for size, trained in _sizes(module, config):
+        for size, trained in matrix_sizes(module, config):
             passes = input_has_gradient if reads_input else seen
             matrices.append(Matrix(size, trained, passes, in_mlp=id(module) not in inside))
             last = module
@@ -120,7 +121,7 @@ def _layer_shape(layer: nn.Module, config: Any, before: bool) -> LayerShape:
     return LayerShape(tuple(matrices), attention_has_gradient, ends_in_matrix)
 
 
-def _sizes(module: nn.Module, config: Any) -> Iterator[tuple[int, bool]]:
+def matrix_sizes(module: nn.Module, config: Any) -> Iterator[tuple[int, bool]]:
     """The matrices of a module itself: multiplications for each token, and whether they are trained."""
     if isinstance(module, nn.Linear):
         yield module.in_features * module.out_features, _is_trained(module)

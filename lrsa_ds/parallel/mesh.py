@@ -129,9 +129,9 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def check_world(sp_size: int) -> None:
-    """Raises LRSAError unless the processes of the run can be dealt out into groups of `sp_size`."""
-    count = world_size()
+def check_world(sp_size: int, count: int | None = None) -> None:
+    """Raises LRSAError unless `count` processes, or those of the run, can be dealt out into groups of `sp_size`."""
+    count = world_size() if count is None else count
     valid = ", ".join(str(p) for p in range(1, count + 1) if count % p == 0)
     require(
         count % sp_size == 0,

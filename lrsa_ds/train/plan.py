@@ -110,20 +110,33 @@ class _Architecture(NamedTuple):
     attention: AttentionConfig  # with the settings of every layer
 
 
-def _architecture(config: TrainConfig) -> _Architecture:
-    """The sizes of the model, once it is known that the run can train it."""
+def check_model(config: TrainConfig, num_ranks: int | None = None) -> tuple[TrainConfig, PreTrainedModel]:
+    """Checks that such a model can be trained so, wherever that may be.
+
+    Args:
+        num_ranks: processes of the run; None for those that the launcher has started.
+
+    Returns:
+        The configuration with the settings of every layer, and the model on the meta device.
+    """
     objective = check_objective(config)
-    dtype = dtype_of(config.model.dtype)
     structure = empty_model(config.model)
     check_supported(structure)
     check_reach(structure.config, config.model.rope, "seq_len", config.seq_len)
     check_tiling(config, structure)
+    config = replace(config, attention=config.attention.resolved(num_layers(structure)))
+    check_sharing(config, structure, objective.retentions, num_ranks)
+    check_telemetry(config, num_layers(structure))
+    return config, structure
+
+
+def _architecture(config: TrainConfig) -> _Architecture:
+    """The sizes of the model, once it is known that the run can train it here."""
+    config, structure = check_model(config)
+    objective, dtype = check_objective(config), dtype_of(config.model.dtype)
     check_host_memory(config, structure, dtype)
     check_liger(config.model, structure.config.model_type)
-    config = replace(config, attention=config.attention.resolved(num_layers(structure)))
     _check_backend(config, structure, dtype)
-    _check_parallel(config, structure, objective.retentions)
-    check_telemetry(config, num_layers(structure))
     num_parameters = sum(p.numel() for p in structure.parameters())
     num_frozen = num_parameters * objective.num_frozen_copies(config)
     vocabulary = cast(int, structure.get_input_embeddings().num_embeddings)
@@ -177,14 +190,16 @@ def _check_backend(config: TrainConfig, structure: PreTrainedModel, dtype: torch
         choose_kernel(layer, device, dtype, head_dim, needs_lse_gradient=merges_parts)
 
 
-def _check_parallel(config: TrainConfig, structure: PreTrainedModel, others: tuple[float, ...]) -> None:
+def check_sharing(
+    config: TrainConfig, structure: PreTrainedModel, others: tuple[float, ...], num_ranks: int | None
+) -> None:
     """Whether the sequences of the run can be shared as `parallel.sp_size` asks, in training, also in the
     passes of `others`, the retentions of the objective, and in evaluation."""
     size, attention = config.parallel.sp_size, config.attention
     if size == 1:
         return
     architecture = structure.config.get_text_config()
-    check_world(size)
+    check_world(size, num_ranks)
     row = config.seq_len * config.optim.micro_batch
     heads = architecture.num_attention_heads, architecture.num_key_value_heads
     strategy = EXCHANGES[config.parallel.exchange]

@@ -21,10 +21,9 @@ from lrsa_ds.logs.journal import keep_rows_until, read_rows
 from lrsa_ds.logs.metrics import ANSWERS, PREDICTIONS, RunLogger
 from lrsa_ds.logs.provenance import provenance
 from lrsa_ds.logs.report import draw_evaluation, evaluation_table
-from lrsa_ds.models.adapters import add_adapters, freeze
 from lrsa_ds.models.liger import apply_liger
 from lrsa_ds.models.loading import load_model
-from lrsa_ds.models.patch import PreTrainedModel, apply_lrsa, enable_checkpointing, layer_classes
+from lrsa_ds.models.patch import PreTrainedModel, apply_lrsa, layer_classes
 from lrsa_ds.models.stop_tokens import set_stop_tokens
 from lrsa_ds.models.tiling import describe_levers, num_tiles, tile_mlps
 from lrsa_ds.objectives import check_objective, make_objective
@@ -39,6 +38,7 @@ from lrsa_ds.train.profiling import StepProfiler
 from lrsa_ds.train.saving import CheckpointSaver
 from lrsa_ds.train.scoring import Evaluation, Moment, evaluate, look_inside
 from lrsa_ds.train.throughput import describe_peak
+from lrsa_ds.train.trainable import make_trainable
 from lrsa_ds.train.trainer import Engine, Trainer, cosine_schedule
 
 
@@ -284,11 +284,7 @@ def build_engine(config: TrainConfig, plan: Plan, mesh: Mesh) -> Engine:
         checkpoint.convert_checkpoint(point, config.zero.stage, mesh)
     model = _start_model(config, plan)
     set_stop_tokens(model, plan.tokenizer, config.model, config.data.chat_template)
-    if config.model.lora.rank:
-        add_adapters(model, config.model.lora)
-    freeze(model, config.model.freeze)
-    if config.activation_checkpointing:
-        enable_checkpointing(model, config.memory.offload_checkpoints)
+    make_trainable(model, config)
     objective = make_objective(config, model, partial(_start_model, config, plan))
     return make_engine(config, objective, plan.dtype, cosine_schedule(config.optim), layer_classes(model), universal)
 

@@ -196,14 +196,16 @@ def test_your_own_file(tmp_path):
 
 def refused(capfd, monkeypatch, *arguments: str, command: str = "train") -> str:
     """The one sentence with which a command is refused in this process, before any process group starts."""
-    from launch import evaluate, selftest, train
+    from launch import evaluate, plan, selftest, train
     from launch.cli.command import run_command
+    from lrsa_ds.costs.settings import PlanConfig
     from lrsa_ds.evaluate.config import EvaluateConfig
 
     commands = {
         "train": (train.action,),
         "selftest": (selftest.action,),
         "evaluate": (evaluate.action, "evaluate", EvaluateConfig),
+        "plan": (plan.action, "train", PlanConfig, True),
     }
     monkeypatch.setattr(sys, "argv", [f"{command}.py", *arguments])
     monkeypatch.chdir(ROOT)

@@ -1,0 +1,72 @@
+"""How many keys attention holds and sends, from the layout of the tokens: integers only.
+
+A rank attends over [copies of the kept buffer | halos and its own tokens], see `lrsa_ds.attention.buffered` and
+`lrsa_ds.parallel.sequence`.
+"""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import pairwise
+
+from lrsa_ds.attention.kernels.blocks import BLOCK, copy_history, queries_ahead
+from lrsa_ds.attention.partition import PartitionTable, cut, partition_table
+from lrsa_ds.costs.job import Job
+from lrsa_ds.lrsa_config import LRSAConfig
+from lrsa_ds.parallel.sequence.pieces import halo_size
+from lrsa_ds.registry import EXCHANGES
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Of one layer, for each KV head.
+
+    Args:
+        copied: slots of the copies of the kept buffer, on the rank that has most.
+        halo: tokens of all halos of a rank that has most.
+        kept: slots that all ranks contribute to the kept buffer.
+        halos_sent: tokens of all halos that the ranks send to each other.
+    """
+
+    copied: int = 0
+    halo: int = 0
+    kept: int = 0
+    halos_sent: int = 0
+
+
+def keys_of(job: Job, config: LRSAConfig) -> Keys:
+    """The keys of a layer with these settings, on a kernel that takes whole blocks; none for dense attention."""
+    if config.is_dense:
+        return Keys()
+    return _keys(job.document_lengths, config, job.sp_size, job.exchange)
+
+
+@lru_cache(maxsize=1024)
+def _keys(lengths: tuple[int, ...], config: LRSAConfig, size: int, exchange: str) -> Keys:
+    table = partition_table(lengths, config, align=BLOCK)
+    kept = sum(table.sink_size + d.num_partitions * table.num_kept for d in table.kept_documents)
+    if size == 1:
+        ahead = queries_ahead(table)
+        return Keys(copied=copy_history(table.chunks, table, ahead)[1].size if kept else 0, kept=kept)
+    owners = EXCHANGES[exchange].owners(size)
+    length = table.num_tokens // len(owners)
+    halo = halo_size(config, length, by_blocks=True)
+    # A stretch receives a halo from the rank before it, unless that is its own.
+    borders = list(pairwise(owners))
+    received = [sum(right == rank for _, right in borders) for rank in range(size)]
+    sent = sum(left != right for left, right in borders) * halo
+    if EXCHANGES[exchange].merges_parts:  # every rank attends to the history of all queries, with a group of heads
+        copied = copy_history(table.chunks, table)[1].size if kept else 0
+    else:
+        copied = max(_copies_of(table, owners, rank, length) for rank in range(size)) if kept else 0
+    return Keys(copied=copied, halo=max(received) * halo, kept=kept, halos_sent=sent)
+
+
+def _copies_of(table: PartitionTable, owners: tuple[int, ...], rank: int, length: int) -> int:
+    """Slots of the copies for the queries of the stretches of `rank`, which count from 0 on."""
+    chunks, first = [], 0
+    for number in [i for i, owner in enumerate(owners) if owner == rank]:
+        start = number * length
+        mine = cut(table.chunks, start, start + length)
+        chunks += [replace(c, q_lo=c.q_lo + first - start, q_hi=c.q_hi + first - start) for c in mine]
+        first += length
+    return copy_history(chunks, table)[1].size

@@ -1,0 +1,149 @@
+"""What of a run's settings decides its costs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from lrsa_ds.config import TrainConfig
+from lrsa_ds.costs.flops import Passes
+from lrsa_ds.layers import AnyConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Levers:
+    """What is given in time for memory."""
+
+    offload_checkpoints: bool = False
+    tiled_mlp: bool = False
+    offload_optimizer: bool = False
+    offload_param: bool = False
+
+    def overrides(self) -> list[str]:
+        """The same on the command line, those that are off too."""
+        flags = {True: "true", False: "false"}, {True: "cpu", False: "none"}
+        return [
+            f"memory.offload_checkpoints={flags[0][self.offload_checkpoints]}",
+            f"memory.tiled_mlp={flags[0][self.tiled_mlp]}",
+            f"zero.offload_optimizer={flags[1][self.offload_optimizer]}",
+            f"zero.offload_param={flags[1][self.offload_param]}",
+        ]
+
+    def __str__(self) -> str:
+        names = [name for name, value in vars(self).items() if value]
+        return " + ".join(names) or "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A run in integers. Every sequence is taken to be one document, the most that attention can cost.
+
+    Args:
+        num_gpus: of all hosts, each with `gpus_per_node`.
+        seq_len: tokens of a sequence; each of `num_gpus / sp_size` replicas takes `micro_batch` at once.
+        num_targets: target tokens of a sequence, of which `chunk_size` have their logits in memory.
+        itemsize: bytes of a weight.
+        state_bytes: of the two moments of a parameter.
+        bucket: parameters whose gradients are reduced at once.
+        tile_size: tokens of a tile of the MLPs, where they are tiled.
+        fused: whether norms, rotary embedding and MLP are Liger's kernels.
+        turns: the attention that steps take in turn; `taught` that of passes without gradients.
+        num_frozen: parameters of copies that are not trained.
+    """
+
+    num_gpus: int
+    gpus_per_node: int = 8
+    sp_size: int
+    exchange: str
+    seq_len: int
+    micro_batch: int
+    grad_accum: int
+    num_targets: int
+    chunk_size: int
+    itemsize: int
+    stage: int
+    state_bytes: int
+    bucket: int
+    tile_size: int
+    fused: bool
+    checkpointing: bool
+    levers: Levers
+    turns: tuple[AnyConfig, ...]
+    taught: tuple[AnyConfig, ...] = ()
+    num_frozen: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that a rank holds at once."""
+        return self.seq_len * self.micro_batch // self.sp_size
+
+    @property
+    def document_lengths(self) -> tuple[int, ...]:
+        return (self.seq_len,) * self.micro_batch
+
+    @property
+    def passes(self) -> Passes:
+        return Passes(
+            checkpointing=self.checkpointing,
+            tiled_mlp=self.levers.tiled_mlp and self.num_tokens > self.tile_size,
+            without_gradient=self.taught,
+        )
+
+    @property
+    def tokens_a_step(self) -> int:
+        """Of all replicas."""
+        return self.seq_len * self.micro_batch * self.grad_accum * self.num_gpus // self.sp_size
+
+    def with_length(self, seq_len: int) -> "Job":
+        return replace(self, seq_len=seq_len)
+
+
+def job_of(
+    config: TrainConfig,
+    num_gpus: int,
+    itemsize: int,
+    num_frozen: int = 0,
+    retentions: Sequence[float] = (),
+    num_targets: int | None = None,
+    gpus_per_node: int = 8,
+) -> Job:
+    """The job of a configuration with the settings of every layer.
+
+    Args:
+        itemsize: bytes of a weight.
+        num_frozen: parameters of copies that are not trained.
+        retentions: of the objective's passes without gradients.
+        num_targets: of a sequence; None for as many as have their logits in memory at once.
+    """
+    zero, memory, optim = config.zero, config.memory, config.optim
+    return Job(
+        num_gpus=num_gpus,
+        gpus_per_node=gpus_per_node,
+        sp_size=config.parallel.sp_size,
+        exchange=config.parallel.exchange,
+        seq_len=config.seq_len,
+        micro_batch=optim.micro_batch,
+        grad_accum=optim.grad_accum,
+        num_targets=min(config.seq_len, num_targets or config.loss_chunk_size),
+        chunk_size=config.loss_chunk_size,
+        itemsize=itemsize,
+        stage=zero.stage,
+        state_bytes=2 if optim.name == "adamw_8bit" else 8,
+        bucket=zero.reduce_bucket_size,
+        tile_size=memory.tile_size,
+        fused=config.model.liger_kernel,
+        checkpointing=config.activation_checkpointing,
+        levers=levers_of(config),
+        turns=tuple(config.attention.turns),
+        taught=tuple(config.attention.with_retention(r) for r in retentions),
+        num_frozen=num_frozen,
+    )
+
+
+def levers_of(config: TrainConfig) -> Levers:
+    """The levers that a configuration has on; parameters on the host bring the optimizer's states along."""
+    zero, memory = config.zero, config.memory
+    return Levers(
+        offload_checkpoints=memory.offload_checkpoints,
+        tiled_mlp=memory.tiled_mlp,
+        offload_optimizer="cpu" in (zero.offload_optimizer, zero.offload_param),
+        offload_param=zero.offload_param == "cpu",
+    )

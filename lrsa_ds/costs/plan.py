@@ -1,0 +1,130 @@
+"""Which settings fit a machine, how long a sequence they reach, and which of them cost least."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from lrsa_ds.costs.gpus import GPU
+from lrsa_ds.costs.job import Job, Levers
+from lrsa_ds.costs.memory import GPUMemory, gpu_memory, host_memory
+from lrsa_ds.costs.sizes import Sizes
+from lrsa_ds.costs.time import StepTime, step_time
+
+# Of a GPU's memory: what lies in pieces too small for the next tensor, with expandable segments; and what CUDA, its
+# kernels and communicators take, in GB. On an H100 of 85.0 GB tensors of 78.0 GB were held, and of 83.7 not.
+SHARE_IN_PIECES, CONTEXT_GB = 0.04, 1.0
+MOST_TOKENS = 2**24
+# Settings that are slower by less than this are as good, if they are simpler: estimates are no better than that.
+ALIKE = 0.05
+# From the least to the most that is moved to the host; within that, tiles compute more.
+LEVERS = (
+    Levers(),
+    Levers(tiled_mlp=True),
+    Levers(offload_checkpoints=True),
+    Levers(offload_checkpoints=True, tiled_mlp=True),
+    Levers(offload_optimizer=True),
+    Levers(offload_optimizer=True, offload_checkpoints=True),
+    Levers(offload_optimizer=True, offload_checkpoints=True, tiled_mlp=True),
+    Levers(offload_optimizer=True, offload_checkpoints=True, tiled_mlp=True, offload_param=True),
+)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The GPUs and hosts of a plan; `host_memory_gb` of each host, None for no limit."""
+
+    name: str
+    gpu: GPU
+    num_gpus: int
+    gpus_per_node: int
+    network_gb_s: float
+    host_memory_gb: float | None
+
+    @property
+    def usable_gb(self) -> float:
+        """What the tensors of a rank may take."""
+        return self.gpu.memory_gb * (1 - SHARE_IN_PIECES) - CONTEXT_GB
+
+    def __str__(self) -> str:
+        return f"{self.num_gpus} × {self.name}"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a job takes on a machine; `longest` is the longest sequence that fits with its settings, 0 for none."""
+
+    job: Job
+    memory: GPUMemory
+    host: dict[str, int]
+    time: StepTime | None
+    fits: bool
+    longest: int
+
+    @property
+    def gpu_gb(self) -> float:
+        return self.memory.peak / 1e9
+
+    @property
+    def host_gb(self) -> float:
+        return sum(self.host.values()) / 1e9
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of each GPU; 0 if the time is not known."""
+        return self.job.tokens_a_step / self.job.num_gpus / self.time.seconds if self.time else 0.0
+
+
+def estimate(sizes: Sizes, job: Job, machine: Machine) -> Estimate:
+    memory, host = gpu_memory(sizes, job), host_memory(sizes, job)
+    time = step_time(sizes, job, machine.gpu, machine.network_gb_s)
+    return Estimate(job, memory, host, time, _fits(memory, host, machine), longest(sizes, job, machine))
+
+
+def _fits(memory: GPUMemory, host: dict[str, int], machine: Machine) -> bool:
+    most = machine.host_memory_gb
+    return memory.peak <= machine.usable_gb * 1e9 and (most is None or sum(host.values()) < most * 1e9)
+
+
+def longest(sizes: Sizes, job: Job, machine: Machine) -> int:
+    """The longest sequence that fits, in whole steps of 1,024 tokens or more; at most `MOST_TOKENS`."""
+    step = max(1024, 256 * job.sp_size)  # ranks share a row in whole blocks of two stretches
+
+    def fits(count: int) -> bool:
+        longer = job.with_length(count * step)
+        return _fits(gpu_memory(sizes, longer), host_memory(sizes, longer), machine)
+
+    low, high = 0, 1  # the same lengths for all levers: what depends on the length alone is counted once
+    while high * step <= MOST_TOKENS and fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low * step
+
+
+def alternatives(job: Job, sp_sizes: Iterable[int], can_tile: bool, can_offload: bool) -> list[Job]:
+    """The job with every SP size and set of levers that go with it.
+
+    Args:
+        can_tile: whether the MLPs of the model can be tiled.
+        can_offload: whether the optimizer can compute on the host.
+    """
+
+    def possible(levers: Levers) -> bool:
+        return (
+            (can_tile or not levers.tiled_mlp)
+            and (job.checkpointing or not levers.offload_checkpoints)
+            and (can_offload or not levers.offload_optimizer)
+            and (job.stage == 3 or not levers.offload_param)
+        )
+
+    return [replace(job, sp_size=size, levers=levers) for size in sp_sizes for levers in LEVERS if possible(levers)]
+
+
+def cheapest(estimates: Iterable[Estimate], chosen: Estimate) -> Estimate | None:
+    """The fastest that fits. Of those that are about as fast it is `chosen`, or else one with the fewest levers."""
+    fitting = [found for found in [chosen, *estimates] if found.fits]
+    most = max((found.tokens_per_second for found in fitting), default=0.0)
+    alike = [found for found in fitting if found.tokens_per_second >= most * (1 - ALIKE)]
+    if chosen in alike:
+        return chosen
+    return min(alike, key=lambda found: sum(vars(found.job.levers).values()), default=None)

@@ -1,0 +1,82 @@
+"""The sizes of a model that decide what it holds in memory, read off its modules; the meta device will do."""
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import nn
+
+from lrsa_ds.costs.shape import ModelShape, attention_of, decoder_layers, matrix_sizes, model_shape
+from lrsa_ds.errors import LRSAError
+from lrsa_ds.models.patch import PreTrainedModel, output_layer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """A causal language model as it will be trained, in integers.
+
+    Args:
+        num_parameters, num_trained: shared ones once.
+        mlp_width: of a gated MLP; of experts the widths of those that a token takes, together.
+        num_norms: norms of a layer that are as wide as its input.
+        has_head_norms: whether queries and keys are normalized too.
+        is_tied: whether the output layer has the weights of the embeddings.
+    """
+
+    num_parameters: int
+    num_trained: int
+    num_layers: int
+    hidden_size: int
+    mlp_width: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocabulary: int
+    num_norms: int
+    has_head_norms: bool
+    is_tied: bool
+    shape: ModelShape
+
+
+def sizes_of(model: PreTrainedModel) -> Sizes:
+    """The sizes of a model with its adapters and frozen parameters.
+
+    Raises:
+        LRSAError: its matrices are not found where those of most families are.
+    """
+    shape, config = model_shape(model), cast(Any, model.config.get_text_config())
+    if shape is None:
+        raise LRSAError(
+            f"model: the layers of {type(model).__name__} are not built of torch.nn.Linear, or the configuration does "
+            "not say how many experts a token takes, so what a step costs cannot be counted: choose another model."
+        )
+    layers, output = decoder_layers(model), cast(nn.Linear, output_layer(model))
+    attentions = [cast(nn.Module, attention_of(layer)) for layer in layers]
+    embeddings = cast(nn.Embedding, model.get_input_embeddings())
+    return Sizes(
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        num_trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        num_layers=len(layers),
+        hidden_size=config.hidden_size,
+        mlp_width=max(_mlp_width(*both, config) for both in zip(layers, attentions, strict=True)),
+        num_heads=shape.num_heads,
+        num_kv_heads=getattr(config, "num_key_value_heads", None) or shape.num_heads,
+        head_dim=shape.head_dim,
+        vocabulary=output.out_features,
+        num_norms=max(len(_norms(layer)) for layer in layers),
+        has_head_norms=any(_norms(attention) for attention in attentions),
+        is_tied=output.weight is embeddings.weight,
+        shape=shape,
+    )
+
+
+def _mlp_width(layer: nn.Module, attention: nn.Module, config: Any) -> int:
+    """The width of a gated MLP, whose three matrices have C × width elements each."""
+    inside = {id(module) for module in attention.modules()}
+    outside = [m for name, m in layer.named_modules() if id(m) not in inside and "lora_" not in name]
+    return sum(size for module in outside for size, _ in matrix_sizes(module, config)) // (3 * config.hidden_size)
+
+
+def _norms(module: nn.Module) -> list[nn.Module]:
+    """Children whose only parameters are vectors."""
+    children = [child for child in module.children() if not isinstance(child, nn.Linear) and list(child.parameters())]
+    return [c for c in children if all(len(getattr(p, "ds_shape", p.shape)) == 1 for p in c.parameters())]
