@@ -7,7 +7,8 @@ from torch import nn
 
 from lrsa_ds.costs.shape import ModelShape, attention_of, decoder_layers, matrix_sizes, model_shape
 from lrsa_ds.errors import LRSAError
-from lrsa_ds.models.patch import PreTrainedModel, output_layer
+from lrsa_ds.models.logits import output_layer
+from lrsa_ds.models.patch import PreTrainedModel
 
 
 @dataclass(frozen=True, kw_only=True)

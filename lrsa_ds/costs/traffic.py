@@ -52,7 +52,7 @@ def pass_bytes(sizes: Sizes, job: Job, config: LRSAConfig) -> dict[str, float]:
     others = (ranks - 1) / ranks
     if config.is_dense:
         q, k = (torch.empty(1, h, n, sizes.head_dim, dtype=_dtype(b), device="meta") for h in _heads(sizes))
-        return dict(ulysses_bytes(q, k, ranks))
+        return {cargo: float(count) for cargo, count in ulysses_bytes(q, k, k, ranks).items()}
     keys, entry = keys_of(job, config), 2 * sizes.head_dim * b
     halo = keys.halos_sent / ranks * sizes.num_kv_heads * entry
     if job.exchange != "head_groups":  # each rank sends what it keeps to every other

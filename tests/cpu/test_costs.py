@@ -127,7 +127,7 @@ def saved_of_layer(model, num_tokens):
             attention_mask=None,
             document_lengths=(num_tokens,),
             lrsa_config=LRSA,
-            attend=lambda q, k, v, *_: _Attention.apply(q, k, v),
+            attend=lambda q, k, v, *_, **__: _Attention.apply(q, k, v),
         )
     return sum(x.untyped_storage().nbytes() for x in kept.values())
 
@@ -225,7 +225,7 @@ def test_bytes_are_those_that_an_exchange_sends(monkeypatch, exchange):
         group = SequenceGroup(None, size, rank, EXCHANGES[name], Traffic())
         q, k, v = (torch.zeros(1, heads, tokens // size, 12) for heads in (4, 2, 2))
         if exchange == "dense":
-            group.traffic.count_ulysses(q, k, q, size, is_real=True)
+            group.traffic.count_ulysses(q, k, v, q, size, is_real=True)
         else:
             EXCHANGES[name].attend(q, k, v, replace(config, backend="chunked"), (tokens,), group)
         for (cargo, _), count in group.traffic.sent.items():
