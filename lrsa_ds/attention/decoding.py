@@ -61,7 +61,8 @@ def attend_entries(
 ) -> torch.Tensor:
     """Attention of one query of each row over the entries from `first`, [B], up to and with `last`, [1]."""
     q, k, v = in_one_dtype(q, k, v)
-    if q.is_cuda and HAS_TRITON and k.shape == v.shape and extras.is_plain:
+    is_fused = q.is_cuda and HAS_TRITON and k.shape == v.shape and q.dtype != torch.float64
+    if is_fused and extras.is_plain:
         return fused_attend_entries(q, k, v, first, last, extras.scale)
     entries = torch.arange(k.shape[2], device=q.device)
     mask = ((entries >= first[:, None]) & (entries <= last))[:, None, None]

@@ -9,7 +9,7 @@ import importlib.util
 import torch
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-TILE = 64  # entries that a program reads at once
+TILE_BYTES = 16384  # of keys, or of values, that a program reads at once
 PROGRAMS = 264  # two for each multiprocessor of an H100
 
 if HAS_TRITON:
@@ -63,21 +63,28 @@ if HAS_TRITON:
     @triton.jit
     def _join_kernel(
         outputs, weights, joined, num_splits, dim: tl.constexpr, group: tl.constexpr,
-        SPLITS: tl.constexpr, DIM: tl.constexpr,
+        SPLITS: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr,
     ):  # fmt: skip
         """The parts of one query head by their log-sum-exps: [B * H, D] in the dtype of `joined`."""
         head, member = tl.program_id(0).to(tl.int64), tl.program_id(1)
         splits, channels = tl.arange(0, SPLITS), tl.arange(0, DIM)
-        is_split, is_channel = splits < num_splits, channels < dim
-        at = (head * num_splits + splits) * group + member
-        weight = tl.load(weights + at, mask=is_split, other=float("-inf"))
-        share = tl.exp(weight - tl.max(weight, axis=0))
-        share = share / tl.sum(share, axis=0)
-        part = tl.load(
-            outputs + at[:, None] * dim + channels[None, :], mask=is_split[:, None] & is_channel[None, :], other=0.0
+        weight_at = weights + (head * num_splits + splits) * group + member
+        largest = tl.max(tl.load(weight_at, mask=splits < num_splits, other=float("-inf")), axis=0)
+        total = tl.zeros([TILE], tl.float32)
+        output = tl.zeros([DIM], tl.float32)
+        for first in range(0, num_splits, TILE):
+            some = first + tl.arange(0, TILE)
+            at = (head * num_splits + some) * group + member
+            is_split = some < num_splits
+            share = tl.exp(tl.load(weights + at, mask=is_split, other=float("-inf")) - largest)
+            mask = is_split[:, None] & (channels < dim)[None, :]
+            part = tl.load(outputs + at[:, None] * dim + channels[None, :], mask=mask, other=0.0)
+            total += share
+            output += tl.sum(part * share[:, None], axis=0)
+        output = output / tl.sum(total, axis=0)
+        tl.store(
+            joined + (head * group + member) * dim + channels, output.to(joined.dtype.element_ty), mask=channels < dim
         )
-        output = tl.sum(part * share[:, None], axis=0)
-        tl.store(joined + (head * group + member) * dim + channels, output.to(joined.dtype.element_ty), mask=is_channel)
 
 
 def fused_attend_entries(
@@ -87,17 +94,19 @@ def fused_attend_entries(
     batch, num_heads, _, dim = q.shape
     num_kv_heads, group = k.shape[1], num_heads // k.shape[1]
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    splits = max(1, min(PROGRAMS // (batch * num_kv_heads), -(-k.shape[2] // TILE)))
+    width = triton.next_power_of_2(dim)
+    tile = max(16, min(64, TILE_BYTES // (width * k.element_size())))
+    splits = max(1, min(PROGRAMS // (batch * num_kv_heads), -(-k.shape[2] // tile)))
     outputs = torch.empty(batch * num_kv_heads, splits, group, dim, dtype=torch.float32, device=q.device)
     weights = torch.empty(batch * num_kv_heads, splits, group, dtype=torch.float32, device=q.device)
     joined = torch.empty_like(q, memory_format=torch.contiguous_format)
-    width = triton.next_power_of_2(dim)
     _part_kernel[batch * num_kv_heads, splits](
         q, k, v, first, last, outputs, weights, float(dim**-0.5 if scale is None else scale),
         *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], num_kv_heads, splits, dim, group,
-        GROUP=max(16, triton.next_power_of_2(group)), DIM=width, TILE=TILE, num_warps=4,
+        GROUP=max(16, triton.next_power_of_2(group)), DIM=width, TILE=tile, num_warps=4,
     )  # fmt: skip
     _join_kernel[batch * num_kv_heads, group](
-        outputs, weights, joined, splits, dim, group, SPLITS=triton.next_power_of_2(splits), DIM=width, num_warps=4
-    )
+        outputs, weights, joined, splits, dim, group,
+        SPLITS=triton.next_power_of_2(splits), DIM=width, TILE=16, num_warps=4,
+    )  # fmt: skip
     return joined

