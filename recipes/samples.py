@@ -7,10 +7,8 @@ from lrsa_ds.evaluate.config import EvaluateConfig
 from lrsa_ds.evaluate.evaluator import Sample
 from recipes.benchmarks import BENCHMARKS
 from recipes.benchmarks.samples import BenchmarkSamples, drawn_cases
-from recipes.eval_sets import Entry, FileSamples, longbench_entries, qa_entries
+from recipes.eval_sets import FileSamples, qa_entries
 from recipes.longeval import GeneratedSamples
-
-FILE_TASKS = ("qa", "longbench")
 
 
 class Source(Protocol):
@@ -26,19 +24,15 @@ class Samples:
         self.counts: dict[tuple[str, int], int] = {}
         self._sources: dict[tuple[str, int], Source] = {}
         options, chat_template = (config.seed, config.num_samples), config.data.chat_template
-        made = [task for task in config.tasks if task not in (*FILE_TASKS, *BENCHMARKS)]
+        made = [task for task in config.tasks if task not in ("qa", *BENCHMARKS)]
         if made:
             generated = GeneratedSamples(tokenizer, config.seed, config.num_depths, chat_template)
             counts = {(task, length): config.num_samples for task in made for length in config.lengths}
             self._add(generated, counts)
-        files: dict[str, list[Entry]] = {}
         if "qa" in config.tasks:
-            files |= qa_entries(config.data, *options)
-        if "longbench" in config.tasks:
-            assert config.longbench is not None  # checked with the configuration
-            files |= longbench_entries(config.longbench, *options)
-        counts = {(task, length): len(entries) for task, entries in files.items() for length in config.lengths}
-        self._add(FileSamples(tokenizer, files, chat_template), counts)
+            entries = qa_entries(config.data, *options)
+            counts = {(task, length): len(mine) for task, mine in entries.items() for length in config.lengths}
+            self._add(FileSamples(tokenizer, entries, chat_template), counts)
         cases = {}
         for key in BENCHMARKS:
             if key in config.tasks:

@@ -3,7 +3,6 @@
 Benchmarks of others bring their own metrics.
 """
 
-import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -31,38 +30,12 @@ def recall(prediction: str, answers: Sequence[str]) -> float:
     return sum(answer.lower() in found for answer in answers) / len(answers)
 
 
-def hit(prediction: str, answers: Sequence[str]) -> float:
-    """Whether one of the answers stands in the prediction, in any case."""
-    return float(any(answer.lower() in prediction.lower() for answer in answers))
-
-
 def partial(prediction: str, answers: Sequence[str]) -> float:
     """Length of the longest part of an answer that stands in the prediction, over the length of the answer."""
     return max(_longest_common(prediction, answer) / len(answer) for answer in answers)
 
 
-def rouge_l(prediction: str, answers: Sequence[str]) -> float:
-    """F1 of the longest common subsequence of words (Lin 2004)."""
-    return max(_rouge_l(prediction.lower().split(), answer.lower().split()) for answer in answers)
-
-
-def similarity(prediction: str, answers: Sequence[str]) -> float:
-    """How alike the first line of code in the prediction and an answer are, character by character."""
-    lines = (line.strip() for line in prediction.splitlines())
-    line = next((x for x in lines if x and not x.startswith(("#", "//", "```"))), "")
-    return max(SequenceMatcher(None, line, answer.strip(), autojunk=False).ratio() for answer in answers)
-
-
-def count(prediction: str, answers: Sequence[str]) -> float:
-    """Share of the numbers in the prediction that are the answer's (LongBench's measure for counting)."""
-    numbers = re.findall(r"\d+", prediction)
-    wanted = {number for answer in answers for number in re.findall(r"\d+", answer)}
-    return sum(number in wanted for number in numbers) / len(numbers) if numbers else 0.0
-
-
-METRICS: dict[str, Metric] = {
-    function.__name__: function for function in (exact, f1, recall, hit, partial, rouge_l, similarity, count)
-}
+METRICS: dict[str, Metric] = {function.__name__: function for function in (exact, f1, recall, partial)}
 
 
 def score(metric: str, prediction: str, sample: Sample) -> float:
@@ -88,18 +61,3 @@ def _overlap(prediction: list[str], answer: list[str]) -> float:
 def _longest_common(prediction: str, answer: str) -> int:
     match = SequenceMatcher(None, prediction, answer, autojunk=False).find_longest_match()
     return match.size
-
-
-def _rouge_l(prediction: list[str], answer: list[str]) -> float:
-    lengths = [0] * (len(answer) + 1)
-    for word in prediction:
-        diagonal = 0
-        for place, other in enumerate(answer, start=1):
-            above = lengths[place]
-            lengths[place] = diagonal + 1 if word == other else max(above, lengths[place - 1])
-            diagonal = above
-    common = lengths[-1]
-    if common == 0:
-        return float(prediction == answer)
-    precision, recall = common / len(prediction), common / len(answer)
-    return 2 * precision * recall / (precision + recall)

@@ -38,6 +38,7 @@ class Sample:
         lead_end: a word that a model says before its answer (`</think>`); what it says up to there is not scored.
         answer_ids: the tokens that are to follow the prompt, the end of the turn included; none for "nll".
         classes: the labels of a classification, for metrics that need them.
+        stop_ids: tokens that end this answer besides those of the model; with them an answer has one token at least.
     """
 
     task: str
@@ -51,6 +52,7 @@ class Sample:
     lead_end: str = ""
     answer_ids: tuple[int, ...] = ()
     classes: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
 
 
 Score = Callable[[str, str, Sample], float]
@@ -163,7 +165,8 @@ class Evaluator:
         settings = GenerationConfig(
             do_sample=False,
             max_new_tokens=sample.max_new_tokens,
-            eos_token_id=self.ends or None,
+            min_new_tokens=1 if sample.stop_ids else None,
+            eos_token_id=[*self.ends, *sample.stop_ids] or None,
             pad_token_id=self.tokenizer.pad_token_id,
         )
         mask = torch.ones_like(prompt)  # or tokens of the prompt that look like padding would count as such

@@ -1,10 +1,13 @@
 """Benchmarks of others, read from the user's own copies: their prompts, limits and metrics, so that scores compare."""
 
-from recipes.benchmarks import ruler
+from recipes.benchmarks import longbench, ruler
 from recipes.benchmarks.benchmark import Benchmark, Metric
 
 # By the key of the configuration that holds the path, which is also the name of the task.
-BENCHMARKS: dict[str, Benchmark] = {ruler.KEY: ruler.RULER}
+BENCHMARKS: dict[str, Benchmark] = {
+    longbench.KEY: longbench.LONGBENCH,
+    ruler.KEY: ruler.RULER,
+}
 METRICS: dict[str, Metric] = {
     name: metric for benchmark in BENCHMARKS.values() for name, metric in benchmark.metrics.items()
 }

@@ -63,8 +63,10 @@ def text_of(row: dict[str, Any], key: str, place: str) -> str:
     return row[key]
 
 
-def texts_of(row: dict[str, Any], key: str, place: str) -> tuple[str, ...]:
+def texts_of(row: dict[str, Any], key: str, place: str, may_be_empty: bool = False) -> tuple[str, ...]:
+    """A list of at least one text; `may_be_empty` is about the texts."""
     texts = row.get(key)
-    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text for text in texts):
+    are_texts = isinstance(texts, list) and all(isinstance(text, str) and (text or may_be_empty) for text in texts)
+    if not texts or not are_texts:
         raise LRSAError(f"{place}: {key} has to be a list of texts, and not an empty one.")
     return tuple(texts)

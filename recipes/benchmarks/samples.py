@@ -5,11 +5,13 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from lrsa_ds.data.encoder import Encoder
-from lrsa_ds.data.tokenizer import Tokenizer
+from lrsa_ds.data.tokenizer import Tokenizer, decoded
 from lrsa_ds.errors import LRSAError
 from lrsa_ds.evaluate.evaluator import Sample
 from recipes.benchmarks import BENCHMARKS
 from recipes.benchmarks.benchmark import Case
+
+MIN_LEFT = 64  # tokens of a prompt that are left of it at least
 
 
 def drawn_cases(
@@ -53,9 +55,13 @@ class BenchmarkSamples:
         """
         case = self.cases[task, length][index]
         ids = self._prompt(case, f"{task}, sample {index}")
-        needed = len(ids) + case.max_new_tokens
-        if case.length is None and needed > length:
-            raise LRSAError(f"lengths={length} is too short for {task}, whose facts may not be cut: give {needed}.")
+        excess = len(ids) + case.max_new_tokens - length
+        if excess > 0 and case.may_be_cut:
+            ids = self._cut_prompt(case, task, length)
+        elif excess > 0 and case.length is None:
+            raise LRSAError(
+                f"lengths={length} is too short for {task}, whose facts may not be cut: give {length + excess}."
+            )
         begun = case.prompt + case.answer_prefix
         answer = case.expected if begun[-1:].isspace() else " " + case.expected
         return Sample(
@@ -66,8 +72,9 @@ class BenchmarkSamples:
             answers=case.answers,
             metrics=(case.metric,),
             max_new_tokens=case.max_new_tokens,
-            answer_ids=tuple(self.tokenizer(answer, add_special_tokens=False).input_ids),
+            answer_ids=tuple(self._tokens(answer)),
             classes=case.classes,
+            stop_ids=tuple(self._tokens(case.stop)[-1:]),
         )
 
     def check(self) -> None:
@@ -84,3 +91,28 @@ class BenchmarkSamples:
                 "data.chat_template=false."
             )
         return encoder.open_prompt(case.prompt, case.answer_prefix)
+
+    def _cut_prompt(self, case: Case, task: str, length: int) -> list[int]:
+        """The prompt without its middle: its first and last tokens, half each, as text, and that tokenized again.
+
+        The template and the limit of the answer are what the rest of `length` is for.
+        """
+        encoder, tokens = self.encoders[case.in_turn], self.tokenizer(case.prompt).input_ids
+        room = length - case.max_new_tokens
+        left = room - len(encoder.open_prompt("", case.answer_prefix))
+        while left >= MIN_LEFT:
+            half = left // 2
+            parts = [
+                decoded(self.tokenizer, part, skip_special_tokens=True) for part in (tokens[:half], tokens[-half:])
+            ]
+            ids = encoder.open_prompt("".join(parts), case.answer_prefix)
+            if len(ids) <= room:
+                return ids
+            left -= len(ids) - room
+        raise LRSAError(
+            f"lengths={length} is too short for {task}, whose answer may take {case.max_new_tokens} tokens: give at "
+            f"least {length + MIN_LEFT - left}."
+        )
+
+    def _tokens(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False).input_ids

@@ -1,6 +1,7 @@
 """Benchmarks of others: their folders, prompts and limits, and scores that are those of the authors' own code."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -13,6 +14,7 @@ from lrsa_ds.evaluate.results import summary
 from lrsa_ds.settings.data import DataConfig
 from lrsa_ds.settings.model import ModelConfig
 from recipes.benchmarks import METRICS
+from recipes.benchmarks.longbench import ASKED, TASKS
 from recipes.samples import Samples
 from tests.cpu.test_evaluate import make_evaluator
 
@@ -24,6 +26,10 @@ def make_samples(tokenizer=TOKENIZER, **settings):
     samples = Samples(EvaluateConfig(model=MODEL, **settings), tokenizer)
     samples.check()
     return samples
+
+
+def make_longbench(path, length=4096, tokenizer=TOKENIZER, **settings):
+    return make_samples(tokenizer, tasks=["longbench"], longbench=str(path), lengths=[length], **settings)
 
 
 def prompt_of(sample):
@@ -156,3 +162,148 @@ def test_what_is_wrong_with_a_copy_of_ruler(tmp_path, file, row, said):
     write_rows(tmp_path / "ruler" / file, row)
     with pytest.raises(LRSAError, match=said):
         make_samples(tasks=["ruler"], ruler=str(tmp_path / "ruler"), lengths=[600])
+
+
+def longbench_row(task, **columns):
+    row = {"input": "Who?", "context": "Long ago.", "answers": ["Ann", "Anne"], "length": 5000, "dataset": task}
+    return row | {"language": "en", "all_classes": None, "_id": "1"} | columns
+
+
+def test_longbench_asks_what_its_authors_ask(tmp_path):
+    """Whole prompts, in the chat template but for examples and code; and the authors' limits."""
+    for task in TASKS:
+        answer = {"passage_retrieval_en": "Paragraph 3", "passage_retrieval_zh": "段落3"}.get(task, "Ann")
+        row = longbench_row(task, answers=[answer], all_classes=["Ann", "Bob"])
+        write_rows(tmp_path / f"data/{task}.jsonl", row)
+    samples = make_longbench(tmp_path)
+    assert {task for task, _, _ in samples.items()} == {f"longbench/{task}" for task in TASKS} and len(TASKS) == 21
+    question = samples.sample("longbench/hotpotqa", 4096, 0)
+    told = "Answer the question based on the given passages. Only give me the answer and do not output any other words."
+    asked = f"{told}\n\nThe following are given passages.\nLong ago.\n\n{told}\n\nQuestion: Who?\nAnswer:"
+    assert prompt_of(question) == f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n"
+    assert (question.max_new_tokens, question.metrics) == (32, ("qa_f1",))
+    code = samples.sample("longbench/lcc", 4096, 0)
+    assert prompt_of(code) == "Please complete the code given below. \nLong ago.Next line of code:\n"
+    dialogue = samples.sample("longbench/samsum", 4096, 0)
+    assert TOKENIZER.decode(dialogue.stop_ids) == "\n" and not question.stop_ids
+    assert samples.sample("longbench/trec", 4096, 0).classes == ("Ann", "Bob")
+    limits = {task: samples.sample(f"longbench/{task}", 4096, 0).max_new_tokens for task in TASKS}
+    assert sorted(limits.values()) == sorted([128] * 4 + [64] * 6 + [32] * 7 + [512] * 4)
+
+
+def test_the_middle_of_a_long_prompt_of_longbench_is_taken_out(tmp_path):
+    """`pred.py` joins the first and the last half of the tokens as text; what is left of `lengths` are the halves."""
+    context = "".join(f"<{number:04d}>" for number in range(400))
+    write_rows(tmp_path / "lcc_e.jsonl", longbench_row("lcc", context=context, length=300))
+    write_rows(tmp_path / "qasper.jsonl", longbench_row("qasper", context=context))
+    samples = make_longbench(tmp_path, 1500)
+    code = samples.sample("longbench/lcc_e/0-4k", 1500, 0)
+    whole = ASKED["lcc"]["prompt"].format(context=context, input="Who?")
+    assert prompt_of(code) == whole[:718] + whole[-718:]  # 1500 tokens of one byte, and 64 of them for the answer
+    article = samples.sample("longbench/qasper", 1500, 0)
+    turn = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
+    whole = ASKED["qasper"]["prompt"].format(context=context, input="Who?")
+    half = (1500 - 128 - len(TOKENIZER("".join(turn)).input_ids)) // 2
+    assert prompt_of(article) == turn[0] + whole[:half] + whole[-half:] + turn[1]
+    with pytest.raises(LRSAError, match=r"lengths=150 is too short for longbench/qasper, whose answer may take 128"):
+        make_longbench(tmp_path / "qasper.jsonl", 150)
+
+
+def test_longbench_e_is_told_apart_by_words(tmp_path):
+    rows = [longbench_row("qasper", length=n) for n in (3999, 4000, 7999, 8000)]
+    write_rows(tmp_path / "qasper_e.jsonl", *rows)
+    write_rows(tmp_path / "qasper.jsonl", *rows)
+    counts = make_longbench(tmp_path).counts
+    assert counts == {
+        ("longbench/qasper", 4096): 4,
+        ("longbench/qasper_e/0-4k", 4096): 1,
+        ("longbench/qasper_e/4-8k", 4096): 2,
+        ("longbench/qasper_e/8k+", 4096): 1,
+    }
+
+
+LABELS = ["Abbreviation", "Expression abbreviated", "Description of something", "Human", "Date", "Other entity"]
+LABELS += ["Description of a person", "Description"]
+# What `scorer` of LongBench/eval.py (github.com/THUDM/LongBench, commit 2e00731) gives in percent for one prediction,
+# with rouge 1.0.1, jieba 0.42.1 and fuzzywuzzy 0.18.0 as its requirements.txt installs them.
+LONGBENCH_SCORES = [
+    ("narrativeqa", " The Eiffel tower, in a city.", ["Eiffel Tower", "the tower"], None, 66.67),
+    ("qasper", "", ["unanswerable"], None, 0.0),
+    ("qasper", "A the", ["an"], None, 0.0),
+    ("triviaqa", "\n\nParis\nPassage: more", ["paris", "Lutetia"], None, 100.0),
+    ("hotpotqa", "The cat's toy", ["the cats' toys"], None, 50.0),
+    ("2wikimqa", "nothing alike", ["Paris"], None, 0.0),
+    ("multifieldqa_zh", "答案是：北京，天安门广场。", ["北京天安门"], None, 33.33),
+    ("dureader", "北京是中国的首都。它很大。", ["中国的首都是北京。", "上海"], None, 57.14),
+    ("vcsum", "", ["会议总结"], None, 0.0),
+    (
+        "gov_report",
+        "The report covers spending. It rose in 2010. The agency agrees. ",
+        ["The report says spending rose in 2010. The agency disagrees."],
+        None,
+        70.0,
+    ),
+    (
+        "qmsum",
+        "  They agreed on a red  remote.",
+        ["They agreed that the remote is red.", "They agreed on red"],
+        None,
+        80.0,
+    ),
+    ("multi_news", "", ["Something happened."], None, 0.0),
+    ("multi_news", "...", ["Something happened."], None, 0.0),
+    ("samsum", "\nAnna will meet Tom at 5.\nDialogue: next", ["Anna meets Tom at 5 pm."], None, 66.67),
+    ("trec", "Description of something", ["Description of something"], LABELS, 100.0),
+    ("trec", "\nDescription of a person\nType: Human", ["Description of a person"], LABELS, 100.0),
+    ("trec", "Description of something or Human", ["Description of something"], LABELS, 50.0),
+    ("trec", "Date or Human", ["Human"], LABELS, 50.0),
+    ("trec", "Expression abbreviated", ["Abbreviation"], LABELS, 0.0),
+    ("lsht", "体育新闻", ["体育"], ["体育", "体育新闻", "新闻"], 33.33),
+    ("passage_count", "There are 17, or 3 or 17", ["17"], None, 66.67),
+    ("passage_count", "none", ["5"], None, 0.0),
+    ("passage_retrieval_en", "Paragraph 4 or paragraph 40", ["Paragraph 4"], None, 50.0),
+    ("passage_retrieval_zh", "段落12，段落3", ["段落3"], None, 50.0),
+    ("lcc", "\n```python\n# a comment\n    return self.value + 1\n", ["    return self.values + 2"], None, 94.0),
+    ("lcc", "", ["x = 1"], None, 0.0),
+    ("lcc", "  \nx = 1", ["x = 1"], None, 57.0),
+    ("repobench-p", "for (int i = 0; i < n; ++i) { sum += i; }", ["for (int j = 0; j < n; j++) {"], None, 74.0),
+    ("repobench-p", "x" * 150 + "abc" + "yz" * 60, ["x" * 100 + "abd" + "zy" * 70], None, 40.0),
+]
+
+
+def test_longbench_scores_are_those_of_its_authors():
+    found = [
+        100 * METRICS[TASKS[task]](said, right, classes or ()) for task, said, right, classes, _ in LONGBENCH_SCORES
+    ]
+    assert found == pytest.approx([score for *_, score in LONGBENCH_SCORES], abs=0.005)
+
+
+def test_an_answer_ends_at_the_stop_of_its_task(tmp_path):
+    path = write_rows(tmp_path / "samsum.jsonl", longbench_row("samsum"))
+    sample = replace(make_longbench(path).sample("longbench/samsum", 4096, 0), stop_ids=tuple(range(256)))
+    (row,) = make_evaluator().rows(sample, [Mode("dense", 1.0)])
+    assert row["num_said"] == 2  # the first token may not be one of them, and the second is
+
+
+@pytest.mark.parametrize(
+    "file,row,said",
+    [
+        ("riddles.jsonl", longbench_row("riddles"), "line 1: LongBench has no task 'riddles'.*it has narrativeqa"),
+        ("qasper.jsonl", longbench_row("qasper", answers=[]), "line 1: answers has to be a list of texts"),
+        ("qasper.jsonl", longbench_row("qasper", context=None), "line 1: context is missing"),
+        ("trec.jsonl", longbench_row("trec"), "line 1: all_classes has to be a list"),
+        ("qasper_e.jsonl", longbench_row("qasper", length=None), "line 1: length is missing"),
+        ("qasper.md", longbench_row("qasper"), "holds no such file"),
+    ],
+)
+def test_what_is_wrong_with_a_copy_of_longbench(tmp_path, file, row, said):
+    write_rows(tmp_path / file, row)
+    with pytest.raises(LRSAError, match=said):
+        make_longbench(tmp_path)
+
+
+def test_a_metric_without_its_library_says_what_to_install(tmp_path, monkeypatch):
+    write_rows(tmp_path / "vcsum.jsonl", longbench_row("vcsum"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(LRSAError, match=r"longbench/vcsum is scored with jieba and rouge: pip install 'lrsa-ds.longb"):
+        make_longbench(tmp_path)

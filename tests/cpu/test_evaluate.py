@@ -270,38 +270,19 @@ def make_config(**settings):
 
 
 def test_file_tasks(tmp_path):
-    (tmp_path / "hotpotqa.jsonl").write_text(
-        json.dumps({"input": "Who?", "context": "long " * 400, "answers": ["Ann", "Anne"], "dataset": "hotpotqa"})
-        + "\n"
-    )
     squad = [{"context": f"c{i}" * 9, "question": "q?", "answers": {"text": ["x", "y"]}} for i in range(6)]
     (tmp_path / "squad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in squad))
     config = make_config(
-        tasks=["qa", "longbench"],
+        tasks=["qa"],
         lengths=[600],
         num_samples=3,
-        longbench=str(tmp_path / "hotpotqa.jsonl"),
         data=DataConfig(source="files", path=str(tmp_path / "squad.jsonl")),
     )
     samples = Samples(config, TOKENIZER)
     samples.check()
     items = samples.items()
-    assert [item[0] for item in items] == ["qa", "longbench/hotpotqa", "qa", "qa"]
-    cut = samples.sample("longbench/hotpotqa", 600, 0)
-    assert len(cut.prompt_ids) < 600 and cut.answers == ("Ann", "Anne") and cut.metrics == ("f1",)
-    assert "Who?" in text_of(cut)
+    assert [item[0] for item in items] == ["qa", "qa", "qa"]
     assert samples.sample("qa", 600, 0).answers == ("x", "y")
-
-
-def test_unknown_and_broken_files(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps({"input": "q", "context": "c", "answers": ["a"], "dataset": "dureader"}) + "\n")
-    options = dict(tasks=["longbench"], longbench=str(path))
-    with pytest.raises(LRSAError, match=r"line 1: LongBench's dureader is not supported; valid here: narrativeqa"):
-        Samples(make_config(**options), TOKENIZER)
-    path.write_text(json.dumps({"input": "q", "context": "c", "answers": [], "dataset": "qasper"}) + "\n")
-    with pytest.raises(LRSAError, match=r"line 1: answers has to be a list of texts"):
-        Samples(make_config(**options), TOKENIZER)
 
 
 @pytest.mark.parametrize(

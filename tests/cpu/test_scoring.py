@@ -16,17 +16,8 @@ from recipes.scoring import METRICS
         ("f1", "nothing", ["Paris"], 0),
         ("f1", "", ["Paris"], 0),
         ("recall", "AB, CD and EF", ["ab", "CD", "XY", "EF"], 3 / 4),
-        ("hit", "It is PARIS, I think.", ["Rome", "Paris"], 1),
-        ("hit", "It is London.", ["Rome", "Paris"], 0),
         ("partial", "The key is 12345", ["1234567890"], 1 / 2),
         ("partial", "", ["1234"], 0),
-        ("rouge_l", "the cat sat on the mat", ["the cat lay on the mat"], 5 / 6),
-        ("rouge_l", "a b c", ["c b a"], 1 / 3),
-        ("similarity", "```python\n# a comment\nx = 1\ny = 2", ["x = 1"], 1),
-        ("similarity", "", ["x = 1"], 0),
-        ("count", "There are 17, or 3 or 17", ["17"], 2 / 3),
-        ("count", "Paragraph 4", ["Paragraph 4"], 1),
-        ("count", "none", ["5"], 0),
     ],
 )
 def test_metrics(metric, prediction, answers, score):

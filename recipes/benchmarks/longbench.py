@@ -1,0 +1,82 @@
+"""LongBench (arXiv 2308.14508) and LongBench-E: `data/TASK.jsonl` and `data/TASK_e.jsonl` as they are published.
+
+Prompts and limits of the answers are the authors' (`longbench.json`). As in their code, examples and code stand outside
+the chat template, and of a prompt that is too long the middle is taken out. LongBench-E is told apart by the lengths of
+its rows in words.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from lrsa_ds.errors import LRSAError
+from recipes.benchmarks.benchmark import Benchmark, Case, text_of, texts_of
+from recipes.benchmarks.files import Row, benchmark_rows
+from recipes.benchmarks.longbench_metrics import METRICS, require_libraries
+
+KEY = "longbench"
+ASKED = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))["tasks"]
+_TASKS_BY_METRIC = {
+    "qa_f1": ("narrativeqa", "qasper", "multifieldqa_en", "hotpotqa", "2wikimqa", "musique"),
+    "qa_f1_zh": ("multifieldqa_zh",),
+    "qa_f1_first_line": ("triviaqa",),
+    "rouge": ("gov_report", "qmsum", "multi_news"),
+    "rouge_zh": ("dureader", "vcsum"),
+    "rouge_first_line": ("samsum",),
+    "classification": ("trec", "lsht"),
+    "count": ("passage_count",),
+    "retrieval": ("passage_retrieval_en",),
+    "retrieval_zh": ("passage_retrieval_zh",),
+    "code_sim": ("lcc", "repobench-p"),
+}
+TASKS = {task: metric for metric, tasks in _TASKS_BY_METRIC.items() for task in tasks}
+ALONE = ("trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p")  # outside the chat template
+STOPS = {"samsum": "\n"}
+BUCKETS = {"0-4k": 4000, "4-8k": 8000}  # of LongBench-E, each below so many words; longer ones: 8k+
+
+
+def read(path: str) -> Iterator[Case]:
+    for row in benchmark_rows(KEY, path):
+        yield _case(row)
+
+
+def _case(row: Row) -> Case:
+    name, in_buckets = _name(row)
+    metric, place = TASKS[name], row.place
+    require_libraries(metric, f"{KEY}/{name}")
+    prompt = ASKED[name]["prompt"].format(
+        context=text_of(row.content, "context", place), input=text_of(row.content, "input", place)
+    )
+    answers = texts_of(row.content, "answers", place, may_be_empty=True)
+    return Case(
+        task=f"{name}_e/{_bucket(row)}" if in_buckets else name,
+        prompt=prompt,
+        answers=answers,
+        expected=answers[0],
+        metric=metric,
+        max_new_tokens=ASKED[name]["max_new_tokens"],
+        in_turn=name not in ALONE,
+        may_be_cut=True,
+        classes=texts_of(row.content, "all_classes", place) if metric == "classification" else (),
+        stop=STOPS.get(name, ""),
+    )
+
+
+def _name(row: Row) -> tuple[str, bool]:
+    """The task, which the file names or else the row does, and whether it is one of LongBench-E."""
+    for name in (row.task, row.content.get("dataset")):
+        if isinstance(name, str) and name.removesuffix("_e") in TASKS:
+            return name.removesuffix("_e"), name.endswith("_e")
+    raise LRSAError(
+        f"{row.place}: LongBench has no task {row.task!r}, which is the name of the file: it has {', '.join(TASKS)}."
+    )
+
+
+def _bucket(row: Row) -> str:
+    words = row.content.get("length")
+    if isinstance(words, bool) or not isinstance(words, int):
+        raise LRSAError(f"{row.place}: length is missing or no whole number.")
+    return next((name for name, end in BUCKETS.items() if words < end), "8k+")
+
+
+LONGBENCH = Benchmark(read, METRICS)
