@@ -81,7 +81,7 @@ class StopRequest:
             self._interrupted = self._interrupted or now
             if now - self._interrupted > AGAIN_SECONDS:
                 end_at_once(
-                    report_exit("interrupted twice: ended at once; earlier checkpoints are whole.", Exit.INTERRUPTED)
+                    report_exit("interrupted twice: ended at once; earlier checkpoints are complete.", Exit.INTERRUPTED)
                 )
 
     def _act(self) -> None:

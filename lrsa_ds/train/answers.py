@@ -1,4 +1,4 @@
-"""The score of every answer of an evaluation, so that runs can be compared question by question."""
+"""The scores of all answers of an evaluation, so that runs can be compared question by question."""
 
 import hashlib
 from collections.abc import Sequence
@@ -16,11 +16,11 @@ def answer_rows(
     """A row for each answer, in the order of the examples.
 
     Args:
-        totals_A3: of each of A answers its tokens, those that are right, and their negative log-likelihood in nats.
-        num_answers: of each example.
+        totals_A3: for each of A answers: its tokens, its correct tokens, and their negative log-likelihood in nats.
+        num_answers: for each example, its number of answers.
 
     Returns:
-        Rows with `task`, `context` (the same in every run that is asked the same questions over the same tokens),
+        Rows with `task`, `context` (the same in all runs that have the same questions over the same tokens),
         `answer` (its number in the context), `cache`, `retention`, `cache_factor`, and its `num_tokens`, `num_correct`
         and `nll`.
     """
@@ -36,5 +36,5 @@ def answer_rows(
 
 
 def fingerprint(example: Example) -> str:
-    """Of the tokens of an example, and which of them are answers."""
+    """A hash of the tokens of an example, and of which of them are answers."""
     return hashlib.sha256(f"{list(example.input_ids)} {list(example.labels)}".encode()).hexdigest()[:16]

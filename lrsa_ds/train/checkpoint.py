@@ -1,7 +1,7 @@
-"""Checkpoints in the output directory: whole or not there, found again, and loaded at any number of ranks.
+"""Checkpoints in the output directory: complete or absent, found again, and loaded with any number of ranks.
 
-They are written by `saving.py`. A name that ends in `.partial` is of one that is not whole. DeepSpeed wrote the
-tensors; `trainer.json` says the rest.
+They are written by `saving.py`. A name that ends in `.partial` marks an incomplete one. DeepSpeed writes the tensors;
+`trainer.json` holds everything else.
 """
 
 import json
@@ -25,9 +25,9 @@ from lrsa_ds.settings.model import ModelConfig
 DIRECTORY = "checkpoints"
 PARTIAL = ".partial"
 TRAINER = "trainer.json"
-# Names of DeepSpeed's own states below a checkpoint: as saved, and converted for another number of ranks.
+# Subdirectories of a checkpoint with DeepSpeed's states: as saved, and converted for another number of ranks.
 SAVED, UNIVERSAL = "state", "universal"
-# Settings that a run may change when it resumes: where and how it computes, not what.
+# Settings that a run may change when it resumes: where and how it computes, but not what it computes.
 MAY_CHANGE = (
     "run_name",
     "output_dir",
@@ -51,20 +51,20 @@ MAY_CHANGE = (
     "log",
     "checkpoint",
 )
-# Settings that say what the data are, or how they are cut: checkpoint.accept_data_change=true lets them change too.
+# Settings that determine the data or how they are cut: checkpoint.accept_data_change=true allows changing them too.
 DATA_SETTINGS = ("data", "seq_len")
 
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """A whole checkpoint: what `trainer.json` holds, and where it lies.
+    """A complete checkpoint: the content of `trainer.json`, and its directory.
 
     Args:
-        step: optimizer steps that were done.
-        position: where the stream of training sequences stands.
-        world_size: the number of ranks that wrote it.
-        settings, data: the configuration, and what the data looked like.
-        changed: a sentence, if the data have changed since and `position` has been fitted to the new ones.
+        step: number of completed optimizer steps.
+        position: of the stream of training sequences.
+        world_size: number of ranks that wrote it.
+        settings, data: the configuration, and the fingerprint of the data.
+        changed: a sentence, if the data have changed since and `position` was adapted to them.
     """
 
     directory: Path
@@ -77,17 +77,17 @@ class ResumePoint:
 
 
 def whole_checkpoints(output: Path) -> list[Path]:
-    """The whole checkpoints of a run, the newest last; what else lies beside them is none."""
+    """The complete checkpoints of a run, the newest last; other files beside them are ignored."""
     found = [path for path in (output / DIRECTORY).glob("step_*") if (path / TRAINER).is_file()]
     whole = [path for path in found if re.fullmatch(r"step_\d+", path.name)]
     return sorted(whole, key=lambda path: int(path.name.removeprefix("step_")))
 
 
 def find_checkpoint(output: Path) -> ResumePoint | None:
-    """The newest whole checkpoint of a run, if there is any.
+    """The newest complete checkpoint of a run, if any.
 
     Raises:
-        LRSAError: its `trainer.json` is not one of ours.
+        LRSAError: its `trainer.json` cannot be read.
     """
     whole = whole_checkpoints(output)
     if not whole:
@@ -96,29 +96,29 @@ def find_checkpoint(output: Path) -> ResumePoint | None:
     try:
         return ResumePoint(directory=whole[-1], **json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise LRSAError(f"{path} is not of a checkpoint, or damaged ({error}): choose another output_dir.") from error
+        raise LRSAError(f"{path} is no checkpoint's, or is damaged ({error}): choose another output_dir.") from error
 
 
 def check_resume(point: ResumePoint, config: TrainConfig, data: str) -> ResumePoint:
     """The point from which a run with `config` over `data` resumes.
 
     Raises:
-        LRSAError: they are not those of the checkpoint; names what differs. Other data, and other settings of them, may
-            be accepted by `checkpoint.accept_data_change`.
+        LRSAError: they differ from those of the checkpoint; the message names the differences. Changes of the data and
+            their settings are allowed by `checkpoint.accept_data_change`.
     """
     differing = differing_settings(point.settings, config)
     of_data = [key for key in differing if _is_below(key, DATA_SETTINGS)]
     accept = config.checkpoint.accept_data_change
     place = f"output_dir={point.directory.parent.parent} holds step {point.step} of a run"
-    instead = "restore it, choose another output_dir, or set checkpoint.overwrite=true to start anew"
+    instead = "restore it, choose another output_dir, or set checkpoint.overwrite=true to start again"
     if len(of_data) == len(differing) and not accept:
-        instead = f"{instead}; checkpoint.accept_data_change=true resumes over the data as they are now"
+        instead = f"{instead}; checkpoint.accept_data_change=true resumes with the data as they are now"
     refused = [said for key, said in differing.items() if not (accept and key in of_data)]
     require(not refused, f"{place} with other settings, {', '.join(refused)}: {instead}.")
     require(
         config.optim.name != "adamw_8bit" or point.world_size == world_size(),
-        f"{place} with optim.name=adamw_8bit that {point.world_size} ranks wrote, and states of 8 bits cannot be cut "
-        f"anew for {world_size()}: start as many ranks, or set checkpoint.overwrite=true to start anew.",
+        f"{place} with optim.name=adamw_8bit that {point.world_size} ranks wrote, and 8-bit states cannot be resharded "
+        f"for {world_size()}: start as many ranks, or set checkpoint.overwrite=true to start again.",
     )
     if data == point.data and not of_data:
         return point
@@ -126,15 +126,15 @@ def check_resume(point: ResumePoint, config: TrainConfig, data: str) -> ResumePo
     require(accept, f"{place} over other data ({changes}): {instead}.")
     changed = (
         f"the data have changed ({changes}), and checkpoint.accept_data_change=true: the run resumes at the same place "
-        "in the order of the rows as they are now, and reads again those that were being packed. If the number of rows "
-        "has changed, their order has too, and in this epoch some may be seen twice and others not at all."
+        "in the order of the present rows, and reads again those that were being packed. If the number of rows has "
+        "changed, so has their order, and in this epoch some rows may be read twice and others not at all."
     )
     return replace(point, position=reread(point.position), changed=changed)
 
 
 def differing_settings(settings: dict, config: TrainConfig) -> dict[str, str]:
-    """What to say of each setting of a run that is another one now, and must not be; by key."""
-    # A key that the release which wrote them did not have is at its default.
+    """A sentence for each setting that has changed but may not change when a run resumes; by key."""
+    # A key that did not exist in the release that wrote the checkpoint has its default value.
     defaults = plain_settings(TrainConfig(model=ModelConfig(name="")))
     there, here = _flat(defaults) | _flat(settings), _flat(plain_settings(config))
     return {
@@ -149,7 +149,7 @@ def _is_below(key: str, groups: tuple[str, ...]) -> bool:
 
 
 def plain_settings(config: TrainConfig) -> dict:
-    """The configuration as JSON would give it back."""
+    """The configuration after a round trip through JSON."""
     return json.loads(json.dumps(asdict(config)))
 
 
@@ -162,26 +162,26 @@ def _flat(settings: dict, prefix: str = "") -> dict[str, Any]:
 
 
 def remove_partial(checkpoints: Path) -> None:
-    """Removes what is not whole."""
+    """Removes incomplete checkpoints."""
     for path in checkpoints.glob(f"*{PARTIAL}"):
         if re.fullmatch(r"step_\d+", path.stem):
             remove_files(path, STEP_FILES)
 
 
 def load_checkpoint(engine: DeepSpeedEngine, point: ResumePoint, mesh: Mesh) -> None:
-    """Restores weights, optimizer and scheduler. The engine must be made for `needs_conversion(point, mesh)`."""
+    """Restores weights, optimizer and scheduler. The engine must be built for `needs_conversion(point, mesh)`."""
     tag = UNIVERSAL if needs_conversion(point, mesh) else SAVED
     loaded, _ = engine.load_checkpoint(str(point.directory), tag=tag)
     require(loaded is not None, f"the checkpoint {point.directory} could not be loaded: set checkpoint.overwrite=true.")
 
 
 def needs_conversion(point: ResumePoint, mesh: Mesh) -> bool:
-    """Whether another number of ranks wrote the checkpoint, so that its parts have to be cut anew."""
+    """Whether another number of ranks wrote the checkpoint, so that its parts have to be resharded."""
     return point.world_size != mesh.world_size
 
 
 def convert_checkpoint(point: ResumePoint, zero_stage: int, mesh: Mesh) -> None:
-    """Lets rank 0 cut the checkpoint into DeepSpeed's universal form, once.
+    """Converts the checkpoint to DeepSpeed's universal form, once, on rank 0.
 
     Raises:
         LRSAError: DeepSpeed's converter failed.
@@ -204,13 +204,13 @@ def _convert(point: ResumePoint, zero_stage: int) -> str | None:
     command += ["--input_folder", str(source), "--output_folder", str(partial)]
     command += ["--num_extract_workers", workers, "--num_merge_workers", workers]
     if zero_stage < 3:
-        command.append("--inject_missing_state")  # what Megatron's models would have saved, and has no meaning here
-    # A process of its own, without the launcher's variables: the converter would take them for a run to join.
+        command.append("--inject_missing_state")  # state of Megatron's models, not used here
+    # A separate process without the launcher's variables: the converter would try to join a distributed run.
     launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
     environment = {key: value for key, value in os.environ.items() if key not in launcher}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode != 0:
         return (done.stderr.strip().splitlines() or ["no message"])[-1]
     os.replace(partial, final)
-    (point.directory / "latest_universal").unlink(missing_ok=True)  # it names the partial one, and is not needed
+    (point.directory / "latest_universal").unlink(missing_ok=True)  # it names the partial directory, and is not needed
     return None

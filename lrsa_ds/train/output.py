@@ -34,22 +34,22 @@ COMPLETED = "COMPLETED"
 STOPPED = "STOPPED"
 MODEL_DIRECTORY = "model"
 BEST_DIRECTORY = "best"
-# What a run that resumes has no use for.
+# Files that a resumed run removes: they only served the run that wrote them.
 OF_THE_MOMENT = (STOPPED, "ranks", *(f"{name}.partial" for name in (MODEL_DIRECTORY, BEST_DIRECTORY)))
 WRAPPER_PREFIX = "lm."
 
 
 def check_output(config: TrainConfig, num_parameters: int, bytes_per_parameter: int) -> ResumePoint | None:
-    """Refuses a directory that is not ours, holds another run, cannot be written, or has no room for the model.
+    """Refuses a directory that is not ours, holds another run, is not writable, or has no room for the model.
 
     Returns:
-        The checkpoint from which the run resumes, if the directory holds one.
+        The checkpoint from which the run resumes, if the directory has one.
     """
     if config.output_dir is None:
         return None
     directory = Path(config.output_dir).expanduser()
     point = None if config.checkpoint.overwrite else find_checkpoint(directory)
-    # A run may resume from checkpoints that were copied into a directory of their own, or are older than the mark.
+    # A run may resume from checkpoints that were copied to a new directory, or that are older than the mark.
     check_directory(directory, TRAIN, may_adopt=point is not None and not (directory / COMPLETED).exists())
     check_lock(directory)
     if not config.checkpoint.overwrite:
@@ -59,7 +59,7 @@ def check_output(config: TrainConfig, num_parameters: int, bytes_per_parameter: 
 
 
 def _check_unfinished(directory: Path, config: TrainConfig, point: ResumePoint | None) -> None:
-    """Whether a run may resume in `directory`; `point` is the checkpoint that it holds."""
+    """Raises LRSAError unless a run may resume in `directory`; `point` is its checkpoint, if any."""
     require(
         not (directory / COMPLETED).exists(),
         f"output_dir={directory} holds a finished run: choose another, or set checkpoint.overwrite=true.",
@@ -67,17 +67,17 @@ def _check_unfinished(directory: Path, config: TrainConfig, point: ResumePoint |
     require(
         config.checkpoint.resume == "auto" or not (point or _is_begun(directory)),
         f"output_dir={directory} holds an unfinished run: set checkpoint.resume=auto to resume it, or "
-        "checkpoint.overwrite=true to throw it away.",
+        "checkpoint.overwrite=true to discard it.",
     )
 
 
 def _is_begun(directory: Path) -> bool:
-    """Whether a run has left rows of what it did."""
+    """Whether a run has written rows about its training."""
     return any(row["kind"] in ("train", "eval", "checkpoint") for row in read_rows(directory / "metrics.jsonl"))
 
 
 def check_begun(config: TrainConfig) -> None:
-    """Raises LRSAError if the output directory holds rows of a run of other settings that has left no checkpoint."""
+    """Raises LRSAError if the directory has rows of a run with other settings that has written no checkpoint."""
     if config.output_dir is None or config.checkpoint.overwrite:
         return
     directory = Path(config.output_dir).expanduser()
@@ -86,17 +86,17 @@ def check_begun(config: TrainConfig) -> None:
     differing = differing_settings(load_settings(directory / "config.yaml"), config)
     if config.optim.num_epochs is not None and "optim.num_epochs" not in differing:
         for key in ("optim.num_steps", "optim.warmup_steps"):
-            differing.pop(key, None)  # counted anew, maybe for another number of ranks
+            differing.pop(key, None)  # counted again, perhaps for another number of ranks
     require(
         not differing,
         f"output_dir={directory} holds an unfinished run that left no checkpoint, with other settings, "
         f"{', '.join(differing.values())}: restore them, choose another output_dir, or set checkpoint.overwrite=true "
-        "to start anew.",
+        "to start again.",
     )
 
 
 def check_room(directory: Path, needed: int) -> None:
-    """Makes `directory` and raises LRSAError unless it can be written and has `needed` bytes free, and a margin."""
+    """Creates `directory`; raises LRSAError unless it is writable and has `needed` bytes free, plus a margin."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(directory).free
@@ -111,15 +111,15 @@ def check_room(directory: Path, needed: int) -> None:
 
 
 def enter_output(directory: Path, config: TrainConfig, check: Callable[[], ResumePoint | None]) -> ResumePoint | None:
-    """Marks the directory that this run has taken, and removes what an earlier run there has left.
+    """Marks the directory that this run has claimed, and removes files of an earlier run.
 
-    With `checkpoint.overwrite` these are all its files; of a run that resumes, what only served it while it ran.
+    With `checkpoint.overwrite` these are all its files; for a resumed run, only those in `OF_THE_MOMENT`.
 
     Args:
-        check: what `prepare` has checked of the directory, asked again: another run may have been there since.
+        check: the checks of the directory in `prepare`, repeated: another run may have used it since.
 
     Returns:
-        What `check` returned: the checkpoint from which the run resumes.
+        The result of `check`: the checkpoint from which the run resumes.
     """
     point = check()
     mark_directory(directory, TRAIN)
@@ -130,10 +130,10 @@ def enter_output(directory: Path, config: TrainConfig, check: Callable[[], Resum
 def export_model(engine: DeepSpeedEngine, tokenizer, config: TrainConfig, final: Path, mesh: Mesh) -> None:
     """Writes the model in Hugging Face format, with its tokenizer and LRSA settings, to the directory `final`.
 
-    It appears there, in the place of an earlier one, only when all files are written.
+    The directory appears, and replaces an earlier one, only when all files are written.
 
     Raises:
-        LRSAError: the disk is full, or the directory cannot be written.
+        LRSAError: the disk is full, or the directory is not writable.
     """
     weights = _full_weights(engine)
     if not mesh.is_main:
@@ -141,7 +141,7 @@ def export_model(engine: DeepSpeedEngine, tokenizer, config: TrainConfig, final:
     assert weights is not None  # as on the first rank
     lm, lora = objective_of(engine).lm, config.model.lora
     raise_reach(lm.config, config.model.rope, config.seq_len)
-    # The objective may hold other weights too.
+    # The objective may hold other weights as well.
     weights = {n.removeprefix(WRAPPER_PREFIX): x for n, x in weights.items() if n.startswith(WRAPPER_PREFIX)}
     partial = final.with_name(f"{final.name}.partial")
     try:
@@ -164,7 +164,7 @@ def export_model(engine: DeepSpeedEngine, tokenizer, config: TrainConfig, final:
 
 
 def _save_model(lm: PreTrainedModel, weights: dict[str, torch.Tensor], directory: Path) -> None:
-    # A model with adapters in its layers would save them under their names: a bare one of the same kind saves these.
+    # A model with adapters in its layers would use their names: a bare model of the same class saves the weights.
     with torch.device("meta"):
         bare = type(lm)(lm.config)
     bare.generation_config = lm.generation_config
@@ -172,12 +172,12 @@ def _save_model(lm: PreTrainedModel, weights: dict[str, torch.Tensor], directory
 
 
 def _full_weights(engine: DeepSpeedEngine) -> dict[str, torch.Tensor] | None:
-    """All weights on the CPU of rank 0; a collective under ZeRO-3."""
+    """All weights, on the CPU of rank 0; a collective under ZeRO-3."""
     if engine.zero_optimization_partition_weights():
         return engine._zero3_consolidated_16bit_state_dict()
     return {name: tensor.detach().cpu() for name, tensor in objective_of(engine).state_dict().items()}
 
 
 def mark(directory: Path, name: str) -> None:
-    """The last thing that a run does, as COMPLETED or STOPPED: everything else is on disk by then."""
+    """Writes COMPLETED or STOPPED, the last action of a run: everything else is on disk by then."""
     (directory / name).write_text(time.strftime("%Y-%m-%dT%H:%M:%S%z") + "\n")

@@ -1,4 +1,4 @@
-"""What is known about a run before a process group starts, and all checks that need none."""
+"""Everything known about a run before a process group starts, and all checks that need none."""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -40,7 +40,7 @@ from lrsa_ds.train.output import check_begun, check_output
 
 @dataclass(frozen=True)
 class Plan:
-    """What `prepare` has found out; `config` is the configuration with what it left to the data and to the model."""
+    """The result of `prepare`; `config` is complete, with the values that depend on the data and the model."""
 
     config: TrainConfig
     dtype: torch.dtype
@@ -53,15 +53,15 @@ class Plan:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """A checkpoint's size at most: the weights, in fp32 a copy of them and two moments, and what is frozen."""
+        """Upper bound for a checkpoint: the weights, an fp32 copy of them, two moments, and frozen weights."""
         return self.num_parameters * (self.dtype.itemsize + 12) + self.num_frozen * self.dtype.itemsize
 
 
 def prepare(config: TrainConfig, procedure: Procedure) -> Plan:
-    """Checks everything that can be checked on one process, at the cost of reading the data's head.
+    """Checks everything that one process can check, at the cost of reading the beginning of the data.
 
     Raises:
-        LRSAError: what is wrong, a sentence for each of the checks that do not depend on each other.
+        LRSAError: one sentence for each failed check, among checks that do not depend on each other.
     """
     problems = Problems()
     for check in (
@@ -72,7 +72,7 @@ def prepare(config: TrainConfig, procedure: Procedure) -> Plan:
         with problems.collect():
             check()
     if config.output_dir is not None:
-        with problems.collect():  # before they are read: a tokenizer inside a run's directory is no other mistake
+        with problems.collect():  # before they are read: one error for one mistake
             check_inputs(Path(config.output_dir).expanduser(), config.model, config.data)
     architecture = data = None
     with problems.collect():
@@ -89,8 +89,8 @@ def prepare(config: TrainConfig, procedure: Procedure) -> Plan:
     with problems.collect():
         require(
             len(tokenizer) <= vocabulary,
-            f"model.tokenizer has {len(tokenizer)} tokens, and the model knows {vocabulary}: they do not belong "
-            "together.",
+            f"model.tokenizer has {len(tokenizer)} tokens, and the model has embeddings for {vocabulary}: they do not "
+            "belong together.",
         )
     problems.raise_all()
     config = _with_steps(config, data)
@@ -101,7 +101,7 @@ def prepare(config: TrainConfig, procedure: Procedure) -> Plan:
 
 
 class _Architecture(NamedTuple):
-    """What the run needs to know of its model; `num_frozen` are parameters of copies that are not trained."""
+    """The properties of a model that a run needs; `num_frozen` counts the parameters of frozen copies."""
 
     dtype: torch.dtype
     num_parameters: int
@@ -111,7 +111,7 @@ class _Architecture(NamedTuple):
 
 
 def check_model(config: TrainConfig, num_ranks: int | None = None) -> tuple[TrainConfig, PreTrainedModel]:
-    """Checks that such a model can be trained so, wherever that may be.
+    """Checks that a model can be trained with this configuration, on any machine.
 
     Args:
         num_ranks: processes of the run; None for those that the launcher has started.
@@ -147,7 +147,7 @@ def find_resume(config: TrainConfig, plan: Plan) -> ResumePoint | None:
     """The checkpoint from which the run resumes, if its directory holds one.
 
     Raises:
-        LRSAError: the directory is not free for this run, or holds another one.
+        LRSAError: this run may not use the directory, or the directory holds another run.
     """
     point = check_output(config, plan.num_parameters, plan.dtype.itemsize)
     if point is None:
@@ -157,7 +157,7 @@ def find_resume(config: TrainConfig, plan: Plan) -> ResumePoint | None:
 
 
 def _with_steps(config: TrainConfig, data: RunData) -> TrainConfig:
-    """The configuration with the steps that `optim.num_epochs` makes; a run that is resumed has counted them before."""
+    """The configuration with the steps for `optim.num_epochs`; a resumed run takes them from its checkpoint."""
     optim = config.optim
     if optim.num_epochs is None:
         return config
@@ -179,7 +179,7 @@ def _with_steps(config: TrainConfig, data: RunData) -> TrainConfig:
 
 
 def _check_backend(config: TrainConfig, structure: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Whether the attention backend that the settings name can run here."""
+    """Checks that the attention backend in the settings can run here."""
     architecture = structure.config.get_text_config()
     head_dim = getattr(architecture, "head_dim", None)
     head_dim = head_dim or architecture.hidden_size // architecture.num_attention_heads
@@ -193,8 +193,8 @@ def _check_backend(config: TrainConfig, structure: PreTrainedModel, dtype: torch
 def check_sharing(
     config: TrainConfig, structure: PreTrainedModel, others: tuple[float, ...], num_ranks: int | None
 ) -> None:
-    """Whether the sequences of the run can be shared as `parallel.sp_size` asks, in training, also in the
-    passes of `others`, the retentions of the objective, and in evaluation."""
+    """Checks that `parallel.sp_size` ranks can share the sequences: in training, with `others`, the retentions of the
+    objective's passes, and in evaluation."""
     size, attention = config.parallel.sp_size, config.attention
     if size == 1:
         return

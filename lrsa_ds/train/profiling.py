@@ -11,7 +11,7 @@ TRACE = "trace.json"
 
 
 class StepProfiler:
-    """Records steps `first` up to and with `last` (counted from 1) on one rank, and writes a trace.
+    """Records the steps `first` to `last` (inclusive, counted from 1) on one rank, and writes a trace.
 
     Args:
         steps: [first, last], or empty to record nothing.

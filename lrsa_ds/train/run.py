@@ -43,16 +43,16 @@ from lrsa_ds.train.trainer import Engine, Trainer, cosine_schedule
 
 
 def train(config: TrainConfig, procedure: Procedure, notes: list[str]) -> None:
-    """Runs the whole job on this rank. `notes` are sentences about the configuration that rank 0 shows first.
+    """Runs the complete job on this rank. `notes` are sentences about the configuration that rank 0 prints first.
 
     Raises:
-        LRSAError: anything that the user can mend.
-        Stopped: a signal has ended the run after a checkpoint.
+        LRSAError: any mistake that the user can correct.
+        Stopped: a signal has ended the run, after a checkpoint.
     """
     stop = StopRequest()
     plan = prepare(config, procedure)
     config = plan.config
-    # Our watchdog names the rank that hangs, so it has to act before torch's, which does not.
+    # Our watchdog names the rank that hangs, so it has to fire before torch's, which does not.
     patience = timedelta(seconds=3 * config.parallel.timeout) if config.parallel.timeout else timedelta(days=30)
     join = timedelta(seconds=config.parallel.timeout) if config.parallel.timeout else patience
     mesh = start_mesh(config.parallel.sp_size, patience, config.parallel.exchange, join)
@@ -69,10 +69,10 @@ def train(config: TrainConfig, procedure: Procedure, notes: list[str]) -> None:
 def _train_in(
     directory: Path, config: TrainConfig, plan: Plan, mesh: Mesh, stop: StopRequest, notes: list[str]
 ) -> None:
-    """The run in its directory, which no other run enters meanwhile."""
+    """The run in its directory, which this run has claimed."""
     settings = asdict(config) | {"output_dir": str(directory)}
     first_step = plan.resume.step if plan.resume else 0
-    kept_until = first_step if plan.resume else -1  # without a checkpoint what came before the first step is done again
+    kept_until = first_step if plan.resume else -1  # without a checkpoint, earlier rows are dropped
     files = (directory / name for name in ("metrics.jsonl", PREDICTIONS, ANSWERS))
     earlier, *_ = [keep_rows_until(file, kept_until, mesh.is_main) for file in files]
     if mesh.is_main:
@@ -89,7 +89,7 @@ def _train_in(
         scores = [row for row in earlier if row["kind"] == "eval"]
         setup = _Setup(config=config, plan=plan, mesh=mesh, directory=directory, logger=logger, watch=watch, stop=stop)
         _Run(setup, scores).all()
-        stop.accept()  # no step is left at whose end the run could stop
+        stop.accept()  # from here on a signal no longer stops the run
         failed = False
     finally:
         logger.close(failed=failed)
@@ -100,7 +100,7 @@ def _train_in(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Setup:
-    """What a run has been given when its directory is its own: settings, what is planned, and whom it talks to."""
+    """The inputs of a run once it has claimed its directory: settings, plan, and the objects that it reports to."""
 
     config: TrainConfig
     plan: Plan
@@ -112,10 +112,10 @@ class _Setup:
 
 
 class _Run:
-    """What happens between the start and the end of a run. Loads the model, and its checkpoint if the run resumes.
+    """The run between its start and its end. Loads the model, and its checkpoint if the run resumes.
 
     Args:
-        scores: rows of metrics.jsonl, the evaluations before the run was interrupted.
+        scores: rows of metrics.jsonl, evaluations from before an interruption.
     """
 
     def __init__(self, setup: _Setup, scores: list[dict]):
@@ -128,7 +128,7 @@ class _Run:
         point = plan.resume
         if point is not None:
             checkpoint.load_checkpoint(self.engine, point, mesh)
-        # The last step and the position of the data after it, and the last step that is in a checkpoint.
+        # The last step, with the position of the data after it; and the last step in a checkpoint.
         self.place = (point.step, point.position) if point else (0, {})
         self.saved_step = self.place[0]
         self.profiler = StepProfiler(config.log.profile_steps if mesh.is_main else [], self.directory)
@@ -154,7 +154,7 @@ class _Run:
             self.export(output.MODEL_DIRECTORY)
 
     def after_step(self, metrics: dict, position: dict) -> None:
-        """Logs a step; then evaluates, keeps the best model, writes a checkpoint, or stops, where that is due."""
+        """Logs a step; then, if due, evaluates, keeps the best model, writes a checkpoint, or stops."""
         config, step = self.config, metrics["step"]
         self.place = step, position
         is_last = step == config.optim.num_steps
@@ -164,7 +164,7 @@ class _Run:
             self.evaluate(f"step {step}", step)
             if config.checkpoint.best and self._is_best(f"step {step}"):
                 self.export(output.BEST_DIRECTORY)
-        # Whether some rank was asked to stop, or still writes: all ranks have to agree, and this is where they meet.
+        # Some rank may have been asked to stop, or may still be writing: all ranks agree on it here.
         reason, busy = self.mesh.max([self.stop.number, float(self.saver.is_busy)])
         wants_stop = reason > 0
         if wants_stop:
@@ -181,7 +181,7 @@ class _Run:
             self._end(step, reason)
 
     def stop_if_asked(self) -> None:
-        """After the last step: stops as training does, after a checkpoint, where some rank was asked to."""
+        """After the last step: if any rank was asked to stop, writes a checkpoint and stops, as in training."""
         reason = self.mesh.max([self.stop.number])[0]
         if not reason:
             return
@@ -193,17 +193,17 @@ class _Run:
         self._end(step, reason)
 
     def _end(self, step: int, reason: float) -> None:
-        """Ends this rank for the reason that all have agreed on, by its place in `REASONS`."""
+        """Ends this rank for the reason that all ranks agreed on, given by its index in `REASONS`."""
         if self.mesh.is_main:
             output.mark(self.directory, output.STOPPED)
         name = REASONS[int(reason)]
         raise Stopped(f"stopped after step {step} by {name}: the same command resumes, in {self.directory}.")
 
     def summarize(self) -> None:
-        """The share of the tokens trained on, over all steps, that were in documents too short for LRSA."""
+        """Logs the share of tokens trained on, over all steps, that were in documents too short for LRSA."""
         config = self.config
         steps = [row for row in read_rows(self.directory / "metrics.jsonl") if row["kind"] == "train"]
-        steps = [row for row in steps if "num_short_tokens" in row]  # not where the attention was dense
+        steps = [row for row in steps if "num_short_tokens" in row]  # only steps with LRSA
         if steps:
             share = sum(row["num_short_tokens"] for row in steps) / sum(row["num_tokens"] for row in steps)
             self.logger.summary({"step": config.optim.num_steps, "short_token_share": share})
@@ -245,7 +245,7 @@ class _Run:
             _report(config, self.rows, found, self.directory, self.logger)
 
     def telemetry(self, when: str, step: int) -> None:
-        """Measures what each layer loses under the smallest cache, where that is asked for, and says it."""
+        """If enabled, measures what each layer loses under the smallest cache, and reports it."""
         config = self.config
         if not config.eval.telemetry:
             return
@@ -262,7 +262,7 @@ class _Run:
             report_telemetry(found, when, step, self.directory, config.run_name, self.logger)
 
     def _is_best(self, when: str) -> bool:
-        """Whether an evaluation on the way is better than all others on the way, under the smallest cache."""
+        """Whether this is the best of all evaluations during training so far, under the smallest cache."""
         scores: dict[str, list[float]] = {}
         for row in rows_of_smallest(self.rows):
             if row["when"].startswith("step"):
@@ -290,7 +290,7 @@ def build_engine(config: TrainConfig, plan: Plan, mesh: Mesh) -> Engine:
 
 
 def _start_model(config: TrainConfig, plan: Plan) -> PreTrainedModel:
-    """The model with LRSA attention before any training; random weights are the same each time."""
+    """The model with LRSA attention before any training; random weights are the same in each call."""
     sharded = deepspeed_config(config, plan.dtype) if config.zero.stage == 3 else None
     torch.manual_seed(config.seed)
     model = apply_lrsa(load_model(config.model, plan.dtype, sharded), config.attention.turns)
@@ -302,7 +302,7 @@ def _start_model(config: TrainConfig, plan: Plan) -> PreTrainedModel:
 def build_trainer(
     config: TrainConfig, plan: Plan, mesh: Mesh, engine: Engine, doing: Callable[[str], None] = lambda what: None
 ) -> Trainer:
-    """The training loop over this rank's share of the sequences, from where the run resumes."""
+    """The training loop over this rank's share of the sequences, from the position where the run resumes."""
     point = plan.resume
     per_step = config.optim.micro_batch * config.optim.grad_accum
     start = point.position if point else None
@@ -312,7 +312,7 @@ def build_trainer(
 
 
 def _report(config: TrainConfig, rows: list[dict], new: Evaluation, directory: Path, logger: RunLogger) -> None:
-    """The table in the terminal and on disk, the picture, and what was found last in the logs."""
+    """Writes the table to the terminal and to disk, draws the figure, and logs the newest results."""
     table = evaluation_table(rows)
     logger.message(table)
     (directory / "evaluation.txt").write_text(table + "\n", encoding="utf-8")

@@ -1,7 +1,7 @@
-"""Writing checkpoints: whole or not there, and in the background where the host has memory for a copy.
+"""Writing of checkpoints: complete or absent, and in the background if the host has memory for a copy.
 
-DeepSpeed says what belongs into which file. A checkpoint grows under a name that ends in `.partial` and is renamed when
-every rank has written its part, so that a kill at any moment leaves the earlier ones as they were.
+DeepSpeed determines the content of each file. A checkpoint is written under a name that ends in `.partial`, and renamed
+when every rank has written its part, so a kill at any moment leaves earlier checkpoints intact.
 """
 
 import copy
@@ -25,21 +25,21 @@ from lrsa_ds.errors import LRSAError
 from lrsa_ds.parallel.mesh import Mesh
 from lrsa_ds.train.checkpoint import DIRECTORY, PARTIAL, SAVED, TRAINER, remove_partial, whole_checkpoints
 
-# What torch's archive writer says, in one of several places, where the disk is full: a RuntimeError.
+# Parts of the error that torch's archive writer raises, a RuntimeError, if the disk is full.
 TORCH_WRITER = ("inline_container", "PytorchStreamWriter", "file write failed")
-# Free host memory that a copy is made in, as a multiple of its size: pinned memory comes in powers of two.
+# Free host memory needed for a copy, as a multiple of its size: pinned memory is allocated in powers of two.
 ROOM_FOR_COPY = 3
 
 
 @dataclass
 class _Writing:
-    """A checkpoint that is on its way to the disk."""
+    """A checkpoint that is being written."""
 
     trainer: dict
     partial: Path
     started: float
-    foreign: list[Path]  # what somebody else has put into `partial`
-    waited: float = 0.0  # seconds that the training stood still for it
+    foreign: list[Path]  # files in `partial` that are not ours
+    waited: float = 0.0  # seconds for which training was blocked
     thread: threading.Thread | None = None
     error: Exception | None = None
 
@@ -50,7 +50,7 @@ class _Writing:
 
 @dataclass(frozen=True)
 class Written:
-    """A whole checkpoint, the seconds that the training waited for it, and those until it was whole."""
+    """A complete checkpoint, the seconds for which training was blocked, and those until it was complete."""
 
     step: int
     path: Path
@@ -59,12 +59,12 @@ class Written:
 
 
 class CheckpointSaver:
-    """Writes the checkpoints of a run; at most one is on its way. Every method is called by all ranks together.
+    """Writes the checkpoints of a run, one at a time. Every method is called by all ranks together.
 
     Args:
-        keep: so many of the newest stay.
-        num_bytes: what a checkpoint takes at most, of all ranks together.
-        write: "background", "wait", or "auto": in the background on GPUs whose host has memory for a copy.
+        keep: number of checkpoints to keep, the newest ones.
+        num_bytes: upper bound for a checkpoint, over all ranks.
+        write: "background", "wait", or "auto": in the background on GPUs if the host has memory for a copy.
     """
 
     def __init__(self, engine: DeepSpeedEngine, output: Path, keep: int, num_bytes: int, write: str, mesh: Mesh):
@@ -75,7 +75,7 @@ class CheckpointSaver:
 
     @property
     def is_busy(self) -> bool:
-        """Whether this rank still writes."""
+        """Whether this rank is still writing."""
         thread = self._writing.thread if self._writing else None
         return thread is not None and thread.is_alive()
 
@@ -86,14 +86,14 @@ class CheckpointSaver:
 
     @property
     def is_pending(self) -> bool:
-        """Whether a checkpoint has been started that `finish` has not made whole."""
+        """Whether a checkpoint was started that `finish` has not completed."""
         return self._writing is not None
 
     def start(self, trainer: dict) -> None:
-        """Begins a checkpoint with the state of now; `trainer` are the fields of a `ResumePoint` but its directory.
+        """Starts a checkpoint of the present state; `trainer` has the fields of `ResumePoint`, except its directory.
 
         Raises:
-            LRSAError: there is not enough room, or the directory cannot be written; earlier checkpoints are whole.
+            LRSAError: there is not enough room, or the directory is not writable; earlier checkpoints are complete.
         """
         started = time.perf_counter()
         partial = self.output / DIRECTORY / f"step_{trainer['step']:06d}{PARTIAL}"
@@ -118,17 +118,17 @@ class CheckpointSaver:
 
     def _write(self, writing: _Writing, files: list[tuple[Any, str]]) -> None:
         try:
-            while files:  # each copy is let go as soon as it is written
+            while files:  # each copy is freed as soon as it is written
                 state, path = files.pop(0)
                 self._files.write(state, path)
         except (OSError, RuntimeError) as error:
             writing.error = error
 
     def finish(self) -> Written:
-        """Waits for what is on its way and makes it whole.
+        """Waits for the checkpoint that is being written, and completes it.
 
         Raises:
-            LRSAError: a rank could not write its part, as on a full disk; earlier checkpoints are whole.
+            LRSAError: a rank could not write its part, for example on a full disk; earlier checkpoints are complete.
         """
         writing, begun = self._writing, time.perf_counter()
         assert writing is not None, "no checkpoint has been started"
@@ -139,7 +139,7 @@ class CheckpointSaver:
         if self.mesh.is_main:
             text = json.dumps(writing.trainer, indent=1) + "\n"
             (writing.partial / TRAINER).write_text(text, encoding="utf-8")
-            # There may be one of the same step, after a stop at its end.
+            # There may be a checkpoint of the same step, after a stop at its end.
             replace_folder(writing.partial, writing.final, STEP_FILES, writing.foreign)
             _prune(self.output, self.keep)
         dist.barrier()
@@ -147,18 +147,19 @@ class CheckpointSaver:
         return Written(writing.trainer["step"], writing.final, writing.waited + now - begun, now - writing.started)
 
     def _raise_together(self, writing: _Writing) -> None:
-        """Raises on every rank what has gone wrong on any; an error that is not one of the disk is raised unchanged."""
+        """Raises on every rank what failed on any; an error that does not come from the disk is raised unchanged."""
         error = writing.error
         if isinstance(error, RuntimeError) and not any(name in str(error) for name in TORCH_WRITER):
             raise error
         reasons: list[str | None] = [None] * self.mesh.world_size
         dist.all_gather_object(reasons, str(error).splitlines()[0] if error else None)
         for reason in filter(None, reasons):
-            raise LRSAError(f"the checkpoint {writing.final} could not be written: {reason}; earlier ones are whole.")
+            text = f"the checkpoint {writing.final} could not be written: {reason}; earlier ones are complete."
+            raise LRSAError(text)
 
 
 class _Files(TorchCheckpointEngine):
-    """DeepSpeed's writer of files, which can also copy what is to be written, for a later moment."""
+    """DeepSpeed's file writer, which can also copy the data to host memory, to be written later."""
 
     def __init__(self, engine: DeepSpeedEngine):
         super().__init__(engine._config)
@@ -167,7 +168,7 @@ class _Files(TorchCheckpointEngine):
         engine.checkpoint_engine = self
 
     def save(self, state_dict: Any, path: str) -> None:
-        """What DeepSpeed calls for each file."""
+        """DeepSpeed calls this for each file."""
         if not self.copy_to_host:
             return self.write(state_dict, path)
         self.copied.append((on_host(state_dict), path))
@@ -183,7 +184,7 @@ class _Files(TorchCheckpointEngine):
 
 
 def on_host(state: Any) -> Any:
-    """A copy of nested dicts, lists and tensors that the training does not change; copies from a GPU may be pending."""
+    """A copy of nested dicts, lists and tensors, independent of the originals; copies from a GPU may be pending."""
     if isinstance(state, torch.Tensor):
         if not state.is_cuda:
             return state.detach().clone()
@@ -199,10 +200,10 @@ def on_host(state: Any) -> Any:
 
 
 def _make_room(partial: Path, num_bytes: int) -> list[Path]:
-    """Removes what a killed run left behind and makes the directory; returns the files in it that are not ours.
+    """Removes what a killed run left, and creates the directory; returns the files in it that are not ours.
 
     Raises:
-        LRSAError: there is no room.
+        LRSAError: there is not enough room.
     """
     try:
         remove_partial(partial.parent)
@@ -215,7 +216,7 @@ def _make_room(partial: Path, num_bytes: int) -> list[Path]:
         remove_files(partial, STEP_FILES)
         raise LRSAError(
             f"the checkpoint {partial.with_suffix('')} needs {num_bytes / 1e9:.2f} GB and {free / 1e9:.2f} GB are "
-            "free: make room and start the same command again; earlier checkpoints are whole."
+            "free: make room and start the same command again; earlier checkpoints are complete."
         )
     return foreign
 

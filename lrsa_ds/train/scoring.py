@@ -1,8 +1,8 @@
-"""Answers under the caches that inference would keep.
+"""Scores of answers under the caches of inference.
 
-Under teacher forcing one pass with LRSA attention tells whether greedy decoding with the compressed cache gives the
-answer: it does if and only if every answer token is the likeliest one, given the true tokens before it. Until the first
-token that is not, decoding has seen exactly those tokens.
+With teacher forcing, one pass with LRSA attention tells whether greedy decoding with the compressed cache produces the
+answer: it does if and only if every answer token is the most likely one, given the true tokens before it. Up to the
+first token that is not, decoding has seen exactly these tokens.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ from lrsa_ds.train.trainer import Engine, forward, held_of
 
 @dataclass(frozen=True)
 class Moment:
-    """When an evaluation takes place: `when` is "before" or "after" training, or "step N"; `step` counts from 0."""
+    """The time of an evaluation: `when` is "before" or "after" training, or "step N"; `step` counts from 0."""
 
     when: str
     step: int
@@ -37,16 +37,16 @@ class Moment:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` finds.
+    """The result of `evaluate`.
 
     Args:
         scores: a row for each task and cache, with `when`, `step`, `task`, `cache` (its name), `retention` (or the mean
-            share kept), `cache_factor` (tokens seen over entries held by the caches at the end of the examples),
-            `exact_match` and `token_accuracy` in percent, `nll` per answer token in nats, `num_examples`, and
-            `num_answers`, which `exact_match` is of.
+            share kept), `cache_factor` (tokens seen / entries held, at the end of the examples), `exact_match` and
+            `token_accuracy` in percent, `nll` per answer token in nats, `num_examples`, and `num_answers`, the basis of
+            `exact_match`.
         predictions: a row for each of a few examples and each cache, with the same names and `exact`, `prompt`,
             `answer` and `prediction`; see `lrsa_ds.train.predictions`.
-        answers: a row for each answer and cache, with `when`, `step` and what `lrsa_ds.train.answers` says.
+        answers: a row for each answer and cache, with `when`, `step` and the columns of `lrsa_ds.train.answers`.
     """
 
     scores: list[dict]
@@ -67,15 +67,15 @@ def evaluate(
     """Exact match and token accuracy of the answers, by task and cache, the same on every rank.
 
     Args:
-        examples: all of them on every rank; each rank takes its share.
-        on_batch: called before each batch and at the end, with the answers that are done and those of all caches.
+        examples: all of them, on every rank; each rank processes its share.
+        on_batch: called before each batch and at the end, with the number of answers done and of all, over all caches.
     """
     was_training = engine.training
     engine.eval()
     pad_id = tokenizer.pad_token_id
     batches = _batches(examples, config, pad_id, mesh.row_multiple)
     num_slots = max(1, *(batch.num_target_tokens for batch in batches))
-    # Under ZeRO-3 every pass is a collective: a rank without a batch of its own runs an empty one along.
+    # Under ZeRO-3 every pass is a collective: a rank without a batch runs an empty one.
     idle = collate([padding_sequence(config.seq_len, pad_id)] * config.optim.micro_batch, mesh.row_multiple)
     batches += [idle] * (-len(batches) % mesh.dp_size)
     shown = ShownAnswers(examples)
@@ -135,7 +135,7 @@ def look_inside(
 
 
 def _batches(examples: list[Example], config: TrainConfig, pad_id: int, multiple_of: int) -> list[PackedSequence]:
-    """All examples, each known by its place in the list, in batches of `micro_batch` sequences."""
+    """All examples, numbered by their index in the list, in batches of `micro_batch` sequences."""
     numbered = (replace(example, index=i) for i, example in enumerate(examples))
     sequences = list(pack(numbered, config.seq_len, pad_id))
     size = config.optim.micro_batch
@@ -148,7 +148,7 @@ def _num_examples(row: PackedSequence) -> int:
 
 
 def _targets(row: PackedSequence, parts: tuple[slice, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each target in these parts of a whole row: the number of its example, and its place among its targets."""
+    """For each target in these parts of a complete row: the number of its example, and its place among the targets."""
     lengths, is_target = torch.tensor(row.document_lengths), row.labels != IGNORE
     document = torch.arange(len(lengths)).repeat_interleave(lengths)
     counts = document[is_target].bincount(minlength=len(lengths))
@@ -159,16 +159,16 @@ def _targets(row: PackedSequence, parts: tuple[slice, ...]) -> tuple[torch.Tenso
 
 
 def _num_answers(example: Example) -> int:
-    """Runs of targets: the answers of a conversation."""
+    """Number of runs of targets: the answers of a conversation."""
     is_target = [label != IGNORE for label in example.labels]
     return sum(is_target[i] and not is_target[i - 1] for i in range(1, len(is_target)))
 
 
 def _answers(row: PackedSequence, parts: tuple[slice, ...]) -> torch.Tensor:
-    """Of each target in these parts of a whole row: the number of its answer within its document."""
+    """For each target in these parts of a complete row: the number of its answer within its document."""
     lengths, is_target = torch.tensor(row.document_lengths), row.labels != IGNORE
     document = torch.arange(len(lengths)).repeat_interleave(lengths)
-    # The last label of a document is no target, so that no run of targets goes on in the next one.
+    # The last label of a document is not a target, so no run of targets continues in the next document.
     begins = is_target & ~torch.cat([torch.zeros(1, dtype=torch.bool), is_target[:-1]])
     counts = document[begins].bincount(minlength=len(lengths))
     number = begins.cumsum(0) - 1 - (counts.cumsum(0) - counts)[document]
@@ -176,7 +176,7 @@ def _answers(row: PackedSequence, parts: tuple[slice, ...]) -> torch.Tensor:
 
 
 def _add_scores(totals_A3: torch.Tensor, answers_T: torch.Tensor, statistics_T3: torch.Tensor) -> None:
-    """Adds to each target's answer a token, whether it is correct, and its negative log-likelihood."""
+    """Adds each target to the totals of its answer: one token, whether it is correct, and its nll."""
     nll, correct, _ = statistics_T3.unbind(dim=1)
     totals_A3.index_add_(0, answers_T, torch.stack([torch.ones_like(nll), correct, nll], dim=1))
 

@@ -1,4 +1,4 @@
-"""Does sequence parallelism change the training? Two steps of one configuration with it and without, side by side."""
+"""Compares training with and without sequence parallelism: two steps of one configuration, side by side."""
 
 import gc
 from collections.abc import Callable
@@ -22,23 +22,23 @@ from lrsa_ds.train.trainer import Engine
 
 NUM_STEPS = 2
 # Relative differences of losses and of gradients that rounding explains. In bf16 another order of summation may change
-# which keys are kept, where two scores are close: the gradient of one weight then differs by far more than the norm.
+# which keys are kept if two scores are close: then the gradient of one weight differs by far more than the norm.
 TOLERANCES = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (1e-2, 3e-1)}
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Metrics of the steps, and the first step's gradients: of each parameter what this rank holds of it, in fp32."""
+    """Metrics of the steps, and gradients of the first step: for each parameter this rank's part, in fp32."""
 
     rows: list[dict]
     gradients: dict[str, torch.Tensor]
 
 
 def selftest(config: TrainConfig, procedure: Procedure) -> bool:
-    """Prints the comparison on rank 0. Returns, on every rank, whether the differences are those of rounding.
+    """Prints the comparison on rank 0. Returns, on every rank, whether rounding explains the differences.
 
     Raises:
-        LRSAError: the configuration asks for no sequence parallelism, or anything that a run refuses.
+        LRSAError: the configuration has no sequence parallelism, or a run would refuse it.
     """
     StopRequest()
     size = config.parallel.sp_size
@@ -46,7 +46,7 @@ def selftest(config: TrainConfig, procedure: Procedure) -> bool:
     config = replace(config, output_dir=None)
     plan = prepare(config, procedure)
     mesh = start_mesh(size, exchange=config.parallel.exchange)
-    # As many sequences in a step: there are `size` times fewer replicas with sequence parallelism than without.
+    # Equally many sequences in a step: with sequence parallelism there are `size` times fewer replicas.
     shared = _measure(_two_steps(config, size, config.optim.grad_accum * size), plan, mesh)
     alone = _measure(_two_steps(config, 1, config.optim.grad_accum), plan, replace(mesh, sequence=None))
     worst, name = _worst_gradient(shared.gradients, alone.gradients, mesh)
@@ -66,7 +66,7 @@ def _two_steps(config: TrainConfig, sp_size: int, grad_accum: int) -> TrainConfi
 def _measure(config: TrainConfig, plan: Plan, mesh: Mesh) -> Measured:
     torch.manual_seed(config.seed)
     engine = build_engine(config, plan, mesh)
-    # Under ZeRO-3 a rank holds its part of every gradient; both runs cut them alike, so the parts can be compared.
+    # Under ZeRO-3 a rank holds a part of every gradient; both runs shard alike, so the parts can be compared.
     sharded = config.zero.stage == 3
     read = deepspeed.utils.safe_get_local_grad if sharded else deepspeed.utils.safe_get_full_grad
     gradients, rows = keep_gradients(engine, read), []
@@ -80,7 +80,7 @@ def _measure(config: TrainConfig, plan: Plan, mesh: Mesh) -> Measured:
 
 
 def keep_gradients(engine: Engine, read: Callable[[torch.nn.Parameter], Any]) -> dict[str, torch.Tensor]:
-    """A dict that will hold, on the CPU, what `read` gives for each trained parameter just before the first step."""
+    """A dict, on the CPU, that receives `read(parameter)` of each trained parameter just before the first step."""
     gradients: dict[str, torch.Tensor] = {}
     take_step = engine.step
 
@@ -96,11 +96,11 @@ def keep_gradients(engine: Engine, read: Callable[[torch.nn.Parameter], Any]) ->
 
 
 def _worst_gradient(actual: dict, expected: dict, mesh: Mesh) -> tuple[float, str]:
-    """The largest relative error of a whole gradient (RMS of the difference over RMS), and whose it is."""
+    """The largest relative error of a complete gradient (RMS of the difference / RMS), and its parameter's name."""
     names = list(expected)
     squares = [[(actual[n] - expected[n]).square().sum().item(), expected[n].square().sum().item()] for n in names]
     totals = torch.tensor(mesh.sum([x for pair in squares for x in pair]), dtype=torch.float64).view(-1, 2).sqrt()
-    # A gradient that is zero but for rounding (a bias of the keys has no effect) is measured against the largest one.
+    # A gradient that is zero up to rounding (a bias of the keys has no effect) is compared with the largest one.
     scale = totals[:, 1].clamp(min=1e-6 * totals[:, 1].max().item())
     errors = totals[:, 0] / scale
     place = int(errors.argmax())

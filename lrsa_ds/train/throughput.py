@@ -1,4 +1,4 @@
-"""How much of the GPU a step uses: operations a second, their share of the peak, time by phase, and host memory."""
+"""How well a step uses the GPU: operations per second, their share of the peak, time by phase, and host memory."""
 
 import time
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from lrsa_ds.process.launcher import ranks_of_host
 
 
 def passes_of(config: TrainConfig, retentions: Sequence[float]) -> Passes:
-    """How a step goes through the model; `retentions` are those of the objective's passes without gradients."""
+    """The passes of a step through the model; `retentions` are those of the objective's passes without gradients."""
     return Passes(
         checkpointing=config.activation_checkpointing,
         tiled_mlp=num_tiles(config) > 1,
@@ -26,47 +26,47 @@ def passes_of(config: TrainConfig, retentions: Sequence[float]) -> Passes:
 
 
 def peak_of(config: TrainConfig, device_name: str) -> float | None:
-    """Dense bf16 peak of a GPU in TFLOPS: `log.peak_tflops`, or that of a known GPU; None if neither is there."""
+    """Dense bf16 peak of a GPU in TFLOPS: `log.peak_tflops`, or that of a known GPU; None if neither is known."""
     known = gpu_of_device(device_name)
     return config.log.peak_tflops or (known.peak_tflops if known else None)
 
 
 def describe_peak(config: TrainConfig, device_name: str) -> str:
-    """What a run says where `mfu` is left out; else empty."""
+    """A sentence for a run without `mfu`; else empty."""
     if peak_of(config, device_name) is not None:
         return ""
     return f"mfu is left out: the peak of {device_name} is not known; give it in TFLOPS as log.peak_tflops"
 
 
 class Throughput:
-    """Counts the operations of steps, and what they are a second on each GPU.
+    """Counts the operations of steps, and converts them to rates per GPU.
 
     Args:
-        config: with the settings of every layer.
+        config: with the settings of each layer.
     """
 
     def __init__(self, config: TrainConfig, objective: Objective, device_name: str, world_size: int):
-        self._shape = model_shape(objective.lm)  # None: no operations are counted, and no figure of them is given
+        self._shape = model_shape(objective.lm)  # None: operations are not counted, and no rates are logged
         self._passes = passes_of(config, objective.retentions)
         self._peak = peak_of(config, device_name)
         self._world_size = world_size
         self._executed = self._dense = 0.0
 
     def count(self, document_lengths: Sequence[int], num_slots: int, attention: AnyConfig) -> tuple[float, float]:
-        """Operations over a packed row: executed, and if the attention were dense."""
+        """Operations for a packed row: executed, and with dense attention."""
         if self._shape is None:
             return 0.0, 0.0
         flops = step_flops(self._shape, self._passes, document_lengths, num_slots, attention)
         return flops.executed.total, flops.dense.total
 
     def begin(self, executed: float, dense: float) -> None:
-        """Takes the operations of a step, over all ranks."""
+        """Sets the operations of a step, over all ranks."""
         self._executed, self._dense = executed, dense
 
     def rates(self, seconds: float) -> dict[str, float]:
-        """`tflops_executed`, `tflops_dense` and `mfu` of a GPU in the step, which took so many seconds.
+        """`tflops_executed`, `tflops_dense` and `mfu` per GPU, for the step that took `seconds`.
 
-        Nothing for a model whose operations cannot be counted.
+        Empty for a model whose operations cannot be counted.
         """
         if self._shape is None:
             return {}
@@ -76,7 +76,7 @@ class Throughput:
 
 
 class PhaseClock:
-    """Times the phases of a step in the order of the work: on a GPU by events, so that nothing waits for them."""
+    """Times the phases of a step; on a GPU with events, so that the host does not wait."""
 
     def __init__(self, device: torch.device):
         self._is_cuda = device.type == "cuda"
@@ -86,11 +86,11 @@ class PhaseClock:
         self._laps = [("", self._now())]
 
     def lap(self, phase: str) -> None:
-        """The work since the last call was that of `phase`."""
+        """Attributes the work since the last call to `phase`."""
         self._laps.append((phase, self._now()))
 
     def seconds(self, phases: Sequence[str]) -> list[float]:
-        """Of each phase, summed over the step so far."""
+        """Seconds of each phase, summed over the step so far."""
         totals = dict.fromkeys(phases, 0.0)
         for (_, before), (phase, after) in zip(self._laps, self._laps[1:], strict=False):
             totals[phase] += _between(before, after)
@@ -118,5 +118,5 @@ def host_memory_gb() -> float:
 
 
 def num_hosts(world_size: int) -> int:
-    """Hosts of the run, as the launcher says it."""
+    """Number of hosts of the run, from the launcher's variables."""
     return max(1, world_size // ranks_of_host(otherwise=world_size))

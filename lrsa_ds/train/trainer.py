@@ -25,7 +25,7 @@ from lrsa_ds.parallel.zero import gradient_scale
 from lrsa_ds.settings.run import OptimConfig
 from lrsa_ds.train.throughput import PhaseClock, Throughput, host_memory_gb, num_hosts
 
-# Rows left out that are named in one step; the others are counted.
+# Maximum number of left-out rows to print in one step; the others are counted.
 MOST_REASONS = 10
 PHASES = ("forward", "backward", "optimizer")
 
@@ -43,7 +43,7 @@ def cosine_schedule(optim: OptimConfig) -> Callable[[int], float]:
 
 
 def held_of(row: PackedSequence, mesh: Mesh) -> PackedSequence:
-    """What this rank holds of a row."""
+    """This rank's shard of a row."""
     return shard(row, mesh.local_tokens(len(row.labels)), is_first=mesh.sp_rank == 0)
 
 
@@ -55,10 +55,10 @@ def forward(
     mesh: Mesh,
     attend: AttentionFunction | None = None,
 ) -> Any:
-    """One pass of the objective over this rank's shard of a row; returns what `Objective.forward` does.
+    """One pass of the objective over this rank's shard of a row; returns the result of `Objective.forward`.
 
     Args:
-        attend: an attention function in place of that of `mesh`.
+        attend: replaces the attention function of `mesh`.
     """
     return engine(
         input_ids=batch.input_ids[None].to(mesh.device, non_blocking=True),
@@ -75,9 +75,9 @@ class Trainer:
     """Runs optimizer steps of `engine` over this rank's share of the data, up to `config.optim.num_steps`.
 
     Args:
-        steps: the data of one step after the other, from that of `first_step` on.
-        first_step: steps that were done before.
-        doing: told what this rank begins.
+        steps: the data of the steps in order, starting after `first_step`.
+        first_step: number of steps completed earlier.
+        doing: called with a description of what this rank begins to do.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class Trainer:
     ) -> None:
         """Trains, and calls `on_step` after each step with its metrics and the position of the data after it.
 
-        Both are the same on every rank. `before_step` is called with the number of the step that begins, from 1.
+        Both are the same on every rank. `before_step` is called with the number of the next step, counted from 1.
         """
         self.engine.train()
         reset_peak_memory(self.mesh.device)
@@ -128,7 +128,7 @@ class Trainer:
         """One optimizer step: `grad_accum` micro-batches of `micro_batch` sequences. Returns its metrics."""
         mesh, size = self.mesh, self.config.optim.micro_batch
         if mesh.sequence is not None:
-            mesh.sequence.traffic.clear()  # what an evaluation has sent since the last step belongs to no step
+            mesh.sequence.traffic.clear()  # bytes of an evaluation belong to no step
         rows = [collate(sequences[i : i + size], mesh.row_multiple) for i in range(0, len(sequences), size)]
         batches = [held_of(row, mesh) for row in rows]
         counts = [float(b.num_target_tokens) for b in batches]
@@ -136,7 +136,7 @@ class Trainer:
         num_tokens, num_targets = mesh.sum([sum(float(b.num_tokens) for b in batches), sum(counts)])
         waited = time.perf_counter() - arrived
         slots = mesh.max(counts)
-        require(num_targets > 0, f"step {step + 1} has no target token: look at the answers of the data.")
+        require(num_targets > 0, f"step {step + 1} has no target token: check the answers of the data.")
         attention = self.attention.at_step(step)
         compressed = self._compression(rows, attention)
         flops = self._local_flops(rows, slots, attention)
@@ -151,7 +151,7 @@ class Trainer:
             if bad:
                 self._report_bad_loss(step, batch, bad)
                 num_skipped += len(bad)
-                # A pass is a collective: the others repeat theirs, while those with a bad loss go over padding.
+                # A pass is a collective: the other ranks repeat theirs, and those with a bad loss process padding.
                 if mesh.dp_rank in bad:
                     padding = padding_sequence(sum(batch.document_lengths), pad_id=0)
                     batch = held_of(padding, mesh)
@@ -183,9 +183,9 @@ class Trainer:
         }
 
     def _local_flops(self, rows: list[PackedSequence], slots: list[float], attention: AnyConfig) -> list[float]:
-        """Operations of the step over this rank's rows, padding included: executed, and if all attention were dense."""
+        """Operations of the step for this rank's rows, including padding: executed, and with dense attention."""
         mesh, size = self.mesh, self.mesh.sp_size
-        mine = zip(rows, slots, strict=True) if mesh.sp_rank == 0 else []  # of the ranks that share a row one counts it
+        mine = zip(rows, slots, strict=True) if mesh.sp_rank == 0 else []  # one rank counts for all that share a row
         counts = [
             self.throughput.count(row.document_lengths, size * max(1, int(num_slots)), attention)
             for row, num_slots in mine
@@ -193,23 +193,23 @@ class Trainer:
         return [float(sum(of_rows)) for of_rows in zip((0, 0), *counts, strict=True)]
 
     def _memory_and_times(self, waited: float) -> dict[str, float]:
-        """Memory of the fullest GPU, and seconds by phase, of the rank where each took longest."""
+        """Memory of the fullest GPU, and seconds by phase, on the slowest rank for each."""
         mesh = self.mesh
         names = ("peak_memory_gb", "wait_seconds", *(f"{phase}_seconds" for phase in PHASES))
         most = mesh.max([peak_memory_gb(mesh.device), waited, *self.clock.seconds(PHASES)])
         return dict(zip(names, most, strict=True))
 
     def _compression(self, rows: list[PackedSequence], attention: AnyConfig) -> dict[str, float]:
-        """How many times smaller the caches of the step's documents are, and tokens in documents that are too short."""
+        """How many times smaller the caches of the step's documents are, and tokens in documents too short for LRSA."""
         if attention.is_dense:
             return {}
-        mine = rows if self.mesh.sp_rank == 0 else []  # of the ranks that share a row one counts it
+        mine = rows if self.mesh.sp_rank == 0 else []  # one rank counts for all that share a row
         lengths = [n for row in mine for n, i in zip(row.document_lengths, row.example_indices, strict=True) if i >= 0]
         total = Compression(*self.mesh.sum(list(astuple(Compression.of(lengths, attention)))))
         return {"cache_factor": total.factor, "num_short_tokens": int(total.num_short)}
 
     def _changed_rows(self, data: StepData) -> dict:
-        """Counts the rows that this step leaves out or cuts, and names those that cannot be used."""
+        """Counts rows that this step left out or cut, and prints the reasons of those that cannot be used."""
         reasons = [row.reason for row in data.left_out if not row.is_too_long]
         if self.mesh.is_main:
             for reason in reasons[:MOST_REASONS]:
@@ -224,18 +224,18 @@ class Trainer:
         return {name: count for name, count in counts.items() if count}
 
     def _logged(self, local_sums: torch.Tensor) -> dict[str, float]:
-        """What the objective logs beside the loss, from this rank's sums over targets of the step."""
+        """What the objective logs beside the loss, from this rank's sums over the targets of the step."""
         names = objective_of(self.engine).logged
         return dict(zip(names, self.mesh.sum(local_sums.tolist()), strict=True)) if names else {}
 
     def _replicas_with_bad_loss(self, loss: torch.Tensor) -> list[int]:
-        """Which replicas have a loss that is not finite; the same on every rank."""
+        """Replicas whose loss is not finite; the same on every rank."""
         flags = [0.0] * self.mesh.dp_size
         flags[self.mesh.dp_rank] = float(not math.isfinite(loss.item()))
         return [replica for replica, flag in enumerate(self.mesh.max(flags)) if flag]
 
     def _report_bad_loss(self, step: int, batch: PackedSequence, bad: list[int]) -> None:
-        """Names the samples with a bad loss; unless they are to be skipped, on every rank as an error."""
+        """Prints the samples with a bad loss if they are to be skipped; otherwise raises an error, on every rank."""
         mesh = self.mesh
         mine = [i for i in batch.example_indices if i >= 0] if mesh.dp_rank in bad and mesh.sp_rank == 0 else []
         everyone: list[list[int]] = [[] for _ in range(mesh.world_size)]
@@ -246,10 +246,10 @@ class Trainer:
             if mesh.is_main:
                 print(f"{what}: left out (optim.on_nan=skip)", flush=True)
             return
-        raise LRSAError(f"{what}: lower optim.lr, look at the data, or set optim.on_nan=skip to leave them out.")
+        raise LRSAError(f"{what}: lower optim.lr, check the data, or set optim.on_nan=skip to leave them out.")
 
     def _traffic(self) -> dict[str, float]:
-        """Bytes that a rank sent in a layer in this step, forward and backward, on average over the ranks."""
+        """Bytes that a rank sent for a layer in this step, forward and backward; the mean over the ranks."""
         if self.mesh.sequence is None:
             return {}
         counts = self.mesh.sequence.traffic.take(self.num_layers)
@@ -263,7 +263,7 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """On a GPU the most memory that tensors have held, on the CPU what the process holds now; in 1e9 bytes."""
+    """Peak memory of tensors on a GPU, present memory of the process on the CPU; in 1e9 bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return host_memory_gb()

@@ -44,5 +44,5 @@ def test_states_of_8_bits_belong_to_their_number_of_ranks(tmp_path):
         if name == "adamw":
             assert check_resume(shared, config, "rows") is shared
             continue
-        with pytest.raises(LRSAError, match="that 2 ranks wrote, and states of 8 bits cannot be cut anew for 1: start"):
+        with pytest.raises(LRSAError, match="that 2 ranks wrote, and 8-bit states cannot be resharded for 1: start"):
             check_resume(shared, config, "rows")
