@@ -2,10 +2,10 @@
 # Does a model answer from a smaller cache? Dense tuning against tuning on several caches in turn, on the same data, for
 # the same steps, by several seeds. Needs two GPUs, or one after the other with GPUS="0 0". Parts:
 #     benchmarks/answers.sh data            rows of PASSAGES, articles held out
-#     benchmarks/answers.sh 1 2 3           dense and LRSA tuning with each of these seeds, both at once, 7 minutes each
+#     benchmarks/answers.sh 1 2 3           dense and LRSA tuning with each of these seeds, one on each GPU
 #     benchmarks/answers.sh compare         the table of all seeds that are whole
-# A part that was stopped goes on where it was. Results, without weights, are copied to RESULTS. TINY=1 tries the same
-# with a tiny random model, on a CPU too.
+# Seeds may run at the same time: three commands took 14 minutes on two H100s. A part that was stopped resumes. Results, without weights, are copied
+# to RESULTS. TINY=1 tries the same with a tiny random model, on a CPU too.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
@@ -67,7 +67,7 @@ compare() {
         dense+=,$run lrsa+=,$RESULTS/lrsa_$seed
     done
     [ -n "$dense" ] || { echo "no seed is whole" >&2; return 1; }
-    "$PYTHON" launch/compare.py "dense=${dense#,}" "lrsa=${lrsa#,}" --output "$RESULTS"
+    "$PYTHON" launch/compare.py "dense-tuned=${dense#,}" "LRSA-tuned=${lrsa#,}" --output "$RESULTS"
 }
 
 mkdir -p "$WORK" "$RESULTS"

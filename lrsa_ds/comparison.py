@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,6 +17,9 @@ from lrsa_ds.labels import caches_in_order, factor_name
 from lrsa_ds.logs.journal import read_rows
 from lrsa_ds.logs.metrics import ANSWERS
 from lrsa_ds.pictures import new_figure, save_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 SUMS = ("num_answers", "num_exact", "num_tokens", "num_correct", "nll")
 METRICS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {  # of sums [..., 5]
@@ -26,6 +30,7 @@ METRICS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {  # of sums [..., 
 HEADINGS = {"exact_match": "exact %", "token_accuracy": "tokens %", "nll": "nll"}
 NUM_SAMPLES = 4000
 TAILS = (0.025, 0.975)  # of a 95 % interval
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")  # told apart by colour-blind readers too
 
 
 @dataclass(frozen=True)
@@ -198,27 +203,33 @@ def write_csv(rows: list[dict], path: Path) -> None:
 
 
 def draw(rows: list[dict], path: Path, metric: str = "token_accuracy") -> None:
-    """Writes a PNG: a panel for each task, the metric of each group over the measured size of the cache."""
+    """Writes a PNG: a panel for each task; in it the metric of each group, with its interval, cache by cache."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
-    figure = new_figure(max(4.4, 3.4 * len(tasks)), 3.4)
-    panels = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
-    for panel, task in zip(panels, tasks, strict=True):
-        for group in dict.fromkeys(row["group"] for row in rows):
-            mine = sorted(
-                (r for r in rows if (r["task"], r["group"]) == (task, group)), key=lambda r: r["cache_factor"]
-            )
-            ends = [
-                [max(0.0, s * (r[metric] - r[metric + end])) for r in mine] for s, end in ((1, "_low"), (-1, "_high"))
-            ]
-            factors, values = [row["cache_factor"] for row in mine], [row[metric] for row in mine]
-            panel.errorbar(factors, values, yerr=ends, marker="o", markersize=4, linewidth=1.4, capsize=2, label=group)
-        panel.set_xscale("log", base=2)
-        panel.set_xticks([1, 2, 4, 8], ["1×", "2×", "4×", "8×"])
-        panel.minorticks_off()
-        panel.set_title(task, fontsize=9.5)
-        panel.set_xlabel("how many times smaller the cache was", fontsize=8.5)
-        panel.grid(alpha=0.25, linewidth=0.6)
-        panel.tick_params(labelsize=8.5)
-    panels[0].set_ylabel(HEADINGS[metric], fontsize=8.5)
-    panels[0].legend(fontsize=8, frameon=False)
+    caches = caches_in_order(rows)
+    labels = [f"{name}, {factor_name(row['cache_factor'] for row in rows if row['cache'] == name)}" for name in caches]
+    across = min(3, len(tasks))
+    down = math.ceil(len(tasks) / across)
+    figure = new_figure(2.2 + 2.6 * across, 0.9 + down * (0.6 + 0.28 * len(caches)))
+    panels = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).flatten()
+    for panel, task in zip(panels, tasks, strict=False):
+        _draw_task(panel, [row for row in rows if row["task"] == task], caches, metric)
+        panel.set_title(task, fontsize=10)
+    for panel in panels[len(tasks) :]:
+        panel.set_axis_off()
+    panels[0].set_yticks(range(len(caches)), labels)
+    panels[0].invert_yaxis()
+    figure.supxlabel(f"{HEADINGS[metric]}, with 95 % intervals", fontsize=9.5)
+    figure.legend(*panels[0].get_legend_handles_labels(), fontsize=9, frameon=False, loc="outside upper left", ncols=4)
     save_figure(figure, path)
+
+
+def _draw_task(panel: "Axes", rows: list[dict], caches: list[str], metric: str) -> None:
+    groups = list(dict.fromkeys(row["group"] for row in rows))
+    for number, group in enumerate(groups):
+        mine = [row for row in rows if row["group"] == group]
+        heights = [caches.index(row["cache"]) + 0.24 * (number - (len(groups) - 1) / 2) for row in mine]
+        ends = [[max(0.0, s * (r[metric] - r[metric + end])) for r in mine] for s, end in ((1, "_low"), (-1, "_high"))]
+        values, color = [row[metric] for row in mine], COLORS[number % len(COLORS)]
+        panel.errorbar(values, heights, xerr=ends, fmt="o", color=color, markersize=4.5, capsize=2.5, label=group)
+    panel.grid(alpha=0.3, linewidth=0.6)
+    panel.tick_params(labelsize=9)
