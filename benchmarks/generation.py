@@ -5,13 +5,14 @@ import time
 from collections.abc import Callable
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
 from benchmarks.timing import gpu_ms, peak_gb, percentiles, timed
 from lrsa_ds import LagKVCache, LRSAConfig, apply_lrsa, generate, prefill
 from lrsa_ds.models import generation
 from lrsa_ds.models.cache import cached_states
+from lrsa_ds.models.liger import apply_liger
 
 # Shapes of models whose weights do not matter: (hidden, intermediate, layers, query heads, KV heads).
 SHAPES = {"tiny": (64, 128, 2, 4, 2), "1.5b": (1536, 8960, 28, 12, 2), "8b": (4096, 14336, 32, 32, 8)}
@@ -51,7 +52,8 @@ def captured(function: Callable[[], object]) -> torch.cuda.CUDAGraph:
 
 def cache_gb(cache: Cache) -> float:
     """Memory that the keys and values take."""
-    return sum(x.untyped_storage().nbytes() for states in cached_states(cache) for x in states) / 1e9
+    states = [x for layer in cache.layers for x in (layer.keys, layer.values) if x is not None]
+    return sum(x.untyped_storage().nbytes() for x in states) / 1e9
 
 
 @torch.no_grad()
@@ -136,7 +138,7 @@ def fill(cache: Cache, model: PreTrainedModel, num_tokens: int, streams: int) ->
     """Random keys and values of so many tokens, the same in every row: what they are makes no difference in time."""
     config = model.config
     shape = (1, config.num_key_value_heads, num_tokens, config.hidden_size // config.num_attention_heads)
-    keys, values = torch.randn(2, *shape, device=model.device, dtype=model.dtype).expand(2, *shape).unbind()
+    keys, values = torch.randn(2, *shape, device=model.device, dtype=model.dtype)
     if isinstance(cache, LagKVCache):
         cache.begin_pass(rows=None)
     for layer in range(config.num_hidden_layers):
@@ -149,6 +151,8 @@ def fill(cache: Cache, model: PreTrainedModel, num_tokens: int, streams: int) ->
 def decoding_rows(options: argparse.Namespace, num_tokens: int, device: torch.device, add: Callable) -> None:
     """Rows of one context length: tokens through `lrsa_ds.generate`, the dense cache too, and transformers' own."""
     model = random_model(options.model, num_tokens, device)
+    if options.liger:
+        apply_liger(model)
     room = num_tokens + WARM_UP + DECODED_TOKENS + 2
     for streams in options.streams:
         what = f"token, {streams} stream{'s' * (streams > 1)}"
@@ -156,23 +160,23 @@ def decoding_rows(options: argparse.Namespace, num_tokens: int, device: torch.de
             config = settings_of(options, retention)
             apply_lrsa(model, config)
             cache = fill(LagKVCache(config, max_tokens=room), model, num_tokens, streams)
-            add(
-                *(("dense", None) if config.is_dense else ("LRSA", config)),
-                what,
-                _through(generate, model, cache, streams),
-            )
+            names = ("dense", None) if config.is_dense else ("LRSA", config)
+            add(*names, what, _through(generate, model, cache, streams))
             del cache
         model.set_attn_implementation("sdpa")
-        stock = fill(DynamicCache(config=model.config), model, num_tokens, streams)
-        add("transformers", None, what, _through(generation.generate, model, stock, streams))
-        del stock
+        for name in ("transformers", "compiled")[: 1 + options.compiled]:
+            stock = DynamicCache(config=model.config) if name == "transformers" else StaticCache(model.config, room)
+            add(
+                name, None, what, _through(generation.generate, model, fill(stock, model, num_tokens, streams), streams)
+            )
+            del stock
 
 
 def _through(
     answer: Callable[..., torch.Tensor], model: PreTrainedModel, cache: Cache, streams: int
 ) -> dict[str, float | str]:
     """Times of tokens that a function generates behind a filled cache."""
-    given = cache.get_seq_length() + 1
+    given = int(cache.get_seq_length()) + 1
     text = torch.randint(0, 32000, (1, given), device=model.device).expand(streams, -1)
     options = dict(past_key_values=cache) if answer is generation.generate else dict(cache=cache)
     options |= dict(do_sample=False, attention_mask=torch.ones_like(text))

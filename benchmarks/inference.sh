@@ -7,7 +7,7 @@ PYTHON=${PYTHON:-.venv/bin/python}
 OUT=${OUT:-outputs/benchmarks}
 mkdir -p "$OUT"
 measure() { "$PYTHON" launch/benchmark.py generation --model "${MODEL:-1.5b}" --csv "$OUT/inference.csv" "$@"; }
-decode() { "$PYTHON" launch/benchmark.py decoding --model "${MODEL:-1.5b}" --csv "$OUT/decoding.csv" "$@"; }
+decode() { "$PYTHON" launch/benchmark.py decoding --model "${MODEL:-1.5b}" --csv "$OUT/decoding.csv" ${LIGER:+--liger} "$@"; }
 
 part() {
     case $1 in

@@ -54,6 +54,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--chunks-at-once", type=int, help="of prefilling; default: as many as --max-tokens-at-once")
     parser.add_argument("--max-tokens-at-once", type=int, default=MAX_TOKENS_AT_ONCE, help="of prefilling")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 8], help="of decoding: rows of a batch")
+    parser.add_argument("--liger", action="store_true", help="of decoding: Liger's kernels in the model")
+    parser.add_argument(
+        "--compiled", action="store_true", help="of decoding: also transformers' static cache, compiled (minutes)"
+    )
     parser.add_argument("--model", choices=SHAPES, default="1.5b", help="of generation and decoding; random weights")
     parser.add_argument("--repetitions", type=int, default=10)
     parser.add_argument("--csv", type=Path, default=Path("outputs/benchmark.csv"))

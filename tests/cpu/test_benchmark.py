@@ -76,13 +76,14 @@ def test_generation_is_timed(tmp_path):
 
 def test_tokens_of_generate_are_timed(tmp_path):
     options = Namespace(model="tiny", retention=[0.125], sink_size=16, lag_size=64, streams=[1, 2])
+    options.liger, options.compiled = False, True
     rows = []
     decoding_rows(options, 512, torch.device("cpu"), lambda *row: rows.append(row))
     names = [(method, config and config.num_kept, what) for method, config, what, _ in rows]
     assert names == [
         (method, kept, what)
         for what in ("token, 1 stream", "token, 2 streams")
-        for method, kept in (("dense", None), ("LRSA", 8), ("transformers", None))
+        for method, kept in (("dense", None), ("LRSA", 8), ("transformers", None), ("compiled", None))
     ]
     dense, compressed, stock = (values["cache_gb"] for *_, values in rows[:3])
     assert compressed < stock / 2 < dense and all(values["ms_p50"] > 0 for *_, values in rows)
