@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from lrsa_ds.attention.partition import num_held
 from lrsa_ds.labels import retention_name
-from lrsa_ds.layers import AnyConfig
+from lrsa_ds.layers import AnyConfig, of_lrsa
 
 
 @dataclass
@@ -56,7 +56,7 @@ def long_answers_sentence(lengths: tuple[int, int], config: AnyConfig) -> str | 
     Args:
         lengths: what one answer in ten reaches, and the longest, in tokens (`DataReport.long_answers`).
     """
-    kept = max(layer.num_kept for layer in config.layers)  # it suffices that some layer holds it
+    kept = max(layer.num_kept for layer in of_lrsa(config).layers)  # it suffices that some layer holds it
     usual, longest = lengths
     if not 0 < kept < usual:
         return None

@@ -1,24 +1,21 @@
-"""Settings layer by layer: the ranges in which they are written, and one `LRSAConfig` for each layer.
+"""Settings layer by layer: one `LRSAConfig` for each layer of a model, beside layers of other kinds.
 
 `attention.layers` maps layers ("3 7 9-11", "2-" up to the last one, "rest") to a retention, 1.0 for dense attention, to
 several settings, or to None for those of the run; see `read_layers`.
 """
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 from typing import Any
 
 from lrsa_ds.errors import require
 from lrsa_ds.labels import retention_name
-from lrsa_ds.lrsa_config import LRSAConfig, require_retention
+from lrsa_ds.layer_ranges import read_layers, written_layers
+from lrsa_ds.layer_settings import Layers, LayerSettings, ModelLayers
+from lrsa_ds.lrsa_config import LRSAConfig
 
-KEY = "attention.layers"
 TURNS = "turns"  # in what a saved model remembers: all settings that it was trained with
-REST = "rest"  # the key that stands for all layers that no other names
-SETTINGS = ("retention", "sink_size", "lag_size", "selection", "value_weight")  # what a layer may have of its own
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,7 @@ class LayeredConfig:
         """The smallest of the layers that drop something."""
         return min(config.lag_size for config in self._compressing)
 
-    def at_retention(self, retention: float) -> "AnyConfig":
+    def at_retention(self, retention: float) -> "OfLRSA":
         """The same at another retention: dense layers stay dense, all others have it; 1.0 is dense attention.
 
         At its own mean share kept it is itself.
@@ -81,15 +78,94 @@ class LayeredConfig:
         return {"layers": [config.saved() for config in self.layers]}
 
 
-AnyConfig = LRSAConfig | LayeredConfig
+OfLRSA = LRSAConfig | LayeredConfig  # what is written, and what a model remembers
 
 
-def uniform(configs: list[LRSAConfig]) -> AnyConfig:
+@dataclass(frozen=True)
+class MixedConfig:
+    """The settings of a model with layers of other kinds; made by `in_model`, and of use wherever the others are.
+
+    What it says of retention and sizes is that of the layers that LRSA takes.
+
+    Args:
+        of_lrsa: the settings of these layers, in their order.
+    """
+
+    of_lrsa: OfLRSA
+    model: ModelLayers
+
+    @property
+    def layers(self) -> tuple[LayerSettings, ...]:
+        return tuple(self.at_layer(index) for index in range(len(self.model)))
+
+    def at_layer(self, index: int) -> LayerSettings:
+        other = self.model.others[index]
+        if other is not None:
+            return replace(other, backend=self.of_lrsa.at_layer(0).backend)
+        return self.of_lrsa.at_layer(self.model.taken.index(index))
+
+    @property
+    def written(self) -> OfLRSA:
+        """The settings without the layers of other kinds: these stand in the configuration of the model."""
+        taken = self.model.taken
+        each = [self.of_lrsa.at_layer(taken.index(i) if i in taken else 0) for i in range(len(self.model))]
+        return uniform(each)
+
+    @property
+    def share_kept(self) -> float:
+        return self.of_lrsa.share_kept
+
+    @property
+    def retention(self) -> float:
+        return self.of_lrsa.retention
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the layers that LRSA takes keep everything."""
+        return self.of_lrsa.is_dense
+
+    @property
+    def dense_prefix_size(self) -> int:
+        return self.of_lrsa.dense_prefix_size
+
+    @property
+    def sink_size(self) -> int:
+        return self.of_lrsa.sink_size
+
+    @property
+    def lag_size(self) -> int:
+        return self.of_lrsa.lag_size
+
+    def at_retention(self, retention: float) -> "MixedConfig":
+        return replace(self, of_lrsa=self.of_lrsa.at_retention(retention))
+
+    def saved(self) -> dict[str, Any]:
+        return self.written.saved()
+
+
+AnyConfig = OfLRSA | MixedConfig
+
+
+def of_lrsa(config: AnyConfig) -> OfLRSA:
+    """The settings of the layers that LRSA takes, in their order."""
+    return config.of_lrsa if isinstance(config, MixedConfig) else config
+
+
+def in_model(config: AnyConfig, model: Layers) -> AnyConfig:
+    """The settings of every layer of a model: `config` where LRSA takes it, and its own where it is of another kind."""
+    model = ModelLayers.of(model)
+    config = config.written if isinstance(config, MixedConfig) else config
+    if len(model.taken) == len(model):
+        return config
+    return MixedConfig(uniform([config.at_layer(index) for index in model.taken]), model)
+
+
+def uniform(configs: Sequence[LRSAConfig]) -> OfLRSA:
     """One configuration for all layers where they are alike, or else each layer's own."""
     return configs[0] if len(set(configs)) == 1 else LayeredConfig(tuple(configs))
 
 
-def from_saved(settings: Mapping[str, Any]) -> AnyConfig:
+def from_saved(settings: Mapping[str, Any]) -> OfLRSA:
     """What `saved` of either kind has written; a model of the first release has one configuration for all layers."""
     if "layers" not in settings:
         return LRSAConfig(**{name: value for name, value in settings.items() if name != TURNS})
@@ -103,7 +179,7 @@ def saved_turns(configs: Sequence[AnyConfig]) -> dict[str, Any]:
     return smallest if len(turns) == 1 else smallest | {TURNS: [config.saved() for config in turns]}
 
 
-def trained_turns(settings: Mapping[str, Any]) -> list[AnyConfig]:
+def trained_turns(settings: Mapping[str, Any]) -> list[OfLRSA]:
     """All settings that a model was trained with, from what it remembers, in the order in which they were taken."""
     return [from_saved(turn) for turn in settings.get(TURNS, [settings])]
 
@@ -117,7 +193,7 @@ def smallest_of(configs: Iterable[AnyConfig]) -> AnyConfig:
     return largest_first(configs)[-1]
 
 
-def resolve(config: AnyConfig, layers: Mapping[Any, Any] | None, num_layers: int) -> AnyConfig:
+def resolve(config: AnyConfig, layers: Mapping[Any, Any] | None, model: Layers) -> AnyConfig:
     """The settings of each of the model's layers.
 
     Args:
@@ -125,16 +201,18 @@ def resolve(config: AnyConfig, layers: Mapping[Any, Any] | None, num_layers: int
         layers: from layers to what they have instead; see `read_layers`.
 
     Raises:
-        LRSAError: `layers` is not valid, or not for a model of so many layers.
+        LRSAError: `layers` is not valid, or not for such a model.
     """
+    model = ModelLayers.of(model)
+    config = config.written if isinstance(config, MixedConfig) else config
     if not layers:
         require(
-            len(config.layers) in (1, num_layers),
-            f"the settings are for {len(config.layers)} layers, and the model has {num_layers}.",
+            len(config.layers) in (1, len(model)),
+            f"the settings are for {len(config.layers)} layers, and the model has {len(model)}.",
         )
-        return config
-    values = read_layers(layers).of_each(num_layers)
-    return uniform([settings_of(value, config.at_layer(layer)) for layer, value in enumerate(values)])
+        return in_model(config, model)
+    values = read_layers(layers).of_each(model)
+    return in_model(uniform([settings_of(value, config.at_layer(layer)) for layer, value in enumerate(values)]), model)
 
 
 def settings_of(value: Any, base: LRSAConfig) -> LRSAConfig:
@@ -146,161 +224,20 @@ def settings_of(value: Any, base: LRSAConfig) -> LRSAConfig:
     return base if value is None else base.at_retention(value)
 
 
-@dataclass(frozen=True)
-class WrittenLayers:
-    """What is written about the layers of a model.
-
-    Args:
-        ranges: first layer, last layer (None: the model's last one) and value of each range, in order.
-        rest: the value of all layers that no range names; empty where every layer has to be named.
-    """
-
-    ranges: list[tuple[int, int | None, Any]]
-    rest: list[Any]
-    key: str = KEY
-
-    @property
-    def values(self) -> list[Any]:
-        """Each value that is written."""
-        return [value for *_, value in self.ranges] + self.rest
-
-    def of_each(self, num_layers: int) -> list[Any]:
-        """The value of each of so many layers.
-
-        Raises:
-            LRSAError: a layer is left out, or named and not there, or "rest" is none.
-        """
-        has = f"the model has {num_layers} layers, 0 to {num_layers - 1}"
-        found: dict[int, Any] = {}
-        for first, last, value in self.ranges:
-            largest = first if last is None else last
-            require(largest < num_layers, f"{self.key} names layer {largest}, and {has}.")
-            found |= dict.fromkeys(range(first, num_layers if last is None else last + 1), value)
-        left = [layer for layer in range(num_layers) if layer not in found]
-        require(
-            not left or bool(self.rest),
-            f"{self.key} leaves out {_ranges_of(left)}: {has}; 'rest' means all that are not named.",
-        )
-        require(bool(left) or not self.rest, f"{self.key} names every layer, so that 'rest' is none: {has}.")
-        return [found[layer] if layer in found else self.rest[0] for layer in range(num_layers)]
-
-
-def read_layers(layers: Mapping[Any, Any], key: str = KEY) -> WrittenLayers:
-    """What a mapping says of the layers of a model.
-
-    Args:
-        layers: its keys are a layer (5), a range ("0-1", "2-": up to the last one), several of these with spaces or
-            commas between them ("3 7 9-11"), or "rest" for all others. Its values are a retention, a mapping of
-            settings such as {"retention": 0.0, "lag_size": 128}, an `LRSAConfig`, or None for what all others have.
-        key: the setting, for errors.
-
-    Raises:
-        LRSAError: a key or a value is none of these, or a layer is named twice.
-    """
-    require(
-        isinstance(layers, Mapping) and len(layers) > 0,
-        f"{key} has {layers!r} where settings by layer belong: write {{3 7-9: 1.0, rest: 0.25}}.",
-    )
-    ranges, rest = [], []
-    for name, value in layers.items():
-        _check_value(key, name, value)
-        if name == REST:
-            rest.append(value)
-        else:
-            ranges += [(*_ends(part, key), value) for part in _parts(name)]
-    ranges.sort(key=lambda entry: entry[0])
-    expected: int | None = 0
-    for first, last, _ in ranges:
-        require(expected is not None and first >= expected, f"{key} names layer {first} twice, in {_keys(layers)}.")
-        expected = None if last is None else last + 1
-    return WrittenLayers(ranges, rest, key)
-
-
-def mappings(key: str, layers: Any) -> list[Any]:
-    """The mappings that a setting holds, which is one, a list of them, or nothing.
-
-    Raises:
-        LRSAError: it is something else.
-    """
-    if layers is None or layers == {}:
-        return []
-    require(
-        isinstance(layers, (Mapping, list, tuple)),
-        f"{key}={layers!r} is not valid: write '{key}={{3 7-9: 1.0, rest: 0.25}}', or a list of such mappings.",
-    )
-    return [layers] if isinstance(layers, Mapping) else list(layers)
-
-
-def _check_value(key: str, name: Any, value: Any) -> None:
-    of = f"{key} (of layer {name})"
-    if isinstance(value, Mapping):
-        for setting in value:
-            require(setting in SETTINGS, f"{of} has {setting!r}, which is no setting: choose {', '.join(SETTINGS)}.")
-        value = value.get("retention")
-    if value is not None and not isinstance(value, LRSAConfig):
-        require_retention(of, value)
-
-
-def _parts(name: Any) -> list[Any]:
-    """The layers and ranges of a key."""
-    return re.sub(r"\s*-\s*", "-", name).replace(",", " ").split() or [name] if isinstance(name, str) else [name]
-
-
-def _ends(part: Any, key: str) -> tuple[int, int | None]:
-    """First and last layer of "3", 3, "0-1" or "2-"."""
-    found = re.fullmatch(r"(\d+)(-?)(\d*)", str(part)) if isinstance(part, (str, int)) else None
-    is_range = found is not None and not isinstance(part, bool) and bool(found[2] or not found[3])
-    require(
-        is_range, f"{key} has the key {part!r}: give layers or ranges of layers, such as 5, '0-1', '3 7 9-', or 'rest'."
-    )
-    assert found is not None
-    first = int(found[1])
-    last = first if not found[2] else int(found[3]) if found[3] else None
-    require(last is None or first <= last, f"{key} has the key {part!r}, which ends before it begins.")
-    return first, last
-
-
-def _keys(layers: Mapping[Any, Any]) -> str:
-    return ", ".join(str(key) for key in layers)
-
-
-def written_layers(layers: Iterable[int]) -> str:
-    """Layers as a key names them, such as "3 7 9-11"."""
-    runs: list[list[int]] = []
-    for layer in sorted(layers):
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    return " ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
-
-
-def _ranges_of(layers: list[int]) -> str:
-    return f"layer{'s' * (len(layers) > 1)} {written_layers(layers)}"
-
-
-def describe(config: AnyConfig, one: Callable[[LRSAConfig], str] | None = None) -> str:
+def describe(config: AnyConfig, one: Callable[[LRSAConfig], str] = LRSAConfig.said) -> str:
     """Such as "retention 0.125", or "layers 0-1 dense, 2-27 retention 0.1; mean share kept 0.164".
 
     Args:
-        one: describes the settings of a layer.
+        one: describes the settings of a layer that LRSA takes.
     """
-    one = one or _describe_one
-    if isinstance(config, LRSAConfig):
-        return one(config)
-    each = list(map(one, config.layers))
+    each = [one(layer) if isinstance(layer, LRSAConfig) else layer.said() for layer in config.layers]
     if len(set(each)) == 1:
         return each[0]
-    parts, first = [], 0
-    for said, group in groupby(each):
-        last = first + len(list(group)) - 1
-        parts.append(f"{first}-{last} {said}" if last > first else f"{first} {said}")
-        first = last + 1
-    return f"layers {', '.join(parts)}; mean share kept {config.share_kept:.3g}"
-
-
-def _describe_one(config: LRSAConfig) -> str:
-    return "dense" if config.is_dense else f"retention {config.retention:g}" if config.retention else "window"
+    parts = [
+        f"{written_layers(i for i, said in enumerate(each) if said == kind)} {kind}" for kind in dict.fromkeys(each)
+    ]
+    share = f"; mean share kept {config.share_kept:.3g}" if isinstance(of_lrsa(config), LayeredConfig) else ""
+    return f"layers {', '.join(parts)}{share}"
 
 
 def cache_names(configs: Sequence[AnyConfig]) -> list[str]:
@@ -313,6 +250,7 @@ def cache_names(configs: Sequence[AnyConfig]) -> list[str]:
 
 
 def _cache_name(config: AnyConfig) -> str:
+    config = of_lrsa(config)
     if isinstance(config, LRSAConfig):
         return retention_name(config.retention)
     count = Counter(layer.share_kept for layer in config.layers)

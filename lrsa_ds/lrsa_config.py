@@ -1,9 +1,10 @@
 """`LRSAConfig`: all that LRSA attention needs to know."""
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from lrsa_ds.errors import require, require_one_of, require_whole
+from lrsa_ds.layer_settings import UNLIMITED, LayerSettings
 from lrsa_ds.registry import KERNELS, SELECTION_RULES
 
 AUTO = "auto"  # of the kernels the fastest that is possible
@@ -27,7 +28,7 @@ def require_weight(key: str, value: Any) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LRSAConfig:
+class LRSAConfig(LayerSettings):
     """What Lag-Relative Sparse Attention needs to know (LagKV, arXiv 2504.04704, section 3).
 
     Args:
@@ -43,6 +44,8 @@ class LRSAConfig:
     Raises:
         LRSAError: a value out of its range, or a retention so small that nothing of a partition is kept.
     """
+
+    kind: ClassVar[str] = "lrsa"
 
     sink_size: int = 16
     lag_size: int = 1024
@@ -94,6 +97,34 @@ class LRSAConfig:
     def share_kept(self) -> float:
         """Share of a partition that is kept, K / L."""
         return self.num_kept / self.lag_size
+
+    def num_compressed(self, num_tokens: int) -> int:
+        """Partitions that a cache has compressed to their kept KV after `num_tokens` tokens of a document.
+
+        All complete partitions but the last, from S + 2L tokens on (LagKV, arXiv 2504.04704, equation 12).
+        """
+        return 0 if self.is_dense else max(0, (num_tokens - self.sink_size) // self.lag_size - 1)
+
+    def num_held(self, num_tokens: int) -> int:
+        """All n for n < S + 2L tokens, else S + K (floor((n - S) / L) - 1) + L + (n - S) mod L (LagKV, as above)."""
+        return num_tokens - self.num_compressed(num_tokens) * (self.lag_size - self.num_kept)
+
+    def most_held(self, max_tokens: int) -> int:
+        seen = max_tokens - 1
+        num_compressed = self.num_compressed(seen)
+        # More than behind all tokens may be held before the last compression.
+        before = self.sink_size + (num_compressed + 1) * self.lag_size - 1 if num_compressed else 0
+        return 1 + max(self.num_held(seen), self.num_held(before))
+
+    def room_in_chunk(self, num_tokens: int) -> int:
+        if self.is_dense:
+            return UNLIMITED
+        if num_tokens < self.dense_prefix_size:
+            return self.dense_prefix_size - num_tokens
+        return self.lag_size - (num_tokens - self.sink_size) % self.lag_size
+
+    def said(self) -> str:
+        return "dense" if self.is_dense else f"retention {self.retention:g}" if self.retention else "window"
 
     @property
     def layers(self) -> "tuple[LRSAConfig, ...]":

@@ -1,4 +1,4 @@
-"""Tables of what a setting may name: selection rules, attention kernels, exchanges of sequence parallelism.
+"""Tables of what a setting may name: selection rules, attention kernels, exchanges; and of the kinds of layers.
 
 The tables stand here, below the settings that are checked against them and the code that fills them.
 """
@@ -57,6 +57,7 @@ class Registry(Generic[Entry]):
 
 
 KERNELS: Registry[Any] = Registry("attention.backend")
+LAYER_KINDS: Registry[Any] = Registry("kind of layer")
 EXCHANGES: Registry[Any] = Registry("parallel.exchange")
 SELECTION_RULES: Registry[Any] = Registry(
     "attention.selection", ", or one that a module in plugins adds by lrsa_ds.register_selection"

@@ -8,7 +8,7 @@ from torch.nn.functional import pad
 from lrsa_ds.attention.chunked import attend_causally, attend_chunks
 from lrsa_ds.attention.extras import PLAIN, Extras
 from lrsa_ds.attention.kept_buffer import gather_kept
-from lrsa_ds.attention.kernels.blocks import BLOCK
+from lrsa_ds.attention.kernels.blocks import BLOCK, power_of_two
 from lrsa_ds.attention.kernels.interval import Intervals
 from lrsa_ds.attention.kernels.kernel import Kernel, choose_kernel
 from lrsa_ds.attention.lrsa import in_one_dtype
@@ -16,9 +16,7 @@ from lrsa_ds.attention.partition import (
     Chunk,
     cut,
     intervals_of,
-    num_compressed_partitions,
     partition_table,
-    room_in_chunk,
 )
 from lrsa_ds.attention.selection.rule import Partitions
 from lrsa_ds.attention.selection.select import fast_select_partitions
@@ -49,10 +47,10 @@ def cached_attention(
     if num_new >= BLOCK:
         kernel = choose_kernel(config, q.device, q.dtype, q.shape[3], value_dim=v.shape[3], extras=extras)
         # As many keys as queries: plain causal attention, for which SDPA has dense kernels.
-        is_causal = extras.is_plain and num_seen == 0 and num_new <= room_in_chunk(0, config)
+        is_causal = extras.is_plain and num_seen == 0 and num_new <= config.room_in_chunk(0)
         if not kernel.is_readable and not is_causal:
             return cached_attention_on(kernel, q, k, v, num_seen, config, extras, layer)
-    if num_new <= room_in_chunk(num_seen, config):
+    if num_new <= config.room_in_chunk(num_seen):
         return attend_causally(q, k, v, extras)
     chunks, missing = _chunks(num_seen, num_new, config)
     kept_k, kept_v = _kept(k, v, num_seen, num_new, config, layer)
@@ -76,7 +74,7 @@ def cached_attention_on(
     """
     num_new = q.shape[2]
     kept_k, kept_v = _kept(k, v, num_seen, num_new, config, layer)
-    num_queries, num_keys = _power_of_two(num_new), _power_of_two(kept_k.shape[2] + k.shape[2])
+    num_queries, num_keys = power_of_two(num_new), power_of_two(kept_k.shape[2] + k.shape[2])
     intervals = _intervals(num_seen, num_new, config, kept_k.shape[2], num_queries, q.device)
     tail = (0, 0, 0, num_keys - kept_k.shape[2] - k.shape[2])
     keys, values = (pad(torch.cat(pair, dim=2), tail) for pair in ((kept_k, k), (kept_v, v)))
@@ -84,8 +82,25 @@ def cached_attention_on(
     return extras.with_sinks(*kernel.attend(queries, keys, values, intervals, extras))[0][:, :, :num_new]
 
 
-def _power_of_two(count: int) -> int:
-    return max(BLOCK, 1 << (count - 1).bit_length())
+@torch.no_grad()
+def compress(
+    keys: torch.Tensor, values: torch.Tensor, seen_before: int, seen: int, config: LRSAConfig, layer: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is kept of keys and values [B, G, length, D] once `seen` tokens were seen.
+
+    They are compressed as they were at `seen_before`.
+    """
+    before, after = config.num_compressed(seen_before), config.num_compressed(seen)
+    if before == after:
+        return keys, values
+    first = config.sink_size + before * config.num_kept
+    partitions = Partitions.adjacent(first, after - before, config.lag_size, keys.device, number=before)
+    kept = fast_select_partitions(keys, values, partitions, config, layer)
+    since = first + (after - before) * config.lag_size
+    keys, values = (
+        torch.cat([x[:, :, :first], gather_kept(x, kept.flatten(2)), x[:, :, since:]], dim=2) for x in (keys, values)
+    )
+    return keys, values
 
 
 def _chunks(num_seen: int, num_new: int, config: LRSAConfig) -> tuple[list[Chunk], int]:
@@ -94,7 +109,7 @@ def _chunks(num_seen: int, num_new: int, config: LRSAConfig) -> tuple[list[Chunk
     Token t is at place t - missing of the keys, unless it is in a compressed partition.
     """
     chunks = cut(partition_table((num_seen + num_new,), config).chunks, num_seen, num_seen + num_new)
-    return chunks, num_compressed_partitions(num_seen, config) * (config.lag_size - config.num_kept)
+    return chunks, config.num_compressed(num_seen) * (config.lag_size - config.num_kept)
 
 
 def _kept(
@@ -104,7 +119,7 @@ def _kept(
     documents = partition_table((num_seen + num_new,), config).kept_documents
     if not documents:
         return k[:, :, :0], v[:, :, :0]
-    num_compressed = num_compressed_partitions(num_seen, config)
+    num_compressed = config.num_compressed(num_seen)
     before = config.sink_size + num_compressed * config.num_kept
     # Within one chunk, all partitions of the history are compressed already.
     count = max(0, documents[0].num_partitions - num_compressed)

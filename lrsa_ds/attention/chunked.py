@@ -59,15 +59,22 @@ def attend_causally(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extras: E
     num_queries, num_keys = q.shape[2], k.shape[2]
     # With as many keys as queries no mask is needed: SDPA has fast kernels for plain causal attention.
     square = num_keys == num_queries
-    mask = None
+    if extras.is_plain and (square or num_queries == 1):
+        gqa = q.shape[1] != k.shape[1]
+        return scaled_dot_product_attention(q, k, v, is_causal=square, scale=extras.scale, enable_gqa=gqa)
+    visible = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q.device).tril(num_keys - num_queries)
+    return attend_masked(q, k, v, visible, extras)
+
+
+def attend_masked(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor, extras: Extras
+) -> torch.Tensor:
+    """Attention of each query over the keys that it sees, as `visible`, bool [N, M], says; each sees one at least."""
     if not extras.is_plain:
-        visible = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q.device).tril(num_keys - num_queries)
         return extras.with_sinks(*attend_visible(q, k, v, visible, extras))[0]
-    if not square and num_queries > 1:
-        mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q.device).tril(num_keys - num_queries)
     gqa = q.shape[1] != k.shape[1]
-    if gqa and mask is not None and q.is_cuda:
+    if gqa and q.is_cuda:
         # No fused kernel of SDPA takes both a mask and grouped heads, and the unfused one stores all scores.
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
         gqa = False
-    return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=square, scale=extras.scale, enable_gqa=gqa)
+    return scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=extras.scale, enable_gqa=gqa)

@@ -49,6 +49,20 @@ def lrsa_attention(
 
     Source: LRSA, arXiv 2506.11498; selection by LagKV, arXiv 2504.04704.
     """
+    lengths = check_shapes(q, k, v, document_lengths)
+    extras = extras_of(scale, extras)
+    q, k, v = in_one_dtype(q, k, v)
+    has_history = not config.is_dense and max(lengths) > config.dense_prefix_size
+    kernel = choose_kernel(config, q.device, q.dtype, q.shape[3], has_history, value_dim=v.shape[3], extras=extras)
+    if kernel.is_readable:
+        return chunked_attention(q, k, v, partition_table(lengths, config), extras, layer)
+    return buffered_attention(q, k, v, config, lengths, extras, kernel, layer)
+
+
+def check_shapes(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, document_lengths: Sequence[int] | None
+) -> tuple[int, ...]:
+    """The lengths of the documents of a whole sequence; raises LRSAError unless all shapes fit."""
     num_tokens = q.shape[2]
     require(
         k.shape[2] == v.shape[2] == num_tokens
@@ -58,15 +72,9 @@ def lrsa_attention(
         f"q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)} do not fit: [batch, heads, tokens, head dim] with "
         "as many tokens each, and query heads a multiple of KV heads.",
     )
-    extras = extras_of(scale, extras)
-    q, k, v = in_one_dtype(q, k, v)
     lengths = (num_tokens,) if document_lengths is None else tuple(map(int, document_lengths))
     require(sum(lengths) == num_tokens, f"document_lengths sum to {sum(lengths)}, and there are {num_tokens} tokens.")
-    has_history = not config.is_dense and max(lengths) > config.dense_prefix_size
-    kernel = choose_kernel(config, q.device, q.dtype, q.shape[3], has_history, value_dim=v.shape[3], extras=extras)
-    if kernel.is_readable:
-        return chunked_attention(q, k, v, partition_table(lengths, config), extras, layer)
-    return buffered_attention(q, k, v, config, lengths, extras, kernel, layer)
+    return lengths
 
 
 def in_one_dtype(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

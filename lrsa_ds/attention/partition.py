@@ -100,33 +100,12 @@ def cut(chunks: Iterable[Chunk], lo: int, hi: int) -> list[Chunk]:
     return [replace(c, q_lo=max(c.q_lo, lo), q_hi=min(c.q_hi, hi)) for c in inside]
 
 
-def num_compressed_partitions(num_tokens: int, config: LRSAConfig) -> int:
-    """Number of partitions that a cache has compressed to their kept KV after `num_tokens` tokens of a document.
-
-    All complete partitions but the last, from S + 2L tokens on (LagKV, arXiv 2504.04704, equation 12).
-    """
-    if config.is_dense:
-        return 0
-    return max(0, (num_tokens - config.sink_size) // config.lag_size - 1)
-
-
 def num_held(num_tokens: int, config: AnyConfig) -> float:
     """Entries of a cache for each layer and KV head after `num_tokens` tokens of one document.
 
-    n for n < S + 2L tokens, else S + K (floor((n - S) / L) - 1) + L + (n - S) mod L (LagKV, arXiv 2504.04704). The mean
-    over the layers if their settings differ.
+    The mean over the layers if their settings differ.
     """
-    dropped = [num_compressed_partitions(num_tokens, c) * (c.lag_size - c.num_kept) for c in config.layers]
-    return num_tokens - mean_of(dropped)
-
-
-def most_held(max_tokens: int, config: LRSAConfig) -> int:
-    """Most entries that a token of a document of at most `max_tokens` attends to, its own among them."""
-    seen = max_tokens - 1
-    num_compressed = num_compressed_partitions(seen, config)
-    # More than behind all tokens may be held before the last compression.
-    before = config.sink_size + (num_compressed + 1) * config.lag_size - 1 if num_compressed else 0
-    return 1 + int(max(num_held(seen, config), num_held(before, config)))
+    return mean_of([layer.num_held(num_tokens) for layer in config.layers])
 
 
 def mean_of(counts: Sequence[float]) -> float:
@@ -143,15 +122,7 @@ def cache_factor(lengths: Iterable[int], config: AnyConfig) -> float:
 
 def room_in_chunk(num_tokens: int, config: AnyConfig) -> int:
     """Tokens that may follow `num_tokens` tokens before the next chunk begins in some layer."""
-    return min(_room_in_chunk(num_tokens, c) for c in config.layers)
-
-
-def _room_in_chunk(num_tokens: int, config: LRSAConfig) -> int:
-    if config.is_dense:
-        return 2**63 - 1
-    if num_tokens < config.dense_prefix_size:
-        return config.dense_prefix_size - num_tokens
-    return config.lag_size - (num_tokens - config.sink_size) % config.lag_size
+    return min(layer.room_in_chunk(num_tokens) for layer in config.layers)
 
 
 def partition_table(document_lengths: tuple[int, ...], config: LRSAConfig, align: int = 1) -> PartitionTable:

@@ -1,4 +1,4 @@
-"""LRSA attention of a batch whose rows are at different positions, such as prompts of different lengths.
+"""Attention of a batch whose rows are at different positions, such as prompts of different lengths.
 
 Each row has its own partition grid. Keys and values of all rows are in one tensor, right-aligned, so that the next
 token of every row is appended in the same column.
@@ -12,12 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import pad
 
-from lrsa_ds.attention.cached import cached_attention
 from lrsa_ds.attention.decoding import attend_entries
 from lrsa_ds.attention.extras import PLAIN, Extras
+from lrsa_ds.attention.kinds.kind import kind_of
 from lrsa_ds.attention.lrsa import in_one_dtype
-from lrsa_ds.attention.partition import num_held
-from lrsa_ds.lrsa_config import LRSAConfig
+from lrsa_ds.layer_settings import LayerSettings
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,9 +51,9 @@ class Rows:
         """The tokens of one row of x [B, heads, n, D]: [1, heads, tokens, D]."""
         return x[row : row + 1].index_select(2, self.places[row].to(x.device))
 
-    def entries(self, config: LRSAConfig) -> list[int]:
+    def entries(self, config: LayerSettings) -> list[int]:
         """Keys that the last token of each row may see: the entries of the cache and the new tokens."""
-        return [int(num_held(seen, config)) + len(places) for seen, places in zip(self.seen, self.places, strict=True)]
+        return [config.num_held(seen) + len(places) for seen, places in zip(self.seen, self.places, strict=True)]
 
 
 def pack_rows(rows: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -73,11 +72,11 @@ def ragged_attention(
     k: torch.Tensor,
     v: torch.Tensor,
     rows: Rows,
-    config: LRSAConfig,
+    config: LayerSettings,
     extras: Extras = PLAIN,
     layer: int = 0,
 ) -> torch.Tensor:
-    """`cached_attention` of each row by itself.
+    """`attend_cached` of the kind of the layer, of each row by itself.
 
     Args:
         q: queries of the new columns, [B, H, n, D].
@@ -97,6 +96,6 @@ def ragged_attention(
         if not len(places):
             continue
         queries, keys, values = rows.tokens_of(q, row), row_of(k, row, length), row_of(v, row, length)
-        found = cached_attention(queries, keys, values, seen, config, extras, layer)
+        found = kind_of(config).attend_cached(queries, keys, values, seen, config, extras, layer)
         output[row].index_copy_(1, places.to(q.device), found[0])
     return output

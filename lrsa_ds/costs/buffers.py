@@ -8,10 +8,13 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 
-from lrsa_ds.attention.kernels.blocks import BLOCK, copy_history, queries_ahead
+from lrsa_ds.attention.kernels.blocks import BLOCK, copy_history, in_blocks, queries_ahead
+from lrsa_ds.attention.kinds.kind import kind_of
 from lrsa_ds.attention.partition import PartitionTable, cut, partition_table
 from lrsa_ds.costs.job import Job
+from lrsa_ds.layer_settings import LayerSettings
 from lrsa_ds.lrsa_config import LRSAConfig
+from lrsa_ds.parallel.sequence.halo import halo_layout
 from lrsa_ds.parallel.sequence.pieces import halo_size
 from lrsa_ds.registry import EXCHANGES
 
@@ -33,11 +36,20 @@ class Keys:
     halos_sent: int = 0
 
 
-def keys_of(job: Job, config: LRSAConfig) -> Keys:
+def keys_of(job: Job, config: LayerSettings) -> Keys:
     """The keys of a layer with these settings, on a kernel that takes whole blocks; none for dense attention."""
-    if config.is_dense:
-        return Keys()
-    return _keys(job.document_lengths, config, job.sp_size, job.exchange)
+    if isinstance(config, LRSAConfig):
+        return Keys() if config.is_dense else _keys(job.document_lengths, config, job.sp_size, job.exchange)
+    halo = kind_of(config).halo
+    return Keys() if job.sp_size == 1 or halo is None else _halos(job, in_blocks(halo.size(config)))
+
+
+def _halos(job: Job, halo: int) -> Keys:
+    """Those of a layer that needs so many tokens before each stretch, and nothing else of other ranks."""
+    owners, num_tokens = EXCHANGES[job.exchange].owners(job.sp_size), sum(job.document_lengths)
+    layouts = [halo_layout(owners, num_tokens, halo, rank) for rank in range(job.sp_size)]
+    sent = sum(sum(layout.num_received) - layout.num_received[rank] for rank, layout in enumerate(layouts))
+    return Keys(halo=max(sum(layout.num_received) for layout in layouts), halos_sent=sent)
 
 
 @lru_cache(maxsize=1024)

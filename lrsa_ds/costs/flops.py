@@ -2,16 +2,16 @@
 
 A product of a matrix with a token is 2 operations for each of its elements, and the gradients of its input and of the
 matrix are as much again each, where they are needed. Attention takes 4 operations for each pair of a query and a key
-that it sees (`PartitionTable.num_pairs`), head and channel; its backward pass 10, since flash attention makes the
+that it sees (`LayerKind.num_pairs`), head and channel; its backward pass 10, since flash attention makes the
 scores anew. Layers that are recomputed take their forward pass twice. What costs little is left out: norms, rotary
 embedding, activation functions, softmax, selection and optimizer.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import mul
 
-from lrsa_ds.attention.partition import partition_table
+from lrsa_ds.attention.kinds.kind import kind_of
 from lrsa_ds.costs.shape import LayerShape, Matrix, ModelShape
 from lrsa_ds.layers import AnyConfig
 
@@ -52,17 +52,13 @@ class Passes:
 def seen_pairs(document_lengths: Sequence[int], config: AnyConfig, num_layers: int) -> list[int]:
     """Pairs of a query and a key that it sees, for each layer."""
     lengths = tuple(document_lengths)
-    return [partition_table(lengths, config.at_layer(i)).num_pairs for i in range(num_layers)]
-
-
-def dense_pairs(document_lengths: Iterable[int], num_layers: int) -> list[int]:
-    """The same under dense causal attention."""
-    return [sum(n * (n + 1) // 2 for n in document_lengths)] * num_layers
+    layers = map(config.at_layer, range(num_layers))
+    return [kind_of(layer).num_pairs(lengths, layer) for layer in layers]
 
 
 @dataclass(frozen=True)
 class StepFlops:
-    """What is executed, and what the same step would execute if its attention were dense."""
+    """What is executed, and what the same step would execute if LRSA took no layer."""
 
     executed: Flops
     dense: Flops
@@ -85,8 +81,10 @@ def step_flops(
         pairs = sum(seen_pairs(document_lengths, other, num_layers))
         attention = PRODUCT * ATTENTION_FORWARD * pairs * shape.num_heads * shape.head_dim
         work += Flops(PRODUCT * (products + 2 * num_slots * shape.output.size), attention)
-    of_settings, dense = seen_pairs(document_lengths, config, num_layers), dense_pairs(document_lengths, num_layers)
-    executed, in_full = (Flops(0, attention_flops(shape, passes, pairs)) for pairs in (of_settings, dense))
+    executed, in_full = (
+        Flops(0, attention_flops(shape, passes, seen_pairs(document_lengths, settings, num_layers)))
+        for settings in (config, config.at_retention(1.0))
+    )
     return StepFlops(work + executed, work + in_full)
 
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 
 from lrsa_ds.config import TrainConfig
 from lrsa_ds.costs.flops import Passes
-from lrsa_ds.layers import AnyConfig
+from lrsa_ds.layer_settings import ModelLayers
+from lrsa_ds.layers import AnyConfig, in_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,16 +105,22 @@ def job_of(
     retentions: Sequence[float] = (),
     num_targets: int | None = None,
     gpus_per_node: int = 8,
+    model: ModelLayers | None = None,
 ) -> Job:
     """The job of a configuration with the settings of every layer.
 
     Args:
+        model: its layers; None where LRSA takes all of them.
         itemsize: bytes of a weight.
         num_frozen: parameters of copies that are not trained.
         retentions: of the objective's passes without gradients.
         num_targets: of a sequence; None for as many as have their logits in memory at once.
     """
     zero, memory, optim = config.zero, config.memory, config.optim
+
+    def whole(config: AnyConfig) -> AnyConfig:
+        return config if model is None else in_model(config, model)
+
     return Job(
         num_gpus=num_gpus,
         gpus_per_node=gpus_per_node,
@@ -132,8 +139,8 @@ def job_of(
         fused=config.model.liger_kernel,
         checkpointing=config.activation_checkpointing,
         levers=levers_of(config),
-        turns=tuple(config.attention.turns),
-        taught=tuple(config.attention.with_retention(r) for r in retentions),
+        turns=tuple(map(whole, config.attention.turns)),
+        taught=tuple(whole(config.attention.with_retention(r)) for r in retentions),
         num_frozen=num_frozen,
     )
 

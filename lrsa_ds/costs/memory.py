@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from lrsa_ds.costs.buffers import keys_of
 from lrsa_ds.costs.job import Job
 from lrsa_ds.costs.sizes import Sizes
+from lrsa_ds.layer_settings import LayerSettings
 from lrsa_ds.lrsa_config import LRSAConfig
 
 FP32 = 4
@@ -52,7 +53,7 @@ def gpu_memory(sizes: Sizes, job: Job) -> GPUMemory:
     )
 
 
-def _different(job: Job) -> list[LRSAConfig]:
+def _different(job: Job) -> list[LayerSettings]:
     """The settings of all layers and turns, each once."""
     return list(dict.fromkeys(layer for turn in [*job.turns, *job.taught] for layer in turn.layers))
 
@@ -106,7 +107,7 @@ def _norm_saved(job: Job) -> int:
     return 2 * job.itemsize if job.fused else FP32 + 2 * job.itemsize
 
 
-def saved_bytes(sizes: Sizes, job: Job, config: LRSAConfig) -> dict[str, int]:
+def saved_bytes(sizes: Sizes, job: Job, config: LayerSettings) -> dict[str, int]:
     """What the forward pass of a layer saves for its backward pass, beside the input of the layer."""
     n, b, c = job.num_tokens, job.itemsize, sizes.hidden_size
     width = sizes.num_heads * sizes.head_dim + sizes.num_kv_heads * sizes.head_dim
@@ -119,12 +120,14 @@ def saved_bytes(sizes: Sizes, job: Job, config: LRSAConfig) -> dict[str, int]:
     return {"norms": norms, "attention": attention_bytes(sizes, job, config), "MLP": mlp}
 
 
-def attention_bytes(sizes: Sizes, job: Job, config: LRSAConfig) -> int:
+def attention_bytes(sizes: Sizes, job: Job, config: LayerSettings) -> int:
     """Queries, keys and values, output and log-sum-exp of the attention of a layer, with the kept KV and its copies."""
     n, b = job.num_tokens, job.itemsize
     queries, kv = sizes.num_heads * sizes.head_dim * b, 2 * sizes.num_kv_heads * sizes.head_dim * b
     lse = FP32 * sizes.num_heads
     keys, shared = keys_of(job, config), job.sp_size > 1
+    if not isinstance(config, LRSAConfig):
+        return n * (2 * queries + lse) + (n + keys.halo) * kv
     if config.is_dense:
         # The output in another layout; on several ranks the queries, keys and values of a head group beside the own.
         return n * (3 * queries + kv + lse) + shared * n * (queries + kv)
@@ -138,7 +141,7 @@ def attention_bytes(sizes: Sizes, job: Job, config: LRSAConfig) -> int:
     return n * (2 * queries + lse) + (keys.copied + keys.halo + n) * kv + places + received
 
 
-def layer_bytes(sizes: Sizes, job: Job, config: LRSAConfig) -> dict[str, int]:
+def layer_bytes(sizes: Sizes, job: Job, config: LayerSettings) -> dict[str, int]:
     """The most that a layer holds in its backward pass: saved by its forward pass, and gradients.
 
     Going back, each of three steps may hold most. What a step has used is freed. The gradient of the output of the

@@ -12,6 +12,7 @@ import torch
 from lrsa_ds.costs.buffers import keys_of
 from lrsa_ds.costs.job import Job
 from lrsa_ds.costs.sizes import Sizes
+from lrsa_ds.layer_settings import LayerSettings
 from lrsa_ds.layers import AnyConfig
 from lrsa_ds.lrsa_config import LRSAConfig
 from lrsa_ds.parallel.sequence.traffic import ulysses_bytes
@@ -46,15 +47,17 @@ def sequence_bytes(sizes: Sizes, job: Job, config: AnyConfig) -> dict[str, float
     return dict(total)
 
 
-def pass_bytes(sizes: Sizes, job: Job, config: LRSAConfig) -> dict[str, float]:
+def pass_bytes(sizes: Sizes, job: Job, config: LayerSettings) -> dict[str, float]:
     """Bytes that a rank sends in one pass over a layer, on average over the ranks."""
     n, b, ranks = job.num_tokens, job.itemsize, job.sp_size
     others = (ranks - 1) / ranks
+    keys, entry = keys_of(job, config), 2 * sizes.head_dim * b
+    halo = keys.halos_sent / ranks * sizes.num_kv_heads * entry
+    if not isinstance(config, LRSAConfig):
+        return {"halo": halo}
     if config.is_dense:
         q, k = (torch.empty(1, h, n, sizes.head_dim, dtype=_dtype(b), device="meta") for h in _heads(sizes))
         return {cargo: float(count) for cargo, count in ulysses_bytes(q, k, k, ranks).items()}
-    keys, entry = keys_of(job, config), 2 * sizes.head_dim * b
-    halo = keys.halos_sent / ranks * sizes.num_kv_heads * entry
     if job.exchange != "head_groups":  # each rank sends what it keeps to every other
         return {"halo": halo, "kept": keys.kept * others * sizes.num_kv_heads * entry}
     if not keys.kept:

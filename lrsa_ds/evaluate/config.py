@@ -4,12 +4,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lrsa_ds.errors import require, require_one_of, require_whole
+from lrsa_ds.layer_ranges import mappings, read_layers
+from lrsa_ds.layer_settings import Layers
 from lrsa_ds.layers import (
     AnyConfig,
+    OfLRSA,
     cache_names,
+    in_model,
     largest_first,
-    mappings,
-    read_layers,
     settings_of,
     trained_turns,
     uniform,
@@ -64,22 +66,22 @@ class CacheConfig:
         if self.lag_size is not None:
             require_whole("cache.lag_size", self.lag_size, 2)
 
-    def differing(self, trained: dict | None, num_layers: int) -> dict[str, AnyConfig]:
+    def differing(self, trained: dict | None, model: Layers) -> dict[str, AnyConfig]:
         """The caches whose layers differ, by name: those that a model was trained with, and those of `layers`.
 
         Raises:
-            LRSAError: `layers` is not for a model of so many layers.
+            LRSAError: `layers` is not for the model.
         """
         own = [self.caches(each.saved()) for each in largest_first(trained_turns(trained))] if trained else []
         found = [config for config in own if len(config.layers) > 1]
         base = self._layer((trained or {}).get("layers", [trained])[0], 1.0)
         for layers in mappings(LAYERS, self.layers):
-            values = read_layers(layers, LAYERS).of_each(num_layers)
+            values = read_layers(layers, LAYERS).of_each(model)
             found.append(uniform([settings_of(value, base) for value in values]))
-        found = list(dict.fromkeys(found))
+        found = list(dict.fromkeys(in_model(config, model) for config in found))
         return dict(zip(cache_names(found), found, strict=True))
 
-    def caches(self, trained: dict | None) -> AnyConfig:
+    def caches(self, trained: dict | None) -> OfLRSA:
         """What the compressed caches have in common, for a model trained with the settings `trained`, if with any.
 
         Retentions are those of the training where its layers differ, and else 1.
@@ -88,7 +90,7 @@ class CacheConfig:
             return self.attention(trained, 1.0)
         return uniform([self._layer(layer, layer["retention"]) for layer in trained["layers"]])
 
-    def attention(self, trained: dict | None, retention: float) -> AnyConfig:
+    def attention(self, trained: dict | None, retention: float) -> OfLRSA:
         """The cache of one retention."""
         if "layers" in (trained or {}):
             return self.caches(trained).at_retention(retention)

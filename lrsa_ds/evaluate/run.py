@@ -33,15 +33,16 @@ from lrsa_ds.evaluate.results import (
 from lrsa_ds.evaluate.telemetry import WHEN, measure_samples, telemetry_cache
 from lrsa_ds.inputs import check_inputs
 from lrsa_ds.labels import retention_name
-from lrsa_ds.layers import AnyConfig, describe
+from lrsa_ds.layers import AnyConfig, OfLRSA, describe, in_model, of_lrsa
 from lrsa_ds.logs.journal import JSONLines, Progress
 from lrsa_ds.logs.metrics import RunLogger
 from lrsa_ds.logs.provenance import provenance
 from lrsa_ds.logs.trackers import check_trackers
 from lrsa_ds.models.loading import empty_model, load_model
-from lrsa_ds.models.patch import apply_lrsa, check_supported, num_layers, to_device
+from lrsa_ds.models.patch import apply_lrsa, check_supported, to_device
 from lrsa_ds.models.rope import check_reach
 from lrsa_ds.models.stop_tokens import set_stop_tokens
+from lrsa_ds.models.structure import layers_of
 from lrsa_ds.parallel.mesh import Mesh, start_mesh, stop_mesh
 from lrsa_ds.process.signals import StopRequest
 from lrsa_ds.settings.attention import require_compression
@@ -78,12 +79,13 @@ def evaluate(
     check_supported(structure)
     check_reach(structure.config, config.model.rope, "lengths", max(config.lengths))
     trained = getattr(structure.config, "lrsa", None)
-    caches = config.cache.caches(trained)
-    differing = config.cache.differing(trained, num_layers(structure))
+    layers = layers_of(structure.config)
+    caches = in_model(config.cache.caches(trained), layers)
+    differing = config.cache.differing(trained, layers)
     wanted = modes(config.cache.prefill, config.cache.retentions, differing)
     settings = asdict(config)
     if config.telemetry:
-        cache, wanted = telemetry_cache(config, trained, num_layers(structure)), []
+        cache, wanted = telemetry_cache(config, trained, layers), []
     else:
         cache = None
         _check_lengths(config, trained, wanted, differing)
@@ -118,7 +120,7 @@ class _Plan:
     attention: AnyConfig
     differing: dict[str, AnyConfig]
     wanted: list[Mode]
-    measured: AnyConfig | None
+    measured: OfLRSA | None
     num_parameters: int
     tokenizer: Tokenizer
     samples: SampleSource
@@ -159,7 +161,7 @@ def _model(plan: _Plan, mesh: Mesh) -> PreTrainedModel:
     return model
 
 
-def _measure(directory: Path, plan: _Plan, cache: AnyConfig, mesh: Mesh, logger: RunLogger) -> None:
+def _measure(directory: Path, plan: _Plan, cache: OfLRSA, mesh: Mesh, logger: RunLogger) -> None:
     """Telemetry over all samples that have an answer."""
     config = plan.config
     samples = [plan.samples.sample(*item) for item in plan.samples.items() if item[0] != "perplexity"]
@@ -275,7 +277,7 @@ def _description(
     return [
         f"{config.run_name}: {config.model.name or 'random weights'} on {mesh.world_size} × {mesh.device_name}",
         f"caches: sink {attention.sink_size}, lag {attention.lag_size}; {caches}"
-        + (f"; trained with {describe(attention)}" if len(attention.layers) > 1 else ""),
+        + (f"; trained with {describe(attention)}" if len(of_lrsa(attention).layers) > 1 else ""),
         f"{total} samples, {done}",
         f"output: {directory}",
     ]

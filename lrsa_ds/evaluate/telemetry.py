@@ -11,9 +11,10 @@ from lrsa_ds.data.tokenizer import Tokenizer
 from lrsa_ds.errors import require
 from lrsa_ds.evaluate.config import EvaluateConfig
 from lrsa_ds.evaluate.evaluator import LOGITS_AT_ONCE, Sample
-from lrsa_ds.layers import AnyConfig
+from lrsa_ds.layer_settings import Layers
+from lrsa_ds.layers import AnyConfig, OfLRSA
 from lrsa_ds.logs.journal import Progress
-from lrsa_ds.models.patch import num_layers
+from lrsa_ds.models.structure import layers_of
 from lrsa_ds.objectives import TargetLoss
 from lrsa_ds.parallel.mesh import Mesh
 from lrsa_ds.settings.attention import require_compression
@@ -23,8 +24,8 @@ from lrsa_ds.telemetry.settings import every_layer, require_dropping, require_gr
 WHEN = "evaluated"  # in the place of "before" or "after" training
 
 
-def telemetry_cache(config: EvaluateConfig, trained: dict | None, count: int) -> AnyConfig:
-    """The smallest of the caches, in every one of the `count` layers.
+def telemetry_cache(config: EvaluateConfig, trained: dict | None, model: Layers) -> OfLRSA:
+    """The smallest of the caches, in every layer of the model that LRSA takes.
 
     Raises:
         LRSAError: it would drop nothing, or `telemetry_greedy` is more than the layers.
@@ -32,7 +33,7 @@ def telemetry_cache(config: EvaluateConfig, trained: dict | None, count: int) ->
     require(config.cache.retentions != [], "telemetry=true needs a number below 1 in cache.retentions.")
     cache = every_layer(config.cache.caches(trained), min(config.cache.retentions))
     require_dropping("telemetry", "cache.retentions", cache)
-    require_greedy("telemetry_greedy", config.telemetry_greedy, count)
+    require_greedy("telemetry_greedy", config.telemetry_greedy, model)
     for length in config.lengths:
         require_compression("lengths", length, cache, "cache", "telemetry=false")
     return cache
@@ -48,7 +49,7 @@ def measure_samples(
     model: PreTrainedModel,
     tokenizer: Tokenizer,
     samples: Sequence[Sample],
-    cache: AnyConfig,
+    cache: OfLRSA,
     num_greedy: int,
     mesh: Mesh,
     shows_progress: bool,
@@ -71,7 +72,7 @@ def measure_samples(
 
     longest = max((len(example.input_ids) for example in examples), default=1)
     try:
-        measurement = Measurement(run_pass, cache, num_layers(model), examples, longest, tokenizer, mesh, on_pass)
+        measurement = Measurement(run_pass, cache, layers_of(model.config), examples, longest, tokenizer, mesh, on_pass)
         return measurement.run(num_greedy)
     finally:  # an error is said below the bar
         for bar in progress:

@@ -15,7 +15,7 @@ from lrsa_ds.attention.decoding import Step
 from lrsa_ds.attention.partition import mean_of
 from lrsa_ds.attention.ragged import Rows
 from lrsa_ds.errors import LRSAError, require_whole
-from lrsa_ds.layers import AnyConfig
+from lrsa_ds.layers import AnyConfig, MixedConfig, in_model
 from lrsa_ds.models.cache_layers import FixedLagKVLayer, LagKVLayer
 
 
@@ -76,10 +76,12 @@ class LagKVCache(Cache):
     @classmethod
     def from_dense(cls, cache: Cache, config: AnyConfig, max_tokens: int | None = None) -> "LagKVCache":
         """Compresses a cache that was filled under dense attention: "prefill fully, then compress"."""
+        if isinstance(cache, LagKVCache) and isinstance(cache.config, MixedConfig):
+            config = in_model(config, cache.config.model)
         compressed = cls(config, max_tokens)
         for keys, values in cached_states(cache):
             layer = compressed._next_layer()
-            layer.update(keys, values)
+            layer.fill(keys, values, cache.get_seq_length())
             compressed.layers.append(layer)
         return compressed
 

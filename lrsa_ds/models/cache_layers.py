@@ -10,13 +10,11 @@ import torch
 from transformers.cache_utils import DynamicLayer
 
 from lrsa_ds.attention.decoding import Step
-from lrsa_ds.attention.kept_buffer import gather_kept
-from lrsa_ds.attention.partition import mean_of, most_held, num_compressed_partitions, num_held
+from lrsa_ds.attention.kinds.kind import kind_of
+from lrsa_ds.attention.partition import mean_of
 from lrsa_ds.attention.ragged import Rows, pack_rows, row_of
-from lrsa_ds.attention.selection.rule import Partitions
-from lrsa_ds.attention.selection.select import fast_select_partitions
 from lrsa_ds.errors import LRSAError, require
-from lrsa_ds.lrsa_config import LRSAConfig
+from lrsa_ds.layer_settings import UNLIMITED, LayerSettings
 
 
 class LagKVLayer(DynamicLayer):
@@ -27,7 +25,7 @@ class LagKVLayer(DynamicLayer):
 
     is_croppable = False
 
-    def __init__(self, config: LRSAConfig, index: int = 0):
+    def __init__(self, config: LayerSettings, index: int = 0):
         super().__init__()
         self.config, self.index = config, index
         self.cumulative_length = 0  # columns seen: tokens, and padding if rows have any
@@ -50,6 +48,22 @@ class LagKVLayer(DynamicLayer):
         self.cumulative_length += key_states.shape[2]
         self._hold(*self._compressed(keys, values, before, self.cumulative_length))
         return keys, values
+
+    def fill(self, keys: torch.Tensor, values: torch.Tensor, num_seen: int) -> None:
+        """Takes what another cache holds after `num_seen` tokens that none of its layers has compressed.
+
+        Raises:
+            LRSAError: it holds fewer than a layer of this kind needs.
+        """
+        needed = self.config.num_held(num_seen) if self.config.room_in_chunk(0) == UNLIMITED else num_seen
+        require(
+            keys.shape[2] >= needed,
+            f"layer {self.index} of the cache holds {keys.shape[2]} of {num_seen} tokens, and {needed} are needed to "
+            "compress it: fill one under dense attention, such as lrsa_ds.new_cache(model, {'0-': 1.0}).",
+        )
+        keys, values = self._joined(keys, values)
+        self.cumulative_length = num_seen
+        self._hold(*self._compressed(keys, values, 0, num_seen))
 
     def _joined(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The cached keys and values, followed by those of the new tokens."""
@@ -98,7 +112,7 @@ class LagKVLayer(DynamicLayer):
         held = getattr(self, name)
         new = [rows.tokens_of(states, row) for row in range(len(rows.seen))]
         if held.numel():
-            lengths = [int(num_held(seen, self.config)) for seen in rows.seen]
+            lengths = [self.config.num_held(seen) for seen in rows.seen]
             new = [torch.cat([row_of(held, r, lengths[r]), new[r]], dim=2) for r in range(len(new))]
         return pack_rows(new)
 
@@ -107,25 +121,13 @@ class LagKVLayer(DynamicLayer):
         self, keys: torch.Tensor, values: torch.Tensor, seen_before: int, seen: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values after `seen` tokens; the given ones are compressed as after `seen_before` tokens."""
-        config = self.config
-        before, after = (num_compressed_partitions(count, config) for count in (seen_before, seen))
-        if before == after:
-            return keys, values
-        first = config.sink_size + before * config.num_kept
-        partitions = Partitions.adjacent(first, after - before, config.lag_size, keys.device, number=before)
-        kept = fast_select_partitions(keys, values, partitions, config, self.index)
-        since = first + (after - before) * config.lag_size
-        keys, values = (
-            torch.cat([x[:, :, :first], gather_kept(x, kept.flatten(2)), x[:, :, since:]], dim=2)
-            for x in (keys, values)
-        )
-        return keys, values
+        return kind_of(self.config).compress(keys, values, seen_before, seen, self.config, self.index)
 
     @property
     def num_held(self) -> float:
         """Entries for each KV head; the mean over rows if they differ."""
         if self.row_lengths is not None:
-            return mean_of([int(num_held(seen, self.config)) for seen in self.row_lengths])
+            return mean_of([self.config.num_held(seen) for seen in self.row_lengths])
         return 0 if self.keys is None else self.keys.shape[2]
 
     def reset(self) -> None:
@@ -175,7 +177,7 @@ class FixedLagKVLayer(LagKVLayer):
         max_tokens: maximum tokens of each row, without padding.
     """
 
-    def __init__(self, config: LRSAConfig, max_tokens: int, index: int = 0):
+    def __init__(self, config: LayerSettings, max_tokens: int, index: int = 0):
         super().__init__(config, index)
         self.max_tokens = max_tokens
         self.stored_keys: torch.Tensor | None = None  # [B, G, C, D], as are the values
@@ -198,12 +200,19 @@ class FixedLagKVLayer(LagKVLayer):
         if step is not None:
             return self._store(step, key_states, value_states)
         after = self.cumulative_length + key_states.shape[2] if rows is None else max(rows.seen_after)
+        self._check_room(after)
+        return super().update(key_states, value_states, *args, rows=rows, **kwargs)
+
+    def fill(self, keys: torch.Tensor, values: torch.Tensor, num_seen: int) -> None:
+        self._check_room(num_seen)
+        super().fill(keys, values, num_seen)
+
+    def _check_room(self, after: int) -> None:
         require(
             after <= self.max_tokens,
             f"a text of {after} tokens does not fit into a cache of max_tokens={self.max_tokens}: make one with "
             f"max_tokens={after} or more, and room for the answer.",
         )
-        return super().update(key_states, value_states, *args, rows=rows, **kwargs)
 
     def _store(
         self, step: Step, key_states: torch.Tensor, value_states: torch.Tensor
@@ -213,7 +222,7 @@ class FixedLagKVLayer(LagKVLayer):
         return keys.index_copy_(2, place, key_states), values.index_copy_(2, place, value_states)
 
     def count_token(self) -> bool:
-        """Counts the token of each row that a step has stored; returns whether any row has completed a partition."""
+        """Counts the token of each row that a step has stored; returns whether any row has dropped something."""
         compresses, after = self._compresses(1), self.num_filled + 1
         keys, values = (x[:, :, :after] for x in self.storage)
         seen, self.cumulative_length = self.cumulative_length, self.cumulative_length + 1
@@ -221,15 +230,14 @@ class FixedLagKVLayer(LagKVLayer):
             self._hold(*self._compressed(keys, values, seen, seen + 1))
         else:
             rows, self.row_lengths = self.row_lengths, tuple(count + 1 for count in self.row_lengths)
-            entries = [int(num_held(count, self.config)) + 1 for count in rows]
+            entries = [self.config.num_held(count) + 1 for count in rows]
             self._hold_rows(keys, values, entries, rows, self.row_lengths)
         return compresses
 
     def _compresses(self, num_new: int) -> bool:
-        """Whether `num_new` new tokens of each row complete a partition in any row."""
+        """Whether any row drops something after `num_new` new tokens of each row."""
         seen = self.row_lengths or (self.cumulative_length,)
-        before, after = ([num_compressed_partitions(n + new, self.config) for n in seen] for new in (0, num_new))
-        return before != after
+        return any(self.config.num_held(n + num_new) < self.config.num_held(n) + num_new for n in seen)
 
     @property
     def storage(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -247,7 +255,7 @@ class FixedLagKVLayer(LagKVLayer):
         """The first filled entry of each row."""
         if self.row_lengths is None:
             return [0] * self.storage[0].shape[0]
-        return [self.num_filled - int(num_held(seen, self.config)) for seen in self.row_lengths]
+        return [self.num_filled - self.config.num_held(seen) for seen in self.row_lengths]
 
     def _joined(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Works in place unless partitions are completed: the result is attended to after they have been compressed."""
@@ -265,7 +273,7 @@ class FixedLagKVLayer(LagKVLayer):
 
     def _stored(self, x: torch.Tensor, storage: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """A storage that holds `x`, reused if it fits, and its filled part."""
-        size = (*x.shape[:2], most_held(self.max_tokens, self.config), x.shape[3])
+        size = (*x.shape[:2], self.config.most_held(self.max_tokens), x.shape[3])
         if storage is None or (storage.shape, storage.dtype, storage.device) != (size, x.dtype, x.device):
             storage = x.new_zeros(size)
         filled = storage[:, :, : x.shape[2]]

@@ -4,7 +4,7 @@ The decoder reads them before every pass, so that all callers are checked alike:
 `generate`, and direct calls of the decoder.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from lrsa_ds.attention import AttentionFunction
 from lrsa_ds.attention.extras import Extras
 from lrsa_ds.attention.ragged import Rows
 from lrsa_ds.errors import LRSAError, require
-from lrsa_ds.lrsa_config import LRSAConfig
+from lrsa_ds.layer_settings import LayerSettings
 from lrsa_ds.models.cache import LagKVCache
 from lrsa_ds.models.cache_layers import check_batch
 from lrsa_ds.models.documents import document_lengths, restarting_positions
@@ -36,6 +36,8 @@ def read_pass(inputs: dict[str, Any], new_cache: Callable[[], LagKVCache]) -> di
         return inputs | {"attention_mask": None, "position_ids": step.positions}
     num_rows, num_tokens = tokens.shape[:2]
     mask = inputs.get("attention_mask")
+    if isinstance(mask, Mapping) and not any(value is not None for value in mask.values()):
+        mask = None  # a model around the decoder has asked for a mask of each kind of layer, and there is none
     require(
         mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 2),
         "LRSA attention makes its own mask: a 4D attention_mask is not supported.",
@@ -165,7 +167,7 @@ def attend_rows(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    config: LRSAConfig,
+    config: LayerSettings,
     lengths: tuple[int, ...] | None,
     extras: Extras,
     layer: int,

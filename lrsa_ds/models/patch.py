@@ -13,20 +13,38 @@ import torch
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
-from lrsa_ds.attention import AttentionFunction, lrsa_attention
-from lrsa_ds.attention.cached import cached_attention
+from lrsa_ds.attention import AttentionFunction
 from lrsa_ds.attention.decoding import Step, attend_step
 from lrsa_ds.attention.extras import Extras
+from lrsa_ds.attention.kinds.kind import kind_of, layer_attention
 from lrsa_ds.attention.ragged import Rows, ragged_attention
 from lrsa_ds.errors import LRSAError, require
-from lrsa_ds.layers import AnyConfig, describe, from_saved, largest_first, resolve, saved_turns, trained_turns
+from lrsa_ds.layer_ranges import said_of_others, written_layers
+from lrsa_ds.layers import (
+    AnyConfig,
+    describe,
+    from_saved,
+    in_model,
+    largest_first,
+    resolve,
+    saved_turns,
+    trained_turns,
+)
 from lrsa_ds.lrsa_config import LRSAConfig
 from lrsa_ds.models.cache import LagKVCache
 from lrsa_ds.models.generation import use_lrsa_cache
 from lrsa_ds.models.logits import other_logits
 from lrsa_ds.models.offload import offload_checkpoints
 from lrsa_ds.models.passes import attend_rows, read_pass
-from lrsa_ds.models.structure import other_attention, unfit_decoder, without_dropout
+from lrsa_ds.models.structure import (
+    layers_of,
+    nothing_to_take,
+    other_attention,
+    unfit_decoder,
+    unknown_type,
+    without_dropout,
+)
+from lrsa_ds.notices import say_once
 
 NAME = "lrsa"
 
@@ -34,7 +52,9 @@ NAME = "lrsa"
 def apply_lrsa(
     model: PreTrainedModel, config: AnyConfig | Sequence[AnyConfig], layers: Mapping[Any, Any] | None = None
 ) -> PreTrainedModel:
-    """Replaces the attention of every layer by LRSA under `config`, in place, and returns the model.
+    """Replaces full attention by LRSA under `config` in every layer that has it, in place, and returns the model.
+
+    Layers with a sliding window stay what they are; a sentence says which.
 
     The settings are stored in `model.config.lrsa`, and saved with the model. A forward pass accepts `document_lengths`
     (packed documents), `lrsa_config` (other settings for this pass) and `attend` (a function with the signature of
@@ -45,15 +65,19 @@ def apply_lrsa(
         config: settings, or several that training uses in turn: the model gets those with the smallest cache, and
             stores all of them (`trained_caches`).
         layers: settings of layers that differ from `config`: layers mapped to a retention, such as
-            {"0 3 7-9": 1.0, "rest": 0.1}, to some settings, or to an `LRSAConfig`; see `lrsa_ds.layers.read_layers`.
+            {"0 3 7-9": 1.0, "rest": 0.1}, to some settings, or to an `LRSAConfig`; see
+            `lrsa_ds.layer_ranges.read_layers`.
 
     Raises:
-        LRSAError: a layer is not plain causal attention; the message names the layer and the reason. Or `layers` leaves
-            out a layer, or names one twice, or one that the model does not have.
+        LRSAError: a layer is of a kind that is not supported; the message names the layer and the reason. Or `layers`
+            leaves out a layer, or names one twice, or one that LRSA does not take.
     """
     check_supported(model)
     configs = [config] if isinstance(config, AnyConfig) else config
-    model.config.lrsa = saved_turns([resolve(each, layers, num_layers(model)) for each in configs])
+    own = layers_of(model.config)
+    if len(own.taken) < len(own):
+        say_once(f"LRSA takes layers {written_layers(own.taken)}; {said_of_others(own)}.")
+    model.config.lrsa = saved_turns([resolve(each, layers, own) for each in configs])
     model.set_attn_implementation(NAME)
     decoder = model.get_decoder()  # all passes go through it, also those that do not call `model`
     decoder.config.lrsa = model.config.lrsa  # a separate object if the model has encoders
@@ -77,7 +101,7 @@ def new_cache(
     Raises:
         LRSAError: the model is not under `apply_lrsa`, or `layers` does not fit it.
     """
-    return LagKVCache(resolve(_settings(model), layers, num_layers(model)), max_tokens)
+    return LagKVCache(resolve(_settings(model), layers, layers_of(model.config)), max_tokens)
 
 
 def trained_caches(model: PreTrainedModel) -> list[AnyConfig]:
@@ -87,7 +111,7 @@ def trained_caches(model: PreTrainedModel) -> list[AnyConfig]:
         LRSAError: the model is not under `apply_lrsa`.
     """
     _settings(model)
-    return largest_first(trained_turns(model.config.lrsa))
+    return largest_first([in_model(turn, layers_of(model.config)) for turn in trained_turns(model.config.lrsa)])
 
 
 def check_applied(model: PreTrainedModel) -> None:
@@ -102,14 +126,14 @@ def check_applied(model: PreTrainedModel) -> None:
 
 
 def num_layers(model: PreTrainedModel) -> int:
-    return model.config.get_text_config().num_hidden_layers
+    return len(layers_of(model.config))
 
 
 def _settings(model: PreTrainedModel) -> AnyConfig:
     settings = getattr(model.config, "lrsa", None)
     if settings is None:
         raise LRSAError("the model has no LRSA settings: call lrsa_ds.apply_lrsa(model, config) first.")
-    return from_saved(settings)
+    return in_model(from_saved(settings), layers_of(model.config))
 
 
 def _begin_pass(model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -126,6 +150,8 @@ def _begin_pass(model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tupl
         _check_cache(model, cache)
         cache.begin_pass(inputs.get("rows"), inputs.get("step"))
         inputs |= {"num_seen": cache.get_seq_length(), "lrsa_config": cache.config}
+    elif given := inputs.get("lrsa_config"):
+        inputs["lrsa_config"] = in_model(given, layers_of(model.config))
     return (), inputs
 
 
@@ -138,6 +164,7 @@ def _end_pass(model: PreTrainedModel, args: tuple, kwargs: dict, output) -> None
 def _check_cache(model: PreTrainedModel, cache: LagKVCache) -> None:
     """Raises LRSAError if the cache cannot serve `model`; warns if training did not use its settings."""
     _check_layers(cache, num_layers(model))
+    cache.config = in_model(cache.config, layers_of(model.config))
     if cache.config != _settings(model):
         kept, trained = describe(cache.config, _sizes), [describe(turn, _sizes) for turn in trained_caches(model)]
         if kept not in trained:
@@ -167,7 +194,7 @@ def _sizes(config: LRSAConfig) -> str:
 
 
 def check_supported(model: PreTrainedModel) -> None:
-    """Raises LRSAError unless LRSA can replace the attention of every layer of `model`."""
+    """Raises LRSAError unless LRSA can replace full attention in `model`, and knows its other kinds of layers."""
     name, config = type(model).__name__, model.config.get_text_config()
     require(
         model._supports_attention_backend and model._can_set_attn_implementation(),
@@ -183,6 +210,8 @@ def check_supported(model: PreTrainedModel) -> None:
     for path, module in layers:
         reason = _unlike_causal_attention(module, config)
         require(reason is None, f"layer {module.layer_idx} of {name} ({path}) {reason}: LRSA cannot take its place.")
+    reason = nothing_to_take(config)
+    require(reason is None, f"{name} {reason}.")
 
 
 def _check_rope(model: PreTrainedModel) -> None:
@@ -206,26 +235,13 @@ def _check_rope(model: PreTrainedModel) -> None:
         )
 
 
-def _unlike_causal_attention(module: torch.nn.Module, config: PreTrainedConfig) -> str | None:
-    """What distinguishes a layer from plain causal attention; None if nothing."""
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types is not None:
-        if layer_types[module.layer_idx] != "full_attention":
-            return f"is of type {layer_types[module.layer_idx]}"
-    elif _has_window(config):
-        return f"has a sliding window of {config.sliding_window} tokens"
+def _unlike_causal_attention(module: Any, config: PreTrainedConfig) -> str | None:
+    """What distinguishes a layer from plain causal attention or a known kind; None if nothing."""
+    if (layer_type := unknown_type(config, module.layer_idx)) is not None:
+        return f"is of type {layer_type}"
     if getattr(module, "is_causal", True) is False:
         return "is not causal"
     return other_attention(module)
-
-
-def _has_window(config: PreTrainedConfig) -> bool:
-    """Whether the sliding window hides any key: not if it is as long as the positions of the model."""
-    window = getattr(config, "sliding_window", None)
-    if window is None or not getattr(config, "use_sliding_window", True):
-        return False
-    positions = getattr(config, "max_position_embeddings", None)
-    return positions is None or window < positions
 
 
 def _lrsa_attention_function(
@@ -239,7 +255,7 @@ def _lrsa_attention_function(
     s_aux: torch.Tensor | None = None,
     document_lengths: tuple[int, ...] | None = None,
     lrsa_config: AnyConfig | None = None,
-    attend: AttentionFunction = lrsa_attention,
+    attend: AttentionFunction = layer_attention,
     num_seen: int | None = None,
     rows: Rows | None = None,
     step: Step | None = None,
@@ -250,7 +266,8 @@ def _lrsa_attention_function(
     A layer passes its own `scaling`, `softcap` and `s_aux`, which are learned sinks [H].
     """
     require(attention_mask is None, "LRSA attention makes its own mask: a 4D attention_mask is not supported.")
-    config = (lrsa_config or from_saved(module.config.lrsa)).at_layer(module.layer_idx)
+    settings = lrsa_config or in_model(from_saved(module.config.lrsa), layers_of(module.config))
+    config = settings.at_layer(module.layer_idx)
     extras = Extras(scaling, softcap, s_aux)
     if step is not None:
         output = attend_step(query, key, value, step, module.layer_idx, extras)
@@ -259,7 +276,8 @@ def _lrsa_attention_function(
         output = ragged_attention(query, key, value, rows, config, extras, module.layer_idx)
         return output.transpose(1, 2).contiguous(), None
     if num_seen is not None:
-        output = cached_attention(query, key, value, num_seen, config, extras, module.layer_idx)
+        attend_cached = kind_of(config).attend_cached
+        output = attend_cached(query, key, value, num_seen, config, extras, module.layer_idx)
         return output.transpose(1, 2).contiguous(), None
     require(
         query.shape[2] == key.shape[2],

@@ -1,4 +1,4 @@
-"""Parts of a model's structure that prevent LRSA from replacing its attention."""
+"""Which layers of a model LRSA replaces, and what in its structure prevents that."""
 
 import ast
 import inspect
@@ -6,10 +6,14 @@ import textwrap
 from collections.abc import Iterator
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from lrsa_ds.attention.kinds.kind import LayerKind
+from lrsa_ds.layer_ranges import said_of_others
+from lrsa_ds.layer_settings import ModelLayers
 from lrsa_ds.notices import say_once
+from lrsa_ds.registry import LAYER_KINDS
 
 # Attributes that mark other kinds of attention -> what they do; without them, these would pass as plain attention.
 KINDS = {
@@ -17,6 +21,47 @@ KINDS = {
     "lambda_q1": "subtracts two attentions (differential attention), and LRSA is one",
     "prepare_dynamic_mask": "makes its own mask from its values (dynamic mask attention)",
 }
+
+FULL, SLIDING = "full_attention", "sliding_attention"  # as `layer_types` of transformers calls layers
+
+
+def layers_of(config: PreTrainedConfig) -> ModelLayers:
+    """The layers of a model, from its configuration; `unknown_type` tells whether all are known."""
+    text, known = config.get_text_config(), _kinds()
+    kinds = [known.get(layer_type) for layer_type in _layer_types(text)]
+    return ModelLayers(tuple(kind.read(text) if kind and kind.read else None for kind in kinds))
+
+
+def unknown_type(config: PreTrainedConfig, layer: int) -> str | None:
+    """The type of a layer that is neither full attention nor in the table of kinds, or None."""
+    layer_type = _layer_types(config)[layer]
+    return None if layer_type == FULL or layer_type in _kinds() else layer_type
+
+
+def nothing_to_take(config: PreTrainedConfig) -> str | None:
+    """Why LRSA has no layer to take in a model, or None."""
+    layers = layers_of(config)
+    if layers.taken:
+        return None
+    return (
+        f"has no layer of full attention, the only kind that LRSA takes: {said_of_others(layers)}; where the model is "
+        "to have full attention, set sliding_window to null in its config.json or in model.random"
+    )
+
+
+def _layer_types(config: PreTrainedConfig) -> list[str]:
+    """The type of each layer; a window that is as long as the positions of the model hides nothing."""
+    positions = getattr(config, "max_position_embeddings", None)
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    hides = bool(window) and (positions is None or window < positions)
+    types = getattr(config, "layer_types", None) or [SLIDING] * config.num_hidden_layers
+    return [FULL if layer_type == SLIDING and not hides else layer_type for layer_type in types]
+
+
+def _kinds() -> dict[str, LayerKind]:
+    """The kinds of layers that stay what they are, by the types of transformers."""
+    kinds = [LAYER_KINDS[name] for name in LAYER_KINDS]
+    return {kind.layer_type: kind for kind in kinds if kind.layer_type is not None}
 
 
 def other_attention(module: nn.Module) -> str | None:

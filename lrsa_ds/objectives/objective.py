@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from lrsa_ds.attention import AttentionFunction, lrsa_attention
+from lrsa_ds.attention import AttentionFunction, layer_attention
 from lrsa_ds.config import TrainConfig
 from lrsa_ds.data.packing import IGNORE
 from lrsa_ds.layers import AnyConfig
@@ -40,7 +40,7 @@ class Batch:
     document_lengths: tuple[int, ...]
     lrsa_config: AnyConfig
     num_slots: int
-    attend: AttentionFunction = lrsa_attention
+    attend: AttentionFunction = layer_attention
 
     def targets(self) -> torch.Tensor:
         """Positions of the targets in the shard, at most T."""

@@ -6,7 +6,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lrsa_ds.errors import require, require_one_of
-from lrsa_ds.layers import KEY, AnyConfig, describe, mappings, read_layers, settings_of, uniform
+from lrsa_ds.layer_ranges import KEY, mappings, read_layers
+from lrsa_ds.layer_settings import Layers
+from lrsa_ds.layers import AnyConfig, OfLRSA, describe, in_model, settings_of, uniform
 from lrsa_ds.lrsa_config import LRSAConfig
 
 
@@ -17,8 +19,8 @@ class AttentionConfig:
     Args:
         retention: a number, or a list of which each step takes the next one.
         layers: from layers to a retention of their own, 1.0 for dense attention, to several settings, or to None for
-            `retention`, see `lrsa_ds.layers.read_layers`; or a list of such mappings, of which each step takes the next
-            one. `resolved` is needed before the settings reach a model.
+            `retention`, see `lrsa_ds.layer_ranges.read_layers`; or a list of such mappings, of which each step takes
+            the next one. `resolved` is needed before the settings reach a model.
     """
 
     kind: str = "lrsa"
@@ -50,23 +52,23 @@ class AttentionConfig:
         return list(self.retention) if isinstance(self.retention, (list, tuple)) else [self.retention]
 
     @property
-    def turns(self) -> list[AnyConfig]:
+    def turns(self) -> list[OfLRSA]:
         """All settings that steps take, each once."""
         num_steps = math.lcm(len(self.retentions), len(self._written) or 1)
         return list(dict.fromkeys(self.at_step(step) for step in range(num_steps)))
 
-    def resolved(self, num_layers: int) -> "AttentionConfig":
-        """The same for a model of so many layers, each of which has an entry in `layers` if any has.
+    def resolved(self, model: Layers) -> "AttentionConfig":
+        """The same for a model, each of whose layers has an entry in `layers` if any has.
 
         Raises:
             LRSAError: `layers` leaves a layer out, or names one beyond the model.
         """
         if not self._written:
             return self
-        each = [written.of_each(num_layers) for written in self._written]
+        each = [written.of_each(model) for written in self._written]
         return replace(self, layers=[{str(i): value for i, value in enumerate(values)} for values in each])
 
-    def at_step(self, step: int) -> AnyConfig:
+    def at_step(self, step: int) -> OfLRSA:
         """The attention of optimizer step `step` (counted from 0): lists are taken in turn.
 
         A step at retention 1.0 is dense in every layer. Otherwise each layer has what `layers` gives it, or the
@@ -78,7 +80,7 @@ class AttentionConfig:
             return base
         return uniform([settings_of(value, base) for value in self._written[step % len(self._written)].values])
 
-    def with_retention(self, retention: float) -> AnyConfig:
+    def with_retention(self, retention: float) -> OfLRSA:
         """The attention under another cache, alike in every layer.
 
         Layers that `layers` makes dense stay so, unless all are to be dense, or `layers` is a list that is taken in
@@ -90,20 +92,21 @@ class AttentionConfig:
         own = [settings_of(value, base) for value in self._written[0].values]
         return uniform([config if config.is_dense else base for config in own])
 
-    def with_layers(self, layers: Mapping[Any, Any], num_layers: int, key: str) -> AnyConfig:
+    def with_layers(self, layers: Mapping[Any, Any], model: Layers, key: str) -> AnyConfig:
         """The attention under a cache whose layers differ, with these sizes and rule where `layers` says nothing else.
 
         Args:
             key: the setting that holds `layers`, for errors.
         """
         base = self._config(self.retentions[0])
-        return uniform([settings_of(value, base) for value in read_layers(layers, key).of_each(num_layers)])
+        values = read_layers(layers, key).of_each(model)
+        return in_model(uniform([settings_of(value, base) for value in values]), model)
 
-    def described(self) -> str:
-        """Such as "retention 0.125"; with `layers` also what each layer keeps, step by step."""
+    def described(self, model: Layers) -> str:
+        """Such as "retention 0.125"; with `layers` also what each layer of the model keeps, step by step."""
         if not self._written:
             return f"retention {self.retentions[0] if len(self.retentions) == 1 else self.retentions}"
-        return ", then ".join(map(describe, self.turns))
+        return ", then ".join(describe(in_model(turn, model)) for turn in self.turns)
 
     def _config(self, retention: float) -> LRSAConfig:
         return LRSAConfig(

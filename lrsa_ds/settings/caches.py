@@ -2,7 +2,9 @@
 
 from typing import NamedTuple
 
-from lrsa_ds.layers import AnyConfig, cache_names, mappings
+from lrsa_ds.layer_ranges import mappings
+from lrsa_ds.layer_settings import Layers
+from lrsa_ds.layers import AnyConfig, cache_names, in_model
 from lrsa_ds.settings.attention import AttentionConfig
 from lrsa_ds.settings.run import EvalConfig
 
@@ -17,8 +19,8 @@ class NamedCache(NamedTuple):
     config: AnyConfig
 
 
-def caches_of(attention: AttentionConfig, evaluation: EvalConfig, num_layers: int) -> list[NamedCache]:
-    """The caches of an evaluation of a model of so many layers, each once.
+def caches_of(attention: AttentionConfig, evaluation: EvalConfig, model: Layers) -> list[NamedCache]:
+    """The caches of an evaluation of a model, each once.
 
     They are those of `eval.retentions`, then those of `eval.layers`; without these, what steps take whose layers
     differ.
@@ -26,14 +28,14 @@ def caches_of(attention: AttentionConfig, evaluation: EvalConfig, num_layers: in
     Raises:
         LRSAError: `eval.layers` or `attention.layers` is not for such a model.
     """
-    attention = attention.resolved(num_layers)
+    attention = attention.resolved(model)
     found: dict[AnyConfig, float] = {}
     for retention in evaluation.retentions:
-        found.setdefault(attention.with_retention(retention), retention)
+        found.setdefault(in_model(attention.with_retention(retention), model), retention)
     if evaluation.layers is not None:
-        differing = [attention.with_layers(each, num_layers, KEY) for each in mappings(KEY, evaluation.layers)]
+        differing = [attention.with_layers(each, model, KEY) for each in mappings(KEY, evaluation.layers)]
     else:
-        differing = attention.turns if attention.layers else []
+        differing = [in_model(turn, model) for turn in attention.turns] if attention.layers else []
     for config in differing:
         found.setdefault(config, config.share_kept)
     return [

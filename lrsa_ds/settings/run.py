@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lrsa_ds.errors import require, require_one_of, require_whole
-from lrsa_ds.layers import mappings, read_layers
+from lrsa_ds.layer_ranges import mappings, read_layers
 from lrsa_ds.lrsa_config import require_retention
 from lrsa_ds.registry import EXCHANGES
 

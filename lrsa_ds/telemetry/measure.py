@@ -10,11 +10,12 @@ from dataclasses import dataclass
 
 import torch
 
-from lrsa_ds.attention import AttentionFunction, lrsa_attention
+from lrsa_ds.attention import AttentionFunction, layer_attention
 from lrsa_ds.data.packing import Example, PackedSequence, pack, padding_sequence
 from lrsa_ds.data.tokenizer import Tokenizer
 from lrsa_ds.errors import require
-from lrsa_ds.layers import AnyConfig, uniform
+from lrsa_ds.layer_settings import Layers, ModelLayers
+from lrsa_ds.layers import AnyConfig, OfLRSA, uniform
 from lrsa_ds.parallel.mesh import Mesh
 from lrsa_ds.telemetry.answers import find_answers
 from lrsa_ds.telemetry.probe import RetentionProbe
@@ -92,6 +93,7 @@ class Measurement:
     Args:
         run_pass: a pass of the model in evaluation; under ZeRO-3 a collective.
         compressed: the cache, of which no layer is dense.
+        model: its layers; those that LRSA takes are measured.
         examples: all of them on every rank, each of at most `seq_len` tokens.
         mesh: of ranks that do not share sequences.
         on_pass: called before each pass and at the end, with the passes that are done and all of this rank.
@@ -100,8 +102,8 @@ class Measurement:
     def __init__(
         self,
         run_pass: RunPass,
-        compressed: AnyConfig,
-        num_layers: int,
+        compressed: OfLRSA,
+        model: Layers,
         examples: Sequence[Example],
         seq_len: int,
         tokenizer: Tokenizer,
@@ -109,7 +111,7 @@ class Measurement:
         on_pass: Callable[[int, int], None] = lambda done, total: None,
     ):
         self.run_pass, self.tokenizer, self.mesh, self.on_pass = run_pass, tokenizer, mesh, on_pass
-        self.compressed, self.num_layers, self.num_examples = compressed, num_layers, len(examples)
+        self.compressed, self.model, self.num_examples = compressed, ModelLayers.of(model), len(examples)
         rows = list(pack(examples, seq_len, tokenizer.pad_token_id))
         rows += [padding_sequence(seq_len, tokenizer.pad_token_id)] * (-len(rows) % mesh.world_size)
         self.rows = rows[mesh.rank :: mesh.world_size]
@@ -120,9 +122,9 @@ class Measurement:
     @torch.no_grad()
     def run(self, num_greedy: int = 0) -> Telemetry:
         """All passes; `num_greedy` is the number of layers that the greedy choice makes dense."""
-        self.done, self.total = 0, len(self.rows) * num_passes(self.num_layers, num_greedy)
-        dense, everything = self._look(), set(range(self.num_layers))
-        increases = [self._nll({layer}) - dense.nll for layer in range(self.num_layers)]
+        self.done, self.total = 0, len(self.rows) * num_passes(len(self.model.taken), num_greedy)
+        dense, everything = self._look(), set(self.model.taken)
+        increases = [self._nll({layer}) - dense.nll for layer in self.model.taken]
         found = Telemetry(
             retention=self.compressed.retention,
             num_examples=self.num_examples,
@@ -133,7 +135,7 @@ class Measurement:
             nll_compressed=self._nll(everything),
             layers=[
                 LayerLoss(layer, increase, *_shares(sums.tolist(), self.num_targets))
-                for layer, (increase, sums) in enumerate(zip(increases, dense.sums, strict=True))
+                for layer, increase, sums in zip(self.model.taken, increases, dense.sums, strict=True)
             ],
             greedy=self._greedy(num_greedy),
         )
@@ -148,12 +150,12 @@ class Measurement:
             num_answers += len(probe.answers)
             num_found += sum(answer.places != () for answer in probe.answers)
             nll += self._row_nll(row, self._attention(()), probe)
-        sums = torch.stack([probe.sums[layer] for layer in range(self.num_layers)])
+        sums = torch.stack([probe.sums[layer] for layer in self.model.taken])
         nll, num_answers, num_found, *flat = self.mesh.sum([nll, num_answers, num_found, *sums.flatten().tolist()])
         return _Dense(nll / self.num_targets, int(num_answers), int(num_found), torch.tensor(flat).view_as(sums))
 
     def _greedy(self, count: int) -> list[GreedyStep]:
-        left, steps = set(range(self.num_layers)), []
+        left, steps = set(self.model.taken), []
         for _ in range(count):
             tried = [GreedyStep(layer, self._nll(left - {layer})) for layer in sorted(left)]
             steps.append(min(tried, key=lambda step: step.nll))
@@ -163,12 +165,12 @@ class Measurement:
     def _nll(self, layers: Collection[int]) -> float:
         """Of an answer token, in nats, when these layers are compressed and all others dense."""
         attention = self._attention(layers)
-        local = sum(self._row_nll(row, attention, lrsa_attention) for row in self.rows)
+        local = sum(self._row_nll(row, attention, layer_attention) for row in self.rows)
         return self.mesh.sum([local])[0] / self.num_targets
 
-    def _attention(self, layers: Collection[int]) -> AnyConfig:
+    def _attention(self, layers: Collection[int]) -> OfLRSA:
         """That of a pass in which these layers are compressed."""
-        settings = [self.compressed.at_layer(layer) for layer in range(self.num_layers)]
+        settings = [self.compressed.at_layer(layer) for layer in range(len(self.model))]
         return uniform([c if i in layers else c.at_retention(1.0) for i, c in enumerate(settings)])
 
     def _row_nll(self, row: PackedSequence, attention: AnyConfig, attend: AttentionFunction) -> float:

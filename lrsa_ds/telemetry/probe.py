@@ -7,11 +7,12 @@ from collections.abc import Sequence
 
 import torch
 
-from lrsa_ds.attention import lrsa_attention
+from lrsa_ds.attention import layer_attention
 from lrsa_ds.attention.extras import Extras, extras_of
 from lrsa_ds.attention.kept_buffer import buffer_positions
 from lrsa_ds.attention.partition import PartitionTable, partition_table
-from lrsa_ds.layers import AnyConfig
+from lrsa_ds.layer_settings import LayerSettings
+from lrsa_ds.layers import OfLRSA
 from lrsa_ds.lrsa_config import LRSAConfig
 from lrsa_ds.telemetry.answers import Answer
 
@@ -20,7 +21,9 @@ PROBABILITIES_AT_ONCE = 2**24
 
 
 class RetentionProbe:
-    """`lrsa_attention` that adds up, for each layer and KV head, what `compressed` would drop at given answers.
+    """`layer_attention` that adds up what `compressed` would drop at given answers, for each KV head.
+
+    Layers that LRSA does not take drop nothing, and are left out.
 
     Attributes:
         answers: of the one row of the next pass; to be set before it.
@@ -33,7 +36,7 @@ class RetentionProbe:
         compressed: the cache; the pass itself attends as its own settings say.
     """
 
-    def __init__(self, compressed: AnyConfig):
+    def __init__(self, compressed: OfLRSA):
         self.compressed = compressed
         self.answers: Sequence[Answer] = ()
         self.sums: dict[int, torch.Tensor] = {}
@@ -43,7 +46,7 @@ class RetentionProbe:
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        config: LRSAConfig,
+        config: LayerSettings,
         document_lengths: Sequence[int] | None = None,
         scale: float | None = None,
         layer: int = 0,
@@ -52,8 +55,9 @@ class RetentionProbe:
         """As `lrsa_attention`, for one row: q [1, H, N, D], k and v [1, G, N, D]."""
         lengths = (q.shape[2],) if document_lengths is None else tuple(document_lengths)
         extras = extras_of(scale, extras)
-        self._observe(q, k, v, partition_table(lengths, self.compressed.at_layer(layer)), extras, layer)
-        return lrsa_attention(q, k, v, config, document_lengths, layer=layer, extras=extras)
+        if isinstance(config, LRSAConfig):
+            self._observe(q, k, v, partition_table(lengths, self.compressed.at_layer(layer)), extras, layer)
+        return layer_attention(q, k, v, config, document_lengths, layer=layer, extras=extras)
 
     @torch.no_grad()
     def _observe(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lrsa_ds.errors import LRSAError
 from lrsa_ds.labels import retention_name
-from lrsa_ds.layers import written_layers
+from lrsa_ds.layer_ranges import written_layers
 from lrsa_ds.logs.journal import without_nan
 from lrsa_ds.logs.metrics import RunLogger
 from lrsa_ds.pictures import new_figure, save_figure
@@ -105,7 +105,8 @@ def draw(found: Telemetry, path: Path, title: str) -> None:
         _draw_map(panel, [getattr(layer, name) or [math.nan] * num_heads for layer in found.layers], heading)
     _draw_increases(panels[2], [layer.nll_increase for layer in found.layers])
     every = max(1, -(-num_layers // 40))
-    panels[0].set_yticks(range(0, num_layers, every))
+    places = range(0, num_layers, every)
+    panels[0].set_yticks(places, [str(found.layers[place].layer) for place in places])
     panels[0].set_ylabel("layer", fontsize=8.5)
     for panel in panels:
         panel.tick_params(labelsize=7.5)

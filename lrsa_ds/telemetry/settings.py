@@ -5,27 +5,28 @@ from dataclasses import replace
 
 from lrsa_ds.config import TrainConfig
 from lrsa_ds.errors import require
-from lrsa_ds.layers import AnyConfig, uniform
+from lrsa_ds.layer_settings import Layers, ModelLayers
+from lrsa_ds.layers import AnyConfig, OfLRSA, uniform
 from lrsa_ds.settings.attention import AttentionConfig, require_compression
 
 
-def smallest_cache(attention: AttentionConfig, retentions: Sequence[float]) -> AnyConfig:
+def smallest_cache(attention: AttentionConfig, retentions: Sequence[float]) -> OfLRSA:
     """The smallest of an evaluation's caches in every layer: those that are kept dense are measured too."""
     return replace(attention, layers=None).with_retention(min(retentions))
 
 
-def every_layer(config: AnyConfig, retention: float) -> AnyConfig:
+def every_layer(config: OfLRSA, retention: float) -> OfLRSA:
     """`config` with this retention in every layer, also in those that it keeps dense."""
     return uniform([layer.at_retention(retention) for layer in config.layers])
 
 
-def check_telemetry(config: TrainConfig, num_layers: int) -> None:
+def check_telemetry(config: TrainConfig, model: Layers) -> None:
     """Raises LRSAError if `eval.telemetry` cannot be honoured."""
     if not config.eval.telemetry:
         return
     cache = smallest_cache(config.attention, config.eval.retentions)
     require_dropping("eval.telemetry", "eval.retentions", cache)
-    require_greedy("eval.telemetry_greedy", config.eval.telemetry_greedy, num_layers)
+    require_greedy("eval.telemetry_greedy", config.eval.telemetry_greedy, model)
     key, length = "seq_len", config.seq_len
     if config.data.makes_contexts and config.data.context_length is not None:
         key, length = "data.context_length", config.data.context_length
@@ -38,8 +39,9 @@ def require_dropping(key: str, retentions: str, cache: AnyConfig) -> None:
     )
 
 
-def require_greedy(key: str, num_greedy: int, num_layers: int) -> None:
+def require_greedy(key: str, num_greedy: int, model: Layers) -> None:
+    num_layers = len(ModelLayers.of(model).taken)
     require(
         num_greedy <= num_layers,
-        f"{key}={num_greedy} is more than the layers of the model: give 0 to {num_layers}.",
+        f"{key}={num_greedy} is more than the layers that LRSA takes: give 0 to {num_layers}.",
     )

@@ -9,6 +9,7 @@ from lrsa_ds.costs.sizes import Sizes, sizes_of
 from lrsa_ds.errors import LRSAError
 from lrsa_ds.models.adapters import check_peft
 from lrsa_ds.models.patch import PreTrainedModel
+from lrsa_ds.models.structure import layers_of
 from lrsa_ds.models.tiling import gated_mlps
 from lrsa_ds.objectives import check_objective
 from lrsa_ds.train.plan import check_model, check_sharing
@@ -44,7 +45,14 @@ def job_and_sizes(
     sizes = sizes_of(structure)
     num_frozen = sum(p.numel() for p in structure.parameters()) * objective.num_frozen_copies(config)
     job = job_of(
-        config, machine.num_gpus, itemsize, num_frozen, objective.retentions, num_targets, machine.gpus_per_node
+        config,
+        machine.num_gpus,
+        itemsize,
+        num_frozen,
+        objective.retentions,
+        num_targets,
+        machine.gpus_per_node,
+        layers_of(structure.config),
     )
     return job, sizes, config, structure
 

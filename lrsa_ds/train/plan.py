@@ -15,13 +15,16 @@ from lrsa_ds.data.tokenizer import Tokenizer, load_tokenizer
 from lrsa_ds.dtypes import dtype_of
 from lrsa_ds.errors import Problems, require
 from lrsa_ds.inputs import check_inputs
+from lrsa_ds.layer_settings import ModelLayers
+from lrsa_ds.layers import AnyConfig, OfLRSA, in_model, of_lrsa
 from lrsa_ds.logs.trackers import check_trackers
 from lrsa_ds.models.adapters import check_peft
 from lrsa_ds.models.liger import check_liger
 from lrsa_ds.models.loading import empty_model
 from lrsa_ds.models.offload import check_host_memory
-from lrsa_ds.models.patch import PreTrainedModel, check_supported, num_layers
+from lrsa_ds.models.patch import PreTrainedModel, check_supported
 from lrsa_ds.models.rope import check_reach
+from lrsa_ds.models.structure import layers_of
 from lrsa_ds.models.tiling import check_tiling
 from lrsa_ds.notices import say_once
 from lrsa_ds.objectives import check_objective
@@ -49,7 +52,13 @@ class Plan:
     data: RunData
     report: DataReport
     resume: ResumePoint | None
+    layers: ModelLayers
     num_frozen: int = 0
+
+    @property
+    def turns(self) -> list[AnyConfig]:
+        """The attention that steps take in turn, in every layer of the model."""
+        return [in_model(turn, self.layers) for turn in self.config.attention.turns]
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -82,7 +91,7 @@ def prepare(config: TrainConfig, procedure: Procedure) -> Plan:
         data = prepare_data(procedure, config, tokenizer)
     if architecture is None or data is None:
         problems.raise_all()
-    dtype, num_parameters, num_frozen, vocabulary, attention = architecture
+    dtype, num_parameters, num_frozen, vocabulary, attention, layers = architecture
     config = replace(config, attention=attention)
     with problems.collect():
         check_output(config, num_parameters, dtype.itemsize)
@@ -94,9 +103,12 @@ def prepare(config: TrainConfig, procedure: Procedure) -> Plan:
         )
     problems.raise_all()
     config = _with_steps(config, data)
-    short = max(0 if settings.is_dense else settings.dense_prefix_size for settings in config.attention.turns)
+    turns = [in_model(turn, layers) for turn in config.attention.turns]
+    short = max(0 if settings.is_dense else settings.dense_prefix_size for settings in turns)
     report = survey(data, short, None if config.data.report == "all" else SAMPLED_TOKENS)
-    plan = Plan(config, dtype, num_parameters, tokenizer, data, report, resume=None, num_frozen=num_frozen)
+    plan = Plan(
+        config, dtype, num_parameters, tokenizer, data, report, resume=None, layers=layers, num_frozen=num_frozen
+    )
     return replace(plan, resume=find_resume(config, plan))
 
 
@@ -108,6 +120,7 @@ class _Architecture(NamedTuple):
     num_frozen: int
     vocabulary: int
     attention: AttentionConfig  # with the settings of every layer
+    layers: ModelLayers
 
 
 def check_model(config: TrainConfig, num_ranks: int | None = None) -> tuple[TrainConfig, PreTrainedModel]:
@@ -124,9 +137,9 @@ def check_model(config: TrainConfig, num_ranks: int | None = None) -> tuple[Trai
     check_supported(structure)
     check_reach(structure.config, config.model.rope, "seq_len", config.seq_len)
     check_tiling(config, structure)
-    config = replace(config, attention=config.attention.resolved(num_layers(structure)))
+    config = replace(config, attention=config.attention.resolved(layers_of(structure.config)))
     check_sharing(config, structure, objective.retentions, num_ranks)
-    check_telemetry(config, num_layers(structure))
+    check_telemetry(config, layers_of(structure.config))
     return config, structure
 
 
@@ -140,7 +153,7 @@ def _architecture(config: TrainConfig) -> _Architecture:
     num_parameters = sum(p.numel() for p in structure.parameters())
     num_frozen = num_parameters * objective.num_frozen_copies(config)
     vocabulary = cast(int, structure.get_input_embeddings().num_embeddings)
-    return _Architecture(dtype, num_parameters, num_frozen, vocabulary, config.attention)
+    return _Architecture(dtype, num_parameters, num_frozen, vocabulary, config.attention, layers_of(structure.config))
 
 
 def find_resume(config: TrainConfig, plan: Plan) -> ResumePoint | None:
@@ -185,7 +198,7 @@ def _check_backend(config: TrainConfig, structure: PreTrainedModel, dtype: torch
     head_dim = head_dim or architecture.hidden_size // architecture.num_attention_heads
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     merges_parts = config.parallel.sp_size > 1 and EXCHANGES[config.parallel.exchange].merges_parts
-    caches = [cache.config for cache in caches_of(config.attention, config.eval, num_layers(structure))]
+    caches = [cache.config for cache in caches_of(config.attention, config.eval, layers_of(structure.config))]
     for layer in {layer for settings in [*config.attention.turns, *caches] for layer in settings.layers}:
         choose_kernel(layer, device, dtype, head_dim, needs_lse_gradient=merges_parts)
 
@@ -203,8 +216,8 @@ def check_sharing(
     row = config.seq_len * config.optim.micro_batch
     heads = architecture.num_attention_heads, architecture.num_key_value_heads
     strategy = EXCHANGES[config.parallel.exchange]
-    every = [*attention.turns, *map(attention.with_retention, others)]
-    every += [cache.config for cache in caches_of(attention, config.eval, num_layers(structure))]
+    every: list[OfLRSA] = [*attention.turns, *map(attention.with_retention, others)]
+    every += [of_lrsa(cache.config) for cache in caches_of(attention, config.eval, layers_of(structure.config))]
     layers = {layer for settings in every for layer in settings.layers}
     for settings in sorted(layers, key=lambda layer: layer.retention, reverse=True):
         check = check_dense if settings.is_dense else strategy.check

@@ -207,7 +207,7 @@ class _Run:
         if steps:
             share = sum(row["num_short_tokens"] for row in steps) / sum(row["num_tokens"] for row in steps)
             self.logger.summary({"step": config.optim.num_steps, "short_token_share": share})
-            sentence = short_documents_sentence(share, smallest_of(config.attention.turns), "the tokens trained on")
+            sentence = short_documents_sentence(share, smallest_of(self.plan.turns), "the tokens trained on")
             if sentence:
                 self.logger.message(sentence)
 
@@ -323,7 +323,7 @@ def _report(config: TrainConfig, rows: list[dict], new: Evaluation, directory: P
 
 def _describe(config: TrainConfig, plan: Plan, mesh: Mesh, directory: Path) -> list[str]:
     attention, optim = config.attention, config.optim
-    lrsa = f"LRSA, sink {attention.sink_size}, lag {attention.lag_size}, {attention.described()}"
+    lrsa = f"LRSA, sink {attention.sink_size}, lag {attention.lag_size}, {attention.described(plan.layers)}"
     kind = "dense attention" if attention.kind == "dense" else lrsa
     sequences = mesh.dp_size * optim.micro_batch * optim.grad_accum
     no_peak = describe_peak(config, mesh.device_name)
@@ -333,7 +333,7 @@ def _describe(config: TrainConfig, plan: Plan, mesh: Mesh, directory: Path) -> l
         f"on {mesh.world_size} × {mesh.device_name}, ZeRO stage {config.zero.stage}{shared}",
         f"attention: {kind}",
         *filter(None, [check_objective(config).describe(config), describe_levers(config), no_peak]),
-        *cache_lines(config.seq_len, attention.turns, plan.report.share_short, plan.report.long_answers()),
+        *cache_lines(config.seq_len, plan.turns, plan.report.share_short, plan.report.long_answers()),
         f"{optim.num_steps} steps of {sequences} × {config.seq_len:,} tokens, peak learning rate {optim.lr:g}",
         *plan.report.lines(sequences, optim.num_steps),
         f"output: {directory}",

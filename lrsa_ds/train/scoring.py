@@ -16,7 +16,7 @@ from lrsa_ds.config import TrainConfig
 from lrsa_ds.data.packing import IGNORE, Example, PackedSequence, collate, pack, padding_sequence
 from lrsa_ds.data.tokenizer import Tokenizer
 from lrsa_ds.layers import AnyConfig
-from lrsa_ds.models.patch import num_layers
+from lrsa_ds.models.structure import layers_of
 from lrsa_ds.objectives import objective_of
 from lrsa_ds.parallel.mesh import Mesh
 from lrsa_ds.settings.caches import NamedCache, caches_of
@@ -82,7 +82,7 @@ def evaluate(
     num_answers = torch.tensor([_num_answers(example) for example in examples])
     first_answer = num_answers.cumsum(0) - num_answers
     found = Evaluation([], [], [])
-    caches = caches_of(config.attention, config.eval, num_layers(objective_of(engine).lm))
+    caches = caches_of(config.attention, config.eval, layers_of(objective_of(engine).lm.config))
     total, done = len(examples) * len(caches), 0
     for cache in caches:
         totals = torch.zeros(int(num_answers.sum()), 3, dtype=torch.float64)
@@ -126,7 +126,7 @@ def look_inside(
     engine.eval()
     chosen = some_of_each_task(examples, config.eval.telemetry_examples)
     cache = smallest_cache(config.attention, config.eval.retentions)
-    layers = num_layers(objective_of(engine).lm)
+    layers = layers_of(objective_of(engine).lm.config)
     found = Measurement(run_pass, cache, layers, chosen, config.seq_len, tokenizer, mesh, on_pass).run(
         config.eval.telemetry_greedy
     )

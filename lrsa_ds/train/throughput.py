@@ -10,18 +10,20 @@ from lrsa_ds.config import TrainConfig
 from lrsa_ds.costs.flops import Passes, step_flops
 from lrsa_ds.costs.gpus import gpu_of_device
 from lrsa_ds.costs.shape import model_shape
-from lrsa_ds.layers import AnyConfig
+from lrsa_ds.layer_settings import Layers
+from lrsa_ds.layers import AnyConfig, in_model
+from lrsa_ds.models.structure import layers_of
 from lrsa_ds.models.tiling import num_tiles
 from lrsa_ds.objectives.objective import Objective
 from lrsa_ds.process.launcher import ranks_of_host
 
 
-def passes_of(config: TrainConfig, retentions: Sequence[float]) -> Passes:
+def passes_of(config: TrainConfig, retentions: Sequence[float], model: Layers) -> Passes:
     """The passes of a step through the model; `retentions` are those of the objective's passes without gradients."""
     return Passes(
         checkpointing=config.activation_checkpointing,
         tiled_mlp=num_tiles(config) > 1,
-        without_gradient=tuple(config.attention.with_retention(r) for r in retentions),
+        without_gradient=tuple(in_model(config.attention.with_retention(r), model) for r in retentions),
     )
 
 
@@ -46,8 +48,9 @@ class Throughput:
     """
 
     def __init__(self, config: TrainConfig, objective: Objective, device_name: str, world_size: int):
+        self._layers = layers_of(objective.lm.config)
         self._shape = model_shape(objective.lm)  # None: operations are not counted, and no rates are logged
-        self._passes = passes_of(config, objective.retentions)
+        self._passes = passes_of(config, objective.retentions, self._layers)
         self._peak = peak_of(config, device_name)
         self._world_size = world_size
         self._executed = self._dense = 0.0
@@ -56,7 +59,7 @@ class Throughput:
         """Operations for a packed row: executed, and with dense attention."""
         if self._shape is None:
             return 0.0, 0.0
-        flops = step_flops(self._shape, self._passes, document_lengths, num_slots, attention)
+        flops = step_flops(self._shape, self._passes, document_lengths, num_slots, in_model(attention, self._layers))
         return flops.executed.total, flops.dense.total
 
     def begin(self, executed: float, dense: float) -> None:

@@ -16,8 +16,8 @@ from lrsa_ds.config import TrainConfig
 from lrsa_ds.data.packing import PackedSequence, collate, padding_sequence, shard
 from lrsa_ds.data.stream import StepData
 from lrsa_ds.errors import LRSAError, require
-from lrsa_ds.layers import AnyConfig
-from lrsa_ds.models.patch import num_layers
+from lrsa_ds.layers import AnyConfig, in_model
+from lrsa_ds.models.structure import layers_of
 from lrsa_ds.objectives import objective_of
 from lrsa_ds.parallel.mesh import Mesh
 from lrsa_ds.parallel.sequence.attention import attention_function
@@ -96,8 +96,8 @@ class Trainer:
         self.first_step = first_step
         self.doing = doing
         self.scale = gradient_scale(config, mesh.world_size)
-        self.num_layers = num_layers(objective_of(engine).lm)
-        self.attention = config.attention.resolved(self.num_layers)
+        self.layers = layers_of(objective_of(engine).lm.config)
+        self.attention = config.attention.resolved(self.layers)
         resolved = replace(config, attention=self.attention)
         self.throughput = Throughput(resolved, objective_of(engine), mesh.device_name, mesh.world_size)
         self.clock = PhaseClock(mesh.device)
@@ -137,7 +137,7 @@ class Trainer:
         waited = time.perf_counter() - arrived
         slots = mesh.max(counts)
         require(num_targets > 0, f"step {step + 1} has no target token: check the answers of the data.")
-        attention = self.attention.at_step(step)
+        attention = in_model(self.attention.at_step(step), self.layers)
         compressed = self._compression(rows, attention)
         flops = self._local_flops(rows, slots, attention)
         self.clock.start()
@@ -252,7 +252,7 @@ class Trainer:
         """Bytes that a rank sent for a layer in this step, forward and backward; the mean over the ranks."""
         if self.mesh.sequence is None:
             return {}
-        counts = self.mesh.sequence.traffic.take(self.num_layers)
+        counts = self.mesh.sequence.traffic.take(len(self.layers))
         totals = self.mesh.sum(list(counts.values()))
         return {name: total / self.mesh.world_size for name, total in zip(counts, totals, strict=True)}
 

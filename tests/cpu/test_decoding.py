@@ -13,7 +13,7 @@ import lrsa_ds
 from lrsa_ds import LagKVCache, LRSAConfig, apply_lrsa, new_cache, prefill
 from lrsa_ds.attention.decoding import Step, attend_entries
 from lrsa_ds.attention.extras import PLAIN
-from lrsa_ds.attention.partition import most_held, num_held
+from lrsa_ds.attention.partition import num_held
 from lrsa_ds.data.tokenizer import byte_tokenizer
 from lrsa_ds.errors import LRSAError
 from lrsa_ds.models.decoder import Decoder
@@ -49,7 +49,7 @@ def mixed():
 def test_most_that_is_held(settings):
     config = LRSAConfig(**(dict(sink_size=3, lag_size=8, retention=0.3) | settings))
     for most in range(1, 90):
-        assert most_held(most, config) == 1 + max(num_held(seen, config) for seen in range(most))
+        assert config.most_held(most) == 1 + max(num_held(seen, config) for seen in range(most))
 
 
 RULES = [{}, dict(value_weight=0.3), dict(selection="key_norm"), dict(selection="random"), dict(selection="window")]
@@ -71,7 +71,7 @@ def test_passes_give_the_logits_of_training(settings, steps):
                 assert_close(fixed.keys, other.keys, 1e-5, "keys")
     assert (torch.cat(found, dim=1) - logits_of_training(model, ids)).abs().max() <= 1e-4
     assert len(addresses) == 1
-    assert cache.num_bytes == 2 * 2 * 2 * 12 * 4 * most_held(83, config)
+    assert cache.num_bytes == 2 * 2 * 2 * 12 * 4 * config.most_held(83)
 
 
 def decoded(model, ids, cache, given, mask=None):

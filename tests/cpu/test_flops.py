@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from lrsa_ds import LRSAConfig, apply_lrsa
 from lrsa_ds.attention.partition import partition_table
-from lrsa_ds.costs.flops import Passes, attention_flops, dense_pairs, seen_pairs, step_flops, trained_matrix_flops
+from lrsa_ds.costs.flops import Passes, attention_flops, seen_pairs, step_flops, trained_matrix_flops
 from lrsa_ds.costs.shape import model_shape
 from lrsa_ds.data.packing import IGNORE
 from lrsa_ds.layers import LayeredConfig
@@ -114,8 +114,9 @@ def test_pairs_are_those_of_the_mask():
             window = t + 1 if chunk < 2 else t + 1 - sink - (chunk - 1) * lag
             total += window + (sink + (chunk - 1) * kept if chunk >= 2 else 0)
     assert seen_pairs(LENGTHS, LRSA, 2) == [total, total]
-    assert dense_pairs(LENGTHS, 2) == seen_pairs(LENGTHS, DENSE, 2)
-    assert seen_pairs(LENGTHS, MIXED, 2) == [dense_pairs(LENGTHS, 1)[0], total]
+    dense = sum(n * (n + 1) // 2 for n in LENGTHS)
+    assert seen_pairs(LENGTHS, DENSE, 2) == [dense, dense]
+    assert seen_pairs(LENGTHS, MIXED, 2) == [dense, total]
 
 
 def test_a_teacher_adds_a_forward_pass():
@@ -124,7 +125,7 @@ def test_a_teacher_adds_a_forward_pass():
     taught = step_flops(shape, Passes(without_gradient=(DENSE,)), LENGTHS, 12, LRSA)
     # Products of 2,304 + 1,152 + 1,152 + 2,304 in the attention of a layer, and 3 × 3,072 in its MLP; logits twice.
     forward = 2 * (sum(LENGTHS) * 2 * (6912 + 9216) + 2 * 12 * 48 * 101)
-    pairs = sum(dense_pairs(LENGTHS, 2))
+    pairs = sum(seen_pairs(LENGTHS, DENSE, 2))
     assert taught.executed.matrices - alone.executed.matrices == forward
     assert taught.executed.attention - alone.executed.attention == 4 * pairs * 4 * 12
     assert taught.dense.total - alone.dense.total == taught.executed.total - alone.executed.total

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # one. A new module gets a place here.
 LAYERS = (
     ("dtypes", "errors", "labels", "notices", "pictures", "registry", "process"),
-    ("layers", "lrsa_config"),
+    ("layer_ranges", "layer_settings", "layers", "lrsa_config"),
     ("settings",),
     ("config", "hub"),
     ("attention",),

@@ -15,7 +15,8 @@ from lrsa_ds.data.tokenizer import byte_tokenizer
 from lrsa_ds.errors import LRSAError
 from lrsa_ds.evaluate.config import CacheConfig
 from lrsa_ds.evaluate.evaluator import modes
-from lrsa_ds.layers import describe, from_saved, read_layers, resolve, written_layers
+from lrsa_ds.layer_ranges import read_layers, written_layers
+from lrsa_ds.layers import describe, from_saved, resolve
 from lrsa_ds.settings.attention import AttentionConfig
 from lrsa_ds.settings.caches import caches_of
 from lrsa_ds.settings.run import EvalConfig
@@ -168,7 +169,7 @@ def test_steps_and_caches():
     assert [cache.retention for cache in caches[:3]] == [1.0, 0.25, (1 + 0.5 + 0.125 + 0.125) / 4]
     assert [cache.config for cache in caches[2:]] == attention.turns[:2] and caches[0].config.is_dense
     assert [cache.name for cache in caches[:2]] == ["dense", "1 dense + 3 at 1/4"]
-    assert attention.described().startswith(
+    assert attention.described(4).startswith(
         "layers 0 dense, 1 retention 0.5, 2-3 retention 0.125; mean share kept 0.438"
     )
     one = EvalConfig(retentions=[0.25])
@@ -187,8 +188,8 @@ def test_lists_are_taken_in_turn():
     shares = [[layer.share_kept for layer in attention.at_step(step).layers] for step in range(7)]
     assert shares == [[1.0], [1.0, 0.0, 1.0, 0.0], [0.0, 0.0, 1.0, 0.0]] * 2 + [[1.0]]
     assert [layer.lag_size for layer in attention.at_step(2).layers] == [6, 6, 1024, 6]
-    described = "dense, then layers 0 dense, 1 window, 2 dense, 3 window; mean share kept 0.5, then layers 0-1 window"
-    assert attention.described().startswith(described)
+    described = "dense, then layers 0 2 dense, 1 3 window; mean share kept 0.5, then layers 0-1 3 window, 2 dense"
+    assert attention.described(4).startswith(described)
     # Nothing but that which differs by the retention of the step is another setting.
     follows = AttentionConfig(layers=[{"0": 1.0, "rest": None}, {"0-": 1.0}, {"0-": 0.5}], retention=[0.5, 0.25])
     assert len(follows.resolved(4).turns) == 4

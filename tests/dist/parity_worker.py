@@ -25,7 +25,7 @@ from lrsa_ds.models.patch import enable_checkpointing, layer_classes
 from lrsa_ds.models.tiling import num_tiles, tile_mlps
 from lrsa_ds.objectives import make_objective
 from lrsa_ds.parallel.mesh import rank, start_mesh, stop_mesh
-from lrsa_ds.parallel.sequence import all_to_all, gather_kept, head_groups
+from lrsa_ds.parallel.sequence import all_to_all, halo
 from lrsa_ds.parallel.zero import make_engine
 from lrsa_ds.settings.attention import AttentionConfig
 from lrsa_ds.settings.memory import MemoryConfig
@@ -40,7 +40,11 @@ SEQ_LEN, NUM_SEQUENCES = 160, 4
 BAD_TOKEN, BAD_SEQUENCE = 96, 2
 WEIGHT, TEMPERATURE = 0.7, 1.5  # of distillation
 # More experts than a rank has target tokens, so that in every micro-batch some get few tokens or none.
-EXPERTS = {"qwen3_moe": dict(num_experts=64, num_experts_per_tok=2, moe_intermediate_size=16)}
+FAMILIES = {
+    "qwen3_moe": dict(num_experts=64, num_experts_per_tok=2, moe_intermediate_size=16),
+    # With a window that is longer than the stretches of four ranks.
+    "olmo3": dict(sliding_window=70, layer_types=["sliding_attention", "full_attention"]),
+}
 SIZES = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
 
 
@@ -70,7 +74,7 @@ def make_model(options):
         num_key_value_heads=options.kv_heads,
         head_dim=8,
         tie_word_embeddings=options.tied,
-        **EXPERTS.get(options.family, {}),
+        **FAMILIES.get(options.family, {}),
     )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     if options.teacher:  # sharper attention, so that a dense pass predicts something else
@@ -142,11 +146,11 @@ def without_halo():
         return whole(group, cargo, [part * 0 for part in parts] if cargo == "halo" else parts, shapes)
 
     whole = all_to_all.start
-    head_groups.start = gather_kept.start = receive_zeros
+    halo.start = receive_zeros
     try:
         yield
     finally:
-        head_groups.start = gather_kept.start = whole
+        halo.start = whole
 
 
 def objective_of(options) -> ObjectiveConfig:

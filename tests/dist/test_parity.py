@@ -50,6 +50,13 @@ PARITY = [
     # Frozen embeddings ask for no gradient, and DeepSpeed must still hold a gathered layer until its backward pass.
     (2, ["--lora"]),
     (2, ["--freeze", "embed", "layers.0"]),
+    # Layers with a sliding window receive halos, if need be from several ranks.
+    (2, ["--family", "olmo3", "--micro-batch", 2]),
+    *(
+        (size, ["--family", "olmo3", "--sp-size", size, "--exchange", exchange, "--micro-batch", 2, "--checkpointing"])
+        for exchange in EXCHANGES
+        for size in (2, 4)
+    ),
     # Only where heads are dealt out do the ranks have to divide them.
     (2, ["--sp-size", 2, "--heads", 3, "--kv-heads", 1, "--checkpointing"]),
     # Dense attention under sequence parallelism is DeepSpeed's Ulysses.

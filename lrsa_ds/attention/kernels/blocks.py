@@ -66,6 +66,11 @@ def in_blocks(count: int) -> int:
     return -(-count // BLOCK) * BLOCK
 
 
+def power_of_two(count: int) -> int:
+    """`count` rounded up to a power of two, of at least one block."""
+    return max(BLOCK, 1 << (count - 1).bit_length())
+
+
 def padded_buffer_size(table: PartitionTable) -> int:
     """Slots of the kept buffer, rounded up to whole blocks."""
     return in_blocks(table.buffer_size)

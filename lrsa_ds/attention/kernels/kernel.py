@@ -9,7 +9,8 @@ from lrsa_ds.attention.extras import PLAIN, Extras
 from lrsa_ds.attention.kernels.interval import Intervals
 from lrsa_ds.dtypes import dtype_name
 from lrsa_ds.errors import require
-from lrsa_ds.lrsa_config import AUTO, LRSAConfig
+from lrsa_ds.layer_settings import LayerSettings
+from lrsa_ds.lrsa_config import AUTO
 from lrsa_ds.notices import say_once
 from lrsa_ds.registry import KERNELS
 
@@ -81,7 +82,7 @@ class Kernel:
 
 
 def choose_kernel(
-    config: LRSAConfig,
+    config: LayerSettings,
     device: torch.device,
     dtype: torch.dtype,
     head_dim: int,

@@ -23,7 +23,8 @@ from lrsa_ds.attention.kernels.interval import Intervals
 from lrsa_ds.attention.kernels.kernel import choose_kernel
 from lrsa_ds.attention.partition import cut, intervals_of, partition_table
 from lrsa_ds.lrsa_config import LRSAConfig
-from lrsa_ds.parallel.sequence.all_to_all import SequenceGroup, start, start_to_all
+from lrsa_ds.parallel.sequence.all_to_all import SequenceGroup, start_to_all
+from lrsa_ds.parallel.sequence.halo import HaloLayout, halo_layout, with_halos
 from lrsa_ds.parallel.sequence.keys_and_values import KeysAndValues
 from lrsa_ds.parallel.sequence.pieces import SharedBuffer, halo_size, select_pieces, share_buffer
 from lrsa_ds.parallel.sequence.strategy import Sharing, Strategy, check_stretches, local_tokens
@@ -61,7 +62,7 @@ def kept_attention(
     kernel = choose_kernel(config, q.device, q.dtype, q.shape[3], value_dim=v.shape[3], extras=extras)
     by_blocks = kernel.wants_whole_blocks
     layout = kept_layout(tuple(document_lengths), config, group.size, group.index, by_blocks, q.device)
-    k, v = with_halos(k, v, layout, group)
+    k, v = with_halos(k, v, layout.halos, group)
     buffer = layout.buffer
     if any(buffer.num_sent):  # otherwise no document is long enough for a history: attend to the window only
         pair = KeysAndValues.of(k, v)
@@ -72,32 +73,11 @@ def kept_attention(
     return extras.with_sinks(*kernel.attend(q, k, v, layout.intervals, extras))[0]
 
 
-def with_halos(
-    k: torch.Tensor, v: torch.Tensor, layout: "KeptLayout", group: SequenceGroup
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """[halo | stretch] of each stretch, one after the other: two [1, G, M, D], with gradients to the halos' owners."""
-    pair = KeysAndValues.of(k, v)
-    stretches = pair.stack(k, v).split(k.shape[2] // len(layout.halo_from), dim=2)
-    parts = [stretches[0][:, :, :0]] * group.size
-    for number, receiver in enumerate(layout.halo_to):
-        if receiver is not None:
-            parts[receiver] = stretches[number][:, :, -layout.halo_size :]
-    shape = pair.shape(layout.halo_size)
-    shapes = [shape if rank in layout.halo_from else (0,) for rank in range(group.size)]
-    received = start(group, "halo", parts, shapes).finish()
-    pieces = []
-    for sender, stretch in zip(layout.halo_from, stretches, strict=True):
-        pieces += [stretch] if sender is None else [received[sender], stretch]
-    return pair.unstack(torch.cat(pieces, dim=2))
-
-
 @dataclass(frozen=True, eq=False)
 class KeptLayout:
     """What one rank sends, receives and attends to. Local positions count the M tokens of its halos and stretches."""
 
-    halo_size: int
-    halo_from: tuple[int | None, ...]  # for each stretch, the rank that holds the one before it
-    halo_to: tuple[int | None, ...]  # for each stretch, the rank that holds the next one
+    halos: HaloLayout
     buffer: SharedBuffer
     intervals: Intervals  # of each query of this rank, over [copies | halos and stretches]
 
@@ -112,7 +92,6 @@ def kept_layout(
     mine = local_tokens(holders, table.num_tokens, index)
     length = mine[0].stop - mine[0].start
     halo = halo_size(config, length, by_blocks)
-    numbers = [part.start // length for part in mine]
     local = partial(_local_position, stretches=mine, halo=halo)
     # Chunks of the rank's own queries, which count from 0 on; their windows begin at local positions.
     chunks, first_keys = [], [local(part.start, part.start) for part in mine]
@@ -129,9 +108,7 @@ def kept_layout(
     own = torch.cat([torch.arange(key, key + length, dtype=torch.int32, device=device) for key in first_keys])
     window = Intervals(win_lo + buffer.copies.size, own + 1 + buffer.copies.size)
     return KeptLayout(
-        halo_size=halo,
-        halo_from=tuple(holders[i - 1] if i else None for i in numbers),
-        halo_to=tuple(holders[i + 1] if i + 1 < len(holders) else None for i in numbers),
+        halos=halo_layout(holders, table.num_tokens, halo, index),
         buffer=buffer,
         intervals=Intervals(hist_lo, hist_hi, window),
     )

@@ -21,6 +21,7 @@ from lrsa_ds.attention.kernels.kernel import choose_kernel
 from lrsa_ds.errors import require
 from lrsa_ds.lrsa_config import LRSAConfig
 from lrsa_ds.parallel.sequence.all_to_all import AllToAll, SequenceGroup, start, start_even
+from lrsa_ds.parallel.sequence.halo import with_halos
 from lrsa_ds.parallel.sequence.keys_and_values import KeysAndValues
 from lrsa_ds.parallel.sequence.pieces import select_pieces
 from lrsa_ds.parallel.sequence.shard import ShardLayout, shard_layout
@@ -67,8 +68,7 @@ def heads_attention(
     attend, by_blocks = kernel.attend, kernel.wants_whole_blocks
     layout = shard_layout(tuple(document_lengths), config, group.size, group.index, by_blocks, q.device)
     heads = HeadGroups(q.shape[1], KeysAndValues.of(k, v), group)
-    halo_k, halo_v = exchange_halo(k, v, layout, group)
-    k, v = torch.cat([halo_k, k], dim=2), torch.cat([halo_v, v], dim=2)
+    k, v = with_halos(k, v, layout.halos, group)
     if not any(layout.buffer.num_sent):  # no document is long enough for a history: attend to the window only
         return extras.with_sinks(*attend(q, k, v, layout.window, extras))[0]
     queries = heads.send_queries(q)
@@ -77,28 +77,6 @@ def heads_attention(
     window = extras.with_sinks(*attend(q, k, v, layout.window, extras))
     history = attend(heads.receive_queries(queries), *heads.receive_kept(kept, layout), layout.history, extras)
     return heads.merge(window, heads.return_outputs(*history), q.dtype)
-
-
-def exchange_halo(
-    k: torch.Tensor, v: torch.Tensor, layout: ShardLayout, group: SequenceGroup
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values of the halo: two [1, G, halo, D]; their gradients go back to the rank that sent them."""
-    num_sent, pair = layout.sent_halo_size, KeysAndValues.of(k, v)
-    # Empty parts are slices of k, so that every rank has the all-to-all in its graph and joins its backward pass.
-    parts = [k[0, :, :0]] * group.size
-    if num_sent:
-        # A shard is at least as long as the halo, so the halo comes from one neighbour.
-        parts[group.index + 1] = pair.stack(*(x[:, :, -num_sent:] for x in (k, v)))
-    shapes: list[tuple[int, ...]] = [(0,)] * group.size
-    if layout.halo_size:
-        shapes[group.index - 1] = pair.shape(layout.halo_size)
-    received = start(group, "halo", parts, shapes).finish()
-    if not layout.halo_size:
-        # Adding 0 times the result keeps the all-to-all in the graph: its backward pass returns the gradients of the
-        # halo that this rank sent.
-        nothing = received[0].sum() * 0
-        return k[:, :, :0] + nothing, v[:, :, :0]
-    return pair.unstack(received[group.index - 1])
 
 
 class HeadGroups:

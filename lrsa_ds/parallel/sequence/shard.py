@@ -14,6 +14,7 @@ from lrsa_ds.attention.kernels.blocks import BLOCK
 from lrsa_ds.attention.kernels.interval import Intervals
 from lrsa_ds.attention.partition import cut, intervals_of, partition_table
 from lrsa_ds.lrsa_config import LRSAConfig
+from lrsa_ds.parallel.sequence.halo import HaloLayout, halo_layout
 from lrsa_ds.parallel.sequence.pieces import SharedBuffer, halo_size, share_buffer
 
 
@@ -23,7 +24,7 @@ class ShardLayout:
 
     shard_size: int
     halo_size: int  # of this rank; shorter than S + 2L where fewer tokens precede the shard
-    sent_halo_size: int  # of the next rank: the tokens that this rank sends to it
+    halos: HaloLayout
     window: Intervals  # of each query of the shard, over [halo | shard]
     history: Intervals  # of each query of the whole sequence, over the copies of the kept buffer
     buffer: SharedBuffer
@@ -57,7 +58,7 @@ def shard_layout(
     return ShardLayout(
         shard_size=shard,
         halo_size=halo,
-        sent_halo_size=min(lo + shard, halo_max) if index + 1 < size else 0,
+        halos=halo_layout(tuple(range(size)), table.num_tokens, halo_max, index),
         window=Intervals(win_lo - first_local, own + 1),
         history=Intervals(hist_lo, hist_hi),
         buffer=buffer,

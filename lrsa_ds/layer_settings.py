@@ -1,0 +1,69 @@
+"""What the settings of one layer have in common, whatever its kind, and which layers of a model LRSA takes."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+class LayerSettings(ABC):
+    """All that the attention of a layer needs to know: `LRSAConfig`, or what a layer of another kind has.
+
+    Attributes:
+        kind: its name in the table of kinds, see `lrsa_ds.attention.kinds`.
+    """
+
+    kind: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def backend(self) -> str:
+        """The kernel, as in `LRSAConfig`."""
+
+    @abstractmethod
+    def num_held(self, num_tokens: int) -> int:
+        """Entries of a cache for each KV head after `num_tokens` tokens of one document."""
+
+    @abstractmethod
+    def most_held(self, max_tokens: int) -> int:
+        """Most entries that a token of a document of at most `max_tokens` attends to, its own among them."""
+
+    @abstractmethod
+    def room_in_chunk(self, num_tokens: int) -> int:
+        """Tokens that may follow `num_tokens` before what was seen of them is compressed."""
+
+    @abstractmethod
+    def said(self) -> str:
+        """Such as "retention 0.125", in a list of layers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OtherSettings(LayerSettings):
+    """Those of a layer that LRSA leaves as it is."""
+
+    backend: str = "auto"
+
+
+@dataclass(frozen=True)
+class ModelLayers:
+    """The layers of a model: None where LRSA takes the place of the attention, the settings of those that stay."""
+
+    others: tuple[OtherSettings | None, ...]
+
+    @classmethod
+    def of(cls, layers: "int | ModelLayers") -> "ModelLayers":
+        """Those of a model that is known by the number of its layers, of which LRSA takes all."""
+        return cls((None,) * layers) if isinstance(layers, int) else layers
+
+    @property
+    def taken(self) -> list[int]:
+        """The layers that LRSA takes."""
+        return [index for index, other in enumerate(self.others) if other is None]
+
+    def __len__(self) -> int:
+        return len(self.others)
+
+
+# A model, by its layers, or by their number where LRSA takes all of them.
+Layers = int | ModelLayers
+# Room in a chunk where nothing is ever compressed.
+UNLIMITED = 2**63 - 1
