@@ -110,6 +110,7 @@ def benchmark(config: TrainConfig, options: argparse.Namespace) -> bool:
     require(min(options.num_tokens) > NUM_TARGETS, f"--num-tokens has to be above {NUM_TARGETS}.")
     config = replace(config, output_dir=None, seq_len=longest)
     plan = prepare(config, recipes.load_procedure(config.procedure))
+    config = replace(config, memory=plan.config.memory, zero=plan.config.zero)  # as memory=auto has chosen
     mesh = start_mesh(config.parallel.sp_size, exchange=config.parallel.exchange)
     engine = build_engine(config, plan, mesh)
     engine.train()

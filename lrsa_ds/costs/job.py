@@ -28,6 +28,10 @@ class Levers:
             f"zero.offload_param={flags[1][self.offload_param]}",
         ]
 
+    def include(self, other: "Levers") -> bool:
+        """Whether all levers that are on in `other` are on."""
+        return all(getattr(self, name) for name, value in vars(other).items() if value)
+
     def __str__(self) -> str:
         names = [name for name, value in vars(self).items() if value]
         return " + ".join(names) or "none"
@@ -143,6 +147,18 @@ def job_of(
         taught=tuple(whole(config.attention.with_retention(r)) for r in retentions),
         num_frozen=num_frozen,
     )
+
+
+def with_levers(config: TrainConfig, levers: Levers) -> TrainConfig:
+    """The configuration with these levers on, and the others off."""
+    devices = {False: "none", True: "cpu"}
+    memory = replace(config.memory, offload_checkpoints=levers.offload_checkpoints, tiled_mlp=levers.tiled_mlp)
+    zero = replace(
+        config.zero,
+        offload_optimizer=devices[levers.offload_optimizer],
+        offload_param=devices[levers.offload_param],
+    )
+    return replace(config, memory=memory, zero=zero)
 
 
 def levers_of(config: TrainConfig) -> Levers:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from lrsa_ds.costs.gpus import GPU
 from lrsa_ds.costs.job import Job, Levers
@@ -13,6 +14,8 @@ from lrsa_ds.costs.time import StepTime, step_time
 # kernels and communicators take, in GB. On an H100 of 85.0 GB tensors of 78.0 GB were held, and of 83.7 not.
 SHARE_IN_PIECES, CONTEXT_GB = 0.04, 1.0
 MOST_TOKENS = 2**24
+# From a GPU to one of another host: an adapter of 400 Gb/s for each.
+NETWORK_GB_S = 50.0
 # Settings that are slower by less than this are as good, if they are simpler: estimates are no better than that.
 ALIKE = 0.05
 # From the least to the most that is moved to the host; within that, tiles compute more.
@@ -50,14 +53,33 @@ class Machine:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a job takes on a machine; `longest` is the longest sequence that fits with its settings, 0 for none."""
+    """What a job takes on a machine."""
 
+    sizes: Sizes
     job: Job
-    memory: GPUMemory
-    host: dict[str, int]
-    time: StepTime | None
-    fits: bool
-    longest: int
+    machine: Machine
+
+    @cached_property
+    def memory(self) -> GPUMemory:
+        return gpu_memory(self.sizes, self.job)
+
+    @cached_property
+    def host(self) -> dict[str, int]:
+        return host_memory(self.sizes, self.job)
+
+    @cached_property
+    def time(self) -> StepTime | None:
+        return step_time(self.sizes, self.job, self.machine.gpu, self.machine.network_gb_s)
+
+    @cached_property
+    def longest(self) -> int:
+        """The longest sequence that fits with these settings, 0 for none."""
+        return longest(self.sizes, self.job, self.machine)
+
+    @property
+    def fits(self) -> bool:
+        most = self.machine.host_memory_gb
+        return self.gpu_gb <= self.machine.usable_gb and (most is None or self.host_gb < most)
 
     @property
     def gpu_gb(self) -> float:
@@ -73,24 +95,12 @@ class Estimate:
         return self.job.tokens_a_step / self.job.num_gpus / self.time.seconds if self.time else 0.0
 
 
-def estimate(sizes: Sizes, job: Job, machine: Machine) -> Estimate:
-    memory, host = gpu_memory(sizes, job), host_memory(sizes, job)
-    time = step_time(sizes, job, machine.gpu, machine.network_gb_s)
-    return Estimate(job, memory, host, time, _fits(memory, host, machine), longest(sizes, job, machine))
-
-
-def _fits(memory: GPUMemory, host: dict[str, int], machine: Machine) -> bool:
-    most = machine.host_memory_gb
-    return memory.peak <= machine.usable_gb * 1e9 and (most is None or sum(host.values()) < most * 1e9)
-
-
 def longest(sizes: Sizes, job: Job, machine: Machine) -> int:
     """The longest sequence that fits, in whole steps of 1,024 tokens or more; at most `MOST_TOKENS`."""
     step = max(1024, 256 * job.sp_size)  # ranks share a row in whole blocks of two stretches
 
     def fits(count: int) -> bool:
-        longer = job.with_length(count * step)
-        return _fits(gpu_memory(sizes, longer), host_memory(sizes, longer), machine)
+        return Estimate(sizes, job.with_length(count * step), machine).fits
 
     low, high = 0, 1  # the same lengths for all levers: what depends on the length alone is counted once
     while high * step <= MOST_TOKENS and fits(high):

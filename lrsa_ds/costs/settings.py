@@ -5,7 +5,7 @@ from typing import Any
 
 from lrsa_ds.config import TrainConfig
 from lrsa_ds.costs.gpus import gpu_of_setting
-from lrsa_ds.costs.plan import Machine
+from lrsa_ds.costs.plan import NETWORK_GB_S, Machine
 from lrsa_ds.errors import require, require_whole
 
 
@@ -17,7 +17,7 @@ class PlanConfig(TrainConfig):
         gpu: a name in the table of `lrsa_ds.costs.gpus`, or its figures, such as {memory_gb: 48, peak_tflops: 200}.
         gpus: of all hosts; None for as many as share a sequence.
         gpus_per_node: GPUs of a host.
-        network_gb_s: from a GPU to one of another host, in one direction (50: a 400 Gb/s adapter for each GPU).
+        network_gb_s: from a GPU to one of another host, in one direction.
         host_memory_gb: of a host, in 1e9 bytes; None for no limit.
         num_targets: target tokens of a sequence; None for `loss_chunk_size`.
         compare: a CSV file of launch/benchmark_steps.py, whose rows are shown beside the estimates.
@@ -26,7 +26,7 @@ class PlanConfig(TrainConfig):
     gpu: Any = "h100"
     gpus: int | None = None
     gpus_per_node: int = 8
-    network_gb_s: float = 50.0
+    network_gb_s: float = NETWORK_GB_S
     host_memory_gb: float | None = None
     num_targets: int | None = None
     compare: str | None = None

@@ -43,6 +43,10 @@ def describe_levers(config: TrainConfig) -> str:
         *(["checkpointed activations in host memory"] if offload else []),
         *([f"MLPs in {count} tiles"] if count > 1 else []),
     ]
+    if config.memory.auto:
+        on_host = {key: getattr(config.zero, key) for key in ("offload_optimizer", "offload_param")}
+        levers += [f"zero.{key}=cpu" for key, device in on_host.items() if device == "cpu"]
+        return f"memory=auto: {', '.join(levers) or 'no lever is needed'}"
     return f"memory: {', '.join(levers)}" if levers else ""
 
 

@@ -16,28 +16,23 @@ from lrsa_ds.dtypes import dtype_of
 from lrsa_ds.errors import Problems, require
 from lrsa_ds.inputs import check_inputs
 from lrsa_ds.layer_settings import ModelLayers
-from lrsa_ds.layers import AnyConfig, OfLRSA, in_model, of_lrsa
+from lrsa_ds.layers import AnyConfig, in_model
 from lrsa_ds.logs.trackers import check_trackers
 from lrsa_ds.models.adapters import check_peft
 from lrsa_ds.models.liger import check_liger
-from lrsa_ds.models.loading import empty_model
 from lrsa_ds.models.offload import check_host_memory
-from lrsa_ds.models.patch import PreTrainedModel, check_supported
-from lrsa_ds.models.rope import check_reach
+from lrsa_ds.models.patch import PreTrainedModel
 from lrsa_ds.models.structure import layers_of
-from lrsa_ds.models.tiling import check_tiling
 from lrsa_ds.notices import say_once
 from lrsa_ds.objectives import check_objective
-from lrsa_ds.parallel.mesh import check_world, world_size
+from lrsa_ds.parallel.mesh import world_size
 from lrsa_ds.parallel.optimizers import check_optimizer
-from lrsa_ds.parallel.sequence.strategy import Sharing
-from lrsa_ds.parallel.sequence.ulysses import check_dense
 from lrsa_ds.registry import EXCHANGES
-from lrsa_ds.settings.attention import AttentionConfig
 from lrsa_ds.settings.caches import caches_of
 from lrsa_ds.settings.run import shortened_warmup
-from lrsa_ds.telemetry.settings import check_telemetry
 from lrsa_ds.train.checkpoint import ResumePoint, check_resume, find_checkpoint
+from lrsa_ds.train.checks import check_model
+from lrsa_ds.train.forecast import choose_levers, machine_here
 from lrsa_ds.train.output import check_begun, check_output
 
 
@@ -91,8 +86,7 @@ def prepare(config: TrainConfig, procedure: Procedure) -> Plan:
         data = prepare_data(procedure, config, tokenizer)
     if architecture is None or data is None:
         problems.raise_all()
-    dtype, num_parameters, num_frozen, vocabulary, attention, layers = architecture
-    config = replace(config, attention=attention)
+    dtype, num_parameters, num_frozen, vocabulary, config, layers = architecture
     with problems.collect():
         check_output(config, num_parameters, dtype.itemsize)
     with problems.collect():
@@ -119,41 +113,24 @@ class _Architecture(NamedTuple):
     num_parameters: int
     num_frozen: int
     vocabulary: int
-    attention: AttentionConfig  # with the settings of every layer
+    config: TrainConfig  # with the settings of every layer, and the levers that memory=auto has chosen
     layers: ModelLayers
-
-
-def check_model(config: TrainConfig, num_ranks: int | None = None) -> tuple[TrainConfig, PreTrainedModel]:
-    """Checks that a model can be trained with this configuration, on any machine.
-
-    Args:
-        num_ranks: processes of the run; None for those that the launcher has started.
-
-    Returns:
-        The configuration with the settings of every layer, and the model on the meta device.
-    """
-    objective = check_objective(config)
-    structure = empty_model(config.model)
-    check_supported(structure)
-    check_reach(structure.config, config.model.rope, "seq_len", config.seq_len)
-    check_tiling(config, structure)
-    config = replace(config, attention=config.attention.resolved(layers_of(structure.config)))
-    check_sharing(config, structure, objective.retentions, num_ranks)
-    check_telemetry(config, layers_of(structure.config))
-    return config, structure
 
 
 def _architecture(config: TrainConfig) -> _Architecture:
     """The sizes of the model, once it is known that the run can train it here."""
+    dtype = dtype_of(config.model.dtype)
+    if config.memory.auto:
+        config = choose_levers(config, machine_here(config), dtype.itemsize)
     config, structure = check_model(config)
-    objective, dtype = check_objective(config), dtype_of(config.model.dtype)
+    objective = check_objective(config)
     check_host_memory(config, structure, dtype)
     check_liger(config.model, structure.config.model_type)
     _check_backend(config, structure, dtype)
     num_parameters = sum(p.numel() for p in structure.parameters())
     num_frozen = num_parameters * objective.num_frozen_copies(config)
     vocabulary = cast(int, structure.get_input_embeddings().num_embeddings)
-    return _Architecture(dtype, num_parameters, num_frozen, vocabulary, config.attention, layers_of(structure.config))
+    return _Architecture(dtype, num_parameters, num_frozen, vocabulary, config, layers_of(structure.config))
 
 
 def find_resume(config: TrainConfig, plan: Plan) -> ResumePoint | None:
@@ -201,24 +178,3 @@ def _check_backend(config: TrainConfig, structure: PreTrainedModel, dtype: torch
     caches = [cache.config for cache in caches_of(config.attention, config.eval, layers_of(structure.config))]
     for layer in {layer for settings in [*config.attention.turns, *caches] for layer in settings.layers}:
         choose_kernel(layer, device, dtype, head_dim, needs_lse_gradient=merges_parts)
-
-
-def check_sharing(
-    config: TrainConfig, structure: PreTrainedModel, others: tuple[float, ...], num_ranks: int | None
-) -> None:
-    """Checks that `parallel.sp_size` ranks can share the sequences: in training, with `others`, the retentions of the
-    objective's passes, and in evaluation."""
-    size, attention = config.parallel.sp_size, config.attention
-    if size == 1:
-        return
-    architecture = structure.config.get_text_config()
-    check_world(size, num_ranks)
-    row = config.seq_len * config.optim.micro_batch
-    heads = architecture.num_attention_heads, architecture.num_key_value_heads
-    strategy = EXCHANGES[config.parallel.exchange]
-    every: list[OfLRSA] = [*attention.turns, *map(attention.with_retention, others)]
-    every += [of_lrsa(cache.config) for cache in caches_of(attention, config.eval, layers_of(structure.config))]
-    layers = {layer for settings in every for layer in settings.layers}
-    for settings in sorted(layers, key=lambda layer: layer.retention, reverse=True):
-        check = check_dense if settings.is_dense else strategy.check
-        check(Sharing(size, row, "seq_len * optim.micro_batch", *heads, settings))

@@ -45,6 +45,7 @@ def selftest(config: TrainConfig, procedure: Procedure) -> bool:
     require(size > 1, "the self-test compares sequence parallelism with none: set parallel.sp_size to 2 or more.")
     config = replace(config, output_dir=None)
     plan = prepare(config, procedure)
+    config = replace(config, memory=plan.config.memory, zero=plan.config.zero)  # as memory=auto has chosen
     mesh = start_mesh(size, exchange=config.parallel.exchange)
     # Equally many sequences in a step: with sequence parallelism there are `size` times fewer replicas.
     shared = _measure(_two_steps(config, size, config.optim.grad_accum * size), plan, mesh)

@@ -17,21 +17,24 @@ from lrsa_ds.costs.gpus import GPUS, gpu_of_setting
 from lrsa_ds.costs.job import Levers, job_of
 from lrsa_ds.costs.measured import comparisons
 from lrsa_ds.costs.memory import checkpoint_bytes, gpu_memory, host_memory, logits_bytes, saved_bytes, static_bytes
-from lrsa_ds.costs.plan import Machine, alternatives, cheapest, estimate, longest
+from lrsa_ds.costs.plan import Estimate, Machine, alternatives, cheapest, longest
 from lrsa_ds.costs.sizes import sizes_of
 from lrsa_ds.costs.time import step_time
 from lrsa_ds.costs.traffic import pass_bytes, zero_bytes
 from lrsa_ds.errors import LRSAError
 from lrsa_ds.models.adapters import add_adapters, freeze
 from lrsa_ds.models.loading import empty_model
+from lrsa_ds.models.tiling import describe_levers
 from lrsa_ds.parallel.sequence.all_to_all import SequenceGroup
 from lrsa_ds.parallel.sequence.gather_kept import kept_layout
 from lrsa_ds.parallel.sequence.shard import shard_layout
 from lrsa_ds.parallel.sequence.traffic import Traffic
 from lrsa_ds.registry import EXCHANGES
 from lrsa_ds.settings.attention import AttentionConfig
+from lrsa_ds.settings.memory import MemoryConfig
 from lrsa_ds.settings.model import LoraConfig, ModelConfig
 from lrsa_ds.settings.run import ParallelConfig, ZeroConfig
+from lrsa_ds.train.forecast import choose_levers
 from tests.cpu.test_model import FAMILIES, tiny
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
@@ -274,15 +277,15 @@ def test_longest_is_the_last_that_fits(qwen):
 
 def test_the_cheapest_keeps_what_is_as_fast(qwen):
     sizes, job, _ = qwen
-    found = [estimate(sizes, other, H100) for other in alternatives(job, (1,), True, True)]
+    found = [Estimate(sizes, other, H100) for other in alternatives(job, (1,), True, True)]
     assert [e.job.levers for e in found if not e.fits] == []
     assert cheapest(found, found[2]) is found[2]  # checkpoints in host memory take no time here
     assert cheapest(found, found[-1]) is found[0]
     longer = job.with_length(300_000)
-    found = [estimate(sizes, other, H100) for other in alternatives(longer, (1,), True, True)]
+    found = [Estimate(sizes, other, H100) for other in alternatives(longer, (1,), True, True)]
     best = cheapest(found, found[0])
     assert not found[0].fits and best.fits and sum(vars(best.job.levers).values()) == 1
-    assert cheapest([], replace(found[0], fits=False)) is None
+    assert cheapest([], found[0]) is None
 
 
 def test_levers_that_do_not_go_with_a_run_are_no_alternatives(qwen):
@@ -301,3 +304,29 @@ def test_no_time_without_the_figures_of_a_gpu(qwen):
     slow = {"memory_gb": 48, "peak_tflops": 100, "memory_gb_s": 900}
     times = step_time(sizes, replace(job, levers=Levers(offload_checkpoints=True)), gpu_of_setting(slow), 50.0)
     assert times.seconds == sum(times.parts.values()) > 40
+
+
+def test_levers_are_chosen_for_a_gpu(qwen):
+    """The cheapest that fit, those that are typed among them; or what to change."""
+    config = replace(qwen[2], memory=MemoryConfig(auto=True))
+    assert choose_levers(config, H100, 2) == config
+    small = replace(H100, gpu=replace(H100.gpu, memory_gb=48.0))
+    chosen = choose_levers(config, small, 2)
+    assert (chosen.memory.tiled_mlp, chosen.memory.offload_checkpoints) == (False, True)
+    assert chosen.zero == config.zero and "checkpointed activations" in describe_levers(chosen)
+    typed = replace(config, memory=MemoryConfig(auto=True, tiled_mlp=True))
+    chosen = choose_levers(typed, small, 2)
+    assert chosen.memory.tiled_mlp and "memory=auto" in describe_levers(chosen)
+    tiny_gpu = replace(H100, gpu=replace(H100.gpu, memory_gb=24.0))
+    chosen = choose_levers(config, tiny_gpu, 2)
+    assert chosen.zero.offload_optimizer == "cpu" and "zero.offload_optimizer=cpu" in describe_levers(chosen)
+    assert "no lever is needed" in describe_levers(config)
+
+
+def test_levers_that_cannot_be_chosen_say_what_to_change(qwen):
+    config = replace(qwen[2], memory=MemoryConfig(auto=True), seq_len=1_048_576)
+    with pytest.raises(LRSAError, match=r"memory\.auto=true: seq_len=1048576 does not fit on 1 × h100 .* give at most"):
+        choose_levers(config, replace(H100, host_memory_gb=64.0), 2)
+    four = replace(H100, num_gpus=4, gpu=replace(H100.gpu, memory_gb=40.0))
+    with pytest.raises(LRSAError, match=r"fits on 4 × h100 with parallel\.sp_size=1: set parallel\.sp_size=[24]"):
+        choose_levers(config, four, 2)

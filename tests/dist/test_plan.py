@@ -3,6 +3,7 @@
 import sys
 
 import pytest
+import torch
 
 from launch import plan
 from launch.cli.command import run_command
@@ -73,3 +74,12 @@ def test_measured_rows_are_shown_beside_the_estimates(capfd, monkeypatch):
     rows = "benchmarks/results/2026-11-25-h100/steps.csv"
     out = printed(capfd, monkeypatch, "+recipe=step_1b5", "num_targets=1024", f"compare={rows}")
     assert len(out.splitlines()) == 10 and "| 131,072 | dense (Liger) | 1 × NVIDIA H100 80GB HBM3 | 1 | none |" in out
+
+
+def test_levers_are_not_chosen_without_a_gpu(capfd, monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    said = refused(capfd, monkeypatch, "+recipe=smoke", "memory=auto")
+    assert "memory.auto=true chooses by the memory of a GPU, and there is none" in said
+    out = printed(capfd, monkeypatch, "+recipe=step_1b5", "memory=auto", "gpu={memory_gb: 48}")
+    assert "levers: tiled_mlp" in out and "recommended: the settings as they are" in out
