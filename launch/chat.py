@@ -6,7 +6,6 @@ Without questions it asks for them, one a line. The file is read once; every que
 """
 
 import argparse
-import copy
 import sys
 from collections.abc import Iterator
 from itertools import takewhile
@@ -23,7 +22,7 @@ import lrsa_ds
 from lrsa_ds.data.encoder import Encoder, Prompt, after_lead
 from lrsa_ds.data.tokenizer import decoded
 from lrsa_ds.errors import LRSAError, require
-from lrsa_ds.models.generation import end_tokens, generate
+from lrsa_ds.models.generation import end_tokens
 from recipes.user_code import import_code
 
 
@@ -48,15 +47,11 @@ class Reader:
         # What the prompts of two questions share is read once: the beginning and the text.
         first, second = self._prompt("?").ids, self._prompt("What is it?").ids
         self.read = [token for token, _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second))][:-1]
-        self.cache = self._filled(self.read)
+        self.cache = self.new_cache()
+        lrsa_ds.prefill(self.model, torch.tensor([self.read], device=self.model.device), self.cache)
 
     def _prompt(self, question: str) -> Prompt:
         return self.encoder.prompt({"context": self.text, "question": question, "answer": "?"})
-
-    def _filled(self, ids: list[int]) -> lrsa_ds.LagKVCache:
-        cache = self.new_cache()
-        lrsa_ds.prefill(self.model, torch.tensor([ids], device=self.model.device), cache)
-        return cache
 
     def kept(self) -> str:
         cache = self.cache
@@ -74,11 +69,11 @@ class Reader:
         # A question may change how the end of the text is tokenized: then its prompt is read anew.
         is_read = prompt.ids[: len(self.read)] == self.read
         ids = torch.tensor([prompt.ids], device=self.model.device)
-        found = generate(
+        found = lrsa_ds.generate(
             self.model,
             ids,
+            self.cache.fixed(len(prompt.ids) + max_new_tokens) if is_read else None,
             attention_mask=torch.ones_like(ids),
-            past_key_values=copy.deepcopy(self.cache) if is_read else self._filled(prompt.ids[:-1]),
             max_new_tokens=max_new_tokens,
             do_sample=False,
             eos_token_id=end_tokens(self.model, self.tokenizer) or None,

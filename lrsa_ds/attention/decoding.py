@@ -34,7 +34,9 @@ class Step:
 
     def set(self, positions: Sequence[int], places: Sequence[int], firsts: Sequence[Sequence[int]]) -> None:
         numbers = [*positions, *places, *(first for layer in firsts for first in layer)]
-        self._numbers.copy_(torch.tensor(numbers, dtype=torch.int64))
+        # From pinned memory the copy does not wait for the device.
+        given = torch.tensor(numbers, dtype=torch.int64, pin_memory=self._numbers.is_cuda)
+        self._numbers.copy_(given, non_blocking=True)
 
     def advance(self) -> None:
         """To the token after, if no row of any layer was compressed."""

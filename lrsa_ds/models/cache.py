@@ -85,6 +85,18 @@ class LagKVCache(Cache):
             compressed.layers.append(layer)
         return compressed
 
+    def fixed(self, max_tokens: int) -> "LagKVCache":
+        """A copy of fixed storage, for `lrsa_ds.generate`; this cache stays as it is.
+
+        Raises:
+            LRSAError: more than `max_tokens` tokens were seen.
+        """
+        copied = LagKVCache(self.config, max_tokens)
+        for layer in self.layers:
+            copied.layers.append(copied._next_layer())
+            cast(FixedLagKVLayer, copied.layers[-1]).take(cast(LagKVLayer, layer))
+        return copied
+
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:

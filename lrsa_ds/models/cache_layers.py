@@ -207,6 +207,14 @@ class FixedLagKVLayer(LagKVLayer):
         self._check_room(num_seen)
         super().fill(keys, values, num_seen)
 
+    def take(self, other: LagKVLayer) -> None:
+        """Copies what another layer has seen and holds."""
+        assert other.keys is not None and other.values is not None
+        self._check_room(max(other.row_lengths or (other.cumulative_length,)))
+        self.cumulative_length, self.row_lengths = other.cumulative_length, other.row_lengths
+        self.lazy_initialization(other.keys, other.values)
+        self._hold(other.keys, other.values)
+
     def _check_room(self, after: int) -> None:
         require(
             after <= self.max_tokens,

@@ -88,8 +88,8 @@ def _check_cache(cache: LagKVCache | None, input_ids: torch.Tensor) -> None:
         return
     require(
         isinstance(cache, LagKVCache) and cache.max_tokens is not None,
-        "lrsa_ds.generate decodes behind a cache of fixed storage: give lrsa_ds.LagKVCache(config, max_tokens=...), or "
-        "none; model.generate takes others.",
+        "lrsa_ds.generate decodes behind a cache of fixed storage: give lrsa_ds.LagKVCache(config, max_tokens=...), "
+        "cache.fixed(max_tokens), or none; model.generate takes others.",
     )
     seen, given = cache.get_seq_length(), input_ids.shape[1]
     require(

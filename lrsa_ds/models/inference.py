@@ -23,7 +23,7 @@ MAX_TOKENS_AT_ONCE = 16384
 class Loaded(NamedTuple):
     """A model with LRSA attention, its tokenizer, and a function that makes an empty cache with its settings.
 
-    `new_cache(layers)` makes a cache in which some layers differ, as `lrsa_ds.new_cache(model, layers)` does.
+    `new_cache(layers, max_tokens)` makes other caches, as `lrsa_ds.new_cache(model, layers, max_tokens)` does.
     """
 
     model: PreTrainedModel

@@ -186,6 +186,21 @@ def test_a_copy_of_a_cache_goes_its_own_way():
     assert torch.equal(lrsa_ds.generate(model, text, copied, max_new_tokens=9, do_sample=False), expected)
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_fixed_copy_of_a_growing_cache(mixed, padded):
+    ids, growing = tokens(45, batch=2), new_cache(mixed)
+    mask = torch.ones_like(ids)
+    mask[1, : 30 * padded] = 0
+    prefill(mixed, ids[:, :-1], growing, attention_mask=mask[:, :-1])
+    cache = growing.fixed(max_tokens=85)
+    assert cache.num_held == growing.num_held and cache.row_lengths == growing.row_lengths
+    options = GREEDY | dict(attention_mask=mask)
+    found = lrsa_ds.generate(mixed, ids, cache, **options)
+    assert torch.equal(found, mixed.generate(ids, past_key_values=growing, **options))
+    with pytest.raises(LRSAError, match="text of 84 tokens does not fit into a cache of max_tokens=60"):
+        growing.fixed(max_tokens=60)
+
+
 def test_beams_and_samples_behind_a_fixed_cache():
     model, ids = make(), tokens(45, batch=2)
     options = GREEDY | dict(num_beams=3)
