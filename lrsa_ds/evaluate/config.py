@@ -31,13 +31,13 @@ TASKS = (*GENERATED, "qa", "longbench", "ruler", "perplexity")
 
 @dataclass(kw_only=True)
 class CacheConfig:
-    """Which caches are compared.
+    """The caches to compare.
 
     Args:
-        sink_size, lag_size, selection, value_weight: None takes what the model was trained with, or else the defaults.
+        sink_size, lag_size, selection, value_weight: None: those of the model's training, or else the defaults.
         retentions: shares of each partition that are kept, for the compressed caches.
-        layers: further compressed caches, whose layers differ, as in `attention.layers`.
-        prefill: "dense" keeps all; "chunked" compresses while it prefills, chunk by chunk, as LRSA trains;
+        layers: more compressed caches, whose layers differ, as in `attention.layers`.
+        prefill: "dense" keeps everything; "chunked" compresses during prefilling, chunk by chunk, as LRSA trains;
             "after" prefills densely and compresses afterwards, as most methods are evaluated ("full" is its old name).
     """
 
@@ -107,11 +107,11 @@ class CacheConfig:
 
 @dataclass(kw_only=True)
 class EvaluateConfig:
-    """A whole evaluation. The order of the fields is the order of `config.yaml`.
+    """A complete evaluation. The order of the fields is the order of `config.yaml`.
 
     Args:
-        telemetry: whether to measure, in place of answers, what each layer loses under the smallest of the caches.
-        telemetry_greedy: how many layers to choose, one after the other, that are better left dense.
+        telemetry: whether to measure what each layer loses under the smallest cache, instead of answers.
+        telemetry_greedy: number of layers to choose greedily to leave dense.
     """
 
     run_name: str = "evaluate"
@@ -164,8 +164,8 @@ class EvaluateConfig:
         require(
             not any(source.makes_contexts for source in [self.data, *map(self.data.of_source, self.data.sources)])
             or self.data.source in MADE_SOURCES,
-            "contexts are made for training, and the task qa asks rows as they are: leave out data.make_contexts=true, "
-            "and of a mixture what makes contexts.",
+            "contexts are generated for training only, and the task qa asks the rows: leave out "
+            "data.make_contexts=true, and in a mixture the sources that generate contexts.",
         )
         require(
             "perplexity" not in self.tasks or self.cache.prefill != ["after"],

@@ -1,6 +1,6 @@
-"""Answers with the caches that inference would keep: real prefilling and greedy decoding, sample by sample.
+"""Answers with the caches of inference: real prefilling and greedy decoding, sample by sample.
 
-Three ways to fill a cache are compared: "dense" keeps everything; "chunked" compresses while it prefills, chunk by
+Three ways to fill a cache are compared. "dense" keeps everything; "chunked" compresses during prefilling, chunk by
 chunk, which is the function that LRSA trains; "after" prefills densely and compresses afterwards.
 """
 
@@ -20,9 +20,9 @@ from lrsa_ds.models.cache import LagKVCache
 from lrsa_ds.models.generation import end_tokens, generate
 from lrsa_ds.models.inference import prefill
 
-# Parts of a text, by position, whose perplexity is told apart.
+# Parts of a text, by position, with separate perplexities.
 NUM_POSITIONS = 16
-# Tokens whose logits are held at once.
+# Tokens whose logits are in memory at once.
 LOGITS_AT_ONCE = 1024
 
 
@@ -31,14 +31,14 @@ class Sample:
     """One prompt.
 
     Args:
-        length: tokens that prompt and answer were made for.
-        answers: right answers; what they mean is up to the metric.
-        metrics: names of metrics, the one that leads first; ("nll",) asks for the perplexity of the prompt itself.
-        depth: where the fact stands in the prompt, from 0 to 1, if there is one.
-        lead_end: a word that a model says before its answer (`</think>`); what it says up to there is not scored.
-        answer_ids: the tokens that are to follow the prompt, the end of the turn included; none for "nll".
+        length: number of tokens that prompt and answer were generated for.
+        answers: right answers; their meaning depends on the metric.
+        metrics: names of metrics, the main one first; ("nll",) asks for the perplexity of the prompt itself.
+        depth: place of the fact in the prompt, from 0 to 1, if there is one.
+        lead_end: a word before the answer (`</think>`); the output up to it is not scored.
+        answer_ids: the expected tokens after the prompt, including the end of the turn; none for "nll".
         classes: the labels of a classification, for metrics that need them.
-        stop_ids: tokens that end this answer besides those of the model; with them an answer has one token at least.
+        stop_ids: tokens that end this answer in addition to those of the model; then an answer has at least one token.
     """
 
     task: str
@@ -63,7 +63,7 @@ class Mode:
     """A way to fill the cache; `retention` is 1 for "dense".
 
     Args:
-        layers: the name of a cache whose layers differ, of which `retention` is the mean share kept.
+        layers: the name of a cache whose layers differ; `retention` is its mean share kept.
     """
 
     prefill: str
@@ -76,7 +76,7 @@ DENSE = Mode("dense", 1.0)
 
 @dataclass(frozen=True)
 class Answer:
-    """Generated tokens, the size of the cache before the first of them, and the seconds that they took."""
+    """Generated tokens, the size of the cache before the first of them, and the time in seconds."""
 
     ids: list[int]
     size: dict[str, float]
@@ -86,7 +86,7 @@ class Answer:
 def modes(
     prefills: Sequence[str], retentions: Sequence[float], differing: Mapping[str, AnyConfig] | None = None
 ) -> list[Mode]:
-    """All that are to be compared, the dense one first; `differing` are caches whose layers differ, by name."""
+    """All modes to compare, the dense one first; `differing` are caches whose layers differ, by name."""
     dense = [DENSE] if "dense" in prefills else []
     caches = [(config.share_kept, name) for name, config in (differing or {}).items()]
     caches += [(retention, "") for retention in retentions]
@@ -98,8 +98,8 @@ class Evaluator:
 
     Args:
         model: under `apply_lrsa`, on its device.
-        attention: sink and lag size; layers that differ as they are, of which the dense ones stay so in every mode but
-            that. Other retentions are not read.
+        attention: sink and lag size, and layers that differ; dense layers stay dense in every mode. Other retentions
+            are not used.
         differing: the caches whose layers differ, by the names of the modes.
         score: from the name of a metric, a prediction and its sample to a number from 0 to 1.
     """
@@ -121,15 +121,15 @@ class Evaluator:
 
     @torch.no_grad()
     def rows(self, sample: Sample, wanted: Sequence[Mode]) -> list[dict]:
-        """A row for each mode: the sample's identity, the mode, `scores` in percent (nats of `nll`), and what was said.
+        """A row for each mode: the sample, the mode, `scores` in percent (`nll` in nats), and the output.
 
-        `num_tokens` and `num_held` are the tokens that the cache has seen when the answer begins (or at the end of a
-        text), and the entries that it holds then, in `cache_bytes` of memory; `num_said` tokens took `seconds` to
-        generate. The score `first_token` tells whether the first generated token is
-        that of the dense mode, if that is wanted and the cache differs: it has dropped something.
+        `num_tokens` and `num_held` are tokens seen and entries held by the cache when the answer begins (or at the end
+        of a text), and `cache_bytes` its memory; generating `num_said` tokens took `seconds`. The score `first_token`
+        tells whether the first generated token equals that of the dense mode, if that mode is wanted and the cache has
+        dropped anything.
         """
         with warnings.catch_warnings():
-            # Other caches than that of the training are what is compared here.
+            # Comparing caches that were not used in training is the purpose here.
             warnings.filterwarnings("ignore", message="the cache keeps")
             if sample.metrics == ("nll",):
                 return [self._perplexity_row(sample, mode) for mode in wanted if mode.prefill != "after"]
@@ -144,7 +144,7 @@ class Evaluator:
         others = [mode for mode in wanted if mode.prefill != "chunked"]
         if others:
             everything = self._filled(prompt, DENSE)
-            # The dense mode last: its answer goes into the cache that the others are made from.
+            # The dense mode is last: its answer is added to the cache from which the others are made.
             for mode in sorted(others, key=lambda mode: mode == DENSE):
                 cache = everything if mode == DENSE else LagKVCache.from_dense(everything, self._config(mode))
                 answers[mode] = self._answer(sample, prompt, cache)
@@ -154,7 +154,7 @@ class Evaluator:
         return self.differing[mode.layers] if mode.layers else self.attention.at_retention(mode.retention)
 
     def _filled(self, prompt: torch.Tensor, mode: Mode) -> LagKVCache:
-        """A cache that has seen all of the prompt but its last token, which is the first step of decoding."""
+        """A cache that has seen the prompt except its last token, which is the first step of decoding."""
         cache = LagKVCache(self._config(mode))
         ids = prompt[:, :-1]
         prefill(self.model, ids, cache, attention_mask=torch.ones_like(ids))
@@ -169,10 +169,10 @@ class Evaluator:
             eos_token_id=[*self.ends, *sample.stop_ids] or None,
             pad_token_id=self.tokenizer.pad_token_id,
         )
-        mask = torch.ones_like(prompt)  # or tokens of the prompt that look like padding would count as such
+        mask = torch.ones_like(prompt)  # otherwise the padding token would count as padding
         start = time.perf_counter()
         found = generate(self.model, prompt, attention_mask=mask, past_key_values=cache, generation_config=settings)
-        ids = found[0, prompt.shape[1] :].tolist()  # which waits for the device
+        ids = found[0, prompt.shape[1] :].tolist()  # waits for the device
         return Answer(ids, size, time.perf_counter() - start)
 
     def _answer_row(self, sample: Sample, mode: Mode, answer: Answer, dense: Answer | None) -> dict:
@@ -187,7 +187,7 @@ class Evaluator:
         return _identity(sample, mode) | answer.size | said
 
     def _perplexity_row(self, sample: Sample, mode: Mode) -> dict:
-        """Negative log-likelihood of every token of the prompt given those before it, under the cache of the mode."""
+        """Negative log-likelihood of every token of the prompt, given those before it, with the cache of the mode."""
         ids = torch.tensor([sample.prompt_ids], device=self.model.device)
         cache, losses = LagKVCache(self._config(mode)), []
         for part, targets in zip(ids.split(LOGITS_AT_ONCE, 1), ids[:, 1:].split(LOGITS_AT_ONCE, 1), strict=False):
@@ -200,12 +200,12 @@ class Evaluator:
 
 
 def _size(cache: LagKVCache) -> dict[str, float]:
-    """Tokens seen, entries held, and their bytes."""
+    """Tokens seen, entries held, and their size in bytes."""
     return {"num_tokens": cache.get_seq_length(), "num_held": cache.num_held, "cache_bytes": cache.num_bytes}
 
 
 def _identity(sample: Sample, mode: Mode) -> dict:
-    """What tells a row from every other, and the depth, if there is one."""
+    """The columns that identify a row, and the depth, if any."""
     row = {"task": sample.task, "length": sample.length, "index": sample.index}
     row |= {"prefill": mode.prefill, "retention": mode.retention, "layers": mode.layers}
     return row if sample.depth is None else row | {"depth": sample.depth}

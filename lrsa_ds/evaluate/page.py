@@ -1,4 +1,4 @@
-"""What was said in an evaluation as one self-contained HTML page: every prediction beside the right answers."""
+"""The output of an evaluation as one self-contained HTML page: every prediction with the right answers."""
 
 from html import escape
 
@@ -24,7 +24,7 @@ HEADS = ("task", "tokens", "sample", "cache", "MB", "scores", "said", "right ans
 
 
 def predictions_page(samples: list[dict], title: str) -> str:
-    """The page of all rows of `results.jsonl` that have a prediction; one sample's caches stand together."""
+    """The page of all rows of `results.jsonl` that have a prediction; rows of one sample are adjacent."""
     said = [row for row in samples if "prediction" in row]
     said.sort(key=lambda row: (row["task"], row["length"], row["index"]))
     heads = "".join(f"<th>{head}</th>" for head in HEADS)

@@ -1,4 +1,4 @@
-"""The summary of an evaluation as a table for the terminal, and as pictures."""
+"""The summary of an evaluation as a table for the terminal, and as figures."""
 
 import math
 import textwrap
@@ -11,38 +11,38 @@ from lrsa_ds.labels import SMALLER, cache_of, cache_tick, caches_in_order, facto
 from lrsa_ds.pictures import new_figure, save_figure
 
 CACHES_PER_BLOCK = 4
-WIDTH, TITLE_WIDTH = 18, 28  # of a column of the table and of its first one: a line stays within 100 columns
+WIDTH, TITLE_WIDTH = 18, 28  # of the columns of the table and of its first column: lines have at most 100 characters
 COLORS = {"dense": "#8a8f98", "chunked": "#1f6feb", "after": "#d97706"}
 MARKERS = {"dense": "s", "chunked": "o", "after": "^"}
 
 
 CACHES = {
     "dense": "holds everything",
-    "chunked": "compressed while it prefills, chunk by chunk",
+    "chunked": "compressed during prefilling, chunk by chunk",
     "after": "prefilled densely, compressed afterwards",
 }
 METRICS = {
-    "exact": "answers that are right apart from case, punctuation, articles and spaces",
+    "exact": "answers that are right, ignoring case, punctuation, articles and spaces",
     "f1": "F1 of the words of the answer",
-    "recall": "the right answers that stand in what was said",
-    "partial": "the longest part of the answer that stands in what was said, over its length",
+    "recall": "right answers that the output contains",
+    "partial": "longest part of the answer in the output, relative to its length",
     "qa_f1": "LongBench's: F1 of the words of the answer",
     "qa_f1_zh": "LongBench's: F1 of Chinese words",
-    "qa_f1_first_line": "LongBench's: F1 of the words of the answer, in the first line of what was said",
+    "qa_f1_first_line": "LongBench's: F1 of the words of the answer, in the first line of the output",
     "rouge": "LongBench's: ROUGE-L",
     "rouge_zh": "LongBench's: ROUGE-L of Chinese words",
-    "rouge_first_line": "LongBench's: ROUGE-L of the first line of what was said",
+    "rouge_first_line": "LongBench's: ROUGE-L of the first line of the output",
     "classification": "LongBench's: 1 over the labels in the first line, if the right one is among them",
-    "count": "LongBench's: the numbers in what was said that are the answer",
-    "retrieval": "LongBench's: the numbers in what was said that are the right paragraph",
-    "retrieval_zh": "LongBench's: the numbers in what was said that are the right Chinese paragraph",
-    "code_sim": "LongBench's: how alike the first line of code and the answer are, in whole percent",
-    "string_match_all": "RULER's: the right answers that stand in what was said",
-    "string_match_part": "RULER's: samples with one of the right answers in what was said",
-    "first_token": "samples whose first generated token is that of the dense cache",
+    "count": "LongBench's: share of the numbers in the output that equal the answer",
+    "retrieval": "LongBench's: share of the numbers in the output that are the right paragraph",
+    "retrieval_zh": "LongBench's: share of the numbers in the output that are the right Chinese paragraph",
+    "code_sim": "LongBench's: similarity of the first line of code and the answer, in whole percent",
+    "string_match_all": "RULER's: share of the right answers that the output contains",
+    "string_match_part": "RULER's: samples whose output contains one of the right answers",
+    "first_token": "samples whose first generated token equals that of the dense cache",
     "nll": "negative log-likelihood of a token of the text, in nats",
 }
-LAYERED = ["6 dense + 24 window and the like: of the layers, 6 keep everything and 24 nothing but sink and window"]
+LAYERED = ["such as 6 dense + 24 window: 6 layers keep everything, 24 layers only sink and window"]
 UNCOMPRESSED = "1.00x: too short for this cache to drop anything; such samples have no first_token"
 
 
@@ -50,7 +50,7 @@ def results_table(rows: list[dict]) -> str:
     """Means with 95 % intervals: a block for each length, a line for each task and metric, a column for each cache.
 
     Args:
-        rows: as `results.summary` gives them.
+        rows: from `results.summary`.
     """
     blocks = []
     for length in sorted({row["length"] for row in rows}):
@@ -62,18 +62,18 @@ def results_table(rows: list[dict]) -> str:
 
 
 def _legend(rows: list[dict]) -> list[str]:
-    """What the words of a table mean that stand in it."""
+    """Explanations of the words in a table."""
     prefills, metrics = ({row[name] for row in rows} for name in ("prefill", "metric"))
     lines = ["percent (nll: nats), with 95 % intervals; (n): samples"]
     lines += [f"{name}: {meaning}" for name, meaning in CACHES.items() if name in prefills]
     if prefills != {"dense"}:
         lines += [
-            "1/8 and the like: the share of each partition that is kept",
+            "such as 1/8: the share of each partition that is kept",
             *LAYERED[: any(row["layers"] for row in rows)],
             f"smaller: {SMALLER} when the answer begins (nll: at the end of the text)",
         ]
     if any(row.get("cache_bytes") for row in rows):
-        lines.append("cache MB, tokens/s: memory of the cache when the answer begins, and speed of decoding behind it")
+        lines.append("cache MB, tokens/s: memory of the cache when the answer begins, and speed of decoding")
     if any(row["retention"] < 1 and row["cache_factor"] == 1 for row in rows):
         lines.append(UNCOMPRESSED)
     return lines + [f"{name}: {meaning}" for name, meaning in METRICS.items() if name in metrics]
@@ -81,7 +81,7 @@ def _legend(rows: list[dict]) -> list[str]:
 
 def _block(rows: list[dict], length: int, caches: list[tuple[str, float, str]]) -> list[str]:
     names = [cache_name(*cache) for cache in caches]
-    headings = [textwrap.wrap(name, WIDTH - 2) for name in names]  # a cache whose layers differ has a long name
+    headings = [textwrap.wrap(name, WIDTH - 2) for name in names]  # caches whose layers differ have long names
     height = max(map(len, headings))
     cells = [[""] * (height - len(heading)) + heading for heading in headings]
     titles = [""] * (height - 1) + [f"{length:,} tokens"]
@@ -97,7 +97,7 @@ def _block(rows: list[dict], length: int, caches: list[tuple[str, float, str]]) 
     for task, metric in dict.fromkeys((row["task"], row["metric"]) for row in rows):
         found = {row["cache"]: row for row in rows if (row["task"], row["metric"]) == (task, metric)}
         count = "/".join(dict.fromkeys(str(found[name]["num_samples"]) for name in names if name in found))
-        if count:  # some tasks know only some of the caches
+        if count:  # some tasks have only some of the caches
             title = f"{task} {metric} ({count})"
             if len(title) > TITLE_WIDTH:  # a name is never cut
                 lines += [task] if task not in lines else []
@@ -107,7 +107,7 @@ def _block(rows: list[dict], length: int, caches: list[tuple[str, float, str]]) 
 
 
 def _costs(rows: list[dict], names: list[str]) -> list[str]:
-    """A line with the memory of each cache, and one with the speed of decoding behind it, where they were measured."""
+    """A line with the memory of each cache, and one with the speed of decoding, if they were measured."""
     lines = []
     for title, key, unit in (("cache MB", "cache_bytes", 1e6), ("tokens/s", "tokens_per_s", 1)):
         given = [[row[key] for row in rows if row["cache"] == name and row.get(key) is not None] for name in names]
@@ -128,13 +128,13 @@ def _cell(row: dict | None) -> str:
 
 
 def draw_results(rows: list[dict], samples: list[dict], directory: Path, title: str) -> dict[str, Path]:
-    """Writes the pictures that the results allow; returns them by name.
+    """Writes the figures that the results allow; returns them by name.
 
-    "scores_<length>": each task's first metric over the share of the cache kept; "needles": by depth and length;
+    "scores_<length>": the first metric of each task over the share of the cache kept; "needles": by depth and length;
     "perplexity": by position.
 
     Args:
-        rows: as `results.summary` gives them; samples: the rows of `results.jsonl`.
+        rows: from `results.summary`; samples: the rows of `results.jsonl`.
     """
     pictures = {}
     for length in sorted({row["length"] for row in rows}):
@@ -165,7 +165,7 @@ def _scores(rows: list[dict], title: str) -> Figure:
     num_columns = min(4, len(tasks))
     figure, panels = _figure(-(-len(tasks) // num_columns), num_columns, (3.0, 2.8), title, sharey=True)
     handles = {}
-    # Caches stand by what they keep, however they are filled; all that hold everything in one place.
+    # Caches are ordered by retention, however they are filled; caches that hold everything share one place.
     rows = [row | {"cache": row["layers"] or retention_name(row["retention"])} for row in rows]
     places = caches_in_order(rows)
     for number, panel in enumerate(panels.flat):
@@ -196,7 +196,7 @@ def _scores(rows: list[dict], title: str) -> Figure:
 
 
 def _errorbar(panel, line: list[dict], places: list[int], prefill: str):
-    # A little beside each other, so that equal scores do not hide one another.
+    # Points are slightly shifted, so that equal scores do not hide each other.
     shift = 0.06 * (list(COLORS).index(prefill) - 1)
     means = [row["mean"] for row in line]
     errors = [[row["mean"] - row["low"] for row in line], [row["high"] - row["mean"] for row in line]]
@@ -218,7 +218,7 @@ def _cache(sample: dict) -> tuple[str, float, str]:
 
 
 def _title(samples: list[dict], cache: tuple[str, float, str]) -> str:
-    """The name of a cache, and how many times smaller it was at these samples."""
+    """The name of a cache, and how many times smaller it was for these samples."""
     mine = [s for s in samples if _cache(s) == cache]
     lengths = sorted({sample["length"] for sample in mine})
     factors = [measured_factor([s for s in mine if s["length"] == length]) for length in lengths]

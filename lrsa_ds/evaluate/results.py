@@ -1,4 +1,4 @@
-"""The results of an evaluation on disk, so that it can be stopped and continued, and their means with intervals."""
+"""The results of an evaluation on disk, which allow it to resume, and their means with intervals."""
 
 import json
 import math
@@ -18,7 +18,7 @@ Z = 1.96  # of a 95 % interval
 
 
 def part_of(directory: Path, rank: int) -> Path:
-    """Where a rank writes down what it has done: ranks never write to one file."""
+    """The file in which a rank records its results: ranks never write to the same file."""
     return directory / PARTS.replace("*", str(rank))
 
 
@@ -27,10 +27,10 @@ def key_of(row: dict) -> tuple:
 
 
 def collect(directory: Path) -> list[dict]:
-    """All rows in `results.jsonl` and the parts, each once. Only one rank may call it, while none is writing.
+    """All rows in `results.jsonl` and its parts, each once. Only one rank may call it, while no rank is writing.
 
     Raises:
-        LRSAError: a line that is broken, and not for being the last of a stopped run.
+        LRSAError: a line is broken, and it is not the last line of a stopped run.
     """
     rows: dict[tuple, dict] = {}
     parts = sorted(directory.glob(PARTS))
@@ -63,9 +63,9 @@ def _read(path: Path) -> list[dict]:
                 prefill = OLD_SPELLINGS.get(row["prefill"], row["prefill"])
                 rows.append({"layers": ""} | row | {"prefill": prefill})
         except json.JSONDecodeError as error:
-            if number == len(lines):  # without a line's end: the run was stopped while it wrote
+            if number == len(lines):  # without a newline: the run was stopped while writing
                 break
-            raise LRSAError(f"{path}, line {number} is broken: remove it, and its sample is done again.") from error
+            raise LRSAError(f"{path}, line {number} is broken: remove it, and its sample is repeated.") from error
     return rows
 
 
@@ -73,8 +73,8 @@ def summary(rows: list[dict]) -> list[dict]:
     """One row for each task, length, cache and metric, in the order of the rows.
 
     `mean` with its 95 % interval `low` to `high`; `num_samples`; `cache_factor`; `cache_bytes`, the mean;
-    `tokens_per_s` of decoding, None where nothing was generated. Scores in percent have Wilson's interval, which is
-    right for shares and wide for others between 0 and 100; `nll` has that of the normal distribution.
+    `tokens_per_s` of decoding, None if nothing was generated. Scores in percent have Wilson's interval, which is exact
+    for shares and wide for scores between 0 and 100; `nll` has the interval of the normal distribution.
     """
     groups: dict[tuple, list[dict]] = defaultdict(list)
     for row in rows:
@@ -93,21 +93,21 @@ def summary(rows: list[dict]) -> list[dict]:
 
 
 def shown_predictions(rows: list[dict]) -> list[dict]:
-    """What was said to the first samples of each task, length and cache, beside the right answers."""
+    """The outputs for the first samples of each task, length and cache, with the right answers."""
     names = ("task", "length", "index", "prefill", "retention", "layers", "answers", "prediction")
     first = [row for row in rows if row["index"] < NUM_SHOWN and "prediction" in row]
     return [{name: row[name] for name in names} | row["scores"] for row in first]
 
 
 def measured_factor(rows: list[dict]) -> float | None:
-    """Tokens that the caches of these samples had seen over entries that they held; None for rows without them."""
+    """Tokens seen / entries held, over the caches of these samples; None for rows without them."""
     if any("num_held" not in row for row in rows):
         return None
     return sum(row["num_tokens"] for row in rows) / sum(row["num_held"] for row in rows)
 
 
 def _ratio(rows: list[dict], name: str, over: str | None = None) -> float | None:
-    """Sum of one value over that of another, or the mean; None for rows without them."""
+    """Sum of one column / sum of another, or the mean; None for rows without them."""
     if any(key not in row for row in rows for key in (name, over or name)):
         return None
     return sum(row[name] for row in rows) / (sum(row[over] for row in rows) if over else len(rows))
@@ -122,7 +122,7 @@ def wilson(scores: list[float]) -> tuple[float, float, float]:
 
 
 def interval(values: list[float]) -> tuple[float, float, float]:
-    """Mean and the normal distribution's interval; of one value there is none."""
+    """Mean, and the interval of the normal distribution; a single value has none."""
     n, mean = len(values), sum(values) / len(values)
     if n == 1:
         return mean, math.nan, math.nan
@@ -137,6 +137,6 @@ def cache_name(prefill: str, retention: float, layers: str = "") -> str:
 
 
 def caches_of(rows: list[dict]) -> list[tuple[str, float, str]]:
-    """Prefill, retention and layers of all caches of these rows, in the order in which they are shown."""
+    """Prefill, retention and layers of all caches of these rows, in display order."""
     caches = {(row["prefill"], row["retention"], row["layers"]) for row in rows}
     return sorted(caches, key=lambda cache: (PREFILLS.index(cache[0]), -cache[1], cache[2]))

@@ -1,4 +1,4 @@
-"""An evaluation from configuration to pictures: each rank answers its share of the samples, and any may be stopped."""
+"""An evaluation from configuration to figures: each rank answers its share of the samples; it can be resumed."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -50,13 +50,13 @@ from lrsa_ds.settings.run import LogConfig
 from lrsa_ds.telemetry.report import report_telemetry
 
 SETTINGS = "config.yaml"
-# What may differ when an evaluation resumes in the same directory: more of the same, or how it is shown.
+# Settings that may differ when an evaluation resumes in the same directory: more results, or how they are shown.
 MAY_DIFFER = ("run_name", "output_dir", "overwrite", "log", "tasks", "lengths", "num_samples", "longbench", "ruler")
 MAY_DIFFER += ("telemetry", "telemetry_greedy")
 
 
 class SampleSource(Protocol):
-    """Where samples come from; see `recipes.samples.Samples`."""
+    """The source of samples; see `recipes.samples.Samples`."""
 
     def items(self) -> list[tuple[str, int, int]]: ...
 
@@ -68,10 +68,10 @@ class SampleSource(Protocol):
 def evaluate(
     config: EvaluateConfig, make_samples: Callable[[EvaluateConfig, Tokenizer], SampleSource], score: Score
 ) -> None:
-    """Runs the whole evaluation on this rank.
+    """Runs the complete evaluation on this rank.
 
     Raises:
-        LRSAError: the configuration cannot be honoured, or `output_dir` holds the results of another one.
+        LRSAError: the configuration is not supported, or `output_dir` has the results of another configuration.
     """
     StopRequest()
     check_trackers(config.log)
@@ -93,7 +93,7 @@ def evaluate(
     tokenizer = load_tokenizer(config.model)
     samples = make_samples(config, tokenizer)
     samples.check()
-    # Ranks meet at the end of the work only, and some may be long done by then.
+    # Ranks meet only at the end of the work, and some may have finished long before.
     mesh = start_mesh(timeout=timedelta(days=7))
     num_parameters = sum(p.numel() for p in structure.parameters())
     plan = _Plan(config, caches, differing, wanted, cache, num_parameters, tokenizer, samples, score)
@@ -108,12 +108,12 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is known of an evaluation before it takes its directory.
+    """Everything known about an evaluation before it claims its directory.
 
     Args:
-        attention: what its caches have in common.
+        attention: the common settings of its caches.
         differing: its caches whose layers differ, by name.
-        measured: the cache that telemetry measures, in place of answers under those `wanted`; None without telemetry.
+        measured: the cache that telemetry measures, instead of answers under those `wanted`; None without telemetry.
     """
 
     config: EvaluateConfig
@@ -128,10 +128,10 @@ class _Plan:
 
 
 def _evaluate_in(directory: Path, plan: _Plan, mesh: Mesh) -> None:
-    """The evaluation in its directory, which no other run enters meanwhile."""
+    """The evaluation in its directory, which this run has claimed."""
     config, samples, attention = plan.config, plan.samples, plan.attention
     done = {key_of(row) for row in read_results(directory)}
-    quiet = replace(config.log, progress=False)  # the logger's progress is that of training steps
+    quiet = replace(config.log, progress=False)  # the logger shows progress of training steps
     about = provenance(mesh.world_size, plan.num_parameters, mesh.device_name)
     logger = RunLogger(directory, quiet, asdict(config), about, config.run_name, 0, enabled=mesh.is_main)
     failed = True
@@ -162,7 +162,7 @@ def _model(plan: _Plan, mesh: Mesh) -> PreTrainedModel:
 
 
 def _measure(directory: Path, plan: _Plan, cache: OfLRSA, mesh: Mesh, logger: RunLogger) -> None:
-    """Telemetry over all samples that have an answer."""
+    """Telemetry over all samples with an answer."""
     config = plan.config
     samples = [plan.samples.sample(*item) for item in plan.samples.items() if item[0] != "perplexity"]
     found = measure_samples(
@@ -175,7 +175,7 @@ def _measure(directory: Path, plan: _Plan, cache: OfLRSA, mesh: Mesh, logger: Ru
 def _check_lengths(
     config: EvaluateConfig, trained: dict | None, wanted: list[Mode], differing: dict[str, AnyConfig]
 ) -> None:
-    """Refuses prompts that are so short that no cache would drop anything: every score would be the dense one."""
+    """Refuses prompts that are too short for any cache to drop anything: every score would be the dense one."""
     for mode in wanted:
         attention = differing[mode.layers] if mode.layers else config.cache.attention(trained, mode.retention)
         for length in config.lengths if mode.prefill != "dense" and not attention.is_dense else ():
@@ -183,12 +183,12 @@ def _check_lengths(
 
 
 def _check_directory(config: EvaluateConfig, settings: dict) -> None:
-    """Refuses a directory that is not ours, or whose results belong to another configuration; names what differs."""
+    """Refuses a directory that is not ours, or has results of another configuration; names the differences."""
     if config.output_dir is None:
         return
     directory = Path(config.output_dir).expanduser()
     check_inputs(directory, config.model, config.data, longbench=config.longbench, ruler=config.ruler)
-    # A directory that is older than the mark and holds nothing else is resumed.
+    # A directory from before the mark existed that has only results is resumed.
     check_directory(directory, EVALUATE, may_adopt=not config.overwrite and (directory / RESULTS).exists())
     check_lock(directory)
     if config.overwrite or not (directory / SETTINGS).exists():
@@ -203,9 +203,9 @@ def _check_directory(config: EvaluateConfig, settings: dict) -> None:
 
 
 def _fixed(value):
-    """A setting without what may be added to it: more retentions and prefill modes make more rows, not other ones.
+    """A setting without values that may be added: more retentions and prefill modes only add rows.
 
-    A key that an earlier release did not have is one that is not set.
+    A key that did not exist in an earlier release counts as not set.
     """
     if isinstance(value, dict):
         may_grow = ("retentions", "prefill")
@@ -214,7 +214,7 @@ def _fixed(value):
 
 
 def _enter(directory: Path, config: EvaluateConfig, settings: dict) -> None:
-    """Makes the directory that this evaluation has taken ready: its rows are in one file."""
+    """Prepares the directory that this evaluation has claimed: all rows are in one file."""
     _check_directory(config, settings)
     mark_directory(directory, EVALUATE)
     if config.overwrite:
@@ -224,7 +224,7 @@ def _enter(directory: Path, config: EvaluateConfig, settings: dict) -> None:
 
 
 def _missing(samples: SampleSource, wanted: list[Mode], done: set[tuple]) -> list[tuple[tuple, list[Mode]]]:
-    """Every sample that is not done, with all its modes: the agreement with the dense one needs them together."""
+    """All samples that are not done, with all their modes: agreement with the dense mode needs them together."""
     missing = []
     for item in samples.items():
         expected = [m for m in wanted if not (item[0] == "perplexity" and m.prefill == "after")]
@@ -247,13 +247,13 @@ def _work(
     file = JSONLines(part_of(directory, mesh.rank))
     try:
         for number, (item, wanted) in enumerate(mine):
-            if progress:  # the others are about as far
+            if progress:  # other ranks are about as far
                 progress.show({"step": min(number * mesh.world_size, total)})
             for row in evaluator.rows(samples.sample(*item), wanted):
                 file.write(row)
         if progress:
             progress.show({"step": total})
-    finally:  # an error is said below the bar
+    finally:  # an error is printed below the bar
         file.close()
         if progress:
             progress.close()

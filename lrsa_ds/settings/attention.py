@@ -17,7 +17,7 @@ class AttentionConfig:
     """LRSA or dense attention in training; sizes and selection also serve the evaluation of a dense run.
 
     Args:
-        retention: a number, or a list of which each step takes the next one.
+        retention: a number, or a list that steps use in turn.
         layers: from layers to a retention of their own, 1.0 for dense attention, to several settings, or to None for
             `retention`, see `lrsa_ds.layer_ranges.read_layers`; or a list of such mappings, of which each step takes
             the next one. `resolved` is needed before the settings reach a model.
@@ -53,7 +53,7 @@ class AttentionConfig:
 
     @property
     def turns(self) -> list[OfLRSA]:
-        """All settings that steps take, each once."""
+        """All settings that steps use, each once."""
         num_steps = math.lcm(len(self.retentions), len(self._written) or 1)
         return list(dict.fromkeys(self.at_step(step) for step in range(num_steps)))
 
@@ -69,7 +69,7 @@ class AttentionConfig:
         return replace(self, layers=[{str(i): value for i, value in enumerate(values)} for values in each])
 
     def at_step(self, step: int) -> OfLRSA:
-        """The attention of optimizer step `step` (counted from 0): lists are taken in turn.
+        """The attention of optimizer step `step` (counted from 0): lists are used in turn.
 
         A step at retention 1.0 is dense in every layer. Otherwise each layer has what `layers` gives it, or the
         retention of the step.
@@ -120,11 +120,11 @@ class AttentionConfig:
 
 
 def require_compression(key: str, length: int, config: AnyConfig, group: str, instead: str) -> None:
-    """Raises LRSAError if no document of `length` tokens would be compressed; names `key` and what would help.
+    """Raises LRSAError if no document of `length` tokens would be compressed; the message suggests valid settings.
 
     Args:
-        group: where sink_size and lag_size are set.
-        instead: the setting that does the same and says so.
+        group: the group of sink_size and lag_size.
+        instead: the setting that explicitly asks for dense attention.
     """
     least = config.dense_prefix_size + 1
     most = (length - 1 - config.sink_size) // 2
@@ -132,5 +132,5 @@ def require_compression(key: str, length: int, config: AnyConfig, group: str, in
     require(
         length >= least,
         f"{key}={length} is too short for anything to be compressed: the first sink_size + 2 * lag_size = {least - 1} "
-        f"tokens of a document stay as they are; give at least {least}{lag}, or {instead}.",
+        f"tokens of a document are not compressed; give at least {least}{lag}, or {instead}.",
     )

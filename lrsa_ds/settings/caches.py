@@ -12,7 +12,7 @@ KEY = "eval.layers"
 
 
 class NamedCache(NamedTuple):
-    """A cache and its name in tables; `retention` is that of `eval.retentions`, or the mean share that it keeps."""
+    """A cache and its name in tables; `retention` is from `eval.retentions`, or the mean share kept."""
 
     name: str
     retention: float

@@ -13,12 +13,12 @@ from lrsa_ds.settings.paths import expand_home, require_paths
 COLUMNS = ("messages", "conversations", "tools", "system", "prompt", "completion", "instruction", "input", "output")
 COLUMNS += ("context", "question", "answer", "answers", "answer_start", "title", "text", "input_ids", "labels", "task")
 
-# Sources that are made of contexts in any case.
+# Sources that always generate contexts.
 MADE_SOURCES = ("stdlib_qa", "recall")
 
 RECALL_TASKS = ("continue", "fill", "heading", "order")
 
-# What a source says of its part in the mixture, and not of its own rows.
+# Keys of a source that describe its part in the mixture, not its rows.
 OF_MIXTURE = ("weight", "num_validation")
 
 
@@ -27,8 +27,8 @@ class SourceConfig:
     """One source of a mixture, and how often its rows are drawn.
 
     Files (`path`) or a data set of the hub (`name`), as rows or, with `make_contexts`, as contexts; or a `source` that
-    makes contexts: stdlib_qa, or recall over files, a data set or neither. What is None is that of `data`.
-    `num_validation` takes the place of this source's share of `eval.num_examples`.
+    generates contexts: stdlib_qa, or recall over files, a data set or neither. Values of None are taken from `data`.
+    `num_validation` replaces this source's share of `eval.num_examples`.
     """
 
     source: str | None = None
@@ -64,12 +64,12 @@ class SourceConfig:
 
 
 def makes_contexts(data: Any) -> bool:
-    """Whether data, or a source of them, makes contexts rather than reads rows; also settings not typed yet."""
+    """Whether the data, or one of their sources, generate contexts; accepts settings that are not typed yet."""
     return bool(getattr(data, "make_contexts", False)) or getattr(data, "source", None) in MADE_SOURCES
 
 
 def _source(value: Any) -> SourceConfig:
-    """A source as the configuration has it, with its keys and their types checked."""
+    """A typed source from the configuration, with keys and types checked."""
     if isinstance(value, SourceConfig):
         return value
     require(isinstance(value, dict), f"data.sources: {value!r} is not valid: give objects such as {{path: a.jsonl}}.")
@@ -83,7 +83,7 @@ def _source(value: Any) -> SourceConfig:
 
 @dataclass(kw_only=True)
 class DataConfig:
-    """Where examples come from and how they are laid out; see README, "Your own data"."""
+    """The source of examples, and how they are prepared; see the README."""
 
     source: str = "stdlib_qa"
     sources: list[Any] = field(default_factory=list)
@@ -163,7 +163,7 @@ class DataConfig:
 
     @property
     def makes_contexts(self) -> bool:
-        """Whether contexts are made, rather than read as rows: of `context_length` tokens, or of seq_len."""
+        """Whether contexts are generated instead of read as rows: with `context_length` or seq_len tokens."""
         return makes_contexts(self)
 
     def _check_contexts(self) -> None:
@@ -175,7 +175,7 @@ class DataConfig:
         )
         require(
             not self.makes_contexts or not self.streaming,
-            "data.streaming=true reads rows in their order, and contexts are made of all of them: set it to false with "
+            "data.streaming=true reads rows in order, and contexts need all of them: set it to false with "
             "data.make_contexts=true or data=recall.",
         )
         require(

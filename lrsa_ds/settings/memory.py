@@ -1,4 +1,4 @@
-"""Settings of the group `memory`: what is given in time for memory on the GPU."""
+"""Settings of the group `memory`, which trade time for GPU memory."""
 
 from dataclasses import dataclass
 
@@ -7,12 +7,12 @@ from lrsa_ds.errors import require_whole
 
 @dataclass(kw_only=True)
 class MemoryConfig:
-    """Levers beside those of `zero`, `activation_checkpointing` and `loss_chunk_size`; none of them changes a result.
+    """Settings beside `zero`, `activation_checkpointing` and `loss_chunk_size`; none of them changes a result.
 
     Args:
-        auto: whether to choose the levers, those of `zero` too, for the GPU that is found: the cheapest that fit.
-        offload_checkpoints: whether checkpointed activations wait in host memory for the backward pass.
-        tiled_mlp: whether the MLPs take one tile of tokens after the other.
+        auto: whether to choose these settings, and those of `zero`, for the present GPU: the cheapest that fit.
+        offload_checkpoints: whether checkpointed activations are offloaded to host memory until the backward pass.
+        tiled_mlp: whether the MLPs run over tiles of tokens.
         tile_size: tokens of a tile.
     """
 

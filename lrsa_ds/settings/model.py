@@ -14,7 +14,7 @@ class LoraConfig:
 
     Args:
         targets: "all-linear", or the names of layers, separated by commas, such as "q_proj,v_proj".
-        export: "merged" (a model as any other) or "adapter" (the adapters alone, in PEFT's format).
+        export: "merged" (an ordinary model) or "adapter" (only the adapters, in PEFT's format).
     """
 
     rank: int = 0
@@ -30,7 +30,7 @@ class LoraConfig:
 
 @dataclass(kw_only=True)
 class ModelConfig:
-    """Where the model comes from: a hub name, a local directory, a GGUF file, or random weights; what is trained."""
+    """The model: a hub name, a local directory, a GGUF file, or random weights; and which parameters are trained."""
 
     name: str | None = None
     revision: str | None = None
@@ -49,7 +49,7 @@ class ModelConfig:
         self.random = self.random or None
         require(
             self.lora.rank == 0 or not self.freeze,
-            "model.freeze has no effect beside model.lora.rank, which trains the adapters alone: set one of the two.",
+            "model.freeze has no effect with model.lora.rank, which trains only the adapters: set one of the two.",
         )
         check_rope(self.rope)
         require_one_of("model.dtype", self.dtype, ("auto", "bf16", "fp32"))

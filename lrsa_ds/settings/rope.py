@@ -5,8 +5,8 @@ from typing import Any
 from lrsa_ds.errors import require, require_one_of, require_whole
 
 KEY = "model.rope"
-# Fields of every scaling, those that it needs, and those that it may take. What is needed and missing is an error, but
-# for original_max_position_embeddings, which the model knows. `dynamic` and `longrope` depend on the length of a pass.
+# Required and optional fields of every scaling. A missing required field is an error, except
+# original_max_position_embeddings, which the model has. `dynamic` and `longrope` depend on the length of a pass.
 SHARED = ("rope_type", "rope_theta")
 NEEDED: dict[str, tuple[str, ...]] = {
     "default": (),
@@ -42,7 +42,7 @@ def by_layers(rope: dict[str, Any]) -> bool:
 
 
 def check_rope(rope: dict[str, Any]) -> None:
-    """Raises LRSAError for what no model can honour: an unknown type or field, a missing field, a wrong value."""
+    """Raises LRSAError for an unknown type or field, a missing field, or a wrong value."""
     groups = {f"{KEY}.{layers}": given for layers, given in rope.items()} if by_layers(rope) else {KEY: rope}
     for key, given in groups.items():
         rope_type = given.get("rope_type")
@@ -59,7 +59,7 @@ def check_rope(rope: dict[str, Any]) -> None:
 
 
 def check_fields(key: str, given: dict[str, Any], rope_type: str) -> None:
-    """Raises LRSAError for fields that `rope_type` does not take, and for those that it lacks."""
+    """Raises LRSAError for fields that `rope_type` does not have, and for missing ones."""
     for name in given:
         require(
             name in fields_of(rope_type),

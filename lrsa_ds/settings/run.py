@@ -1,4 +1,4 @@
-"""Settings of the groups that say how a run computes, and what it leaves."""
+"""Settings of the groups that define how a run computes, and what it writes."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,12 +11,12 @@ from lrsa_ds.registry import EXCHANGES
 
 @dataclass(kw_only=True)
 class ObjectiveConfig:
-    """What is minimised; `weight`, `temperature` and `teacher` are those of distillation.
+    """The loss; `weight`, `temperature` and `teacher` are settings of distillation.
 
     Args:
         kind: a name in the table of `lrsa_ds.objectives`.
-        weight: share of the divergence from the teacher in the loss; the rest is that of the target loss.
-        teacher: "self" (the dense pass of the model as it is) or "start" (that of its start weights).
+        weight: share of the divergence from the teacher in the loss; the target loss has the rest.
+        teacher: "self" (a dense pass of the present model) or "start" (of its start weights).
     """
 
     kind: str = "target_loss"
@@ -50,7 +50,7 @@ class ParallelConfig:
 
 @dataclass(kw_only=True)
 class ZeroConfig:
-    """DeepSpeed ZeRO: what is sharded over the ranks, and what is moved to host memory."""
+    """DeepSpeed ZeRO: what is sharded over the ranks, and what is offloaded to host memory."""
 
     stage: int = 3
     offload_optimizer: str = "none"
@@ -71,7 +71,7 @@ class ZeroConfig:
 
 
 def shortened_warmup(num_steps: int) -> int:
-    """Warm-up steps of a run that is shorter than the warm-up that the settings have."""
+    """Warm-up steps of a run with fewer steps than the warm-up in its settings."""
     return max(1, num_steps // 10)
 
 
@@ -80,7 +80,7 @@ class OptimConfig:
     """AdamW with linear warm-up and cosine decay to `min_lr_ratio` of the peak.
 
     Args:
-        shorten_warmup: whether a warm-up that is longer than the steps of `num_epochs` becomes a tenth of them.
+        shorten_warmup: whether a warm-up longer than the steps of `num_epochs` is shortened to a tenth of them.
     """
 
     lr: float = 1e-5
@@ -120,13 +120,13 @@ class OptimConfig:
 
 @dataclass(kw_only=True)
 class EvalConfig:
-    """Answers under the caches that inference would keep: before, after, and every so many steps (0: never).
+    """Evaluation under the caches of inference: before and after training, and every `every` steps (0: never).
 
     Args:
-        layers: further caches, whose layers differ, as in `attention.layers`; None: those that steps take.
-        telemetry: whether to measure, before and after, what each layer loses under the smallest of the caches.
-        telemetry_examples: over how many examples.
-        telemetry_greedy: how many layers to choose, one after the other, that are better left dense.
+        layers: more caches, whose layers differ, as in `attention.layers`; None: those that steps use.
+        telemetry: whether to measure, before and after training, what each layer loses under the smallest cache.
+        telemetry_examples: number of examples for it.
+        telemetry_greedy: number of layers to choose greedily to leave dense.
     """
 
     before: bool = True
@@ -162,10 +162,10 @@ class EvalConfig:
 
 @dataclass(kw_only=True)
 class LogConfig:
-    """Where metrics go besides `metrics.jsonl`.
+    """Services that receive metrics besides `metrics.jsonl`.
 
     Args:
-        peak_tflops: dense bf16 peak of the GPU, for `mfu`; None: that of the table in `lrsa_ds.costs.gpus`.
+        peak_tflops: dense bf16 peak of the GPU, for `mfu`; None: from the table in `lrsa_ds.costs.gpus`.
     """
 
     wandb: str = "auto"
@@ -195,7 +195,7 @@ class LogConfig:
 
 @dataclass(kw_only=True)
 class CheckpointConfig:
-    """What is left on disk, on the way (every so many steps, 0: never) and at the end."""
+    """What is written to disk during training (every `every` steps, 0: never) and at the end."""
 
     every: int = 0
     keep: int = 2

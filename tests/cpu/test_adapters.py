@@ -160,5 +160,5 @@ def test_mistakes():
         add_adapters(tiny("llama"), LoraConfig(rank=2, targets="nope_proj"))
     with pytest.raises(LRSAError, match=r"model.lora.export='file' .*merged, adapter"):
         LoraConfig(export="file")
-    with pytest.raises(LRSAError, match=r"model.freeze has no effect beside model.lora.rank"):
+    with pytest.raises(LRSAError, match=r"model.freeze has no effect with model.lora.rank"):
         ModelConfig(name="a/b", freeze=["x"], lora=LoraConfig(rank=2))

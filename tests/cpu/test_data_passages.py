@@ -212,7 +212,7 @@ def test_few_questions_are_held_out_where_nobody_has_said_how_many(path):
     ("settings", "said"),
     [
         ({"make_contexts": False}, "data.questions_per_context=4 is read where contexts are made: add data.make_con"),
-        ({"streaming": True}, "data.streaming=true reads rows in their order, and contexts are made of all of them"),
+        ({"streaming": True}, "data.streaming=true reads rows in order, and contexts need all of them"),
         ({"context_length": 4096}, "data.context_length=4096 is longer than seq_len=2048"),
         ({"questions": 0}, "data.questions_per_context=0 is not valid"),
     ],

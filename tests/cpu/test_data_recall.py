@@ -233,7 +233,7 @@ def test_bad_input(tmp_path, path):
         (lambda: recall(path, recall_tasks=["sum"]), "data.recall_tasks=sum|data.recall_tasks='sum'"),
         (lambda: recall(path, recall_tasks=[]), r"data.recall_tasks=\[\] is not valid"),
         (lambda: recall(path, name="a/b"), "data=recall takes its texts from data.path or data.name"),
-        (lambda: recall(path, streaming=True), "data.streaming=true reads rows in their order"),
+        (lambda: recall(path, streaming=True), "data.streaming=true reads rows in order"),
         (lambda: DataConfig(source="mixture", sources=[{"weight": 1}]), "give path or name in each source"),
     ]
     for make, said in settings:

@@ -105,7 +105,7 @@ def test_recall_that_cannot_be_made(capfd, monkeypatch, tmp_path, more, said):
             "too few for a context of data.context_length=1024",
         ),
         (["data.questions_per_context=20"], "data.questions_per_context=20 is more than fits"),
-        (["data.streaming=true"], "data.streaming=true reads rows in their order"),
+        (["data.streaming=true"], "data.streaming=true reads rows in order"),
         (["data.make_contexts=false"], "data.questions_per_context=3 is read where contexts are made"),
         (["data.chat_template=false"], "data.questions_per_context=3 makes conversations, which need a chat template"),
     ],
