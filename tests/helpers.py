@@ -3,17 +3,13 @@
 import json
 import math
 import os
-import signal
 import struct
-import subprocess
-import sys
-import tempfile
-import time
 from pathlib import Path
 
 import torch
 
 from lrsa_ds.parallel.rendezvous import free_port
+from tests.forked import run_forked
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -47,11 +43,8 @@ def all_examples(data, epoch: int = 0) -> list:
     return [example for examples in data.examples_of_rows(epoch) for example in examples]
 
 
-def run_ranks(script, world_size: int, *args, timeout: float = 240, env: dict | None = None) -> list[str]:
-    """Runs `python script *args` once per rank, as a launcher would, and returns what each rank wrote to stdout.
-
-    The first rank that fails, or the timeout in seconds, ends all of them and raises with the end of their output.
-    """
+def rank_environments(world_size: int) -> list[dict[str, str]]:
+    """The environment of each rank on this machine, as a launcher would set it."""
     common = {
         **os.environ,
         "MASTER_ADDR": "127.0.0.1",
@@ -62,60 +55,24 @@ def run_ranks(script, world_size: int, *args, timeout: float = 240, env: dict | 
         "OMP_NUM_THREADS": "1",
         "PYTHONUNBUFFERED": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
-        **(env or {}),
     }
-    command = [sys.executable, str(script), *map(str, args)]
-    processes = []
-    with tempfile.TemporaryDirectory() as folder:
-        logs = [Path(folder) / str(rank) for rank in range(world_size)]
-        try:
-            for rank, log in enumerate(logs):
-                with open(f"{log}.out", "w") as stdout, open(f"{log}.err", "w") as stderr:
-                    # A session of its own makes each rank the leader of a process group, which can be killed whole.
-                    process = subprocess.Popen(
-                        command,
-                        env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                        stdin=subprocess.DEVNULL,
-                        stdout=stdout,
-                        stderr=stderr,
-                        start_new_session=True,
-                    )
-                processes.append(process)
-            failure = _wait(processes, timeout)
-        finally:
-            _kill(processes)
-        outputs = [Path(f"{log}.out").read_text(errors="replace") for log in logs]
-        errors = [Path(f"{log}.err").read_text(errors="replace") for log in logs]
-    if failure:
+    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
+
+
+def run_ranks(script, world_size: int, *args, timeout: float = 240) -> list[str]:
+    """Runs `python script *args` once per rank, as a launcher would, and returns what each rank wrote to stdout.
+
+    A rank that fails, or the timeout in seconds, ends all of them and raises with the end of their output.
+    """
+    ranks = [([*map(str, args)], environment) for environment in rank_environments(world_size)]
+    done = run_forked(str(script), ranks, Path.cwd(), timeout)
+    if any(rank.returncode for rank in done):
         tails = [
-            f"--- rank {rank}, exit code {process.returncode}\n{outputs[rank][-1000:]}{errors[rank][-3000:]}"
-            for rank, process in enumerate(processes)
+            f"--- rank {rank}, exit code {one.returncode}\n{one.stdout[-1000:]}{one.stderr[-3000:]}"
+            for rank, one in enumerate(done)
         ]
-        raise RuntimeError(f"{Path(script).name}: {failure}\n" + "\n".join(tails))
-    return outputs
-
-
-def _wait(processes, timeout: float) -> str | None:
-    """Waits until all have ended well (None), or one has failed or time is up (says which)."""
-    deadline = time.monotonic() + timeout
-    while True:
-        codes = [process.poll() for process in processes]
-        for rank, code in enumerate(codes):
-            if code:
-                return f"rank {rank} failed first, with exit code {code}"
-        if None not in codes:
-            return None
-        if time.monotonic() > deadline:
-            running = [rank for rank, code in enumerate(codes) if code is None]
-            return f"ranks {running} still ran after {timeout:g} s"
-        time.sleep(0.05)
-
-
-def _kill(processes) -> None:
-    for process in processes:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        raise RuntimeError(f"{Path(script).name} failed\n" + "\n".join(tails))
+    return [rank.stdout for rank in done]
 
 
 def metrics_of(output_dir: Path) -> list[dict]:

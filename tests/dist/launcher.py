@@ -9,7 +9,8 @@ from pathlib import Path
 
 import psutil
 
-from tests.helpers import ROOT, free_port, metrics_of
+from tests.forked import run_forked
+from tests.helpers import ROOT, free_port, metrics_of, rank_environments
 
 ENV = {
     **os.environ,
@@ -105,9 +106,23 @@ def sentences(stderr: str) -> list[str]:
     return [line for line in stderr.splitlines() if line.startswith("error: ")]
 
 
+def run_alone(script: str, *arguments: str) -> subprocess.CompletedProcess:
+    """A command without a launcher: one process."""
+    return run_forked(f"launch/{script}.py", [(list(arguments), ENV)], ROOT, 240)[0]
+
+
 def train_alone(*arguments: str) -> subprocess.CompletedProcess:
-    """Without a launcher: one process."""
-    return run([sys.executable, "launch/train.py", *arguments])
+    return run_alone("train", *arguments)
+
+
+def run_as_ranks(*arguments: str, script: str = "train", num_ranks: int = 2) -> subprocess.CompletedProcess:
+    """A command on several ranks, with what the deepspeed launcher gives to each, but without its own start."""
+    environments = [environment | ENV for environment in rank_environments(num_ranks)]
+    ranks = [([f"--local_rank={rank}", *arguments], environment) for rank, environment in enumerate(environments)]
+    done = run_forked(f"launch/{script}.py", ranks, ROOT, 240)
+    code = next((rank.returncode for rank in done if rank.returncode), 0)
+    stdout, stderr = ("".join(texts) for texts in zip(*((rank.stdout, rank.stderr) for rank in done)))
+    return subprocess.CompletedProcess([script, *arguments], code, stdout, stderr)
 
 
 def rows_of(output: Path, kind: str) -> list[dict]:

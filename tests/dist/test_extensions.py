@@ -1,13 +1,12 @@
 """Extensions from outside the repository, as users start them: from a directory and with columns of their own."""
 
 import json
-import sys
 
 import pytest
 
 from lrsa_ds.config import load_settings
 from tests.cpu.test_procedure import OWN_COLUMNS
-from tests.dist.launcher import launch, launch_command, rows_of, run
+from tests.dist.launcher import launch_command, rows_of, run, run_alone, run_as_ranks
 from tests.dist.test_launch import refused
 from tests.helpers import ROOT, run_ranks
 
@@ -57,7 +56,7 @@ def test_a_selection_rule_from_outside(tmp_path):
     """
     plugin, output = tmp_path / "nearest.py", tmp_path / "run"
     plugin.write_text(NEAREST)
-    done = launch(
+    done = run_as_ranks(
         "+recipe=smoke", f"plugins=[{plugin}]", "attention.selection=nearest", "attention.layers={0: null, 1: 0.5}",
         "parallel.sp_size=2", "model.dtype=fp32", "optim.num_steps=2", "eval.num_examples=1", "log.wandb=disabled",
         f"output_dir={output}",
@@ -79,9 +78,9 @@ def test_a_selection_rule_from_outside(tmp_path):
     assert {row["retention"] for row in rows_of(output, "train")} == {0.3125}
     settings = load_settings(output / "config.yaml")
     assert (settings["attention"]["selection"], settings["plugins"]) == ("nearest", [str(plugin)])
-    evaluate = [sys.executable, "launch/evaluate.py", f"model.name={model}", "tasks=[passkey]", "lengths=[512]"]
+    evaluate = [f"model.name={model}", "tasks=[passkey]", "lengths=[512]"]
     evaluate += ["num_samples=1", "log.wandb=disabled", "cache.prefill=[chunked]", f"output_dir={tmp_path}/scores"]
-    done = run([*evaluate, f"plugins=[{plugin}]"])
+    done = run_alone("evaluate", *evaluate, f"plugins=[{plugin}]")
     assert done.returncode == 0 and "passkey recall" in done.stdout, done.stdout + done.stderr
 
 

@@ -18,7 +18,7 @@ from lrsa_ds.config import typed_config
 from lrsa_ds.evaluate.results import read_results
 from lrsa_ds.logs.report import evaluation_table
 from lrsa_ds.process.signals import SIGNALS
-from tests.dist.launcher import launch, rows_of, run, train_alone
+from tests.dist.launcher import launch, rows_of, run, run_alone, run_as_ranks, train_alone
 from tests.helpers import ROOT, wandb_history, wandb_records
 
 pytestmark = pytest.mark.dist
@@ -127,7 +127,7 @@ def test_a_finished_run_is_kept(smoke):
 def test_sequence_parallelism_and_memory_levers_change_nothing_but_the_speed(smoke, tmp_path):
     """The same sequences in the same order, the same losses and the same evaluation, before and after."""
     output, _ = smoke
-    done = launch(
+    done = run_as_ranks(
         *["+recipe=smoke", "parallel.sp_size=2", "optim.grad_accum=2", "log.wandb=disabled"],
         *[f"output_dir={tmp_path}/run", "checkpoint.export=false", "memory=long", "memory.tile_size=200"],
     )
@@ -149,7 +149,7 @@ def test_sequence_parallelism_and_memory_levers_change_nothing_but_the_speed(smo
 
 
 def test_selftest():
-    done = launch("+recipe=smoke", "parallel.sp_size=2", script="selftest")
+    done = run_as_ranks("+recipe=smoke", "parallel.sp_size=2", script="selftest")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "passed: the differences are within 1e-05" in done.stdout
 
@@ -287,7 +287,7 @@ def test_evaluation_is_shared_by_ranks_and_goes_on_where_it_stopped(smoke, tmp_p
     model = f"model.name={smoke[0] / 'model'}"
     fixed = [model, "lengths=[512]", "cache.prefill=[dense,chunked,full]", "tasks=[needle,perplexity]"]
     shared, elsewhere = tmp_path / "shared", set(ROOT.glob("outputs/*"))
-    done = launch(*fixed, "num_samples=2", f"output_dir={shared}", "log.wandb=offline", script="evaluate")
+    done = run_as_ranks(*fixed, "num_samples=2", f"output_dir={shared}", "log.wandb=offline", script="evaluate")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "4 samples, 0 of them done before" in done.stdout and "lag 64" in done.stdout
     assert (shared / "results.txt").read_text() in done.stdout
@@ -304,10 +304,10 @@ def test_evaluation_is_shared_by_ranks_and_goes_on_where_it_stopped(smoke, tmp_p
     (shared / "results.rank1.jsonl").write_text("\n".join(first[:3]) + "\n" + first[3][:20])
     (shared / "results.jsonl").write_text("\n".join(first[4:]) + "\n")
     more = [*fixed, "num_samples=3", "log.wandb=disabled"]
-    again = run([sys.executable, "launch/evaluate.py", *more, f"output_dir={shared}"])
+    again = run_alone("evaluate", *more, f"output_dir={shared}")
     assert again.returncode == 0, again.stderr
     assert "6 samples, 3 of them done before" in again.stdout
-    alone = run([sys.executable, "launch/evaluate.py", *more, f"output_dir={tmp_path / 'alone'}"])
+    alone = run_alone("evaluate", *more, f"output_dir={tmp_path / 'alone'}")
     assert alone.returncode == 0, alone.stderr
     rows = [read_results(directory) for directory in (shared, tmp_path / "alone")]
     assert all(row.pop("seconds") > 0 for found in rows for row in found if "prediction" in row)
@@ -334,7 +334,7 @@ def test_the_answers_of_a_loaded_model(smoke):
     assert cache.num_held < ids.shape[1] / 2
     text = Path(smoke[0] / "long.txt")
     text.write_text("Some words. " * 200)
-    done = run([sys.executable, "launch/chat.py", str(smoke[0] / "model"), str(text), "What?", "--max-new-tokens", "5"])
+    done = run_alone("chat", str(smoke[0] / "model"), str(text), "What?", "--max-new-tokens", "5")
     assert done.returncode == 0, done.stderr
     assert " x less): " in done.stdout and "\nWhat?\n" in done.stdout
 
@@ -342,15 +342,15 @@ def test_the_answers_of_a_loaded_model(smoke):
 def test_exported_adapters_are_evaluated_and_answer(tmp_path):
     output, model = tmp_path / "run", tmp_path / "run" / "model"
     options = [*SHORT, "model.lora.rank=4", "model.lora.export=adapter", f"output_dir={output}"]
-    done = run([sys.executable, "launch/train.py", "+recipe=smoke", *options])
+    done = train_alone("+recipe=smoke", *options)
     assert done.returncode == 0, done.stderr
     fixed = [f"model.name={model}", "lengths=[256]", "tasks=[needle]", "num_samples=1", "log.wandb=disabled"]
-    done = run([sys.executable, "launch/evaluate.py", *fixed, f"output_dir={tmp_path / 'evaluation'}"])
+    done = run_alone("evaluate", *fixed, f"output_dir={tmp_path / 'evaluation'}")
     assert done.returncode == 0, done.stderr
     assert "lag 64" in done.stdout
     text = tmp_path / "long.txt"
     text.write_text("Some words. " * 50)
-    done = run([sys.executable, "launch/chat.py", str(model), str(text), "What?", "--max-new-tokens", "3"])
+    done = run_alone("chat", str(model), str(text), "What?", "--max-new-tokens", "3")
     assert done.returncode == 0 and "\nWhat?\n" in done.stdout, done.stderr
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model / "base"), model)
 
@@ -379,6 +379,6 @@ def test_adapters_evaluations_on_the_way_the_best_model_and_a_trace(tmp_path):
     (output / "COMPLETED").unlink()
     newest = max((output / "checkpoints").iterdir())
     shutil.rmtree(newest)
-    again = launch(*command[:2], "log.wandb=disabled", *command[3:], "optim.grad_accum=1", num_ranks=2)
+    again = run_as_ranks(*command[:2], "log.wandb=disabled", *command[3:], "optim.grad_accum=1", num_ranks=2)
     assert again.returncode == 0, again.stderr
     assert "resuming after step 4" in again.stdout and "which 1 ranks wrote" in again.stdout

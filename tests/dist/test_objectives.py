@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.dist.launcher import launch, rows_of
+from tests.dist.launcher import rows_of, run_as_ranks
 
 pytestmark = pytest.mark.dist
 
@@ -18,7 +18,7 @@ def test_distillation_is_trained_resumed_and_exported(tmp_path):
         "log.wandb=disabled", f"output_dir={tmp_path}/run", "eval.before=false", "eval.num_examples=2",
         "checkpoint.every=2", "optim.num_steps=4",
     ]  # fmt: skip
-    done = launch(*command)
+    done = run_as_ranks(*command)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "objective: distill from the dense pass of the start weights, weight 0.5, temperature 1" in done.stdout
     first = rows_of(tmp_path / "run", "train")
@@ -29,7 +29,7 @@ def test_distillation_is_trained_resumed_and_exported(tmp_path):
 
     (tmp_path / "run" / "COMPLETED").unlink()
     shutil.rmtree(max((tmp_path / "run" / "checkpoints").iterdir()))
-    again = launch(*command, "parallel.sp_size=1", num_ranks=1)
+    again = run_as_ranks(*command, "parallel.sp_size=1", num_ranks=1)
     assert again.returncode == 0, again.stdout + again.stderr
     assert "resuming after step 2" in again.stdout
     for before, after in zip(first, rows_of(tmp_path / "run", "train"), strict=True):

@@ -15,11 +15,11 @@ from lrsa_ds.train.checkpoint import find_checkpoint
 from tests.dist.launcher import (
     Job,
     last_step,
-    launch,
     launch_command,
     processes_of,
     rows_of,
     run,
+    run_as_ranks,
     sentences,
     train_alone,
 )
@@ -61,7 +61,7 @@ def weights_of(output):
 def whole(tmp_path_factory):
     """A run of two ranks that nothing has disturbed."""
     output = tmp_path_factory.mktemp("whole") / "run"
-    done = launch(*settings(output, "checkpoint.keep=9"))
+    done = run_as_ranks(*settings(output, "checkpoint.keep=9"))
     assert done.returncode == 0, done.stderr
     return output
 
@@ -95,7 +95,7 @@ def test_killed_at_random_steps_it_ends_as_if_undisturbed(whole, tmp_path, num_k
         assert "Traceback" not in done.stderr
         assert processes_of(output) == []
         assert not (output / "COMPLETED").exists()
-    done = launch(*settings(output, wandb="offline"))
+    done = run_as_ranks(*settings(output, wandb="offline"))
     assert done.returncode == 0, done.stderr
     assert training_rows(output) == training_rows(whole)
     for name, weight in weights_of(output).items():
@@ -115,7 +115,7 @@ def test_another_number_of_ranks_goes_on(whole, tmp_path, num_ranks, changes):
     output = tmp_path / "run"
     (output / "checkpoints").mkdir(parents=True)
     shutil.copytree(whole / "checkpoints" / "step_000006", output / "checkpoints" / "step_000006")
-    done = launch(*settings(output, *changes), num_ranks=num_ranks)
+    done = run_as_ranks(*settings(output, *changes), num_ranks=num_ranks)
     assert done.returncode == 0, done.stderr
     assert "resuming after step 6" in done.stdout
     rows, expected = training_rows(output), training_rows(whole)[6:]
@@ -131,11 +131,11 @@ def test_other_zero_stages_go_on_too(tmp_path, stage, num_ranks):
     """At another number of ranks, and at the same."""
     whole, output = tmp_path / "whole", tmp_path / "run"
     command = [f"zero.stage={stage}", "optim.num_steps=4", "checkpoint.export=false", "checkpoint.keep=3"]
-    done = launch(*settings(whole, *command, every=2))
+    done = run_as_ranks(*settings(whole, *command, every=2))
     assert done.returncode == 0, done.stderr
     (output / "checkpoints").mkdir(parents=True)
     shutil.copytree(whole / "checkpoints" / "step_000002", output / "checkpoints" / "step_000002")
-    done = launch(*settings(output, *command, f"optim.grad_accum={2 // num_ranks}", every=2), num_ranks=num_ranks)
+    done = run_as_ranks(*settings(output, *command, f"optim.grad_accum={2 // num_ranks}", every=2), num_ranks=num_ranks)
     assert done.returncode == 0, done.stderr
     for row, wanted in zip(training_rows(output), training_rows(whole)[2:], strict=True):
         assert row["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
@@ -158,7 +158,7 @@ def test_a_signal_stops_the_run_after_a_checkpoint(whole, tmp_path, to_all):
     assert processes_of(output) == []
     assert (output / "STOPPED").exists() and find_checkpoint(output).step == step
     if to_all:
-        done = launch(*settings(output, every=0))
+        done = run_as_ranks(*settings(output, every=0))
         assert done.returncode == 0, done.stderr
         assert training_rows(output) == training_rows(whole)
         assert not (output / "STOPPED").exists()
@@ -181,7 +181,7 @@ def killed_during_a_save(directory, *changes, tries=5):
 def test_a_kill_during_a_save_leaves_the_earlier_checkpoint(whole, tmp_path, write):
     output = killed_during_a_save(tmp_path, f"checkpoint.write={write}")
     assert find_checkpoint(output).step == 3
-    done = launch(*settings(output))
+    done = run_as_ranks(*settings(output))
     assert done.returncode == 0, done.stderr
     assert "resuming after step 3" in done.stdout
     assert not list(output.glob("checkpoints/*.partial"))
@@ -207,7 +207,7 @@ def test_a_rank_that_hangs_is_named(tmp_path):
 def test_written_in_the_background_it_is_the_state_of_its_step(whole, tmp_path):
     """The training continues while the checkpoint of step 6 is written, and a run from there ends alike."""
     first, output = tmp_path / "first", tmp_path / "run"
-    done = launch(*settings(first, "checkpoint.write=background", "checkpoint.keep=9"))
+    done = run_as_ranks(*settings(first, "checkpoint.write=background", "checkpoint.keep=9"))
     assert done.returncode == 0, done.stderr
     assert training_rows(first) == training_rows(whole)
     rows = rows_of(first, "checkpoint")
@@ -215,7 +215,7 @@ def test_written_in_the_background_it_is_the_state_of_its_step(whole, tmp_path):
     assert all(0 < row["seconds"] <= row["seconds_until_whole"] for row in rows)
     (output / "checkpoints").mkdir(parents=True)
     shutil.copytree(first / "checkpoints" / "step_000006", output / "checkpoints" / "step_000006")
-    done = launch(*settings(output))
+    done = run_as_ranks(*settings(output))
     assert done.returncode == 0, done.stderr
     assert training_rows(output) == training_rows(whole)[6:]
 
@@ -280,7 +280,7 @@ def test_a_changed_data_file_is_noticed_and_may_be_accepted(tmp_path, capfd, mon
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_samples(tmp_path):
     output = tmp_path / "run"
-    done = launch(*settings(output, "optim.lr=1e30", "optim.grad_clip=0", "optim.warmup_steps=0"))
+    done = run_as_ranks(*settings(output, "optim.lr=1e30", "optim.grad_clip=0", "optim.warmup_steps=0"))
     assert done.returncode == 2
     (sentence,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "is not finite at samples" in sentence and "optim.on_nan=skip" in sentence

@@ -1,12 +1,11 @@
 """Telemetry from the command line: in training in one process and in two, and of an exported model."""
 
 import json
-import sys
 
 import pytest
 from matplotlib.image import imread
 
-from tests.dist.launcher import launch, rows_of, run, train_alone
+from tests.dist.launcher import rows_of, run_alone, run_as_ranks, train_alone
 from tests.dist.test_launch import refused
 from tests.helpers import wandb_history, wandb_records
 
@@ -42,7 +41,7 @@ def test_telemetry_of_a_run_and_of_its_model(tmp_path):
 
     shared = tmp_path / "shared"
     only_before = [*SHORT, *TELEMETRY, "eval.after=false", "checkpoint.export=false"]
-    done = launch("+recipe=smoke", *only_before, f"output_dir={shared}", "log.wandb=disabled")
+    done = run_as_ranks("+recipe=smoke", *only_before, f"output_dir={shared}", "log.wandb=disabled")
     assert done.returncode == 0, done.stderr
     for ours, theirs in zip(rows_of(shared, "telemetry"), rows[:2], strict=True):
         for name, value in theirs.items():
@@ -51,7 +50,7 @@ def test_telemetry_of_a_run_and_of_its_model(tmp_path):
     measured = tmp_path / "measured"
     options = ["telemetry=true", "telemetry_greedy=1", "tasks=[passkey,perplexity]", "num_samples=2", "lengths=[1024]"]
     options += [f"model.name={output}/model", f"output_dir={measured}", "log.wandb=disabled"]
-    done = run([sys.executable, "launch/evaluate.py", *options])
+    done = run_alone("evaluate", *options)
     assert done.returncode == 0, done.stderr
     assert [row["layer"] for row in rows_of(measured, "telemetry")] == [0, 1]
     assert json.loads((measured / "telemetry_evaluated.json").read_text())["num_examples"] == 2

@@ -1,13 +1,12 @@
 """Settings of the layers that steps take in turn, from the command line: trained, exported, evaluated."""
 
 import json
-import sys
 
 import pytest
 
 import lrsa_ds
 from lrsa_ds.attention.partition import num_held
-from tests.dist.launcher import launch, rows_of, run
+from tests.dist.launcher import rows_of, run_alone, run_as_ranks
 from tests.dist.test_launch import refused
 from tests.helpers import wandb_history, wandb_records
 
@@ -21,7 +20,7 @@ NAMES = ["dense", "1/2", "1 dense + 1 window", "1 at 1/4 + 1 window"]
 def test_trained_exported_and_evaluated(tmp_path):
     output = tmp_path / "run"
     command = ["+recipe=smoke", *SHORT, TURNS, "parallel.sp_size=2"]
-    done = launch(*command, f"output_dir={output}", "log.wandb=offline")
+    done = run_as_ranks(*command, f"output_dir={output}", "log.wandb=offline")
     assert done.returncode == 0, done.stderr
     assert "lag 64, dense, then layers 0 dense, 1 window; mean share kept 0.5, then layers 0 window, 1 " in done.stdout
     steps = rows_of(output, "train")
@@ -51,7 +50,7 @@ def test_trained_exported_and_evaluated(tmp_path):
     evaluated = tmp_path / "evaluated"
     options = ["tasks=[passkey]", "lengths=[600]", "num_samples=1", "cache.retentions=[0.5]", "log.wandb=disabled"]
     options += ['cache.layers=[{"0-": {"retention": 0.0, "lag_size": 32}}]', f"output_dir={evaluated}"]
-    done = run([sys.executable, "launch/evaluate.py", f"model.name={output}/model", *options])
+    done = run_alone("evaluate", f"model.name={output}/model", *options)
     assert done.returncode == 0, done.stderr
     found = {row["cache"]: row for row in rows_of(evaluated, "result") if row["metric"] == "recall"}
     assert set(found) == {"dense", "chunked 1/2", *(f"chunked {name}" for name in ("0", *NAMES[2:]))}
