@@ -14,9 +14,11 @@ from operator import mul
 from lrsa_ds.attention.kinds.kind import kind_of
 from lrsa_ds.costs.shape import LayerShape, Matrix, ModelShape
 from lrsa_ds.layers import AnyConfig
+from lrsa_ds.models.heads import HeadDims
 
 PRODUCT = 2  # a multiplication and an addition
-ATTENTION_FORWARD, ATTENTION_BACKWARD = 2, 5  # products of the size [queries, keys, channels]
+# Products of the size [queries, keys, channels], with the channels of keys and with those of values.
+ATTENTION_FORWARD, ATTENTION_BACKWARD = HeadDims(1, 1), HeadDims(3, 2)
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def step_flops(
         # Its logits, in a function that is recomputed, are computed twice.
         products = num_tokens * sum(m.size for layer in shape.layers for m in layer.matrices)
         pairs = sum(seen_pairs(document_lengths, other, num_layers))
-        attention = PRODUCT * ATTENTION_FORWARD * pairs * shape.num_heads * shape.head_dim
+        attention = PRODUCT * pairs * shape.num_heads * _channels(shape, ATTENTION_FORWARD)
         work += Flops(PRODUCT * (products + 2 * num_slots * shape.output.size), attention)
     executed, in_full = (
         Flops(0, attention_flops(shape, passes, seen_pairs(document_lengths, settings, num_layers)))
@@ -114,6 +116,12 @@ def _gradients(matrix: Matrix) -> int:
 
 def attention_flops(shape: ModelShape, passes: Passes, pairs: Sequence[int]) -> float:
     """Operations of attention, forward and backward, over so many pairs in each layer."""
-    backward = ATTENTION_BACKWARD + ATTENTION_FORWARD * passes.checkpointing
-    each = [ATTENTION_FORWARD + backward * layer.attention_has_gradient for layer in shape.layers]
-    return PRODUCT * sum(map(mul, each, pairs)) * shape.num_heads * shape.head_dim
+    forward = _channels(shape, ATTENTION_FORWARD)
+    backward = _channels(shape, ATTENTION_BACKWARD) + forward * passes.checkpointing
+    each = [forward + backward * layer.attention_has_gradient for layer in shape.layers]
+    return PRODUCT * sum(map(mul, each, pairs)) * shape.num_heads
+
+
+def _channels(shape: ModelShape, products: HeadDims) -> int:
+    """Multiplications of one head for one pair, in so many products."""
+    return products.keys * shape.head_dims.keys + products.values * shape.head_dims.values

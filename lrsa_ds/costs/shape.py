@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from torch import nn
 
+from lrsa_ds.models.heads import HeadDims, head_dims
 from lrsa_ds.models.logits import output_layer
 from lrsa_ds.models.patch import PreTrainedModel, layer_classes
 
@@ -57,7 +58,7 @@ class ModelShape:
     layers: tuple[LayerShape, ...]
     output: Matrix
     num_heads: int
-    head_dim: int
+    head_dims: HeadDims
 
 
 def model_shape(model: PreTrainedModel) -> ModelShape | None:
@@ -81,9 +82,8 @@ def model_shape(model: PreTrainedModel) -> ModelShape | None:
         layers.append(shape)
         before = before or any(p.requires_grad for p in layer.parameters())
     output = cast(Any, output_layer(model))
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     matrix = Matrix(output.in_features * output.out_features, _is_trained(output), before)
-    return ModelShape(tuple(layers), matrix, config.num_attention_heads, head_dim)
+    return ModelShape(tuple(layers), matrix, config.num_attention_heads, head_dims(config))
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:

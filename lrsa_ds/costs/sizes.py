@@ -7,6 +7,7 @@ from torch import nn
 
 from lrsa_ds.costs.shape import ModelShape, attention_of, decoder_layers, matrix_sizes, model_shape
 from lrsa_ds.errors import LRSAError
+from lrsa_ds.models.heads import num_kv_heads
 from lrsa_ds.models.logits import output_layer
 from lrsa_ds.models.patch import PreTrainedModel
 
@@ -30,7 +31,7 @@ class Sizes:
     mlp_width: int
     num_heads: int
     num_kv_heads: int
-    head_dim: int
+    head_dim: int  # the larger one, where those of keys and values differ
     vocabulary: int
     num_norms: int
     has_head_norms: bool
@@ -60,8 +61,8 @@ def sizes_of(model: PreTrainedModel) -> Sizes:
         hidden_size=config.hidden_size,
         mlp_width=max(_mlp_width(*both, config) for both in zip(layers, attentions, strict=True)),
         num_heads=shape.num_heads,
-        num_kv_heads=getattr(config, "num_key_value_heads", None) or shape.num_heads,
-        head_dim=shape.head_dim,
+        num_kv_heads=num_kv_heads(config),
+        head_dim=max(shape.head_dims),
         vocabulary=output.out_features,
         num_norms=max(len(_norms(layer)) for layer in layers),
         has_head_norms=any(_norms(attention) for attention in attentions),

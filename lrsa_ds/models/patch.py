@@ -33,6 +33,7 @@ from lrsa_ds.layers import (
 from lrsa_ds.lrsa_config import LRSAConfig
 from lrsa_ds.models.cache import LagKVCache
 from lrsa_ds.models.generation import use_lrsa_cache
+from lrsa_ds.models.latent import cache_expanded
 from lrsa_ds.models.logits import other_logits
 from lrsa_ds.models.offload import offload_checkpoints
 from lrsa_ds.models.passes import attend_rows, read_pass
@@ -85,6 +86,7 @@ def apply_lrsa(
     if _begin_pass not in decoder._forward_pre_hooks.values():
         decoder.register_forward_pre_hook(_begin_pass, with_kwargs=True)
         decoder.register_forward_hook(_end_pass, with_kwargs=True, always_call=True)
+    cache_expanded(model)
     use_lrsa_cache(model, NAME, new_cache)
     return model
 
@@ -259,16 +261,20 @@ def _lrsa_attention_function(
     num_seen: int | None = None,
     rows: Rows | None = None,
     step: Step | None = None,
+    expanded_cache: LagKVCache | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """The signature that transformers calls: query [B, H, N, D], key and value [B, G, N, D] to ([B, N, H, D], None).
 
-    A layer passes its own `scaling`, `softcap` and `s_aux`, which are learned sinks [H].
+    A layer passes its own `scaling`, `softcap` and `s_aux`, which are learned sinks [H]. With an `expanded_cache`, keys
+    and values are those of the new tokens and still have to be cached.
     """
     require(attention_mask is None, "LRSA attention makes its own mask: a 4D attention_mask is not supported.")
     settings = lrsa_config or in_model(from_saved(module.config.lrsa), layers_of(module.config))
     config = settings.at_layer(module.layer_idx)
     extras = Extras(scaling, softcap, s_aux)
+    if expanded_cache is not None:
+        key, value = expanded_cache.update(key, value, module.layer_idx)
     if step is not None:
         output = attend_step(query, key, value, step, module.layer_idx, extras)
         return output.transpose(1, 2).contiguous(), None

@@ -17,7 +17,6 @@ from lrsa_ds.registry import LAYER_KINDS
 
 # Attributes that mark other kinds of attention -> what they do; without them, these would pass as plain attention.
 KINDS = {
-    "expand_kv": "caches a latent from which the keys and values of every head are made, and LRSA keeps single keys",
     "lambda_q1": "subtracts two attentions (differential attention), and LRSA is one",
     "prepare_dynamic_mask": "makes its own mask from its values (dynamic mask attention)",
 }

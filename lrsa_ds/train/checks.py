@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from lrsa_ds.config import TrainConfig
 from lrsa_ds.layers import OfLRSA, of_lrsa
+from lrsa_ds.models.heads import num_kv_heads
 from lrsa_ds.models.loading import empty_model
 from lrsa_ds.models.patch import PreTrainedModel, check_supported
 from lrsa_ds.models.rope import check_reach
@@ -49,7 +50,7 @@ def check_sharing(
     architecture = structure.config.get_text_config()
     check_world(size, num_ranks)
     row = config.seq_len * config.optim.micro_batch
-    heads = architecture.num_attention_heads, architecture.num_key_value_heads
+    heads = architecture.num_attention_heads, num_kv_heads(architecture)
     strategy = EXCHANGES[config.parallel.exchange]
     every: list[OfLRSA] = [*attention.turns, *map(attention.with_retention, others)]
     every += [of_lrsa(cache.config) for cache in caches_of(attention, config.eval, layers_of(structure.config))]

@@ -19,6 +19,7 @@ from lrsa_ds.layer_settings import ModelLayers
 from lrsa_ds.layers import AnyConfig, in_model
 from lrsa_ds.logs.trackers import check_trackers
 from lrsa_ds.models.adapters import check_peft
+from lrsa_ds.models.heads import extras_of_model, head_dims
 from lrsa_ds.models.liger import check_liger
 from lrsa_ds.models.offload import check_host_memory
 from lrsa_ds.models.patch import PreTrainedModel
@@ -170,11 +171,10 @@ def _with_steps(config: TrainConfig, data: RunData) -> TrainConfig:
 
 def _check_backend(config: TrainConfig, structure: PreTrainedModel, dtype: torch.dtype) -> None:
     """Checks that the attention backend in the settings can run here."""
-    architecture = structure.config.get_text_config()
-    head_dim = getattr(architecture, "head_dim", None)
-    head_dim = head_dim or architecture.hidden_size // architecture.num_attention_heads
+    dims, extras = head_dims(structure.config.get_text_config()), extras_of_model(structure)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     merges_parts = config.parallel.sp_size > 1 and EXCHANGES[config.parallel.exchange].merges_parts
     caches = [cache.config for cache in caches_of(config.attention, config.eval, layers_of(structure.config))]
     for layer in {layer for settings in [*config.attention.turns, *caches] for layer in settings.layers}:
-        choose_kernel(layer, device, dtype, head_dim, needs_lse_gradient=merges_parts)
+        needs = dict(needs_lse_gradient=merges_parts, value_dim=dims.values, extras=extras)
+        choose_kernel(layer, device, dtype, dims.keys, **needs)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from lrsa_ds import LRSAConfig, apply_lrsa, lrsa_attention, new_cache, prefill
 from lrsa_ds.attention.buffered import buffered_attention
@@ -17,6 +18,7 @@ from lrsa_ds.attention.ragged import Rows, pack_rows, ragged_attention
 from lrsa_ds.errors import LRSAError
 from lrsa_ds.families.tiny import tiny_model
 from lrsa_ds.models.cache import LagKVLayer
+from lrsa_ds.models.heads import head_dims, num_kv_heads
 from lrsa_ds.registry import KERNELS
 from tests.helpers import assert_close
 
@@ -184,3 +186,41 @@ def test_sinks_get_the_gradient_of_the_stock_model():
     for actual, expected in zip(*found, strict=True):
         assert expected.norm() > 0
         assert_close(actual, expected, 1e-4, "gradient of the sinks")
+
+
+LATENT = {"deepseek_v2": (12, 8), "deepseek_v3": (12, 8), "minicpm3": (12, 8)}
+
+
+@pytest.mark.parametrize("family", LATENT)
+@torch.no_grad()
+def test_latent_attention_keeps_the_keys_and_values_of_its_heads(family):
+    model, ids = apply_lrsa(tiny_model(family), CONFIG), torch.randint(4, 100, (2, 70))
+    apply_lrsa(model, CONFIG)  # twice: the cache is deferred once
+    expected = model(ids, use_cache=False).logits
+    for options in ({}, {"max_tokens": 70}):
+        cache = new_cache(model, **options)
+        assert_close(prefill(model, ids[:, :69], cache), expected[:, 68], 1e-4, "prefill")
+        assert_close(model(ids[:, 69:], past_key_values=cache).logits[:, 0], expected[:, 69], 1e-4, "decoding")
+        heads = model.config.num_attention_heads
+        assert [x.shape[:2] for x in (cache.layers[0].keys, cache.layers[0].values)] == [(2, heads)] * 2
+        assert (cache.layers[0].keys.shape[3], cache.layers[0].values.shape[3]) == LATENT[family]
+        assert head_dims(model.config) == LATENT[family] and num_kv_heads(model.config) == heads
+        if not options:
+            assert cache.num_bytes == 2 * 2 * heads * sum(LATENT[family]) * cache.num_held * 4
+    # The stock attention and cache of the model are as they were.
+    model.set_attn_implementation("sdpa")
+    dense, stock = model(ids, use_cache=False).logits, DynamicCache()
+    model(ids[:, :69], past_key_values=stock)
+    assert stock.layers[0].keys.shape[1] == 1
+    assert_close(model(ids[:, 69:], past_key_values=stock).logits[:, 0], dense[:, 69], 1e-4, "stock cache")
+
+
+@torch.no_grad()
+def test_latent_attention_generates_with_padding():
+    model = apply_lrsa(tiny_model("deepseek_v3"), CONFIG)
+    ids = torch.randint(4, 100, (1, 60))
+    short = ids[:, -33:]
+    alone = [model.generate(x, max_new_tokens=8, do_sample=False, pad_token_id=0)[0, -8:] for x in (ids, short)]
+    padded = torch.cat([ids, torch.cat([torch.zeros(1, 27, dtype=torch.int64), short], dim=1)])
+    both = model.generate(padded, attention_mask=(padded > 0).long(), max_new_tokens=8, do_sample=False, pad_token_id=0)
+    assert [row[-8:].tolist() for row in both] == [row.tolist() for row in alone]

@@ -10,8 +10,9 @@ from lrsa_ds.families.tiny import families
 
 pytestmark = pytest.mark.dist
 WRITTEN_WITH, VERDICTS = read_verdicts(ROOT / "docs" / "models.json")
-# Dense, with encoders beside the text, a mixture of experts, learned positions; and four reasons of refusal.
-SOME = ("llama", "phi4_multimodal", "mixtral", "gpt2", "doge", "diffllama", "deepseek_v3", "nemotron")
+# Dense, with encoders beside the text, a mixture of experts, learned positions, scaled logits, latent attention; and
+# three reasons of refusal.
+SOME = ("llama", "phi4_multimodal", "mixtral", "gpt2", "granite", "deepseek_v3", "doge", "diffllama", "nemotron")
 
 
 def check(names):
