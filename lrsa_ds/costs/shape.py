@@ -10,7 +10,7 @@ from typing import Any, cast
 from torch import nn
 
 from lrsa_ds.models.heads import HeadDims, head_dims
-from lrsa_ds.models.logits import output_layer
+from lrsa_ds.models.logits import output_head, output_layer
 from lrsa_ds.models.patch import PreTrainedModel, layer_classes
 
 
@@ -69,7 +69,7 @@ def model_shape(model: PreTrainedModel) -> ModelShape | None:
     """
     config = model.config.get_text_config()
     has_experts = any(hasattr(module, "num_experts") for module in model.modules())
-    if len(decoder_layers(model)) != config.num_hidden_layers or not isinstance(output_layer(model), nn.Linear):
+    if len(decoder_layers(model)) != config.num_hidden_layers or not isinstance(output_head(model), nn.Linear):
         return None
     if has_experts and not isinstance(getattr(config, "num_experts_per_tok", None), int):
         return None

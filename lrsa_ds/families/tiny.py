@@ -79,7 +79,9 @@ def _small(key: str, given: Any) -> Any:
 
 
 # Where the sizes above do not make a consistent model, or the default is plainer than the models that are published.
-EXCEPTIONS: dict[str, dict[str, Any]] = {
+BERTS = ("bert", "bert-generation", "camembert", "data2vec-text", "electra", "ernie", "roberta", "roberta-prelayernorm")
+BERTS += ("roc_bert", "xlm-roberta", "xlm-roberta-xl", "xmod")
+EXCEPTIONS: dict[str, dict[str, Any]] = {name: dict(is_decoder=True) for name in BERTS} | {
     "bamba": dict(mamba_n_heads=8, mamba_d_head=8),
     "deepseek_v2": dict(n_routed_experts=4, num_experts_per_tok=2, first_k_dense_replace=1),
     "dots1": dict(n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2),
@@ -98,7 +100,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "nemotron": dict(head_dim=8, num_key_value_heads=2),
     "reformer": dict(is_decoder=True),
     "seed_oss": dict(attention_dropout=0.1),
-    "xmod": dict(default_language="en_XX"),
+    "xmod": dict(is_decoder=True, default_language="en_XX"),
     "zaya": dict(num_experts_per_tok=1),
 }
 

@@ -18,11 +18,26 @@ NOT_DONE = {
 
 
 def output_layer(model: PreTrainedModel) -> torch.nn.Module:
-    """The layer from hidden states to logits, without the scales and caps that `logits_of` applies."""
+    """The matrix that makes logits, without what surrounds it in `logits_of`."""
     head = model.get_output_embeddings()
     if head is None:
         raise LRSAError(f"{type(model).__name__} has no output layer: a causal language model is needed.")
     return head
+
+
+def output_head(model: PreTrainedModel) -> torch.nn.Module:
+    """The module that takes hidden states and makes logits: the output layer in most models, more in BERT."""
+    layer, decoder = output_layer(model), model.get_decoder()
+    if any(child is layer for child in model.children()):
+        return layer
+    part: torch.nn.Module = model
+    while part is model or _holds(part, decoder):
+        part = next((child for child in part.children() if _holds(child, layer)), layer)
+    return part
+
+
+def _holds(module: torch.nn.Module, part: torch.nn.Module) -> bool:
+    return any(inner is part for inner in module.modules())
 
 
 def logits_of(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
@@ -31,7 +46,7 @@ def logits_of(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     A cap c turns logits into c tanh(logits / c).
     """
     config = model.config.get_text_config()
-    logits = output_layer(model)(hidden).float()
+    logits = output_head(model)(hidden).float()
     for key in MULTIPLIERS:
         if (factor := getattr(config, key, None)) is not None:
             logits = logits * factor
@@ -46,5 +61,9 @@ def logits_of(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
 def other_logits(model: PreTrainedModel) -> str | None:
     """What the forward pass does around its output layer that `logits_of` does not; None if nothing."""
     config = model.config.get_text_config()
+    parts = model.get_decoder(), output_layer(model)
+    for name, child in model.named_children():
+        if not any(_holds(child, part) for part in parts) and any(True for _ in child.parameters()):
+            return f"has {name} beside its decoder and its output layer"
     given = {key: getattr(config, key, None) for key in NOT_DONE}
     return next((f"{NOT_DONE[key]} ({key}={value})" for key, value in given.items() if value not in (None, 1)), None)

@@ -73,6 +73,8 @@ def unfit_decoder(model: PreTrainedModel) -> str | None:
     decoder = model.get_decoder()
     if not isinstance(decoder, PreTrainedModel) or decoder.get_output_embeddings() is not None:
         return f"gives {type(decoder).__name__} as its decoder, which is none that ends before the output layer"
+    if any(hasattr(module, "create_position_ids_from_input_ids") for module in decoder.modules()):
+        return "counts positions from its padding token on, and packed documents begin at 0"
     others = set(getattr(decoder.config, "layers_block_type", None) or ()) - {"attention", "full_attention"}
     if others:
         return f"has layers of type {', '.join(sorted(others))}, whose state is carried from token to token"
@@ -85,7 +87,7 @@ def unfit_decoder(model: PreTrainedModel) -> str | None:
 def without_dropout(model: PreTrainedModel) -> None:
     """Sets attention dropout to 0 in the settings of the model, and prints it once: LRSA drops no attention weights."""
     config = model.config.get_text_config()
-    for key in ("attention_dropout", "attn_pdrop"):
+    for key in ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob"):
         if value := getattr(config, key, 0.0):
             say_once(f"{key}={value} of the model is set to 0: LRSA drops no attention weights.")
             setattr(config, key, 0.0)
