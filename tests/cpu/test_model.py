@@ -107,11 +107,8 @@ def test_scaling_reaches_the_attention():
 @pytest.mark.parametrize(
     "family,settings,said",
     [
-        ("mistral", dict(sliding_window=64), r"layer 0 of MistralForCausalLM .*sliding"),
-        ("qwen2", dict(use_sliding_window=True, sliding_window=64, max_window_layers=1), r"layer 1 of Qwen2.*sliding"),
-        ("gemma2", dict(num_hidden_layers=2), r"Gemma2ForCausalLM"),
-        ("gemma3_text", dict(num_hidden_layers=2), r"layer 0 of Gemma3.*sliding_attention"),
-        ("gpt_oss", dict(num_local_experts=2, num_experts_per_tok=1), r"layer 0 of GptOss"),
+        ("mistral", dict(sliding_window=64), r"MistralForCausalLM has no layer of full attention"),
+        ("lfm2", dict(layer_types=["conv", "full_attention"]), r"layer 0 of Lfm2ForCausalLM .* is of type conv"),
         ("recurrent_gemma", {}, r"RecurrentGemmaForCausalLM has layers of type linear_attention"),
         ("roberta", dict(is_decoder=True), r"RobertaForCausalLM counts positions from its padding token"),
         ("electra", dict(is_decoder=True), r"ElectraForCausalLM has generator_predictions beside its decoder"),
