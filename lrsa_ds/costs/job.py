@@ -1,6 +1,6 @@
 """What of a run's settings decides its costs."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from lrsa_ds.config import TrainConfig
@@ -52,6 +52,7 @@ class Job:
         fused: whether norms, rotary embedding and MLP are Liger's kernels.
         turns: the attention that steps take in turn; `taught` that of passes without gradients.
         num_frozen: parameters of copies that are not trained.
+        layers: of the model; None where LRSA takes all of them.
     """
 
     num_gpus: int
@@ -74,6 +75,7 @@ class Job:
     turns: tuple[AnyConfig, ...]
     taught: tuple[AnyConfig, ...] = ()
     num_frozen: int = 0
+    layers: ModelLayers | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -122,9 +124,6 @@ def job_of(
     """
     zero, memory, optim = config.zero, config.memory, config.optim
 
-    def whole(config: AnyConfig) -> AnyConfig:
-        return config if model is None else in_model(config, model)
-
     return Job(
         num_gpus=num_gpus,
         gpus_per_node=gpus_per_node,
@@ -143,9 +142,10 @@ def job_of(
         fused=config.model.liger_kernel,
         checkpointing=config.activation_checkpointing,
         levers=levers_of(config),
-        turns=tuple(map(whole, config.attention.turns)),
-        taught=tuple(whole(config.attention.with_retention(r)) for r in retentions),
+        turns=in_layers(config.attention.turns, model),
+        taught=in_layers(map(config.attention.with_retention, retentions), model),
         num_frozen=num_frozen,
+        layers=model,
     )
 
 
@@ -159,6 +159,11 @@ def with_levers(config: TrainConfig, levers: Levers) -> TrainConfig:
         offload_param=devices[levers.offload_param],
     )
     return replace(config, memory=memory, zero=zero)
+
+
+def in_layers(settings: Iterable[AnyConfig], model: ModelLayers | None) -> tuple[AnyConfig, ...]:
+    """The settings in every layer of a model; None: LRSA takes all of them."""
+    return tuple(each if model is None else in_model(each, model) for each in settings)
 
 
 def levers_of(config: TrainConfig) -> Levers:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lrsa_ds.config import TrainConfig
 from lrsa_ds.costs.gpus import FLEX, gpu_of_device
-from lrsa_ds.costs.job import Job, Levers
+from lrsa_ds.costs.job import Job, Levers, in_layers
 from lrsa_ds.costs.memory import gpu_memory
 from lrsa_ds.costs.plan import Machine
 from lrsa_ds.costs.sizes import Sizes
@@ -93,7 +93,7 @@ def _comparison(row: dict[str, str], config: TrainConfig, job: Job, sizes: Sizes
             offload_optimizer="cpu" in (row.get("offload_optimizer"), row.get("offload_param")),
             offload_param=row.get("offload_param") == "cpu",
         ),
-        turns=tuple(attention.turns),
+        turns=in_layers(attention.turns, job.layers),
     )
     gpu = gpu_of_device(row["device"]) or machine.gpu
     gpu = replace(gpu, attention_share=FLEX) if row.get("backend") == "flex" else gpu

@@ -96,8 +96,11 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {name: dict(is_decoder=True) for name in
     "lfm2": dict(layer_types=["conv", "full_attention"]),
     "lfm2_moe": dict(layer_types=["conv", "full_attention"]),
     "mamba2": dict(num_heads=8, head_dim=8),
-    "ministral": dict(head_dim=8),
+    "ministral": dict(head_dim=8, layer_types=["full_attention", "sliding_attention"]),
+    "mistral": dict(sliding_window=None),  # as in all models but the first, whose layers all have one
     "nemotron": dict(head_dim=8, num_key_value_heads=2),
+    "qwen2": dict(use_sliding_window=True, layer_types=["full_attention", "sliding_attention"]),
+    "qwen3": dict(use_sliding_window=True, layer_types=["full_attention", "sliding_attention"]),
     "reformer": dict(is_decoder=True),
     "seed_oss": dict(attention_dropout=0.1),
     "xmod": dict(is_decoder=True, default_language="en_XX"),

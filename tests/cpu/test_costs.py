@@ -11,6 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from lrsa_ds import LRSAConfig, apply_lrsa
 from lrsa_ds.attention.buffered import buffered_layout
+from lrsa_ds.attention.kinds.sliding_window import SlidingWindow
 from lrsa_ds.config import TrainConfig
 from lrsa_ds.costs.buffers import keys_of
 from lrsa_ds.costs.gpus import GPUS, gpu_of_setting
@@ -27,6 +28,7 @@ from lrsa_ds.models.loading import empty_model
 from lrsa_ds.models.tiling import describe_levers
 from lrsa_ds.parallel.sequence.all_to_all import SequenceGroup
 from lrsa_ds.parallel.sequence.gather_kept import kept_layout
+from lrsa_ds.parallel.sequence.halo import halo_attention
 from lrsa_ds.parallel.sequence.shard import shard_layout
 from lrsa_ds.parallel.sequence.traffic import Traffic
 from lrsa_ds.registry import EXCHANGES
@@ -213,22 +215,24 @@ class _Arrived:
         return
 
 
-@pytest.mark.parametrize("exchange", ["gather_kept", "head_groups", "dense"])
+@pytest.mark.parametrize("exchange", ["gather_kept", "head_groups", "dense", "window"])
 def test_bytes_are_those_that_an_exchange_sends(monkeypatch, exchange):
     """Forward, on average over the ranks, each of which is this process in turn, whose all-to-all goes nowhere."""
     monkeypatch.setattr(dist, "all_to_all_single", lambda *_, **__: _Arrived())
     size, tokens = 2, 2048
     sizes = sizes_of(tiny("llama"))
-    name = "gather_kept" if exchange == "dense" else exchange
+    name = exchange if exchange in EXCHANGES else "gather_kept"
     attention = AttentionConfig(lag_size=64)
     job = job_with(size, 4, seq_len=tokens, attention=attention, parallel=ParallelConfig(sp_size=size, exchange=name))
-    config = replace(LRSA, retention=1.0) if exchange == "dense" else LRSA
-    sent = {}
+    others = {"dense": replace(LRSA, retention=1.0), "window": SlidingWindow(window=257)}
+    config, sent = others.get(exchange, LRSA), {}
     for rank in range(size):
         group = SequenceGroup(None, size, rank, EXCHANGES[name], Traffic())
         q, k, v = (torch.zeros(1, heads, tokens // size, 12) for heads in (4, 2, 2))
         if exchange == "dense":
             group.traffic.count_ulysses(q, k, v, q, size, is_real=True)
+        elif exchange == "window":
+            halo_attention(q, k, v, config, (tokens,), group)
         else:
             EXCHANGES[name].attend(q, k, v, replace(config, backend="chunked"), (tokens,), group)
         for (cargo, _), count in group.traffic.sent.items():
