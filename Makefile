@@ -41,9 +41,10 @@ lint: $(INSTALLED) ## ruff (rules and format) and the type checker
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python --summary=none
 
-kvpress: $(INSTALLED) ## compare the selection with that of NVIDIA kvpress, in an environment of its own (.venv-kvpress)
+kvpress: $(INSTALLED) ## compare selection and press with NVIDIA kvpress, in an environment of its own (.venv-kvpress)
 	$(PYTHON) -m venv .venv-kvpress
-	PIP_CONSTRAINT= .venv-kvpress/bin/python -m pip install --quiet torch==2.13.0 kvpress==0.5.5
+	PIP_CONSTRAINT= .venv-kvpress/bin/python -m pip install --quiet torch==2.13.0 kvpress==0.5.5 \
+	  deepspeed==0.19.8 gguf==0.19.0 matplotlib omegaconf==2.3.1
 	LRSA_KVPRESS_PYTHON=$(abspath .venv-kvpress)/bin/python $(BIN)/python -m pytest tests/cpu/test_kvpress.py
 
 clean: ## remove caches and build products (not .venv, models or runs)

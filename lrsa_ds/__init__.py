@@ -7,6 +7,7 @@ from lrsa_ds.models.cache import LagKVCache
 from lrsa_ds.models.decoding import generate
 from lrsa_ds.models.inference import load, prefill
 from lrsa_ds.models.patch import apply_lrsa, new_cache, trained_caches
+from lrsa_ds.models.press import kvpress_press
 
 __version__ = "0.1.0"
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "SelectionRule",
     "apply_lrsa",
     "generate",
+    "kvpress_press",
     "load",
     "lrsa_attention",
     "new_cache",

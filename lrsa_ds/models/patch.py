@@ -103,7 +103,7 @@ def new_cache(
     Raises:
         LRSAError: the model is not under `apply_lrsa`, or `layers` does not fit it.
     """
-    return LagKVCache(resolve(_settings(model), layers, layers_of(model.config)), max_tokens)
+    return LagKVCache(resolve(model_settings(model), layers, layers_of(model.config)), max_tokens)
 
 
 def trained_caches(model: PreTrainedModel) -> list[AnyConfig]:
@@ -112,13 +112,13 @@ def trained_caches(model: PreTrainedModel) -> list[AnyConfig]:
     Raises:
         LRSAError: the model is not under `apply_lrsa`.
     """
-    _settings(model)
+    model_settings(model)
     return largest_first([in_model(turn, layers_of(model.config)) for turn in trained_turns(model.config.lrsa)])
 
 
 def check_applied(model: PreTrainedModel) -> None:
     """Raises LRSAError unless the attention of the model is LRSA."""
-    _settings(model)
+    model_settings(model)
     attention = model.config._attn_implementation
     require(
         attention == NAME,
@@ -131,7 +131,8 @@ def num_layers(model: PreTrainedModel) -> int:
     return len(layers_of(model.config))
 
 
-def _settings(model: PreTrainedModel) -> AnyConfig:
+def model_settings(model: PreTrainedModel) -> AnyConfig:
+    """The settings that a model remembers; raises LRSAError if it has none."""
     settings = getattr(model.config, "lrsa", None)
     if settings is None:
         raise LRSAError("the model has no LRSA settings: call lrsa_ds.apply_lrsa(model, config) first.")
@@ -146,7 +147,7 @@ def _begin_pass(model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tupl
     if model.config._attn_implementation != NAME:
         return args, kwargs
     named = dict(zip(signature(model.forward).parameters, args, strict=False)) if args else {}
-    inputs = read_pass({"lrsa_config": _settings(model)} | named | kwargs, lambda: new_cache(model))
+    inputs = read_pass({"lrsa_config": model_settings(model)} | named | kwargs, lambda: new_cache(model))
     cache = inputs.get("past_key_values")
     if isinstance(cache, LagKVCache):
         _check_cache(model, cache)
@@ -167,7 +168,7 @@ def _check_cache(model: PreTrainedModel, cache: LagKVCache) -> None:
     """Raises LRSAError if the cache cannot serve `model`; warns if training did not use its settings."""
     _check_layers(cache, num_layers(model))
     cache.config = in_model(cache.config, layers_of(model.config))
-    if cache.config != _settings(model):
+    if cache.config != model_settings(model):
         kept, trained = describe(cache.config, _sizes), [describe(turn, _sizes) for turn in trained_caches(model)]
         if kept not in trained:
             said = " and, in turn, ".join(trained)

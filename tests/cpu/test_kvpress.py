@@ -1,16 +1,19 @@
-"""Selection beside that of NVIDIA kvpress, which needs an older transformers and so an environment of its own.
+"""Selection and press beside NVIDIA kvpress, which needs an older transformers and so an environment of its own.
 
 `make kvpress` installs it and runs this test; elsewhere it is skipped.
 """
 
 import os
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
 
-from lrsa_ds import LRSAConfig, select_kept
+from lrsa_ds import LRSAConfig, kvpress_press, select_kept
+from lrsa_ds.errors import LRSAError
 
+ROOT = Path(__file__).resolve().parents[2]
 PYTHON = os.environ.get("LRSA_KVPRESS_PYTHON")
 SCRIPT = """
 import sys, torch
@@ -21,6 +24,49 @@ for case in cases:
     case["score"] = press.score(None, None, case["k"], case["v"], None, {})
 torch.save(cases, sys.argv[1])
 """
+
+
+PRESS = """
+import torch
+from kvpress import KVPressTextGenerationPipeline
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+import lrsa_ds
+from lrsa_ds.data.tokenizer import byte_tokenizer
+sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
+model = LlamaForCausalLM(LlamaConfig(vocab_size=300, max_position_embeddings=1024, **sizes)).eval()
+config = lrsa_ds.LRSAConfig(sink_size=4, lag_size=32, retention=0.25)
+lrsa_ds.apply_lrsa(model, config, layers={0: 1.0, 1: {"retention": 0.5, "selection": "key_norm"}, 2: None})
+model.set_attn_implementation("sdpa")  # as from_pretrained loads a trained model
+ids = torch.randint(0, 250, (2, 333))
+for retention in (None, 0.0, 0.125):
+    press = lrsa_ds.kvpress_press(model, retention)
+    full, pressed = DynamicCache(), DynamicCache()
+    with torch.no_grad():
+        model(ids, past_key_values=full)
+        with press(model):
+            model(ids, past_key_values=pressed)
+    kept = lrsa_ds.LagKVCache.from_dense(full, press.config)
+    lengths = [layer.keys.shape[2] for layer in pressed.layers]
+    assert lengths[0] == 333 > lengths[1] >= lengths[2], lengths
+    for ours, theirs in zip(kept.layers, pressed.layers):
+        assert torch.equal(ours.keys, theirs.keys) and torch.equal(ours.values, theirs.values)
+    assert abs(press.compression_ratio - (1 - press.config.share_kept)) < 1e-9
+press = lrsa_ds.kvpress_press(config)
+pipe = KVPressTextGenerationPipeline(model=model, tokenizer=byte_tokenizer())
+said = pipe("a long text " * 30, question="What?", answer_prefix=" It is", press=press, max_new_tokens=4)
+assert isinstance(said["answer"], str)
+"""
+
+
+@pytest.mark.skipif(PYTHON is None, reason="needs kvpress in an environment of its own: make kvpress")
+def test_a_press_keeps_what_the_cache_keeps():
+    subprocess.run([str(PYTHON), "-c", PRESS], check=True, timeout=250, env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+
+def test_a_press_says_what_it_needs():
+    """kvpress is not installed beside the transformers that training needs."""
+    with pytest.raises(LRSAError, match=r"kvpress_press needs NVIDIA kvpress .*pip install kvpress, in an environment"):
+        kvpress_press(LRSAConfig())
 
 
 @pytest.mark.skipif(PYTHON is None, reason="needs kvpress in an environment of its own: make kvpress")
