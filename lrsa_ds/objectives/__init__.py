@@ -1,4 +1,4 @@
-"""What a model is trained for: one class each, chosen by `objective`."""
+"""Training objectives: one class each, chosen by `objective`."""
 
 from collections.abc import Callable
 
@@ -20,7 +20,7 @@ def check_objective(config: TrainConfig) -> type[Objective]:
     """The class of the objective of a run.
 
     Raises:
-        LRSAError: there is none of that name, or its settings cannot be honoured.
+        LRSAError: there is no such objective, or its settings are not supported.
     """
     objective = OBJECTIVES[config.objective.kind]
     objective.check(config)
@@ -28,5 +28,5 @@ def check_objective(config: TrainConfig) -> type[Objective]:
 
 
 def make_objective(config: TrainConfig, lm: PreTrainedModel, load_start: Callable[[], PreTrainedModel]) -> Objective:
-    """The objective around `lm`; `load_start` gives a copy of the model as it was before any training."""
+    """The objective around `lm`; `load_start` returns a copy of the model before any training."""
     return check_objective(config).of_run(config, lm, load_start)

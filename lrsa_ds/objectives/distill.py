@@ -1,12 +1,12 @@
-"""Distillation: under LRSA the model is to predict what it, or the model it was at the start, predicts densely.
+"""Distillation: under LRSA the model learns the dense predictions of itself, or of the model at the start.
 
 With w = `objective.weight` and t = `objective.temperature`, over all target tokens,
 
     loss = (1 - w) * negative log-likelihood + w * t^2 * KL(softmax(teacher / t) || softmax(student / t))
 
 where t^2 keeps the size of the gradients independent of t (Hinton et al. 2015, arXiv 1503.02531, section 2). The
-teacher is a pass of dense attention over the same tokens, without gradients: of the model as it is (`teacher: self`),
-or of its start weights (`teacher: start`), which are a frozen copy, or under LoRA the model without its adapters.
+teacher is a pass of dense attention over the same tokens, without gradients: of the present model (`teacher: self`), or
+of its start weights (`teacher: start`), which are a frozen copy, or under LoRA the model without its adapters.
 
 Shapes: T target slots, C hidden size.
 """
@@ -34,8 +34,8 @@ class Distill(Objective):
     """`objective=distill`.
 
     Args:
-        dense: the attention of the teacher.
-        teacher: a frozen copy of the model, or None: the teacher is `lm` itself.
+        dense: attention settings of the teacher.
+        teacher: a frozen copy of the model; None: the teacher is `lm` itself.
         without_adapters: whether the teacher is `lm` without its adapters.
     """
 
@@ -98,7 +98,7 @@ class Distill(Objective):
         return total, sums.detach()
 
     def _sums(self, hidden_TC: torch.Tensor, taught_TC: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
-        """[2]: the negative log-likelihood of the targets, and the divergence from the teacher at them."""
+        """[2]: the negative log-likelihood of the targets, and the divergence from the teacher at these tokens."""
         with self._teacher() as teacher:
             expected = log_softmax(logits_of(teacher, taught_TC) / self.temperature, dim=-1)
         logits = logits_of(self.lm, hidden_TC)
@@ -109,6 +109,6 @@ class Distill(Objective):
 
     @contextmanager
     def _teacher(self) -> Iterator[PreTrainedModel]:
-        """The model of the teacher, for passes that give no gradients."""
+        """The model of the teacher, for passes without gradients."""
         with torch.no_grad(), adapters_disabled(self.lm) if self.without_adapters else nullcontext():
             yield self.lm if self.teacher is None else self.teacher

@@ -1,4 +1,4 @@
-"""What an objective is: a batch, what the model computes on it, and what is logged.
+"""The interface of an objective: a batch, the loss computed on it, and what is logged.
 
 Shapes: N tokens, T target slots, C hidden size, M logged sums.
 """
@@ -26,12 +26,12 @@ class Batch:
 
     Args:
         input_ids, position_ids: [1, N], packed documents with positions that restart.
-        labels: [1, N], the token that each position has to predict, or IGNORE.
-        document_lengths: of the whole row, also where this rank holds only a shard of it.
+        labels: [1, N], the target token of each position, or IGNORE.
+        document_lengths: of the complete row, even if this rank holds only a shard of it.
         lrsa_config: the attention of the pass.
         num_slots: at least the number of targets, and the same on every rank: under ZeRO-3 each use of the output
             layer is a collective, so every rank must use it equally often.
-        attend: the attention function of the pass; another one where this rank holds only a shard of the row.
+        attend: the attention function of the pass; a different one if this rank holds only a shard of the row.
     """
 
     input_ids: torch.Tensor
@@ -47,7 +47,7 @@ class Batch:
         return (self.labels[0] != IGNORE).nonzero()[:, 0]
 
     def slots(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Positions [T] and labels [T] of all slots; those beyond the targets repeat position 0, with IGNORE."""
+        """Positions [T] and labels [T] of all slots; slots beyond the targets repeat position 0, with IGNORE."""
         targets = self.targets()
         positions = nn.functional.pad(targets, (0, self.num_slots - len(targets)))
         beyond = torch.arange(self.num_slots, device=positions.device) >= len(targets)
@@ -55,15 +55,15 @@ class Batch:
 
 
 class Objective(nn.Module, ABC):
-    """A causal language model together with what it is trained for: what DeepSpeed wraps.
+    """A causal language model together with its training objective: the module that DeepSpeed wraps.
 
     A subclass computes `losses`, and has a line in the table of `lrsa_ds.objectives`. Logits are computed at target
     positions only, `chunk_size` at a time, and recomputed in the backward pass.
 
     Attributes:
         lm: the model that is trained and exported.
-        logged: names of what is logged beside the loss; each is divided by the number of targets of the step.
-        retentions: of passes beside that under the settings of `attention`, so that they can be checked up front.
+        logged: names of the values logged beside the loss; each is divided by the number of targets of the step.
+        retentions: of passes other than that under the settings of `attention`, so that they can be checked early.
     """
 
     logged: tuple[str, ...] = ()
@@ -77,34 +77,34 @@ class Objective(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def check(cls, config: TrainConfig) -> None:
-        """Raises LRSAError if `config.objective` asks for what cannot be had beside the rest of `config`."""
+        """Raises LRSAError if `config.objective` is not possible with the rest of `config`."""
 
     @classmethod
     def of_run(cls, config: TrainConfig, lm: PreTrainedModel, load_start: Callable[[], PreTrainedModel]) -> "Objective":
-        """The objective of a run around `lm`; `load_start` gives a copy of the model before any training."""
+        """The objective of a run around `lm`; `load_start` returns a copy of the model before any training."""
         return cls(lm, config.loss_chunk_size)
 
     @classmethod
     def describe(cls, config: TrainConfig) -> str:
-        """What a run says of the objective when it starts; empty for nothing."""
+        """A line about the objective for the start of a run; may be empty."""
         return ""
 
     @classmethod
     def num_frozen_copies(cls, config: TrainConfig) -> int:
-        """Copies of the model that are held, and stored in checkpoints, beside the one that is trained."""
+        """Number of copies of the model that are held, and stored in checkpoints, beside the trained one."""
         return 0
 
     @abstractmethod
     def losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sums over the targets of the batch, in fp32: what is minimised, and, detached, what is logged, [M]."""
+        """Sums over the targets of the batch, in fp32: the loss, and, detached, the values to log, [M]."""
 
     def forward(self, **batch) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """In training `losses`; in evaluation `statistics`. Takes the fields of `Batch`."""
+        """Returns `losses` in training and `statistics` in evaluation. Takes the fields of `Batch`."""
         return self.losses(Batch(**batch)) if self.training else self.statistics(Batch(**batch))
 
     def statistics(self, batch: Batch) -> torch.Tensor:
-        """[targets, 3]: for each target in order its negative log-likelihood, whether the likeliest token is the target
-        (1.0 or 0.0), and the likeliest token, which fp32 holds exactly."""
+        """[targets, 3]: for each target in order its negative log-likelihood, whether the most likely token is the
+        target (1.0 or 0.0), and the most likely token, which fp32 holds exactly."""
         positions, labels = batch.slots()
         hidden = hidden_states(self.lm, batch, batch.lrsa_config)[positions]
         return torch.cat([self._statistics(h, y) for h, y in self.in_chunks(hidden, labels)])[: len(batch.targets())]
@@ -116,17 +116,17 @@ class Objective(nn.Module, ABC):
         return torch.stack([nll, (likeliest == labels_T).float(), likeliest.float()], dim=1)
 
     def in_chunks(self, *slots: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-        """Tensors over the T slots, `chunk_size` slots at a time."""
+        """Yields tensors over the T slots, `chunk_size` slots at a time."""
         return zip(*(x.split(self.chunk_size) for x in slots), strict=True)
 
 
 def objective_of(engine: Any) -> Objective:
-    """The objective that DeepSpeed's engine wraps."""
+    """The objective in DeepSpeed's engine."""
     return cast(Objective, engine.module)
 
 
 def hidden_states(lm: PreTrainedModel, batch: Batch, lrsa_config: AnyConfig) -> torch.Tensor:
-    """What the decoder of `lm` makes of the batch under `lrsa_config`, before the output layer: [N, C]."""
+    """Output of the decoder of `lm` for the batch under `lrsa_config`, before the output layer: [N, C]."""
     decoder = lm.get_decoder()
     return decoder(
         input_ids=batch.input_ids,

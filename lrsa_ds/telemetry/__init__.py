@@ -1,1 +1,1 @@
-"""A look inside: what the compressed caches take from each layer, at the positions that predict answers."""
+"""Measures what compressed caches take from each layer, at the positions that predict answers."""

@@ -1,4 +1,4 @@
-"""The answers of a packed row: the positions that predict them, and where their words stand in the context."""
+"""The answers of a packed row: the positions that predict them, and the places of their words in the context."""
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from itertools import accumulate, groupby
 from lrsa_ds.data.packing import IGNORE, PackedSequence
 from lrsa_ds.data.tokenizer import Tokenizer
 
-# How tokens spell white space: byte-level BPE, and SentencePiece.
+# How tokens represent white space: in byte-level BPE, and in SentencePiece.
 _SPACES = str.maketrans({"Ġ": " ", "Ċ": "\n", "ĉ": "\t", "▁": " "})
 
 
@@ -19,7 +19,7 @@ class Answer:
     Args:
         start: the first token of its document.
         first, end: the positions [first, end) predict its tokens.
-        places: tokens up to `first` that spell the answer, wherever it stands; none if it does not.
+        places: tokens up to `first` that spell the answer, wherever it occurs; none if it does not occur.
     """
 
     start: int
@@ -47,9 +47,9 @@ def find_answers(row: PackedSequence, tokenizer: Tokenizer) -> list[Answer]:
 
 
 def spelling(answer: Sequence[str], context: Sequence[str]) -> list[int]:
-    """Which tokens of the context take part in spelling the answer, however both are split into tokens.
+    """Which tokens of the context spell the answer, however context and answer are split into tokens.
 
-    White space around the answer does not count, and a word does not stand within another word.
+    White space around the answer is ignored, and a match may not be part of a longer word.
     """
     wanted, text = ("".join(tokens).translate(_SPACES) for tokens in (answer, context))
     wanted = wanted.strip()
@@ -65,5 +65,5 @@ def spelling(answer: Sequence[str], context: Sequence[str]) -> list[int]:
 
 
 def _is_one_word(pair: str) -> bool:
-    """Whether two neighbours belong to one word; told of ASCII alone, as tokens spell other letters by their bytes."""
+    """Whether two adjacent characters belong to one word; ASCII only: tokens spell other letters in bytes."""
     return len(pair) == 2 and all(c.isascii() and c.isalnum() for c in pair)

@@ -1,7 +1,7 @@
 """What each layer loses under a compressed cache, measured over examples.
 
-Attention mass tells what a layer looks at, not what the answers need. So each layer is also compressed alone, all
-others dense, and the loss of the answers tells what it needs: the ablation.
+Attention mass shows what a layer attends to, but not what the answers need. So each layer is also compressed alone,
+with all others dense, and the loss of the answers is measured: the ablation.
 """
 
 from collections import Counter
@@ -20,7 +20,7 @@ from lrsa_ds.parallel.mesh import Mesh
 from lrsa_ds.telemetry.answers import find_answers
 from lrsa_ds.telemetry.probe import RetentionProbe
 
-# A pass over one row, with the slots for its targets: [targets, 3], as `Objective.statistics`.
+# A pass over one row, with slots for its targets: [targets, 3], as `Objective.statistics`.
 RunPass = Callable[[PackedSequence, AnyConfig, int, AttentionFunction], torch.Tensor]
 
 
@@ -29,10 +29,10 @@ class LayerLoss:
     """What a layer loses; lists have an entry for each KV head.
 
     Args:
-        nll_increase: of an answer token, in nats, when this layer alone is compressed.
-        dropped_mass: share of the attention at answer tokens, in the dense pass, on tokens that the cache drops.
-        answer_kept: share that is kept of the tokens that spell the answer and have left the window when it begins;
-            None where no answer has any.
+        nll_increase: per answer token, in nats, when only this layer is compressed.
+        dropped_mass: share of the attention of answer tokens, in the dense pass, on tokens that the cache drops.
+        answer_kept: kept share of the tokens that spell the answer and have left the window when it begins; None if no
+            answer has such tokens.
     """
 
     layer: int
@@ -43,7 +43,7 @@ class LayerLoss:
 
 @dataclass(frozen=True)
 class GreedyStep:
-    """The layer that lowers the loss most when it too sees everything, and the loss then, in nats a token."""
+    """The layer that lowers the loss most when it becomes dense too, and the loss then, in nats per token."""
 
     layer: int
     nll: float
@@ -51,13 +51,13 @@ class GreedyStep:
 
 @dataclass(frozen=True)
 class Telemetry:
-    """What a `Measurement` finds.
+    """The result of a `Measurement`.
 
     Args:
-        retention: of the cache that the layers are measured under.
-        num_answers_found: answers whose words stand before them in their document.
-        nll_dense, nll_compressed: of an answer token, in nats, with no and with every layer compressed.
-        greedy: starting with every layer compressed, the layers that are made dense, one after the other.
+        retention: of the cache that is measured.
+        num_answers_found: answers whose words occur before them in their document.
+        nll_dense, nll_compressed: per answer token, in nats, with no layer and with every layer compressed.
+        greedy: starting with every layer compressed, the layers that become dense, in order.
     """
 
     retention: float
@@ -72,7 +72,7 @@ class Telemetry:
 
 
 def some_of_each_task(examples: Sequence[Example], count: int) -> list[Example]:
-    """At most `count` examples, or one of each task where that is more, as evenly over the tasks as there are."""
+    """At most `count` examples, or one of each task if that is more, distributed evenly over the tasks."""
     seen: Counter[str] = Counter()
     places = []
     for example in examples:
@@ -83,7 +83,7 @@ def some_of_each_task(examples: Sequence[Example], count: int) -> list[Example]:
 
 
 def num_passes(num_layers: int, num_greedy: int) -> int:
-    """Passes over all examples: the dense one, each layer alone, all layers, and those of the greedy choice."""
+    """Passes over all examples: the dense one, one for each layer alone, one for all layers, and the greedy choice."""
     return 2 + num_layers + sum(num_layers - step for step in range(num_greedy))
 
 
@@ -91,12 +91,12 @@ class Measurement:
     """Measures what each layer loses; every rank takes its share of the examples and runs the same passes.
 
     Args:
-        run_pass: a pass of the model in evaluation; under ZeRO-3 a collective.
-        compressed: the cache, of which no layer is dense.
-        model: its layers; those that LRSA takes are measured.
+        run_pass: a pass of the model in evaluation mode; under ZeRO-3 a collective.
+        compressed: the cache; none of its layers is dense.
+        model: its layers; those that LRSA replaces are measured.
         examples: all of them on every rank, each of at most `seq_len` tokens.
         mesh: of ranks that do not share sequences.
-        on_pass: called before each pass and at the end, with the passes that are done and all of this rank.
+        on_pass: called before each pass and at the end, with the numbers of passes done and of all passes of this rank.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class Measurement:
 
     @torch.no_grad()
     def run(self, num_greedy: int = 0) -> Telemetry:
-        """All passes; `num_greedy` is the number of layers that the greedy choice makes dense."""
+        """Runs all passes; `num_greedy` is the number of layers that the greedy choice makes dense."""
         self.done, self.total = 0, len(self.rows) * num_passes(len(self.model.taken), num_greedy)
         dense, everything = self._look(), set(self.model.taken)
         increases = [self._nll({layer}) - dense.nll for layer in self.model.taken]
@@ -143,7 +143,7 @@ class Measurement:
         return found
 
     def _look(self) -> "_Dense":
-        """The dense pass of every row, and what it shows."""
+        """The dense pass of every row, with its measurements."""
         probe, nll, num_answers, num_found = RetentionProbe(self.compressed), 0.0, 0, 0
         for row in self.rows:
             probe.answers = find_answers(row, self.tokenizer)
@@ -163,13 +163,13 @@ class Measurement:
         return steps
 
     def _nll(self, layers: Collection[int]) -> float:
-        """Of an answer token, in nats, when these layers are compressed and all others dense."""
+        """Loss per answer token, in nats, with these layers compressed and all others dense."""
         attention = self._attention(layers)
         local = sum(self._row_nll(row, attention, layer_attention) for row in self.rows)
         return self.mesh.sum([local])[0] / self.num_targets
 
     def _attention(self, layers: Collection[int]) -> OfLRSA:
-        """That of a pass in which these layers are compressed."""
+        """The attention of a pass in which these layers are compressed."""
         settings = [self.compressed.at_layer(layer) for layer in range(len(self.model))]
         return uniform([c if i in layers else c.at_retention(1.0) for i, c in enumerate(settings)])
 
@@ -181,7 +181,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class _Dense:
-    """What the dense pass shows, over all rows and ranks; `sums` is a row for each layer, see `RetentionProbe`."""
+    """The measurements of the dense pass, over all rows and ranks; `sums` has a row per layer, see `RetentionProbe`."""
 
     nll: float
     num_answers: int

@@ -16,24 +16,24 @@ from lrsa_ds.layers import OfLRSA
 from lrsa_ds.lrsa_config import LRSAConfig
 from lrsa_ds.telemetry.answers import Answer
 
-# Elements of a tensor of attention scores or probabilities, in fp32: 64 MB.
+# Maximum elements of a tensor of attention scores or probabilities, in fp32: 64 MB.
 PROBABILITIES_AT_ONCE = 2**24
 
 
 class RetentionProbe:
-    """`layer_attention` that adds up what `compressed` would drop at given answers, for each KV head.
+    """`layer_attention` that also sums what `compressed` would drop at given answers, for each KV head.
 
-    Layers that LRSA does not take drop nothing, and are left out.
+    Layers that LRSA does not replace drop nothing, and are left out.
 
     Attributes:
-        answers: of the one row of the next pass; to be set before it.
+        answers: of the one row of the next pass; set them before it.
         sums: by layer, fp64 [2 G + 1] on the CPU, over all passes. First the attention mass on tokens that the cache
-            would have dropped, the mean over the query heads of a KV head, summed over the tokens of the answers. Then
-            the share that the cache keeps of the tokens that spell an answer and have left the window when it begins,
-            summed over the answers that have such tokens. Last, the number of these.
+            would have dropped: the mean over the query heads of a KV head, summed over the answer tokens. Then the kept
+            share of the tokens that spell an answer and have left the window when it begins, summed over the answers
+            that have such tokens. Last, the number of these answers.
 
     Args:
-        compressed: the cache; the pass itself attends as its own settings say.
+        compressed: the cache; the pass itself uses its own settings.
     """
 
     def __init__(self, compressed: OfLRSA):
@@ -92,7 +92,7 @@ def _dropped_mass(
     answer: Answer,
     extras: Extras,
 ) -> torch.Tensor:
-    """Mass of dense attention on what is neither kept nor in the window, summed over the answer's queries: [G]."""
+    """Mass of dense attention on tokens neither kept nor in the window, summed over the answer's queries: [G]."""
     group_size, num_keys = len(q_HND) // len(k_GND), answer.end - answer.start
     at_once = max(1, PROBABILITIES_AT_ONCE // (group_size * num_keys))
     positions = torch.arange(answer.start, answer.end, device=q_HND.device)
@@ -102,7 +102,7 @@ def _dropped_mass(
         is_outside = positions < win_lo_N[queries][:, None]
         for head, (keys, kept) in enumerate(zip(k_GND, kept_GN, strict=True)):
             group = q_HND[head * group_size : (head + 1) * group_size, queries]
-            with torch.autocast(q_HND.device.type, enabled=False):  # in fp32, whatever the pass computes in
+            with torch.autocast(q_HND.device.type, enabled=False):  # in fp32, whatever the dtype of the pass
                 scores = extras.scale_of(q_HND.shape[2]) * group.float() @ keys[answer.start : answer.end].float().T
             scores = extras.capped(scores).masked_fill_(is_later, -torch.inf)
             own = extras.of_heads(slice(head * group_size, (head + 1) * group_size))

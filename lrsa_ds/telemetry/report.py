@@ -1,4 +1,4 @@
-"""What telemetry says: a sentence, settings ready to be used, rows, and a picture."""
+"""The results of telemetry: a sentence, settings to use, rows, and a figure."""
 
 import json
 import math
@@ -13,18 +13,18 @@ from lrsa_ds.logs.metrics import RunLogger
 from lrsa_ds.pictures import new_figure, save_figure
 from lrsa_ds.telemetry.measure import Telemetry
 
-MOST_NAMED = 5  # layers in the sentence
-PANELS = (  # of the picture: the name of the field, and the title
+MOST_NAMED = 5  # maximum number of layers in the sentence
+PANELS = (  # of the figure: the name of the field, and the title
     ("dropped_mass", "attention mass on\ndropped tokens (%)"),
     ("answer_kept", "answer's own tokens\nthat are kept (%)"),
 )
 
 
 def report_telemetry(found: Telemetry, when: str, step: int, directory: Path, run_name: str, logger: RunLogger) -> None:
-    """Says what was found, and leaves it in the directory and in the logs; for one rank.
+    """Prints the results, and writes them to the directory and the logs; for one rank.
 
     Args:
-        when: "before" or "after" training, or another word for it; it is in the names of the files.
+        when: "before" or "after" training, or another word; part of the names of the files.
 
     Raises:
         LRSAError: a file cannot be written.
@@ -42,7 +42,7 @@ def report_telemetry(found: Telemetry, when: str, step: int, directory: Path, ru
 
 
 def sentences(found: Telemetry) -> list[str]:
-    """Which layers lose most, what all lose together, and the settings that the greedy choice comes to."""
+    """The layers that lose most, the loss of all layers together, and the settings of the greedy choice."""
     cache = f"retention {retention_name(found.retention)}"
     worst = sorted(found.layers, key=lambda layer: -layer.nll_increase)[:MOST_NAMED]
     named = ", ".join(f"{layer.layer} (+{layer.nll_increase:.3f})" for layer in worst if layer.nll_increase > 0)
@@ -63,35 +63,35 @@ def sentences(found: Telemetry) -> list[str]:
         )
     if chosen:
         lines.append(
-            "telemetry: one model for several caches takes them in turn: "
+            "telemetry: one model for several caches, which training uses in turn: "
             f"'attention.layers={turns_setting(chosen, len(found.layers), found.retention)}'"
         )
     return lines
 
 
 def layers_setting(dense: list[int], num_layers: int, retention: float) -> str:
-    """What makes these layers dense and gives all others `retention`, as it is typed in `attention.layers`."""
+    """The value of `attention.layers` that makes these layers dense and gives all others `retention`."""
     if len(dense) in (0, num_layers):
         return f"{{0-: {1.0 if dense else retention}}}"
     return f"{{{written_layers(dense)}: 1.0, rest: {retention}}}"
 
 
 def turns_setting(order: list[int], num_layers: int, retention: float) -> str:
-    """The list that is trained in turn: dense attention, then the first layers of the order dense, in thirds."""
+    """The list to train in turn: dense attention, then the first layers of the order dense, in thirds."""
     counts = dict.fromkeys(-(-len(order) * thirds // 3) for thirds in (3, 2, 1))
     turns = ["{0-: 1.0}", *(layers_setting(order[:count], num_layers, retention) for count in counts)]
     return f"[{', '.join(dict.fromkeys(turns))}]"
 
 
 def rows(found: Telemetry) -> list[dict]:
-    """For `metrics.jsonl`: a row for each layer, with its place in the greedy choice where it has one."""
+    """Rows for `metrics.jsonl`: one per layer, with its place in the greedy choice, if any."""
     common = {name: value for name, value in asdict(found).items() if name not in ("layers", "greedy")}
     places = {step.layer: {"greedy_place": i, "greedy_nll": step.nll} for i, step in enumerate(found.greedy, start=1)}
     return [common | asdict(layer) | places.get(layer.layer, {}) for layer in found.layers]
 
 
 def draw(found: Telemetry, path: Path, title: str) -> None:
-    """Writes a PNG: two heat maps of layers and KV heads, and the loss of each layer beside them.
+    """Writes a PNG: two heat maps of layers and KV heads, and the loss of each layer next to them.
 
     Raises:
         LRSAError: `path` cannot be written.
@@ -114,7 +114,7 @@ def draw(found: Telemetry, path: Path, title: str) -> None:
 
 
 def _draw_map(panel, shares: list[list[float]], heading: str) -> None:
-    """Shares of layers and heads in percent, as colours and as numbers."""
+    """Shares of layers and heads in percent, as colours and numbers."""
     percent = [[100 * share for share in line] for line in shares]
     panel.imshow(percent, vmin=0, vmax=100, cmap="cividis", aspect="auto")  # ordered by brightness: colour-blind safe
     for y, line in enumerate(percent):

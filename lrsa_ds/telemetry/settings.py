@@ -1,4 +1,4 @@
-"""Which cache telemetry measures, and what is checked before a process group starts."""
+"""The cache that telemetry measures, and the checks before a process group starts."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,17 +11,17 @@ from lrsa_ds.settings.attention import AttentionConfig, require_compression
 
 
 def smallest_cache(attention: AttentionConfig, retentions: Sequence[float]) -> OfLRSA:
-    """The smallest of an evaluation's caches in every layer: those that are kept dense are measured too."""
+    """The smallest of an evaluation's caches, in every layer: layers that are kept dense are measured too."""
     return replace(attention, layers=None).with_retention(min(retentions))
 
 
 def every_layer(config: OfLRSA, retention: float) -> OfLRSA:
-    """`config` with this retention in every layer, also in those that it keeps dense."""
+    """`config` with this retention in every layer, including those that it keeps dense."""
     return uniform([layer.at_retention(retention) for layer in config.layers])
 
 
 def check_telemetry(config: TrainConfig, model: Layers) -> None:
-    """Raises LRSAError if `eval.telemetry` cannot be honoured."""
+    """Raises LRSAError if `eval.telemetry` is not possible with these settings."""
     if not config.eval.telemetry:
         return
     cache = smallest_cache(config.attention, config.eval.retentions)
