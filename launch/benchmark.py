@@ -4,15 +4,15 @@
     python launch/benchmark.py generation --num-tokens 32768 131072 --retention 0.25 0.125
     python launch/benchmark.py decoding --num-tokens 8192 131072 --streams 1 8 --retention 0.125
 
-`attention`: forward, and forward with backward, against torch's dense kernels, and flash-attn-4 and
-native-sparse-attention-pytorch (NSA) where they are installed. Selection and gather are part of LRSA's times, the
-choice of blocks is not part of NSA's. `generation`: prefilling, decoding and the memory of the cache, against the dense
-cache of transformers. Decoding with several caches takes turns, token by token; `gpu_ms` is the time that the GPU works
-for a token, which is less than what passes where the host cannot keep it busy; "replay" is the same token from a CUDA
-graph, without the host. `decoding`: the time from token to token as a streamer of `lrsa_ds.generate` sees it, with the
-dense cache under the same function and under transformers' `generate`, behind caches of random keys and values.
-Every row has the median, 20th and 80th percentile of the repetitions. Absolute times say little without the dense rows
-beside them: compare within one run.
+`attention`: forward, and forward with backward, against torch's dense kernels, and against flash-attn-4 and
+native-sparse-attention-pytorch (NSA) if they are installed. LRSA's times include selection and gather; NSA's do not
+include the choice of blocks. `generation`: prefilling, decoding and the memory of the cache, against the dense cache of
+transformers. Several caches decode in turn, token by token. `gpu_ms` is the time that the GPU works for a token; it is
+less than the elapsed time if the host cannot keep the GPU busy. "replay" is the same token from a CUDA graph, without
+the host. `decoding`: the time from token to token as a streamer of `lrsa_ds.generate` sees it, with the dense cache
+under the same function and under transformers' `generate`, after caches of random keys and values. Every row has the
+median, 20th and 80th percentile of the repetitions. Absolute times mean little without the dense rows: compare within
+one run.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def arguments() -> argparse.Namespace:
 
 
 def setting(device: torch.device) -> dict[str, str]:
-    """What a time depends on besides the code that is timed."""
+    """The circumstances that a time depends on, besides the code."""
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT)
     return {
         "date": time.strftime("%Y-%m-%d"),
@@ -78,14 +78,14 @@ def setting(device: torch.device) -> dict[str, str]:
 
 
 def fast_kernels(device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
-    """Names of the kernels to time: all but the readable ones, and those that this GPU cannot run."""
+    """Names of the kernels to time: not the readable ones, and only those that this GPU can run."""
     fast = [name for name in KERNELS if not KERNELS[name].is_readable]
     cannot = [name for name in fast if KERNELS[name].runs_on(device) and KERNELS[name].why_not(device, dtype, head_dim)]
     return [name for name in fast if name not in cannot]
 
 
 def attention_methods(options: argparse.Namespace, num_tokens: int, device: torch.device) -> list[tuple]:
-    """Name, settings of LRSA if it is LRSA, and function of all that is timed."""
+    """Name, settings of LRSA if any, and function of everything that is timed."""
     dense = dense_methods(device, torch.bfloat16, options.heads[2])
     methods: list[tuple[str, LRSAConfig | None, Callable]] = [(name, None, attend) for name, attend in dense.items()]
     for config in (settings_of(options, retention) for retention in options.retention):
@@ -130,7 +130,7 @@ COLUMNS = ["ms_p20", "ms_p50", "ms_p80", "gpu_ms", "peak_gb", "cache_gb", "first
 
 
 class Table:
-    """Prints rows as they come, with the speed-up over the first dense method of the same length and pass."""
+    """Prints rows when they are added, with the speed-up over the first dense method of the same length and pass."""
 
     def __init__(self):
         self.rows: list[dict] = []

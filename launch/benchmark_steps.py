@@ -1,11 +1,11 @@
-"""Times whole optimizer steps with LRSA and with dense attention, on one document a sequence; rows go to a CSV file.
+"""Times complete optimizer steps with LRSA and dense attention, one document per sequence; rows go to a CSV file.
 
     python launch/benchmark_steps.py --num-tokens 131072 --retention 1 0.25 0.125 -- +recipe=step_1b5
     deepspeed --num_gpus 2 launch/benchmark_steps.py --num-tokens 262144 -- +recipe=step_1b5 parallel.sp_size=2
 
-What follows `--` is a configuration as of launch/train.py, whose model, parallelism and optimizer are timed on random
-tokens. Retention 1 is dense attention: torch's cuDNN kernel on one rank of a sequence, DeepSpeed's Ulysses on several.
-A length at which the memory runs out ends the program, with a row that says so: give lengths in ascending order.
+The arguments after `--` are a configuration of launch/train.py, whose model, parallelism and optimizer are timed on
+random tokens. Retention 1 is dense attention: torch's cuDNN kernel on one rank per sequence, DeepSpeed's Ulysses on
+several. The program ends at the first length for which memory runs out, with a row about it: give ascending lengths.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def random_sequence(num_tokens: int, vocabulary: int) -> PackedSequence:
 
 
 def measure(trainer: Trainer, sequences: list[PackedSequence], num_steps: int, device: torch.device) -> dict:
-    """Times of steps after one that compiles, its time, peak memory, and what was sent."""
+    """Times of the steps after the first one, which compiles; its time, peak memory, and bytes sent."""
     reset_peak_memory(device)
     times = []
     for step in range(num_steps + 1):
@@ -84,7 +84,7 @@ def measure(trainer: Trainer, sequences: list[PackedSequence], num_steps: int, d
 
 
 def rows(config: TrainConfig, options: argparse.Namespace, engine: Engine, plan: Plan, mesh: Mesh):
-    """Yields a row for each retention and length; the last one may say that the memory has run out."""
+    """Yields a row for each retention and length; the last one may report that memory has run out."""
     per_step = config.optim.micro_batch * config.optim.grad_accum
     vocabulary = len(plan.tokenizer)
     for retention in options.retention:
@@ -138,7 +138,7 @@ COLUMNS += ["sent_bytes_per_layer", "ulysses_bytes_per_layer"]
 
 
 def line(row: dict, baseline: dict[int, float]) -> str:
-    """A row for the eye, with the speed-up over the first row of the same length."""
+    """A row as a line of text, with the speed-up over the first row of the same length."""
     head = f"{row['num_tokens']:>9,} {row['attention']:<6}{row['retention']:<6g}"
     if isinstance(row["ms_p50"], str):
         return f"{head} {row['ms_p50']}"

@@ -2,7 +2,7 @@
 
     python launch/chat.py outputs/.../model long.txt "What is the pass key?" ["Another question?" ...]
 
-Without questions it asks for them, one a line. The file is read once; every question starts from the same cache.
+Without questions on the command line it reads them, one per line. The file is read once; all questions use one cache.
 """
 
 import argparse
@@ -37,14 +37,14 @@ def arguments() -> argparse.Namespace:
 
 
 class Reader:
-    """A model that has read one text."""
+    """A model with the cache of one text."""
 
     def __init__(self, name: str, text: str):
         self.model, self.tokenizer, self.new_cache = lrsa_ds.load(name)
         require(self.tokenizer.chat_template is not None, f"{name} has no chat template, which frames the questions.")
         self.encoder = Encoder(self.tokenizer, sys.maxsize)
         self.text = text
-        # What the prompts of two questions share is read once: the beginning and the text.
+        # The common part of the prompts of two questions is read once: the beginning and the text.
         first, second = self._prompt("?").ids, self._prompt("What is it?").ids
         self.read = [token for token, _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second))][:-1]
         self.cache = self.new_cache()
@@ -66,7 +66,7 @@ class Reader:
 
     def answer(self, question: str, max_new_tokens: int) -> str:
         prompt = self._prompt(question)
-        # A question may change how the end of the text is tokenized: then its prompt is read anew.
+        # A question may change how the end of the text is tokenized: then its complete prompt is read.
         is_read = prompt.ids[: len(self.read)] == self.read
         ids = torch.tensor([prompt.ids], device=self.model.device)
         found = lrsa_ds.generate(
@@ -84,7 +84,7 @@ class Reader:
 
 
 def typed_questions() -> Iterator[str]:
-    """Until an empty line, or the end of the input."""
+    """Questions from the input, up to an empty line or its end."""
     while True:
         print("\n? ", end="", flush=True)
         question = sys.stdin.readline().strip()

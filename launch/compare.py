@@ -2,10 +2,10 @@
 
     python launch/compare.py dense=outputs/dense_1,outputs/dense_2 lrsa=outputs/lrsa_1,outputs/lrsa_2
 
-Each group has a name and the directories of its runs. Runs in the same place of their groups must have been asked the
-same questions under the same caches (`eval.layers`, `eval.retentions`): give them the same data and seed. The first
-group is what the others are compared with. Prints a Markdown table with 95 % intervals, and writes it to
-comparison.md, all numbers to comparison.csv, and a picture to comparison.png.
+Each group has a name and the directories of its runs. Runs at the same place of their groups must have answered the
+same questions under the same caches (`eval.layers`, `eval.retentions`): use the same data and seed. The other groups
+are compared with the first. Prints a Markdown table with 95 % intervals, and writes it to comparison.md, all numbers to
+comparison.csv, and a figure to comparison.png.
 """
 
 import argparse

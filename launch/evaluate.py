@@ -2,8 +2,8 @@
 
     python launch/evaluate.py model.name=outputs/.../model tasks=[needle,passkey] lengths=[4096,8192]
 
-Runs in one process, or in several under the deepspeed launcher, which share the samples. Stopped, it resumes where it
-was when it is given the same `output_dir`. Every key: `conf/evaluate.yaml`.
+Runs in one process, or in several under the deepspeed launcher, which share the samples. A stopped evaluation resumes
+with the same `output_dir`. Every key: `conf/evaluate.yaml`.
 """
 
 import sys

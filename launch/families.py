@@ -1,9 +1,9 @@
-"""Which causal language models of the installed transformers LRSA trains: the table in docs/models.md.
+"""Checks which causal language models of the installed transformers LRSA can train: the table in docs/models.md.
 
     python launch/families.py                  measures every family, and writes docs/models.md and docs/models.json
     python launch/families.py llama mixtral    prints the rows of some
 
-Builds a tiny random model of each family, and checks it in two processes on the CPU; about four minutes for all.
+Builds a tiny random model of each family, and checks it in two processes on the CPU; all take about four minutes.
 """
 
 import argparse

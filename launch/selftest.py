@@ -1,9 +1,9 @@
-"""Whether sequence parallelism leaves your training as it is, on your own model, data and settings.
+"""Checks that sequence parallelism does not change your training, with your own model, data and settings.
 
     deepspeed --num_gpus 2 launch/selftest.py +recipe=smoke parallel.sp_size=2 [key=value ...]
 
-Trains two steps with `parallel.sp_size` and two without, on the same sequences, and shows both side by side. Without,
-every rank holds whole sequences: choose a `seq_len` that fits. `model.dtype=fp32` gives the sharper comparison.
+Trains two steps with `parallel.sp_size` and two without, on the same sequences, and prints both side by side. Without
+it every rank holds complete sequences: choose a `seq_len` that fits. `model.dtype=fp32` makes the comparison sharper.
 """
 
 import sys

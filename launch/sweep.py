@@ -1,11 +1,11 @@
-"""Many runs over the values of some keys, each under the deepspeed launcher in a process group of its own.
+"""Many runs over the values of some keys, each under the deepspeed launcher in its own process group.
 
     python launch/sweep.py --multirun +recipe=smoke attention.retention=0.125,0.25,0.5 optim.lr=1e-5,2e-5
     python launch/sweep.py +recipe=qa_smollm2 +sweep=retention_lag --at-once 4 --gpus-per-job 2
 
 Every job gets a directory below `output_dir` (default: outputs/<run_name>_sweep) and the W&B group of the sweep. A
-failed job is reported, and the others continue. The same command resumes a sweep that was stopped. At the end it prints
-a table (sweep.txt) and draws score and step time over the swept keys (sweep.png).
+failed job is reported, and the others continue. The same command resumes a sweep that was stopped. The results are a
+table (sweep.txt) and a figure of score and step time over the swept keys (sweep.png).
 """
 
 import argparse
@@ -53,9 +53,9 @@ from lrsa_ds.sweep import Job, Runner, draw_sweep, job_directory, job_name, resu
 BASIC = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 # Set by the sweep for every job.
 OURS = ("output_dir", "log.group", "log.name")
-# How a job that Hydra's launcher starts elsewhere (Slurm) learns of our own arguments.
+# How a job that Hydra's launcher starts elsewhere (Slurm) receives the arguments of this program.
 VARIABLE = "LRSA_SWEEP"
-# Jobs that are to run once Hydra has named all of them.
+# Jobs to run once Hydra has listed all of them.
 QUEUE: list[Job] = []
 
 
@@ -65,12 +65,12 @@ def arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--gpus-per-job", type=int, help="default: all GPUs, shared out among the jobs at once")
     parser.add_argument("--launcher", default="", help='for the deepspeed launcher, such as "--num_gpus 4"')
     options, typed = parser.parse_known_args()
-    # Hydra takes no flag between two overrides.
+    # Hydra does not accept a flag between two overrides.
     return options, sorted(typed, key=lambda argument: argument not in ("-m", "--multirun"))
 
 
 def slots_of(at_once: int, gpus_per_job: int | None) -> list[list[int] | None]:
-    """The GPUs of each job that runs at the same time; None leaves the choice to the launcher."""
+    """The GPUs of each job that runs at the same time; with None the launcher chooses."""
     require(at_once >= 1, f"--at-once={at_once} is not valid: give at least 1.")
     count = torch.cuda.device_count()
     if count == 0 or (at_once == 1 and gpus_per_job is None):
@@ -88,7 +88,7 @@ def parsed(overrides: list[str]) -> list[Override]:
 
 
 def base_config(typed: list[str]) -> TrainConfig:
-    """The configuration without the swept keys: where the sweep's directory is, and whether the rest is right."""
+    """The configuration without the swept keys: it has the sweep's directory, and checks the other keys."""
     others = [o for o in parsed(typed) if not o.is_sweep_override()]
     fixed = [str(o.input_line) for o in others if re.split("[./]", o.key_or_group)[0] not in ("hydra", "sweep")]
     try:
@@ -105,7 +105,7 @@ def sweep_directory(config: TrainConfig) -> Path:
 
 
 def task(composed: DictConfig) -> float | None:
-    """One job, as Hydra's launcher calls it, here or elsewhere. Returns its score."""
+    """One job, called by Hydra's launcher, here or elsewhere. Returns its score."""
     settings, ours = HydraConfig.get(), json.loads(os.environ[VARIABLE])
     swept = [o.key_or_group for o in parsed(ours["typed"]) if o.is_sweep_override()]
     swept += [key for key in settings.sweeper.get("params", None) or {} if key not in swept]
@@ -122,7 +122,7 @@ def task(composed: DictConfig) -> float | None:
 
 
 def job_of(composed: DictConfig, overrides: list[str], swept_keys: list[str], root: Path) -> Job:
-    """What Hydra has composed for one job, as a run of its own."""
+    """Hydra's configuration of one job, as a separate run."""
     values = dict(o.lstrip("+").split("=", 1) for o in overrides)
     swept = {key: values[key] for key in swept_keys if key in values}
     passed_on = [o for o in overrides if o.lstrip("+").split("=", 1)[0] not in (*OURS, "sweep")]
@@ -147,7 +147,7 @@ def make_runner(ours: dict) -> Runner:
 
 
 def report(directory: Path) -> int:
-    """The table and the picture of all jobs; returns 1 if one has failed."""
+    """Prints the table and draws the figure of all jobs; returns 1 if one has failed."""
     rows = results(directory)
     table = sweep_table(rows)
     print(f"\n{table}\n\nexact answers and answer tokens: mean over tasks, under the smallest cache; {directory}")

@@ -1,4 +1,4 @@
-"""Runs that were asked the same questions, compared question by question: `launch/compare.py`.
+"""Comparison of runs with the same questions, question by question: `launch/compare.py`.
 
 Shapes: R runs of a group, C contexts, B bootstrap samples, 5 sums (`SUMS`).
 """
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SUMS = ("num_answers", "num_exact", "num_tokens", "num_correct", "nll")
-METRICS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {  # of sums [..., 5]
+METRICS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {  # from sums [..., 5]
     "exact_match": lambda sums: 100 * sums[..., 1] / sums[..., 0],
     "token_accuracy": lambda sums: 100 * sums[..., 3] / sums[..., 2],
     "nll": lambda sums: sums[..., 4] / sums[..., 2],
@@ -35,7 +35,7 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")  # t
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ by their seed alone, and what each was asked and answered: `rows` of `answers.jsonl`."""
+    """Runs that differ only by their seed, and the questions and scores of each: `rows` of `answers.jsonl`."""
 
     name: str
     directories: list[Path]
@@ -43,7 +43,7 @@ class Group:
 
 
 def read_group(name: str, directories: Sequence[Path], when: str) -> Group:
-    """What the runs of a group answered at a moment: "before", "after" or "step N".
+    """The answers of the runs of a group at a moment: "before", "after" or "step N".
 
     Raises:
         LRSAError: a directory has no such answers.
@@ -59,16 +59,16 @@ def read_group(name: str, directories: Sequence[Path], when: str) -> Group:
 
 
 def compare(groups: Sequence[Group], seed: int = 0) -> list[dict]:
-    """A row for each task, cache and group, the groups in the order in which they are given.
+    """A row for each task, cache and group, with the groups in the given order.
 
     Each metric has its mean over all runs and questions, `<metric>`, with a 95 % interval, `<metric>_low` and `_high`,
-    and its difference from the first group's, `<metric>_difference` with `_difference_low` and `_difference_high`. The
+    and its difference from the first group, `<metric>_difference` with `_difference_low` and `_difference_high`. The
     intervals are percentiles of a bootstrap that draws contexts (questions about one context are not independent) and
-    runs; the same contexts and the same places of runs are drawn in all groups, so that differences are paired.
+    runs. The same contexts and the same runs, by their place, are drawn in all groups, so differences are paired.
 
     Raises:
-        LRSAError: the groups have different numbers of runs, or runs of one place were not asked the same questions
-            under caches of the same size.
+        LRSAError: the groups have different numbers of runs, or runs at the same place did not answer the same
+            questions under caches of the same size.
     """
     require(len(groups) > 1, "give two groups of runs or more.")
     for group in groups[1:]:
@@ -130,7 +130,7 @@ def _compared(groups: Sequence[Group], task: str, cache: str, seed: int) -> list
 
 
 def _sums(group: Group, task: str, cache: str, contexts: list[str]) -> torch.Tensor:
-    """[R, C, 5] in fp64; a context that a run was not asked about has zeros."""
+    """[R, C, 5] in fp64; zeros for a context that a run was not asked about."""
     places = {context: place for place, context in enumerate(contexts)}
     sums = torch.zeros(len(group.rows), len(contexts), len(SUMS), dtype=torch.float64)
     for run, rows in enumerate(group.rows):
@@ -143,7 +143,7 @@ def _sums(group: Group, task: str, cache: str, contexts: list[str]) -> torch.Ten
 
 
 def _bootstrap_weights(num_runs: int, num_contexts: int, seed: int) -> torch.Tensor:
-    """How often each run and context is drawn: [B, R, C] in fp64, the same for the same numbers."""
+    """How often each run and context is drawn: [B, R, C] in fp64, the same for equal numbers."""
     generator = torch.Generator().manual_seed(seed)
 
     def times_drawn(count: int) -> torch.Tensor:
@@ -156,13 +156,13 @@ def _bootstrap_weights(num_runs: int, num_contexts: int, seed: int) -> torch.Ten
 
 
 def _estimate(name: str, value: torch.Tensor, samples_B: torch.Tensor) -> dict[str, float]:
-    # Where runs were asked about different contexts, a sample may have drawn none of those of its runs.
+    # If runs were asked about different contexts, a sample may contain none of a run's contexts.
     low, high = torch.nanquantile(samples_B, torch.tensor(TAILS, dtype=torch.float64)).tolist()
     return {name: value.item(), f"{name}_low": low, f"{name}_high": high}
 
 
 def markdown_table(rows: list[dict]) -> str:
-    """One line for each task and cache; for each group the metrics with their intervals, then the differences."""
+    """One line for each task and cache: for each group the metrics with intervals, then the differences."""
     groups = list(dict.fromkeys(row["group"] for row in rows))
     columns = [f"{group}: {' / '.join(HEADINGS.values())}" for group in groups]
     columns += [f"{group} − {groups[0]}: {' / '.join(HEADINGS.values())}" for group in groups[1:]]
@@ -191,7 +191,7 @@ def _cell(row: dict, name: str, sign: str = "") -> str:
 
 
 def write_csv(rows: list[dict], path: Path) -> None:
-    """All numbers of `compare`, a line for each task, cache and group."""
+    """Writes all numbers of `compare`: a line for each task, cache and group."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     try:
         with path.open("w", newline="", encoding="utf-8") as file:
@@ -203,7 +203,7 @@ def write_csv(rows: list[dict], path: Path) -> None:
 
 
 def draw(rows: list[dict], path: Path, metric: str = "token_accuracy") -> None:
-    """Writes a PNG: a panel for each task; in it the metric of each group, with its interval, cache by cache."""
+    """Writes a PNG: a panel for each task, with the metric of each group and its interval for each cache."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     caches = caches_in_order(rows)
     labels = [f"{name}, {factor_name(row['cache_factor'] for row in rows if row['cache'] == name)}" for name in caches]

@@ -1,4 +1,4 @@
-"""How much LRSA compresses the documents that it meets: counted over data, a step, or a whole run."""
+"""How much LRSA compresses documents: over the data, a step, or a complete run."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ class Compression:
     """Sums over documents.
 
     Args:
-        num_tokens: of all documents.
-        num_held: entries that caches hold at their ends, of each layer and KV head.
-        num_short: tokens of documents that are too short to be compressed, of at most S + 2L tokens.
+        num_tokens: tokens of all documents.
+        num_held: entries of the caches at the end of the documents, for each layer and KV head.
+        num_short: tokens of documents that are too short to be compressed, with at most S + 2L tokens.
     """
 
     num_tokens: float = 0
@@ -24,7 +24,7 @@ class Compression:
 
     @classmethod
     def of(cls, lengths: Iterable[int], config: AnyConfig) -> "Compression":
-        """That of documents of these lengths under attention that is not dense."""
+        """The sums for documents of these lengths under attention that is not dense."""
         total = cls()
         for length in lengths:
             total.num_tokens += length
@@ -39,7 +39,7 @@ class Compression:
 
 
 def short_documents_sentence(share: float, config: AnyConfig, of_what: str) -> str | None:
-    """Says that documents are too short for LRSA, or nothing if none is. `of_what`: "the tokens trained on"."""
+    """A sentence if some documents are too short for LRSA, else None. `of_what`: such as "the tokens trained on"."""
     if share == 0:
         return None
     percent = f"{100 * share:.1f}" if share >= 0.0005 else "less than 0.1"
@@ -51,12 +51,12 @@ def short_documents_sentence(share: float, config: AnyConfig, of_what: str) -> s
 
 
 def long_answers_sentence(lengths: tuple[int, int], config: AnyConfig) -> str | None:
-    """Says that answers are longer than what is kept of a partition, or nothing if they are not.
+    """A sentence if answers are longer than what is kept of a partition, else None.
 
     Args:
-        lengths: what one answer in ten reaches, and the longest, in tokens (`DataReport.long_answers`).
+        lengths: the 90th percentile and the maximum of the answers' tokens (`DataReport.long_answers`).
     """
-    kept = max(layer.num_kept for layer in of_lrsa(config).layers)  # it suffices that some layer holds it
+    kept = max(layer.num_kept for layer in of_lrsa(config).layers)  # it suffices if one layer keeps it
     usual, longest = lengths
     if not 0 < kept < usual:
         return None
@@ -68,7 +68,7 @@ def long_answers_sentence(lengths: tuple[int, int], config: AnyConfig) -> str | 
 
 
 def held_sentence(num_tokens: int, configs: Iterable[AnyConfig]) -> str:
-    """What caches hold after `num_tokens` tokens of one document, under each of these settings."""
+    """The sizes of caches after `num_tokens` tokens of one document, with each of these settings."""
     parts = [f"after {num_tokens:,} tokens it holds"]
     for config in configs:
         held = num_held(num_tokens, config)
@@ -81,12 +81,12 @@ def held_sentence(num_tokens: int, configs: Iterable[AnyConfig]) -> str:
 def cache_lines(
     num_tokens: int, configs: Iterable[AnyConfig], share_short: float, long_answers: tuple[int, int]
 ) -> list[str]:
-    """What the caches of a training will hold of a whole sequence, and warnings where the data do not fit them.
+    """Lines about the caches of a training at the end of a full sequence, with warnings if the data do not suit them.
 
     Args:
-        num_tokens: of a sequence.
-        configs: the attention of the steps; dense ones are not spoken of.
-        share_short, long_answers: as in the report of the data.
+        num_tokens: tokens of a sequence.
+        configs: the attention of the steps; dense attention is left out.
+        share_short, long_answers: from the report on the data.
     """
     compressed = [config for config in configs if not config.is_dense]
     if not compressed:

@@ -1,7 +1,7 @@
-"""Every setting of a run, typed, with its limits checked where it is declared.
+"""All settings of a run, typed, with limits that are checked where they are declared.
 
-`TrainConfig` is a whole run; Hydra composes it from `conf/` and `typed_config` turns what Hydra composed into it, so
-that a typo or a wrong type ends the run in one sentence before any process group starts.
+`TrainConfig` is a complete run. Hydra composes it from `conf/`, and `typed_config` converts the composed values. So a
+typo or a wrong type stops the run with one sentence before any process group starts.
 """
 
 import difflib
@@ -32,7 +32,7 @@ from lrsa_ds.settings.run import (
 
 @dataclass(kw_only=True)
 class TrainConfig:
-    """A whole run. The order of the fields is the order of `config.yaml`."""
+    """A complete run. The order of the fields is the order of `config.yaml`."""
 
     run_name: str = "train"
     procedure: str = "qa"
@@ -96,7 +96,7 @@ class TrainConfig:
         )
 
     def _check_that_lrsa_does_something(self) -> None:
-        """Refuses LRSA on documents that are never long enough to be compressed: it would be dense attention."""
+        """Refuses LRSA if no document is long enough to be compressed: it would be dense attention."""
         compressed = [attention for attention in self.attention.turns if not attention.is_dense]
         if not compressed:
             return
@@ -107,14 +107,14 @@ class TrainConfig:
 
 
 def typed_config(composed: DictConfig, schema: type = TrainConfig) -> Any:
-    """What Hydra composed, as an instance of the dataclass `schema`.
+    """Converts the configuration that Hydra composed to the dataclass `schema`.
 
     Raises:
-        LRSAError: an unknown key, a wrong type, a missing value or an impossible combination, in one sentence.
+        LRSAError: an unknown key, a wrong type, a missing value or an invalid combination, in one sentence.
     """
     try:
         values = OmegaConf.to_container(composed, resolve=True)
-        # Merged as plain values: a DictConfig would bring its own, laxer flags along, and drop unknown keys silently.
+        # Merged as plain values: a DictConfig would bring its own, weaker flags, and drop unknown keys silently.
         merged = cast(DictConfig, OmegaConf.merge(OmegaConf.structured(schema), values))
         try:
             return OmegaConf.to_object(merged)
@@ -125,14 +125,14 @@ def typed_config(composed: DictConfig, schema: type = TrainConfig) -> Any:
 
 
 def _all_mistakes(merged: DictConfig) -> list[str]:
-    """What every group, and then the whole, has to say against the values of a configuration."""
+    """The errors of every group, and then of the complete configuration."""
     with noting() as noted:
         for node in [*(value for value in merged.values() if isinstance(value, DictConfig)), merged]:
             try:
                 OmegaConf.to_object(node)
             except LRSAError as error:
                 noted.append(str(error))
-            # A check that went on with a wrong value, which is noted.
+            # A check that continued with a wrong value, which is noted already.
             except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
                 pass
     return noted
@@ -144,12 +144,12 @@ def save_settings(settings: dict, path: Path) -> None:
 
 
 def load_settings(path: Path) -> dict:
-    """What `save_settings` wrote."""
+    """The settings that `save_settings` wrote."""
     return cast(dict, OmegaConf.to_container(OmegaConf.load(path)))
 
 
 def config_sentence(error: OmegaConfBaseException, schema: type = TrainConfig) -> str:
-    """One sentence for what OmegaConf or Hydra found wrong with a key."""
+    """One sentence for an error of OmegaConf or Hydra about a key."""
     key = error.full_key or ""
     if isinstance(error, (ConfigKeyError, ConfigAttributeError)):
         return unknown_key_sentence(key, schema)
@@ -158,7 +158,7 @@ def config_sentence(error: OmegaConfBaseException, schema: type = TrainConfig) -
 
 
 def _form_of(key: str, schema: type) -> str:
-    """How a dictionary or a list is written on the command line, for an error; empty for other fields."""
+    """How to write a dictionary or a list on the command line, for an error; empty for other fields."""
     node, path = schema, []
     for name in re.split(r"[.\[]", key):
         node = {f.name: f.type for f in fields(node)}.get(name) if is_dataclass(node) else None
@@ -171,7 +171,7 @@ def _form_of(key: str, schema: type) -> str:
 
 
 def unknown_key_sentence(key: str, schema: type = TrainConfig) -> str:
-    """Says that `key` is unknown, what its group does know, and which of it looks most alike."""
+    """A sentence for an unknown `key`: the valid keys of its group, and the most similar one."""
     *groups, name = key.split(".")
     node = schema
     for group in groups:

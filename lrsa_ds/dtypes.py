@@ -1,10 +1,10 @@
-"""Data types by the names that configurations and messages use."""
+"""Dtypes by the names that configurations and messages use."""
 
 import torch
 
 
 def dtype_of(setting: str) -> torch.dtype:
-    """The data type that `model.dtype` names; "auto" is bf16 on CUDA and fp32 elsewhere."""
+    """The dtype that `model.dtype` names; "auto" is bf16 on CUDA and fp32 elsewhere."""
     automatic = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     return {"auto": automatic, "bf16": torch.bfloat16, "fp32": torch.float32}[setting]
 

@@ -1,4 +1,4 @@
-"""What ends a run with a single sentence instead of a traceback, and the checks that raise it."""
+"""Errors that end a run with one sentence instead of a traceback, and the checks that raise them."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -8,15 +8,15 @@ from typing import Any
 
 
 class LRSAError(ValueError):
-    """Something the user can mend: the message is one sentence that names the key and the valid values."""
+    """A mistake that the user can correct: the message is one sentence that names the key and the valid values."""
 
 
 class Stopped(Exception):
-    """A signal has asked the run to stop; it left a checkpoint, and the same command resumes from there."""
+    """A signal has stopped the run, after a checkpoint; the same command resumes from it."""
 
 
 class LRSAErrors(LRSAError):
-    """Several at once; `sentences` holds them."""
+    """Several errors at once; `sentences` has their messages."""
 
     def __init__(self, sentences: Sequence[str]):
         self.sentences = list(sentences)
@@ -24,7 +24,7 @@ class LRSAErrors(LRSAError):
 
 
 def all_of(sentences: Sequence[str]) -> LRSAError:
-    """One error for several sentences, each once: of those that begin with the same key only the first."""
+    """One error for several sentences, without repetition: for each key only the first sentence."""
     by_key: dict[str, str] = {}
     for sentence in sentences:
         by_key.setdefault(re.split("[=: ]", sentence, maxsplit=1)[0], sentence)
@@ -33,37 +33,37 @@ def all_of(sentences: Sequence[str]) -> LRSAError:
 
 
 def sentences_of(error: LRSAError) -> list[str]:
-    """What an error says, sentence by sentence."""
+    """The sentences of an error."""
     return error.sentences if isinstance(error, LRSAErrors) else [str(error)]
 
 
 class Problems:
-    """Collects what independent checks raise, so that the user sees all of it at once."""
+    """Collects the errors of independent checks, so that the user sees all of them at once."""
 
     def __init__(self) -> None:
         self._sentences: list[str] = []
 
     @contextmanager
     def collect(self) -> Iterator[None]:
-        """Takes the `LRSAError` of one check."""
+        """Catches the `LRSAError` of one check."""
         try:
             yield
         except LRSAError as error:
             self._sentences += sentences_of(error)
 
     def raise_all(self) -> None:
-        """Raises one `LRSAError` with everything that was collected, if anything was."""
+        """Raises one `LRSAError` with all collected sentences, if there are any."""
         if self._sentences:
             raise all_of(self._sentences)
 
 
-# Set while all mistakes of a configuration are looked for: each is noted, and the checks go on.
+# Set while all mistakes of a configuration are collected: each is noted, and the checks continue.
 _NOTED: ContextVar[list[str] | None] = ContextVar("noted", default=None)
 
 
 @contextmanager
 def noting() -> Iterator[list[str]]:
-    """While it holds, `require` adds what it would raise to the list, and goes on."""
+    """In this context `require` adds its message to the list instead of raising it, and continues."""
     noted: list[str] = []
     token = _NOTED.set(noted)
     try:

@@ -1,4 +1,4 @@
-"""One sentence for everything that can go wrong between a name and the files behind it."""
+"""Errors of loading by name, from the hub or from files, as one sentence each."""
 
 import errno
 from pathlib import Path
@@ -15,9 +15,9 @@ from huggingface_hub.errors import (
 
 from lrsa_ds.errors import LRSAError
 
-# Why a place cannot be written, although it is there.
+# Errors of a place that exists but cannot be written.
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
-# What to set instead, by key.
+# Advice by key.
 _INSTEAD = {
     "model.name": "set model.name to a local directory (and model.tokenizer too if it holds no tokenizer)",
     "model.tokenizer": "set model.tokenizer to a local directory that holds a tokenizer",
@@ -26,15 +26,15 @@ _INSTEAD = {
 
 
 def looks_local(name: str) -> bool:
-    """Whether `name` can only mean a place on this machine (./x, ../x, ~/x, /x, a/b/c, or anything that exists)."""
+    """Whether `name` must be a local path (./x, ../x, ~/x, /x, a/b/c, or anything that exists)."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).expanduser().exists()
 
 
 def resolve_name(key: str, name: str) -> str:
-    """`name` as the Hugging Face libraries want it: a path with its ~ expanded, or a hub name as it is.
+    """`name` for the Hugging Face libraries: a path with ~ expanded, or a hub name unchanged.
 
     Raises:
-        LRSAError: a path that does not exist, which those libraries would take for a malformed hub name.
+        LRSAError: a path does not exist; the libraries would report a malformed hub name.
     """
     if not looks_local(name):
         return name
@@ -48,10 +48,10 @@ def resolve_name(key: str, name: str) -> str:
 
 
 def cache_error(error: BaseException, own: Path | None = None) -> LRSAError | None:
-    """The sentence for a cache that cannot be written, where that is what an error came of.
+    """The error for a cache that cannot be written, if that is the cause of `error`; else None.
 
     Args:
-        own: a place of the user that was read; an error there is none of the cache.
+        own: a path of the user that was read; errors there do not concern the cache.
     """
     for found in _chain(error):
         if isinstance(found, OSError) and found.errno in NOT_WRITABLE:
@@ -64,14 +64,14 @@ def cache_error(error: BaseException, own: Path | None = None) -> LRSAError | No
 
 
 def hub_error(key: str, name: str, error: BaseException) -> LRSAError:
-    """The sentence for an `error` that a Hugging Face library raised while it loaded `name`.
+    """The error to raise for an `error` of a Hugging Face library while it loaded `name`.
 
     Args:
-        key: the setting that holds the name: "model.name", "model.tokenizer" or "data.name".
+        key: the setting of the name: "model.name", "model.tokenizer" or "data.name".
         name: its value.
-        error: what was caught; the errors behind it are looked at too.
+        error: the exception; its causes are examined too.
     """
-    # Not needed but in an error, and the model would wait a second for it.
+    # Only needed for an error, and the import takes a second.
     from datasets.exceptions import DatasetNotFoundError
 
     chain = _chain(error)
@@ -94,7 +94,7 @@ def hub_error(key: str, name: str, error: BaseException) -> LRSAError:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or of the error behind it where that says more than its wrapper."""
+    """The first line of an error's message, or of its cause, which says more than the wrapper."""
     said = error.__cause__ if isinstance(error.__cause__, Exception) else error
     lines = str(said).strip().splitlines()
     return lines[0].rstrip(".: ") if lines else type(said).__name__

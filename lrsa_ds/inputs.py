@@ -1,4 +1,4 @@
-"""What a command reads must not lie where it writes: checked before it writes anything."""
+"""Checks that no input of a command is in the directory that it writes to."""
 
 import os
 from collections.abc import Iterator
@@ -13,10 +13,10 @@ from lrsa_ds.settings.model import ModelConfig
 
 
 def check_inputs(directory: Path, model: ModelConfig, data: DataConfig | None = None, **more: str | None) -> None:
-    """Refuses an output directory in which inputs lie, or are behind links.
+    """Refuses an output directory that contains inputs, directly or behind links.
 
     Args:
-        more: further paths or patterns, by the key that holds them.
+        more: other paths or patterns, by key.
 
     Raises:
         LRSAError: names the key.
@@ -41,7 +41,7 @@ def check_inputs(directory: Path, model: ModelConfig, data: DataConfig | None = 
 
 
 def _places(value: str) -> Iterator[Path]:
-    """What a path or a pattern stands for, and the links in a folder, which may lead anywhere."""
+    """The paths that a path or pattern names, and the links in a directory, which may lead anywhere."""
     place = Path(value).expanduser()
     if not place.exists():
         yield from map(Path, glob(str(place), recursive=True))
@@ -52,7 +52,7 @@ def _places(value: str) -> Iterator[Path]:
 
 
 def _is_inside(path: Path, directory: Path) -> bool:
-    """Whether `path`, by its name or behind links, is `directory` or lies below it; both as files, not as names."""
+    """Whether `path`, by its name or behind links, is `directory` or is in it; compares files, not names."""
     if not directory.exists():
         return False
     everywhere = (Path(os.path.abspath(path)), path.resolve())

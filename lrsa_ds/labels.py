@@ -1,24 +1,24 @@
-"""How caches are named in tables and pictures: by the retention, and by how many times smaller they really were.
+"""Names of caches in tables and figures: by retention, and by how many times smaller they were measured to be.
 
-A retention of 1/8 does not make a cache eight times smaller: sink, window and the tokens since are held in full. So the
-retention only names a cache, and the factor that stands beside it is measured.
+A retention of 1/8 does not make a cache eight times smaller: sink, window and the newest tokens are kept in full. So
+the retention only names a cache, and the factor next to it is measured.
 """
 
 from collections.abc import Iterable
 from fractions import Fraction
 
-# For the legends of tables and pictures.
+# For the legends of tables and figures.
 SMALLER = "tokens seen / entries held"
 
 
 def retention_name(retention: float) -> str:
-    """Such as "1/8" or "0.3"; "dense" for the cache that holds everything."""
+    """Such as "1/8" or "0.3"; "dense" for the cache that keeps everything."""
     share = Fraction(retention).limit_denominator(1024)
     return "dense" if retention == 1 else f"1/{share.denominator}" if share.numerator == 1 else f"{retention:.3g}"
 
 
 def factor_name(factors: Iterable[float | None]) -> str:
-    """Such as "4.27x", or "3.90–4.27x" where the factors differ; "-" where none is known."""
+    """Such as "4.27x", or "3.90–4.27x" if the factors differ; "-" if none is known."""
     known = [factor for factor in factors if factor is not None]
     if not known:
         return "-"
@@ -27,7 +27,7 @@ def factor_name(factors: Iterable[float | None]) -> str:
 
 
 def cache_of(row: dict) -> str:
-    """The name of the cache of a row; rows of earlier releases have only its retention."""
+    """The name of the cache of a row; rows of earlier releases have only the retention."""
     return row.get("cache") or retention_name(row["retention"])
 
 
@@ -55,7 +55,7 @@ def is_dense_cache(row: dict) -> bool:
 
 
 def cache_tick(rows: list[dict], cache: str) -> str:
-    """For an axis: the name of a cache, and below it how many times smaller it was in these rows."""
+    """A label for an axis: the name of a cache, and below it how many times smaller it was in these rows."""
     mine = [row for row in rows if cache_of(row) == cache]
     factors = factor_name(row.get("cache_factor") for row in mine)
     name = cache.replace(" + ", "\n+ ")

@@ -1,11 +1,11 @@
-"""`${gpu_or_cpu:A,B}` in a recipe: A where there is a CUDA device, B on the CPU; the user is told."""
+"""`${gpu_or_cpu:A,B}` in a recipe: A with a CUDA device, B on the CPU; the choice is printed."""
 
 import torch
 from omegaconf import Node, OmegaConf
 
 from launch.cli.naming import evaluation_name, run_name
 
-# Sentences about the keys that were picked by accelerator, by key.
+# Sentences about the keys whose values were chosen by accelerator, by key.
 PICKS: dict[str, str] = {}
 
 

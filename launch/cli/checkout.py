@@ -1,4 +1,4 @@
-"""What lies in the checkout and is named in `conf/`: found from any working directory."""
+"""Files of the checkout that `conf/` names, found from any working directory."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def register_checkout() -> None:
 
 
 def check_fetched(model: ModelConfig) -> None:
-    """Raises LRSAError if the model is one of those that `make setup` puts into the checkout, and it is not there."""
+    """Raises LRSAError if the model is one that `make setup` downloads into the checkout, but it is missing."""
     directory = Path(model.name or "").expanduser()
     if not directory.is_relative_to(ROOT / "models"):
         return

@@ -1,4 +1,4 @@
-"""What every command does: compose the configuration, type it, act, and say errors in one sentence."""
+"""Common to all commands: compose the configuration, type it, act, and report errors in one sentence."""
 
 import atexit
 import gc
@@ -30,17 +30,17 @@ from lrsa_ds.process.exit_message import report_exit, reported_exit
 from lrsa_ds.process.exits import Exit, ignore_ended_children, kill_children
 from lrsa_ds.process.launcher import check_launcher
 
-EXIT_MESSAGE_SECONDS = 5.0  # for another rank to print why it has ended
+EXIT_MESSAGE_SECONDS = 5.0  # time for another rank to print why it has ended
 
 
 def leave(code: int) -> None:
-    """Ends this process at once, after what is registered for its exit.
+    """Ends this process at once, after its registered exit handlers.
 
-    In the interpreter's own last steps a thread of a library can still abort a process whose work is done, and the
-    launcher would take a finished run for a failed one.
+    During the shutdown of the interpreter, a thread of a library can still abort a process whose work is done, and the
+    launcher would report a finished run as failed.
     """
     ignore_ended_children()
-    kill_children()  # or Python would wait for them
+    kill_children()  # otherwise Python would wait for them
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -48,10 +48,10 @@ def leave(code: int) -> None:
 
 
 def plain_keys(argument: str) -> str:
-    """An override whose value holds dictionaries, their keys without the quotes that JSON and Python put around them.
+    """Removes the quotes of JSON and Python around keys of dictionaries in the value of an override.
 
-    Hydra takes 'attention.layers={0-1: 1.0}' and refuses the same with "0-1". Keys may hold spaces and commas. One
-    dictionary of layers becomes a list of one, which takes the place of what stood there: Hydra would add to it.
+    Hydra accepts 'attention.layers={0-1: 1.0}' but not "0-1" with quotes. Keys may contain spaces and commas. A single
+    dictionary of layers becomes a list of one: a list replaces the default, while Hydra would merge dictionaries.
     """
     if not re.match(r"[+~]*[\w./@-]+=(\[\s*)?\{", argument):
         return argument
@@ -61,14 +61,14 @@ def plain_keys(argument: str) -> str:
 
 
 def _lost_a_rank(error: Exception) -> bool:
-    """Whether a collective failed since a process at the other end is gone."""
+    """Whether a collective failed because a process at the other end is gone."""
     return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
 def run_command(
     action: Callable[[Any], bool], name: str = "train", schema: type = TrainConfig, on_gpu: bool = False
 ) -> int:
-    """Runs `action` on what `conf/<name>.yaml` and the command line compose, as an instance of `schema`.
+    """Runs `action` with the configuration of `conf/<name>.yaml` and the command line, as an instance of `schema`.
 
     Args:
         on_gpu: whether settings that depend on the device are those for a GPU, also where there is none.
@@ -78,7 +78,7 @@ def run_command(
     """
     if not gc.isenabled():  # see no_gc.py
         gc.enable()
-        gc.freeze()  # what was imported stays: no collection has to look at it
+        gc.freeze()  # imported objects stay: collections need not examine them
     try:
         return Exit.DONE if _composed_and_run(action, name, schema, on_gpu) else Exit.FAILED
     except Stopped as stopped:
@@ -97,11 +97,11 @@ def run_command(
 
 def _composed_and_run(action: Callable[[Any], bool], name: str, schema: type, on_gpu: bool) -> bool:
     check_launcher()
-    # The deepspeed launcher appends --local_rank=N, which Hydra would refuse; the environment says the same.
+    # The deepspeed launcher appends --local_rank=N, which Hydra would refuse; the environment has the same number.
     sys.argv = [plain_keys(argument) for argument in sys.argv if not argument.startswith("--local_rank")]
     if {"-m", "--multirun"} & set(sys.argv):
         raise LRSAError("a sweep has a command of its own: python launch/sweep.py --multirun ...")
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, and leave as one sentence
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors are reported here, in one sentence
     register_resolver(on_gpu)
     register_checkout()
     register_schema(name, schema)
@@ -115,7 +115,7 @@ def _composed_and_run(action: Callable[[Any], bool], name: str, schema: type, on
             config = typed_with_plugins(composed, schema)
             check_fetched(config.model)
             succeeded = action(config)
-        except Exception as error:  # on its way through Hydra it would print the overrides on every rank
+        except Exception as error:  # Hydra would print the overrides on every rank
             failure = error
 
     try:

@@ -1,4 +1,4 @@
-"""Numbers that nobody has typed and that do not fit the others: lowered, and the user is told."""
+"""Defaults that do not fit the values that were typed: they are lowered, and the change is printed."""
 
 from collections.abc import Sequence
 
@@ -10,11 +10,11 @@ from lrsa_ds.settings.run import shortened_warmup
 
 
 def fit_defaults(composed: DictConfig, overrides: Sequence[str]) -> dict[str, str]:
-    """Lowers defaults of files in `conf/` where what was typed leaves no room for them.
+    """Lowers defaults of files in `conf/` that do not fit the values that were typed.
 
     Args:
         composed: a configuration of `launch/train.py`, changed in place.
-        overrides: what was typed. A value among it is never changed.
+        overrides: the command line. Values in it are never changed.
 
     Returns:
         A note for each key that was lowered.
@@ -23,7 +23,7 @@ def fit_defaults(composed: DictConfig, overrides: Sequence[str]) -> dict[str, st
     steps, warmup = composed.optim.num_steps, composed.optim.warmup_steps
     is_warmup_typed = _is_typed("optim.warmup_steps", overrides)
     if composed.optim.get("num_epochs") is not None:
-        # How many steps there are is known when the data are read.
+        # The number of steps is known only when the data are read.
         composed.optim.shorten_warmup |= not is_warmup_typed
     elif 0 < steps < warmup and not is_warmup_typed:
         composed.optim.warmup_steps = fewer = shortened_warmup(steps)
@@ -33,14 +33,14 @@ def fit_defaults(composed: DictConfig, overrides: Sequence[str]) -> dict[str, st
     several = composed.data.get("questions_per_context", 1) > 1
     sources = [composed.data, *(composed.data.get("sources") or ())]
     if several and not any(map(makes_contexts, sources)) and not _is_typed("data.questions_per_context", overrides):
-        composed.data.questions_per_context = 1  # that of a recipe, for contexts that nobody asks for here
+        composed.data.questions_per_context = 1  # a value of the recipe, for generated contexts only
     if not _is_typed("eval.num_examples", overrides) and not _is_typed("eval.allow_fewer", overrides):
-        composed.eval.allow_fewer = True  # how many rows there are is known when the data are read
+        composed.eval.allow_fewer = True  # the number of rows is known only when the data are read
     return notes
 
 
 def _is_typed(key: str, overrides: Sequence[str]) -> bool:
-    """Whether an override sets `key`, or a dictionary around it."""
+    """Whether an override sets `key`, or a dictionary that contains it."""
     for override in OverridesParser.create().parse_overrides(list(overrides)):
         if override.key_or_group == key:
             return True

@@ -1,4 +1,4 @@
-"""Imported before anything large: Ctrl-C ends a process that has not begun, without a traceback."""
+"""Imported before anything large: Ctrl-C during the imports ends the process without a traceback."""
 
 import signal
 

@@ -1,4 +1,4 @@
-"""All that is wrong with a command line, where Hydra raises the first of it."""
+"""Finds all mistakes of a command line; Hydra raises only the first one."""
 
 from collections.abc import Sequence
 
@@ -16,9 +16,9 @@ Found = LRSAError | HydraException | OmegaConfBaseException
 
 
 def every_mistake(error: Found, overrides: Sequence[str], name: str, schema: type) -> LRSAError:
-    """The sentence for `error`, which composing `overrides` gave, and those for the mistakes behind it.
+    """The error for `error`, which composing `overrides` raised, and for the mistakes after it.
 
-    Each time the argument that an error names is put right, or left out, and the rest is composed again.
+    Repeatedly, the argument that an error names is corrected or left out, and the rest is composed again.
     """
     sentences, keys, left = [hydra_sentence(error, schema)], [], list(overrides)
     while (wrong := _argument_of(error, left)) is not None:
@@ -48,7 +48,7 @@ def _first_mistake(overrides: list[str], name: str, schema: type) -> Found | Non
 
 
 def _argument_of(error: Found, overrides: list[str]) -> str | None:
-    """The argument that Hydra does not take; None where the error is about a file, or about values together."""
+    """The argument that Hydra refuses; None if the error is about a file, or about values that conflict."""
     if isinstance(error, (MissingConfigException, LRSAError)) and not isinstance(
         error.__cause__, OmegaConfBaseException
     ):

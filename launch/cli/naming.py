@@ -1,4 +1,4 @@
-"""Names of runs in a configuration, so that runs which compare two settings have two names.
+"""Names of runs in a configuration, chosen so that runs that compare settings have different names.
 
 `${run_name:BASE}` is BASE, attention and length, such as "qa_smollm2-lrsa-0.125-8192"; without BASE it begins with the
 model's name. `${evaluation_name:}` is "evaluate" and the model's name.
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from omegaconf import Container, ListConfig, OmegaConf
 
-# Parts of a path that tell no model from another: what a run exports, and the time of a run.
+# Parts of a path that do not identify a model: the directory of an export, and the time of a run.
 ALIKE = re.compile(r"model|best|[\d_-]+")
 
 
@@ -23,12 +23,12 @@ def evaluation_name(*, _root_: Container) -> str:
 
 
 def _value(root: Container, key: str):
-    # A key that is missing or wrong gets an error of its own later, which says more.
+    # A missing or wrong key is reported later, with a better message.
     return OmegaConf.select(root, key, throw_on_missing=False)
 
 
 def _model(root: Container) -> str:
-    """The last part of the model's name that tells it from others, or the type of a random one."""
+    """The last part of the model's name that identifies it, or the type of a random model."""
     parts = Path(str(_value(root, "model.name") or _value(root, "model.random.model_type") or "model")).parts
     return next((part for part in reversed(parts) if not ALIKE.fullmatch(part) and part != "/"), "model")
 

@@ -1,7 +1,7 @@
-"""Imported before anything large: no garbage collections until `launch.cli.command` switches them on again.
+"""Imported before anything large: disables garbage collection until `launch.cli.command` enables it again.
 
-The imports of a run make hundreds of thousands of objects, which all stay: to look for garbage among them, again and
-again, takes a third of their time.
+The imports of a run create hundreds of thousands of objects that are never freed; collections that examine them
+repeatedly take a third of the import time.
 """
 
 import gc

@@ -1,4 +1,4 @@
-"""Modules of the user's own that extend lrsa_ds: imported before the settings that may name what they register."""
+"""The user's modules that extend lrsa_ds: imported before the settings that may name what they register."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ def typed_with_plugins(composed: DictConfig, schema: type) -> Any:
     """`typed_config`, after the modules of the key `plugins` have been imported.
 
     Raises:
-        LRSAError: a plugin cannot be imported, or what `typed_config` raises.
+        LRSAError: a plugin cannot be imported, or `typed_config` raises it.
     """
     for name in composed.plugins:
         import_code(f"plugins: {name!r}", name)

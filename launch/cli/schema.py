@@ -1,4 +1,4 @@
-"""What Hydra knows of a configuration while it composes one: every key, its type, and which keys are dictionaries."""
+"""The schema that Hydra composes with: all keys, their types, and which of them are dictionaries."""
 
 from dataclasses import fields, is_dataclass
 
@@ -7,17 +7,17 @@ from omegaconf import DictConfig, OmegaConf
 
 
 def register_schema(name: str, schema: type) -> None:
-    """Makes the dataclass `schema` known to Hydra as `<name>_schema`, with which `conf/<name>.yaml` begins."""
+    """Registers the dataclass `schema` with Hydra as `<name>_schema`, the first entry of `conf/<name>.yaml`."""
     node = OmegaConf.structured(schema)
     _open_dictionaries(node, schema)
     ConfigStore.instance().store(name=f"{name}_schema", node=node)
 
 
 def _open_dictionaries(node: DictConfig, schema: type) -> None:
-    """Lets the dictionaries among the fields take keys of the user's own; a field of a dataclass stays checked.
+    """Allows the user's own keys in fields that are dictionaries; fields that are dataclasses stay checked.
 
-    Hydra would refuse `data.columns.context=passage` as a misspelt key. A field that is a dictionary has to default to
-    an empty one: OmegaConf cannot merge into None.
+    Otherwise Hydra would refuse `data.columns.context=passage` as a misspelt key. Such a field must have an empty
+    dictionary as its default: OmegaConf cannot merge into None.
     """
     for field in fields(schema):
         if isinstance(field.type, type) and is_dataclass(field.type):

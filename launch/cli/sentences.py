@@ -1,4 +1,4 @@
-"""What Hydra raises, as one sentence that names the key and the valid values."""
+"""Hydra's errors as one sentence that names the key and the valid values."""
 
 import re
 import shlex
@@ -27,7 +27,7 @@ def hydra_sentence(error: Exception, schema: type = TrainConfig) -> str:
 
 
 def _unreadable(typed: str) -> str:
-    """What is wrong with an argument that Hydra's grammar does not know, and how it is written."""
+    """What is wrong with an argument that Hydra's grammar does not accept, and how to write it."""
     key, equals, value = typed.partition("=")
     if not equals:
         return f"{typed} is no setting: write KEY=VALUE, such as {typed.lstrip('+')}=1."
@@ -45,6 +45,6 @@ def _unreadable(typed: str) -> str:
 
 
 def quoted(value: object) -> str:
-    """A value as Hydra reads it back, whatever characters it has."""
-    # A backslash stands for itself, except before a quote and at the end.
+    """A value in the form that Hydra parses back to the same value, for any characters."""
+    # A backslash is literal, except before a quote and at the end.
     return "'" + re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + found[2].replace("'", r"\'"), str(value)) + "'"
