@@ -131,8 +131,9 @@ class LagKVLayer(DynamicLayer):
         return 0 if self.keys is None else self.keys.shape[2]
 
     def reset(self) -> None:
-        super().reset()
-        self.row_lengths = None
+        # Not by the base class, which in some versions of transformers keeps the entries and sets them to 0.
+        self.keys = self.values = self.row_lengths = None
+        self.is_initialized, self.cumulative_length = False, 0
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         super().reorder_cache(cast(Any, beam_idx))
