@@ -1,7 +1,8 @@
 """RULER (arXiv 2404.06654): the folders that its scripts fill, `TASK/validation.jsonl`, as they are.
 
-A row has `input`, `outputs` and `answer_prefix`; rows of earlier versions have the prefix at the end of `input`. A
-folder above the task that is named by a number, as RULER names it, is the length that its prompts were made for.
+A row has `input`, `outputs` and `answer_prefix`; rows of earlier versions have the prefix at the end of `input`. Rows
+as NVIDIA kvpress publishes RULER have `context`, `question`, `answer_prefix`, `answer`, `task` and `max_new_tokens`. A
+folder above the task that is named by a number, as both name it, is the length that its prompts were made for.
 
 Limits of the answers and metrics are those of github.com/NVIDIA/RULER, commit c3f5e3b (scripts/data/synthetic and
 scripts/eval/synthetic, constants.py).
@@ -44,15 +45,16 @@ def read(path: str) -> Iterator[Case]:
 
 
 def _case(row: Row) -> Case:
-    task, place = row.task, row.place
+    from_kvpress = "context" in row.content
+    task, place = text_of(row.content, "task", row.place) if from_kvpress else row.task, row.place
     family = FAMILIES.get(task.split("_")[0])
     if family is None:
         raise LRSAError(
-            f"{place}: RULER has no task {task!r}, whose name is that of the folder or file: it begins with one of "
-            f"{', '.join(FAMILIES)}."
+            f"{place}: RULER has no task {task!r}, whose name is that of the folder or file, or the column task: it "
+            f"begins with one of {', '.join(FAMILIES)}."
         )
-    answers = texts_of(row.content, "outputs", place)
-    prompt, prefix = _prompt(row, family)
+    answers = texts_of(row.content, "answer" if from_kvpress else "outputs", place)
+    prompt, prefix = (_split_prompt if from_kvpress else _prompt)(row, family)
     all_of_them = family.metric == "string_match_all"
     return Case(
         task=task,
@@ -60,7 +62,7 @@ def _case(row: Row) -> Case:
         answers=answers,
         expected=", ".join(answers) if all_of_them else answers[0],
         metric=family.metric,
-        max_new_tokens=family.max_new_tokens,
+        max_new_tokens=_max_new_tokens(row) if from_kvpress else family.max_new_tokens,
         answer_prefix=prefix,
         length=_length(row),
     )
@@ -73,6 +75,21 @@ def _prompt(row: Row, family: Family) -> tuple[str, str]:
         return asked, text_of(row.content, "answer_prefix", row.place)
     place = asked.rfind(family.prefix_start)
     return (asked, "") if place < 0 else (asked[:place], asked[place:])
+
+
+def _split_prompt(row: Row, family: Family) -> tuple[str, str]:
+    """The same of a row of kvpress, which has it in parts."""
+    context, question, prefix = (
+        text_of(row.content, key, row.place) for key in ("context", "question", "answer_prefix")
+    )
+    return context + question, prefix
+
+
+def _max_new_tokens(row: Row) -> int:
+    limit = row.content.get("max_new_tokens")
+    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+        raise LRSAError(f"{row.place}: max_new_tokens is missing or no whole number of at least 1.")
+    return limit
 
 
 def _length(row: Row) -> int | None:

@@ -3,6 +3,8 @@
 import json
 from dataclasses import replace
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from lrsa_ds.data.tokenizer import byte_tokenizer
@@ -99,6 +101,32 @@ def test_rows_of_earlier_versions_of_ruler_hold_the_prefix_in_their_input(tmp_pa
     assert sample.max_new_tokens == 120
 
 
+KVPRESS = {
+    "context": "A special magic number is hidden within the following text.\nOne grey day. ",
+    "question": "What is the special magic number for apple mentioned in the provided text? ",
+    "answer_prefix": "The special magic number for apple mentioned in the provided text is",
+    "answer": ["1234567"],
+    "task": "niah_multikey_3",
+    "max_new_tokens": 120,
+}
+
+
+def test_ruler_as_kvpress_publishes_it(tmp_path):
+    """A Parquet file for each length, whose rows name their tasks."""
+    rows = [KVPRESS, KVPRESS | {"task": "qa_1", "max_new_tokens": 32, "answer": ["a", "b"]}]
+    for length in (4096, 8192):
+        (tmp_path / str(length)).mkdir()
+        table = pyarrow.Table.from_pylist(rows)
+        pyarrow.parquet.write_table(table, tmp_path / str(length) / "test-00000-of-00001.parquet")
+    samples = make_samples(tasks=["ruler"], ruler=str(tmp_path), lengths=[4096])
+    assert samples.items() == [("ruler/niah_multikey_3", 4096, 0), ("ruler/qa_1", 4096, 0)]
+    needle, question = (samples.sample(*item) for item in samples.items())
+    turn = f"<|im_start|>user\n{KVPRESS['context']}{KVPRESS['question']}<|im_end|>\n<|im_start|>assistant\n"
+    assert prompt_of(needle) == turn + KVPRESS["answer_prefix"]
+    assert (needle.max_new_tokens, needle.metrics) == (120, ("string_match_all",))
+    assert (question.max_new_tokens, question.metrics) == (32, ("string_match_part",))
+
+
 def test_reasoning_is_closed_before_an_answer_that_has_a_beginning(tmp_path):
     path = write_rows(tmp_path / "qa_1.jsonl", QUESTION)
     tokenizer = byte_tokenizer()
@@ -146,6 +174,11 @@ def test_ruler_from_its_folder_to_the_table(ruler):
         ("vt.jsonl", {"input": "q"}, "line 1: outputs has to be a list of texts"),
         ("vt.jsonl", {"input": "q", "outputs": "a"}, "line 1: outputs has to be a list of texts"),
         ("vt.jsonl", {"input": "q", "outputs": ["a"], "answer_prefix": 3}, "line 1: answer_prefix is .*not text"),
+        ("x.jsonl", KVPRESS | {"task": "riddle"}, "line 1: RULER has no task 'riddle'.* the column task"),
+        ("x.jsonl", KVPRESS | {"task": None}, "line 1: task is missing"),
+        ("x.jsonl", KVPRESS | {"question": None}, "line 1: question is missing"),
+        ("x.jsonl", KVPRESS | {"max_new_tokens": "9"}, "line 1: max_new_tokens is missing or no whole number"),
+        ("x.jsonl", KVPRESS | {"answer": None}, "line 1: answer has to be a list of texts"),
         ("vt.jsonl", ["q"], "row 1: a row has to be an object"),
         ("4096/data/vt/validation.jsonl", QUESTION, r"lengths=\[600\] are none of those of ruler=.*lengths=\[4096\]"),
         ("pred/vt.jsonl", QUESTION, "holds no tasks, only files below pred"),
