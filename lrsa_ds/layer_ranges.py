@@ -10,17 +10,17 @@ from lrsa_ds.layer_settings import Layers, ModelLayers
 from lrsa_ds.lrsa_config import LRSAConfig, require_retention
 
 KEY = "attention.layers"
-REST = "rest"  # the key that stands for all layers that no other names
-SETTINGS = ("retention", "sink_size", "lag_size", "selection", "value_weight")  # what a layer may have of its own
+REST = "rest"  # the key for all layers that no other key names
+SETTINGS = ("retention", "sink_size", "lag_size", "selection", "value_weight")  # settings that may differ by layer
 
 
 @dataclass(frozen=True)
 class WrittenLayers:
-    """What is written about the layers of a model.
+    """Settings of layers as they were written, by ranges.
 
     Args:
         ranges: first layer, last layer (None: the model's last one) and value of each range, in order.
-        rest: the value of all layers that no range names; empty where every layer has to be named.
+        rest: the value of all layers that no range names; empty if every layer must be named.
     """
 
     ranges: list[tuple[int, int | None, Any]]
@@ -29,7 +29,7 @@ class WrittenLayers:
 
     @property
     def values(self) -> list[Any]:
-        """Each value that is written."""
+        """All values that were written."""
         return [value for *_, value in self.ranges] + self.rest
 
     def of_each(self, layers: Layers) -> list[Any]:
@@ -65,12 +65,12 @@ class WrittenLayers:
 
 
 def read_layers(layers: Mapping[Any, Any], key: str = KEY) -> WrittenLayers:
-    """What a mapping says of the layers of a model.
+    """Reads a mapping from layers to settings.
 
     Args:
         layers: its keys are a layer (5), a range ("0-1", "2-": up to the last one), several of these with spaces or
             commas between them ("3 7 9-11"), or "rest" for all others. Its values are a retention, a mapping of
-            settings such as {"retention": 0.0, "lag_size": 128}, an `LRSAConfig`, or None for what all others have.
+            settings such as {"retention": 0.0, "lag_size": 128}, an `LRSAConfig`, or None for the settings of the run.
         key: the setting, for errors.
 
     Raises:
@@ -96,7 +96,7 @@ def read_layers(layers: Mapping[Any, Any], key: str = KEY) -> WrittenLayers:
 
 
 def mappings(key: str, layers: Any) -> list[Any]:
-    """The mappings that a setting holds, which is one, a list of them, or nothing.
+    """The mappings in a setting: one, a list of them, or none.
 
     Raises:
         LRSAError: it is something else.
@@ -144,7 +144,7 @@ def _keys(layers: Mapping[Any, Any]) -> str:
 
 
 def written_layers(layers: Iterable[int]) -> str:
-    """Layers as a key names them, such as "3 7 9-11"."""
+    """Layers in the form of a key, such as "3 7 9-11"."""
     runs: list[list[int]] = []
     for layer in sorted(layers):
         if runs and layer == runs[-1][-1] + 1:

@@ -1,4 +1,4 @@
-"""What the settings of one layer have in common, whatever its kind, and which layers of a model LRSA takes."""
+"""The interface of the settings of one layer of any kind, and the layers of a model that LRSA replaces."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from typing import ClassVar
 
 
 class LayerSettings(ABC):
-    """All that the attention of a layer needs to know: `LRSAConfig`, or what a layer of another kind has.
+    """All settings of the attention of a layer: `LRSAConfig`, or those of a layer of another kind.
 
     Attributes:
         kind: its name in the table of kinds, see `lrsa_ds.attention.kinds`.
@@ -25,11 +25,11 @@ class LayerSettings(ABC):
 
     @abstractmethod
     def most_held(self, max_tokens: int) -> int:
-        """Most entries that a token of a document of at most `max_tokens` attends to, its own among them."""
+        """Maximum number of entries, including its own, that a token attends to in a document of `max_tokens`."""
 
     @abstractmethod
     def room_in_chunk(self, num_tokens: int) -> int:
-        """Tokens that may follow `num_tokens` before what was seen of them is compressed."""
+        """Tokens that may follow `num_tokens` before the next compression."""
 
     @abstractmethod
     def said(self) -> str:

@@ -15,12 +15,12 @@ from lrsa_ds.layer_ranges import read_layers, written_layers
 from lrsa_ds.layer_settings import Layers, LayerSettings, ModelLayers
 from lrsa_ds.lrsa_config import LRSAConfig
 
-TURNS = "turns"  # in what a saved model remembers: all settings that it was trained with
+TURNS = "turns"  # key in the settings of a saved model: all settings that it was trained with
 
 
 @dataclass(frozen=True)
 class LayeredConfig:
-    """One `LRSAConfig` for each layer of a model; it can stand where one for all layers can."""
+    """One `LRSAConfig` for each layer of a model; usable like one for all layers."""
 
     layers: tuple[LRSAConfig, ...]
 
@@ -51,23 +51,23 @@ class LayeredConfig:
 
     @property
     def dense_prefix_size(self) -> int:
-        """The tokens of a document before any layer drops something."""
+        """Tokens of a document before any layer drops any."""
         return min(config.dense_prefix_size for config in self._compressing)
 
     @property
     def sink_size(self) -> int:
-        """The largest of the layers that drop something."""
+        """The largest value among layers that are not dense."""
         return max(config.sink_size for config in self._compressing)
 
     @property
     def lag_size(self) -> int:
-        """The smallest of the layers that drop something."""
+        """The smallest value among layers that are not dense."""
         return min(config.lag_size for config in self._compressing)
 
     def at_retention(self, retention: float) -> "OfLRSA":
-        """The same at another retention: dense layers stay dense, all others have it; 1.0 is dense attention.
+        """These settings with another retention, except in dense layers; 1.0 is dense attention.
 
-        At its own mean share kept it is itself.
+        At its own mean share kept it returns itself.
         """
         if retention == self.share_kept:
             return self
@@ -161,31 +161,31 @@ def in_model(config: AnyConfig, model: Layers) -> AnyConfig:
 
 
 def uniform(configs: Sequence[LRSAConfig]) -> OfLRSA:
-    """One configuration for all layers where they are alike, or else each layer's own."""
+    """One configuration for all layers if they are equal, else one for each layer."""
     return configs[0] if len(set(configs)) == 1 else LayeredConfig(tuple(configs))
 
 
 def from_saved(settings: Mapping[str, Any]) -> OfLRSA:
-    """What `saved` of either kind has written; a model of the first release has one configuration for all layers."""
+    """Reads the output of `saved` of either kind; models of the first release have one configuration for all layers."""
     if "layers" not in settings:
         return LRSAConfig(**{name: value for name, value in settings.items() if name != TURNS})
     return uniform([LRSAConfig(**layer) for layer in settings["layers"]])
 
 
 def saved_turns(configs: Sequence[AnyConfig]) -> dict[str, Any]:
-    """What a model remembers that was trained with these settings in turn: the smallest cache, and all of them."""
+    """The settings to save in a model that was trained with these in turn: those of the smallest cache, and all."""
     turns = list(dict.fromkeys(configs))
     smallest = smallest_of(turns).saved()
     return smallest if len(turns) == 1 else smallest | {TURNS: [config.saved() for config in turns]}
 
 
 def trained_turns(settings: Mapping[str, Any]) -> list[OfLRSA]:
-    """All settings that a model was trained with, from what it remembers, in the order in which they were taken."""
+    """All settings that a model was trained with, from its saved settings, in the order of their use."""
     return [from_saved(turn) for turn in settings.get(TURNS, [settings])]
 
 
 def largest_first(configs: Iterable[AnyConfig]) -> list[AnyConfig]:
-    """In the order of what their caches hold of a long document."""
+    """Sorted by the size of their caches after a long document."""
     return sorted(configs, key=lambda config: (-config.share_kept, -config.lag_size))
 
 
@@ -197,8 +197,8 @@ def resolve(config: AnyConfig, layers: Mapping[Any, Any] | None, model: Layers) 
     """The settings of each of the model's layers.
 
     Args:
-        config: where `layers` says nothing else.
-        layers: from layers to what they have instead; see `read_layers`.
+        config: settings of layers that `layers` does not change.
+        layers: layers mapped to other settings; see `read_layers`.
 
     Raises:
         LRSAError: `layers` is not valid, or not for such a model.

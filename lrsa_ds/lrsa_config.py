@@ -1,4 +1,4 @@
-"""`LRSAConfig`: all that LRSA attention needs to know."""
+"""`LRSAConfig`: all settings of LRSA attention."""
 
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
@@ -7,7 +7,7 @@ from lrsa_ds.errors import require, require_one_of, require_whole
 from lrsa_ds.layer_settings import UNLIMITED, LayerSettings
 from lrsa_ds.registry import KERNELS, SELECTION_RULES
 
-AUTO = "auto"  # of the kernels the fastest that is possible
+AUTO = "auto"  # the fastest kernel that can run
 
 
 def require_retention(key: str, value: Any) -> None:
@@ -29,20 +29,20 @@ def require_weight(key: str, value: Any) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class LRSAConfig(LayerSettings):
-    """What Lag-Relative Sparse Attention needs to know (LagKV, arXiv 2504.04704, section 3).
+    """Settings of Lag-Relative Sparse Attention (LagKV, arXiv 2504.04704, section 3).
 
     Args:
         sink_size: tokens at the start of a document that stay visible to all of it (S).
         lag_size: tokens of a partition, and of the lag reference that scores it (L).
-        retention: share of each partition that is kept; 1.0 is dense attention, 0.0 keeps nothing but sink and window.
-        selection: the rule that chooses what is kept (see `lrsa_ds.attention.selection`).
+        retention: share of each partition that is kept; 1.0 is dense attention, 0.0 keeps only sink and window.
+        selection: the rule that selects the kept KV (see `lrsa_ds.attention.selection`).
         value_weight: weight of the values' score beside that of the keys, at least 0 (`score_v_ratio` in the authors'
             code), for rules that score both.
         backend: "chunked" (readable, any device), "flex" (FlexAttention, CUDA), "fa4" (flash-attn-4, Hopper) or "auto",
             which is the fastest that the device, the dtype and the head dim allow.
 
     Raises:
-        LRSAError: a value out of its range, or a retention so small that nothing of a partition is kept.
+        LRSAError: a value is out of range, or the retention is so small that no token of a partition is kept.
     """
 
     kind: ClassVar[str] = "lrsa"
@@ -81,10 +81,10 @@ class LRSAConfig(LayerSettings):
 
     @property
     def dense_prefix_size(self) -> int:
-        """S + 2L: the first tokens of a document, which attend to all before them, with a cache that holds them all.
+        """S + 2L: the number of tokens at the start of a document for which attention is dense and the cache complete.
 
-        A document of no more tokens is trained on as under dense attention, and its cache is compressed only once all
-        of these tokens were seen.
+        Documents with at most this many tokens are trained on as with dense attention. The cache is first compressed
+        after this many tokens.
         """
         return self.sink_size + 2 * self.lag_size
 
@@ -128,7 +128,7 @@ class LRSAConfig(LayerSettings):
 
     @property
     def layers(self) -> "tuple[LRSAConfig, ...]":
-        """The settings of all layers alike; see `LayeredConfig`, which has those of each."""
+        """These settings, as those of every layer; see `LayeredConfig` for layers that differ."""
         return (self,)
 
     def at_layer(self, index: int) -> "LRSAConfig":
@@ -138,9 +138,9 @@ class LRSAConfig(LayerSettings):
         return replace(self, retention=retention)
 
     def saved(self) -> dict[str, Any]:
-        """The settings as a saved model remembers them: `LRSAConfig(**saved)` is this one.
+        """The settings to save in a model: `LRSAConfig(**saved)` equals this one.
 
-        Settings that the first release did not have stand there only where they differ from what it did.
+        Settings that the first release did not have are included only if they differ from its behaviour.
         """
         added = {"selection": "lagkv", "value_weight": 1.0}
         return {key: value for key, value in asdict(self).items() if key not in added or value != added[key]}

@@ -1,6 +1,6 @@
 """Tables of what a setting may name: selection rules, attention kernels, exchanges; and of the kinds of layers.
 
-The tables stand here, below the settings that are checked against them and the code that fills them.
+The tables are defined here, since both the settings checked against them and the code that fills them import them.
 """
 
 from collections.abc import Iterator

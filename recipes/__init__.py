@@ -1,4 +1,4 @@
-"""Procedures: how documents and questions become tokens and labels. `procedure` names one of them, or one of yours."""
+"""Procedures: they convert documents and questions to tokens and labels. `procedure` names one, or your own."""
 
 from typing import cast
 
@@ -10,10 +10,10 @@ PROCEDURES = {"qa": "recipes.qa"}
 
 
 def load_procedure(name: str) -> Procedure:
-    """The procedure of a run; see `lrsa_ds.data.procedure` for what it has to have.
+    """The procedure of a run; see `lrsa_ds.data.procedure` for the interface.
 
     Args:
-        name: one of `PROCEDURES`, or what `import_code` takes.
+        name: one of `PROCEDURES`, or a name for `import_code`.
 
     Raises:
         LRSAError: there is no such module or file, it cannot be imported, or it has no function `prepare`.

@@ -14,7 +14,7 @@ from recipes.longeval import to_sample
 
 @dataclass(frozen=True)
 class Entry:
-    """A row in one of the canonical shapes, what counts as right, and how it is scored."""
+    """A row in one of the canonical shapes, its right answers, and its metrics."""
 
     row: dict[str, Any]
     answers: list[str]
@@ -30,7 +30,7 @@ class FileSamples:
         self.entries = entries
 
     def sample(self, task: str, length: int, index: int) -> Sample:
-        """A prompt of at most `length` tokens with its answer; of too long a context the middle is taken out."""
+        """A prompt of at most `length` tokens including its answer; a context that is too long loses its middle."""
         entry = self.entries[task][index]
         encoder = Encoder(self.tokenizer, length, self.chat_template)
         identity = dict(task=task, index=index, length=length)

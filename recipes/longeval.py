@@ -1,8 +1,8 @@
-"""The tasks of the evaluation under a compressed cache: what is asked about a long text, and how answers are scored.
+"""The tasks of the evaluation under a compressed cache: questions about a long text, and their metrics.
 
 Needles, variable tracking and common words follow the definitions of RULER (arXiv 2404.06654), the 64-digit passkey
-that of LagKV (arXiv 2504.04704); the sentences are our own, and the text around them is real. So scores compare within
-one evaluation, not with published tables. Sample i of a task and length is a function of the seed alone.
+that of LagKV (arXiv 2504.04704); the sentences are our own, and the text around them is real. So scores are comparable
+within one evaluation, not with published tables. Sample i of a task and length is a function of the seed alone.
 """
 
 import random
@@ -20,20 +20,20 @@ from lrsa_ds.errors import LRSAError
 from lrsa_ds.evaluate.evaluator import Sample
 
 MARGIN = 16  # tokens by which joined texts may differ from the sum of their parts
-ANSWER_MARGIN = 16  # tokens an answer may take beyond its own: white space, a full stop, the end of the turn
+ANSWER_MARGIN = 16  # extra tokens for an answer: white space, a full stop, the end of the turn
 PASSKEY_DIGITS = 64
-NUM_KEYS = 4  # needles of which one is asked for
+NUM_KEYS = 4  # number of needles; the question is about one of them
 NUM_HOPS = 4  # assignments after the first in a chain of variables
 NUM_COMMON = 10
-# How often a common and any other word stands in the list (RULER), where the length has room for it.
+# Occurrences of a common and of any other word in the list (RULER), if the length has room for them.
 COMMON_TIMES, OTHER_TIMES = 30, 3
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked, all that has to be answered, and the facts that answer it, each with its depth.
+    """A question, all parts of its answer, and the facts that give the answer, each with its depth.
 
-    `context(room)` makes another context than the haystack with the facts.
+    `context(room)` makes the context instead of the haystack with the facts.
     """
 
     question: str
@@ -44,7 +44,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Task:
-    """`ask(depth, haystack, rng)` draws a question; of the metrics the first one leads."""
+    """`ask(depth, haystack, rng)` draws a question; the first metric is the main one."""
 
     ask: Callable[[float, Haystack, random.Random], Question]
     metrics: tuple[str, ...]
@@ -90,7 +90,7 @@ def ask_common_words(depth: float, haystack: Haystack, rng: random.Random) -> Qu
 
     def numbered_list(room: int) -> str:
         num_entries = room // max(haystack.count([f" 10000. {word}" for word in words]))
-        # As often as in RULER, or less where half of the list would not hold it.
+        # As often as in RULER, or less often if half of the list has no room for it.
         common_times = max(2, min(COMMON_TIMES, num_entries // (2 * NUM_COMMON)))
         other_times = max(1, common_times * OTHER_TIMES // COMMON_TIMES)
         num_others = max(0, num_entries - NUM_COMMON * common_times) // other_times
@@ -112,7 +112,7 @@ GENERATED: dict[str, Task] = {
 
 
 class GeneratedSamples:
-    """Samples of the tasks that are made up here, for one tokenizer and seed."""
+    """Samples of the generated tasks, for one tokenizer and seed."""
 
     def __init__(self, tokenizer: Tokenizer, seed: int, num_depths: int, chat_template: bool = True):
         self.tokenizer = tokenizer
@@ -123,7 +123,7 @@ class GeneratedSamples:
         self.signatures = lru_cache(self._signatures)
 
     def sample(self, task: str, length: int, index: int) -> Sample:
-        """A prompt that with its answer takes at most `length` tokens.
+        """A prompt with at most `length` tokens including its answer.
 
         Raises:
             LRSAError: `length` is too short for this task.
@@ -174,7 +174,7 @@ class GeneratedSamples:
 
 
 def to_sample(encoder: Encoder, row: dict, answers: list[str], metrics: tuple[str, ...], **identity) -> Sample:
-    """The prompt of a row: what inference gets before its last answer. Too long a context is cut."""
+    """The prompt of a row: the input before its last answer. A context that is too long is cut."""
     prompt = encoder.prompt(row)
     return Sample(
         prompt_ids=tuple(prompt.ids), answers=tuple(answers), metrics=metrics,

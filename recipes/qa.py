@@ -1,7 +1,7 @@
-"""Questions over long documents: how rows become tokens and labels, and which of them are trained on.
+"""Questions over long documents: conversion of rows to tokens and labels.
 
-The loss is on what the assistant says (the answer, the completion, the assistant's messages) and on the token that
-ends its turn; of plain text, on every token.
+The loss is on the output of the assistant (the answer, the completion, the assistant's messages) and on the token that
+ends its turn; in plain text, on every token.
 """
 
 from collections.abc import Iterable, Iterator
@@ -18,18 +18,18 @@ from lrsa_ds.data.shapes import ToRow, uncut_length
 from lrsa_ds.data.tokenizer import Tokenizer
 from lrsa_ds.errors import LRSAError
 
-# More than a chat template needs for itself, in tokens.
+# Upper bound for the tokens of a chat template itself.
 FRAME_TOKENS = 1024
 
 
 def prepare(config: TrainConfig, tokenizer: Tokenizer, to_row: ToRow | None = None) -> "QAData":
-    """The data of a run, read and checked as far as that is possible before training; needs no process group.
+    """The data of a run, read and checked as far as possible before training; needs no process group.
 
     Args:
-        to_row: brings a row, as the file or the data set holds it, into one of the known shapes.
+        to_row: converts a row, as the file or the data set holds it, to one of the known shapes.
 
     Raises:
-        LRSAError: nothing to read, a row that cannot be used, or a `seq_len` that is too short for it.
+        LRSAError: there is nothing to read, a row cannot be used, or `seq_len` is too short for it.
     """
     data = QAData(config, tokenizer, to_row)
     data.check()
@@ -39,12 +39,12 @@ def prepare(config: TrainConfig, tokenizer: Tokenizer, to_row: ToRow | None = No
 def encode(row: dict[str, Any], tokenizer: Tokenizer, seq_len: int, chat_template: bool = True) -> list[Example]:
     """One row (see `lrsa_ds.data.shapes`) as examples of at most `seq_len` tokens; index 0.
 
-    A `text` row gives its consecutive pieces, and a conversation one example more for every turn that generation sees
-    otherwise than it stands in the history. What is too long loses tokens from the middle of the context, or of the
-    longest message or prompt; never from the question or the answer.
+    A `text` row is split into consecutive pieces. A conversation has one more example for every turn that is rendered
+    differently in generation than in the history. A row that is too long loses tokens from the middle of the context,
+    or of the longest message or prompt; never from the question or the answer.
 
     Raises:
-        LRSAError: a row of no known shape, refused by the chat template, or too long even without its context.
+        LRSAError: the row has no known shape, the chat template refuses it, or it is too long even without its context.
     """
     return Encoder(tokenizer, seq_len, chat_template).examples(row)
 
@@ -54,9 +54,9 @@ class QAData:
 
     Attributes:
         pad_id: the token of padding.
-        num_rows: training rows of an epoch, or None if that is not known.
-        num_bad_rows: those among them of which it is known that they cannot be used.
-        num_too_long_rows: rows that are left out of all contexts since none holds them.
+        num_rows: training rows of an epoch; None if unknown.
+        num_bad_rows: how many of them are known to be unusable.
+        num_too_long_rows: rows left out of all contexts because they fit none.
     """
 
     def __init__(self, config: TrainConfig, tokenizer: Tokenizer, to_row: ToRow | None = None):
@@ -80,12 +80,12 @@ class QAData:
         return self.rows.num_too_long
 
     def row_order(self, epoch: int) -> Iterable[int] | None:
-        """The numbers of the rows in the order of the epoch, where the rows are the same in each."""
+        """The numbers of the rows in the order of the epoch, if every epoch has the same rows."""
         order = self.rows.order(epoch)
         return None if order is None else order.tolist()
 
     def examples_of_rows(self, epoch: int, first: int = 0) -> Iterator[list[Example]]:
-        """The examples of every training row, in the order of the epoch, from row `first` on: as on every rank."""
+        """The examples of every training row, in the order of the epoch, from row `first` on; the same on all ranks."""
         for row in self.rows.epoch(epoch, first):
             yield self._examples(row)
 
@@ -94,7 +94,7 @@ class QAData:
         return {place: self._examples(row) for place, row in self.rows.at(epoch, rows).items()}
 
     def _examples(self, row: Row) -> list[Example]:
-        """The examples of a row; none, with the reason, where it is to be left out."""
+        """The examples of a row; a row that is left out has none, and a reason."""
         try:
             if isinstance(row.content, LRSAError):
                 raise row.content
@@ -114,16 +114,16 @@ class QAData:
         return LeftOut(str(error))
 
     def fingerprint(self) -> str:
-        """What the training rows are, so that a run that resumes notices when they have changed."""
+        """Identifies the training rows, so that a resumed run notices changes."""
         return self.rows.fingerprint()
 
     def validation_examples(self) -> list[Example]:
-        """What answers are scored on: `eval.num_examples` rows or questions, or as many contexts of each task."""
+        """The examples for scoring: `eval.num_examples` rows or questions, or that many contexts of each task."""
         return [example for row in self.rows.validation() for example in self._examples(row)]
 
     def check(self) -> None:
-        """Encodes the validation rows of a user's data, those that are most likely too long, and the first to train."""
-        # What is made fits, and takes time to make.
+        """Encodes the validation rows of the data, the rows most likely too long, and the first training row."""
+        # Generated contexts fit, and take time to generate.
         num_usable = sum(1 if callable(row.content) else len(self._examples(row)) for row in self.rows.validation())
         if num_usable == 0:
             raise LRSAError("no validation row can be used: see data.on_bad_row, data.too_long and seq_len.")

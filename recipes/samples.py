@@ -53,7 +53,7 @@ class Samples:
         return self._sources[task, length].sample(task, length, index)
 
     def check(self) -> None:
-        """Makes a sample of every task and length, so that a length that is too short is said at once."""
+        """Makes a sample of every task and length, so that a length that is too short is reported at once."""
         self.benchmarks.check()
         for task, length in self.counts.keys() - self.benchmarks.cases.keys():
             self.sample(task, length, 0)

@@ -1,6 +1,6 @@
-"""How an answer is scored: one function for each metric, from 0 to 1, the best over all right answers.
+"""Metrics of answers: one function each, with scores from 0 to 1, the best over all right answers.
 
-Benchmarks of others bring their own metrics.
+Published benchmarks have their own metrics.
 """
 
 import string
@@ -15,23 +15,23 @@ Metric = Callable[[str, Sequence[str]], float]
 
 
 def exact(prediction: str, answers: Sequence[str]) -> float:
-    """Whether the prediction is an answer, apart from case, punctuation, articles and white space (SQuAD's measure)."""
+    """Whether the prediction is an answer, ignoring case, punctuation, articles and spaces (SQuAD's exact match)."""
     return float(any(_normal(prediction) == _normal(answer) for answer in answers))
 
 
 def f1(prediction: str, answers: Sequence[str]) -> float:
-    """Harmonic mean of precision and recall of the normalised words (SQuAD's measure)."""
+    """Harmonic mean of precision and recall of the normalised words (SQuAD's F1)."""
     return max(_overlap(_normal(prediction).split(), _normal(answer).split()) for answer in answers)
 
 
 def recall(prediction: str, answers: Sequence[str]) -> float:
-    """Share of the answers that stand in the prediction, in any case (as RULER scores retrieval)."""
+    """Share of the answers that the prediction contains, ignoring case (as RULER scores retrieval)."""
     found = prediction.lower()
     return sum(answer.lower() in found for answer in answers) / len(answers)
 
 
 def partial(prediction: str, answers: Sequence[str]) -> float:
-    """Length of the longest part of an answer that stands in the prediction, over the length of the answer."""
+    """Length of the longest part of an answer in the prediction, relative to the length of the answer."""
     return max(_longest_common(prediction, answer) / len(answer) for answer in answers)
 
 
@@ -39,7 +39,7 @@ METRICS: dict[str, Metric] = {function.__name__: function for function in (exact
 
 
 def score(metric: str, prediction: str, sample: Sample) -> float:
-    """The score of what was said to a sample."""
+    """The score of the output for a sample."""
     if metric in METRICS:
         return METRICS[metric](prediction, sample.answers)
     return benchmarks.METRICS[metric](prediction, sample.answers, sample.classes)

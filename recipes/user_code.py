@@ -1,4 +1,4 @@
-"""Code of the user's own that a setting names: a module, or the path of a .py file."""
+"""The user's code that a setting names: a module, or the path of a .py file."""
 
 import os
 import sys
@@ -12,13 +12,12 @@ from lrsa_ds.errors import LRSAError, require
 
 
 def import_code(setting: str, name: str, known: str = "") -> ModuleType:
-    """Imports the module that a setting names; one that has been imported already is returned as it is.
+    """Imports the module that a setting names; a module that was imported already is returned.
 
     Args:
         setting: the key and its value, for errors.
-        name: the path of a .py file, or a module, which is searched for where Python searches and in the working
-            directory.
-        known: names that the setting takes besides, for errors, such as "qa".
+        name: the path of a .py file, or a module on Python's path or in the working directory.
+        known: other values of the setting, for errors, such as "qa".
 
     Raises:
         LRSAError: there is no such module or file, or it cannot be imported.

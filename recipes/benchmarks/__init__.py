@@ -1,4 +1,4 @@
-"""Benchmarks of others, read from the user's own copies: their prompts, limits and metrics, so that scores compare."""
+"""Published benchmarks, read from the user's copies, with their prompts, limits and metrics: scores are comparable."""
 
 from recipes.benchmarks import longbench, ruler
 from recipes.benchmarks.benchmark import Benchmark, Metric

@@ -1,4 +1,4 @@
-"""What a benchmark of others is here: its rows as cases, each with the prompt, limits and metric of its authors.
+"""The interface of a published benchmark: its rows as cases, each with the prompt, limits and metric of its authors.
 
 To add one: a file with a `Benchmark`, a line in the table of `recipes/benchmarks/__init__.py`, and its key, which holds
 the path of the user's copy, in `lrsa_ds/evaluate/config.py`.
@@ -10,7 +10,7 @@ from typing import Any
 
 from lrsa_ds.errors import LRSAError
 
-# From what was said, the right answers, and the labels that the task has, to a score from 0 to 1.
+# From the output, the right answers, and the labels of the task, to a score from 0 to 1.
 Metric = Callable[[str, Sequence[str], Sequence[str]], float]
 
 
@@ -20,14 +20,14 @@ class Case:
 
     Args:
         task: its name below that of the benchmark.
-        prompt: what a user says, complete.
-        answers: right answers; what they mean is up to the metric.
-        expected: the whole right answer, for what is measured at its tokens.
+        prompt: the complete text of the user.
+        answers: right answers; their meaning depends on the metric.
+        expected: the complete right answer, for measurements at its tokens.
         max_new_tokens: the authors' limit of an answer.
-        answer_prefix: how the answer begins; it belongs to the prompt.
-        length: tokens that the prompt was made for, where its folder says so.
-        in_turn: False for prompts that stand outside the chat template.
-        may_be_cut: whether the middle of a prompt that is too long is taken out.
+        answer_prefix: the beginning of the answer, which is part of the prompt.
+        length: number of tokens that the prompt was made for, if its folder names it.
+        in_turn: False for prompts outside the chat template.
+        may_be_cut: whether the middle of a prompt that is too long is removed.
         classes: the labels of a classification.
         stop: a text whose last token ends the answer.
     """

@@ -8,12 +8,12 @@ from lrsa_ds.data.files import find_files
 from lrsa_ds.data.stores import rows_of
 from lrsa_ds.errors import LRSAError
 
-# Names of files that say which part of the data they are and not which task.
+# Names of files that name a part of the data instead of the task.
 PARTS = ("validation", "test")
 
 
 class Row(NamedTuple):
-    """A row as it was read; `place` names it in an error, and `folders` are those above its file, the nearest last."""
+    """A row as it was read; `place` names it in errors, and `folders` are those above its file, the nearest last."""
 
     place: str
     stem: str
@@ -22,7 +22,7 @@ class Row(NamedTuple):
 
     @property
     def task(self) -> str:
-        """The name of the file, or that of its folder where the file is one part of the data."""
+        """The name of the file, or of its folder if the file is one part of the data."""
         is_part = self.stem.split("-")[0] in PARTS  # Parquet: test-00000-of-00001
         return self.folders[-1] if is_part else self.stem
 

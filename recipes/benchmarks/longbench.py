@@ -1,8 +1,8 @@
 """LongBench (arXiv 2308.14508) and LongBench-E: `data/TASK.jsonl` and `data/TASK_e.jsonl` as they are published.
 
-Prompts and limits of the answers are the authors' (`longbench.json`). As in their code, examples and code stand outside
-the chat template, and of a prompt that is too long the middle is taken out. LongBench-E is told apart by the lengths of
-its rows in words.
+Prompts and limits of the answers are the authors' (`longbench.json`). As in their code, few-shot and code tasks do
+not use the chat template, and the middle of a prompt that is too long is removed. Rows of LongBench-E are grouped by
+their lengths in words.
 """
 
 import json

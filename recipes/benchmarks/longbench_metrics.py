@@ -1,6 +1,6 @@
 """LongBench's metrics: the scores of metrics.py and eval.py of github.com/THUDM/LongBench, commit 2e00731.
 
-What looks odd is meant: these are the authors' scores, also where a more careful metric would differ. ROUGE and Chinese
+Oddities are intended: these are the authors' scores, even if a more careful metric would differ. ROUGE and Chinese
 words come from the libraries that the authors use (the extra `longbench`); their fuzzywuzzy is, without further
 packages, the ratio of `difflib` in whole percent.
 """
@@ -27,7 +27,7 @@ _CHINESE_PUNCTUATION = (
 
 
 def require_libraries(metric: str, task: str) -> None:
-    """Raises LRSAError where a library that a metric needs is not installed."""
+    """Raises LRSAError if a library that a metric needs is not installed."""
     missing = [name for name in LIBRARIES.get(metric, ()) if importlib.util.find_spec(name) is None]
     if missing:
         raise LRSAError(
@@ -39,7 +39,7 @@ def _library(name: str) -> Any:
     """An optional library without types, imported when a score needs it."""
     library = importlib.import_module(name)
     if name == "jieba":
-        library.setLogLevel(logging.WARNING)  # or it tells of its dictionary
+        library.setLogLevel(logging.WARNING)  # suppress messages about its dictionary
     return library
 
 
@@ -58,7 +58,7 @@ def qa_f1_first_line(prediction: str, answers: Sequence[str], classes: Sequence[
 
 
 def rouge(prediction: str, answers: Sequence[str], classes: Sequence[str] = ()) -> float:
-    """ROUGE-L of the summaries; 0 where the library refuses a text."""
+    """ROUGE-L of the summaries; 0 if the library refuses a text."""
     return max(_rouge_l(prediction, answer) for answer in answers)
 
 
@@ -78,12 +78,12 @@ def classification(prediction: str, answers: Sequence[str], classes: Sequence[st
 
 
 def count(prediction: str, answers: Sequence[str], classes: Sequence[str] = ()) -> float:
-    """Share of the numbers said that are the answer."""
+    """Share of the numbers in the output that equal the answer."""
     return max(_number_share(prediction, answer) for answer in answers)
 
 
 def retrieval(prediction: str, answers: Sequence[str], classes: Sequence[str] = ()) -> float:
-    """Share of the numbers said that are the answer's paragraph."""
+    """Share of the numbers in the output that equal the answer's paragraph."""
     return max(_number_share(prediction, _paragraph(r"Paragraph (\d+)", answer)) for answer in answers)
 
 

@@ -17,12 +17,12 @@ from recipes.benchmarks.benchmark import Benchmark, Case, text_of, texts_of
 from recipes.benchmarks.files import Row, benchmark_rows
 
 KEY = "ruler"
-# The folder in which RULER leaves what models said.
+# The folder with the outputs of models.
 PREDICTIONS = "pred"
 
 
 class Family(NamedTuple):
-    """What tasks have in common: the limit of an answer, how its prefix begins, and the metric."""
+    """The common properties of tasks: the limit of an answer, the beginning of its prefix, and the metric."""
 
     max_new_tokens: int
     prefix_start: str
@@ -69,7 +69,7 @@ def _case(row: Row) -> Case:
 
 
 def _prompt(row: Row, family: Family) -> tuple[str, str]:
-    """What is asked, and the beginning of the answer."""
+    """The question, and the beginning of the answer."""
     asked = text_of(row.content, "input", row.place)
     if row.content.get("answer_prefix") is not None:
         return asked, text_of(row.content, "answer_prefix", row.place)
@@ -102,13 +102,13 @@ def _cleaned(prediction: str) -> str:
 
 
 def string_match_all(prediction: str, answers: Sequence[str], classes: Sequence[str] = ()) -> float:
-    """Share of the answers that stand in the prediction."""
+    """Share of the answers that the prediction contains."""
     said = _cleaned(prediction)
     return sum(answer.lower() in said for answer in answers) / len(answers)
 
 
 def string_match_part(prediction: str, answers: Sequence[str], classes: Sequence[str] = ()) -> float:
-    """Whether one of the answers stands in the prediction."""
+    """Whether the prediction contains one of the answers."""
     said = _cleaned(prediction)
     return float(any(answer.lower() in said for answer in answers))
 

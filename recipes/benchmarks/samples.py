@@ -11,7 +11,7 @@ from lrsa_ds.evaluate.evaluator import Sample
 from recipes.benchmarks import BENCHMARKS
 from recipes.benchmarks.benchmark import Case
 
-MIN_LEFT = 64  # tokens of a prompt that are left of it at least
+MIN_LEFT = 64  # minimum tokens of a prompt after cutting
 
 
 def drawn_cases(
@@ -19,10 +19,10 @@ def drawn_cases(
 ) -> dict[tuple[str, int], list[Case]]:
     """At most `num_samples` cases of each task and length, drawn by the seed.
 
-    A case that was made for one length belongs to that alone; any other is asked in every one of `lengths`.
+    A case made for one length is asked only there; other cases are asked at each of `lengths`.
 
     Raises:
-        LRSAError: no case belongs to any of `lengths`; the error names those that there are.
+        LRSAError: no case belongs to any of `lengths`; the error names the existing lengths.
     """
     found: dict[tuple[str, int], list[Case]] = defaultdict(list)
     others: set[int] = set()
