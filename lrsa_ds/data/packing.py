@@ -64,6 +64,11 @@ class PackedSequence:
     num_tokens: int
     num_target_tokens: int
 
+    def is_token(self) -> torch.Tensor:
+        """Bool, False for padding, of the complete row that `document_lengths` describe."""
+        is_example = torch.tensor(self.example_indices) >= 0
+        return is_example.repeat_interleave(torch.tensor(self.document_lengths))
+
 
 class Packer:
     """First-fit packing of examples into sequences of `seq_len` tokens; every example goes into exactly one of them.

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from lrsa_ds.config import TrainConfig
 from lrsa_ds.models.patch import PreTrainedModel
+from lrsa_ds.models.routers import Routers, router_coefficient
 from lrsa_ds.objectives.distill import Distill
 from lrsa_ds.objectives.objective import Batch, Objective, objective_of
 from lrsa_ds.objectives.target_loss import TargetLoss
@@ -29,4 +30,6 @@ def check_objective(config: TrainConfig) -> type[Objective]:
 
 def make_objective(config: TrainConfig, lm: PreTrainedModel, load_start: Callable[[], PreTrainedModel]) -> Objective:
     """The objective around `lm`; `load_start` returns a copy of the model before any training."""
-    return check_objective(config).of_run(config, lm, load_start)
+    objective = check_objective(config).of_run(config, lm, load_start)
+    objective.routers = Routers.of(lm, router_coefficient(config.model, lm))
+    return objective

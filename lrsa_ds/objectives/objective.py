@@ -18,6 +18,7 @@ from lrsa_ds.data.packing import IGNORE
 from lrsa_ds.layers import AnyConfig
 from lrsa_ds.models.logits import logits_of
 from lrsa_ds.models.patch import PreTrainedModel
+from lrsa_ds.models.routers import Routers, total
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Batch:
         num_slots: at least the number of targets, and the same on every rank: under ZeRO-3 each use of the output
             layer is a collective, so every rank must use it equally often.
         attend: the attention function of the pass; a different one if this rank holds only a shard of the row.
+        is_token: bool [N], False for padding; None if there is none.
     """
 
     input_ids: torch.Tensor
@@ -41,6 +43,7 @@ class Batch:
     lrsa_config: AnyConfig
     num_slots: int
     attend: AttentionFunction = layer_attention
+    is_token: torch.Tensor | None = None
 
     def targets(self) -> torch.Tensor:
         """Positions of the targets in the shard, at most T."""
@@ -64,10 +67,12 @@ class Objective(nn.Module, ABC):
         lm: the model that is trained and exported.
         logged: names of the values logged beside the loss; each is divided by the number of targets of the step.
         retentions: of passes other than that under the settings of `attention`, so that they can be checked early.
+        routers: those of a mixture of experts, whose balance is trained and logged beside any objective.
     """
 
     logged: tuple[str, ...] = ()
     retentions: tuple[float, ...] = ()
+    routers: Routers | None = None
 
     def __init__(self, lm: PreTrainedModel, chunk_size: int):
         super().__init__()
@@ -98,9 +103,19 @@ class Objective(nn.Module, ABC):
     def losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Sums over the targets of the batch, in fp32: the loss, and, detached, the values to log, [M]."""
 
-    def forward(self, **batch) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Returns `losses` in training and `statistics` in evaluation. Takes the fields of `Batch`."""
-        return self.losses(Batch(**batch)) if self.training else self.statistics(Batch(**batch))
+    def forward(self, **fields) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """Returns `losses` in training, followed by `Routing` if there are experts, and `statistics` in evaluation.
+
+        Takes the fields of `Batch`.
+        """
+        batch = Batch(**fields)
+        if not self.training:
+            return self.statistics(batch)
+        if self.routers is None:
+            return self.losses(batch)
+        with self.routers.watching(batch.is_token) as seen:
+            losses = self.losses(batch)
+        return *losses, *total(seen)
 
     def statistics(self, batch: Batch) -> torch.Tensor:
         """[targets, 3]: for each target in order its negative log-likelihood, whether the most likely token is the

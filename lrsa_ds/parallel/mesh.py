@@ -81,6 +81,14 @@ class Mesh:
         """The maximum over ranks of each value, on every rank."""
         return self._reduce(values, dist.ReduceOp.MAX)
 
+    def sum_in_sequence(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum of a tensor over the ranks that share this rank's sequences, without gradients."""
+        if self.sequence is None:
+            return x.detach()
+        total = x.detach().clone()
+        dist.all_reduce(total, group=self.sequence.process_group)
+        return total
+
     def _reduce(self, values: list[float], operation) -> list[float]:
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor, op=operation)

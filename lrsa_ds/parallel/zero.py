@@ -63,6 +63,10 @@ def make_engine(
     if config.zero.stage == 3 and config.zero.gather_layers:
         for layer in deepspeed.utils.set_z3_leaf_modules(model, layer_classes):
             layer.register_forward_pre_hook(_need_input_gradient)
+    if config.zero.stage == 3 and not config.zero.gather_layers:
+        for block in _expert_blocks(model):
+            deepspeed.utils.set_z3_leaf_module(block, True)
+            block.register_forward_pre_hook(_need_input_gradient)
     optimizer = make_optimizer(_parameter_groups(model, config.optim.weight_decay), config)
 
     def scheduler(wrapped: torch.optim.Optimizer) -> Any:
@@ -75,6 +79,14 @@ def make_engine(
         config=deepspeed_config(config, dtype, load_universal),
     )
     return engine
+
+
+def _expert_blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Modules whose experts are modules of their own, of which a pass calls only those that get a token.
+
+    Gathering is a collective: the ranks have to gather the same experts, so each gathers all of them.
+    """
+    return [m for m in model.modules() if isinstance(getattr(m, "experts", None), torch.nn.ModuleList)]
 
 
 def _need_input_gradient(layer: torch.nn.Module, args: tuple) -> tuple:

@@ -40,6 +40,7 @@ class ModelConfig:
     trust_remote_code: bool = False
     dtype: str = "auto"
     liger_kernel: bool = False
+    router_aux_loss_coef: float | int | str | None = "auto"  # of a mixture of experts; auto: the model's own
     rope: dict[str, Any] = field(default_factory=dict)  # as rope_parameters of transformers; empty: the model's own
     freeze: list[str] = field(default_factory=list)
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -52,6 +53,12 @@ class ModelConfig:
             "model.freeze has no effect with model.lora.rank, which trains only the adapters: set one of the two.",
         )
         check_rope(self.rope)
+        coefficient = self.router_aux_loss_coef
+        require(
+            coefficient is None or coefficient == "auto" or (not isinstance(coefficient, str) and coefficient >= 0),
+            f"model.router_aux_loss_coef={coefficient} is not valid: give a number of at least 0, null (off), or auto "
+            "(the model's own).",
+        )
         require_one_of("model.dtype", self.dtype, ("auto", "bf16", "fp32"))
         require(
             (self.name is None) != (self.random is None),

@@ -8,6 +8,7 @@ from lrsa_ds.models.heads import num_kv_heads
 from lrsa_ds.models.loading import empty_model
 from lrsa_ds.models.patch import PreTrainedModel, check_supported
 from lrsa_ds.models.rope import check_reach
+from lrsa_ds.models.routers import router_coefficient
 from lrsa_ds.models.structure import layers_of
 from lrsa_ds.models.tiling import check_tiling
 from lrsa_ds.objectives import check_objective
@@ -33,6 +34,7 @@ def check_model(config: TrainConfig, num_ranks: int | None = None) -> tuple[Trai
     check_supported(structure)
     check_reach(structure.config, config.model.rope, "seq_len", config.seq_len)
     check_tiling(config, structure)
+    router_coefficient(config.model, structure)
     config = replace(config, attention=config.attention.resolved(layers_of(structure.config)))
     check_sharing(config, structure, objective.retentions, num_ranks)
     check_telemetry(config, layers_of(structure.config))

@@ -23,6 +23,7 @@ from lrsa_ds.parallel.mesh import Mesh
 from lrsa_ds.parallel.sequence.attention import attention_function
 from lrsa_ds.parallel.zero import gradient_scale
 from lrsa_ds.settings.run import OptimConfig
+from lrsa_ds.train.balance import Balance
 from lrsa_ds.train.throughput import PhaseClock, Throughput, host_memory_gb, num_hosts
 
 # Maximum number of left-out rows to print in one step; the others are counted.
@@ -60,6 +61,7 @@ def forward(
     Args:
         attend: replaces the attention function of `mesh`.
     """
+    is_token = batch.is_token()
     return engine(
         input_ids=batch.input_ids[None].to(mesh.device, non_blocking=True),
         position_ids=batch.position_ids[None].to(mesh.device, non_blocking=True),
@@ -68,6 +70,7 @@ def forward(
         lrsa_config=attention,
         num_slots=num_slots,
         attend=attend or attention_function(mesh.sequence),
+        is_token=torch.cat([is_token[part] for part in mesh.local_tokens(len(is_token))]).to(mesh.device),
     )
 
 
@@ -144,8 +147,9 @@ class Trainer:
         local_loss: float | torch.Tensor = 0.0
         local_logged: Any = 0.0  # a tensor after the first pass
         num_skipped = 0
+        balance = Balance(objective_of(self.engine).routers, mesh, len(batches))
         for batch, num_slots in zip(batches, slots, strict=True):
-            total, logged = forward(self.engine, batch, attention, max(1, int(num_slots)), mesh)
+            total, logged, *routing = forward(self.engine, batch, attention, max(1, int(num_slots)), mesh)
             loss = total / num_targets
             bad = self._replicas_with_bad_loss(loss)
             if bad:
@@ -155,10 +159,11 @@ class Trainer:
                 if mesh.dp_rank in bad:
                     padding = padding_sequence(sum(batch.document_lengths), pad_id=0)
                     batch = held_of(padding, mesh)
-                total, logged = forward(self.engine, batch, attention, max(1, int(num_slots)), mesh)
+                total, logged, *routing = forward(self.engine, batch, attention, max(1, int(num_slots)), mesh)
                 loss = total / num_targets
             local_loss = local_loss + loss.detach()
             local_logged = local_logged + logged / num_targets
+            loss = loss + balance.loss(batch, *routing)
             self.clock.lap("forward")
             self.engine.backward(loss * self.scale)
             self.clock.lap("backward")
@@ -178,6 +183,7 @@ class Trainer:
             **self._memory_and_times(waited),
             "host_memory_gb": host_memory / num_hosts(mesh.world_size),
             **self._logged(local_logged),
+            **balance.metrics(),
             **({"num_skipped_rows": num_skipped} if num_skipped else {}),
             **self._traffic(),
         }

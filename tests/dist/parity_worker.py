@@ -42,6 +42,8 @@ WEIGHT, TEMPERATURE = 0.7, 1.5  # of distillation
 # More experts than a rank has target tokens, so that in every micro-batch some get few tokens or none.
 FAMILIES = {
     "qwen3_moe": dict(num_experts=64, num_experts_per_tok=2, moe_intermediate_size=16),
+    "mixtral": dict(num_local_experts=8, num_experts_per_tok=2, sliding_window=None),
+    "glm4_moe": dict(n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=16, first_k_dense_replace=1),
     # With a window that is longer than the stretches of four ranks.
     "olmo3": dict(sliding_window=70, layer_types=["sliding_attention", "full_attention"]),
 }
@@ -81,6 +83,9 @@ def make_model(options):
         with torch.no_grad():
             for matrix in (p for p in model.parameters() if p.dim() > 1):
                 matrix.mul_(6)
+    if options.list_experts:
+        for layer in model.model.layers:
+            layer.mlp = ListedExperts(layer.mlp.gate)
     apply_lrsa(model, turns_of(options))
     if options.lora:
         add_adapters(model, LoraConfig(rank=2))
@@ -91,6 +96,43 @@ def make_model(options):
     return model.train()
 
 
+class ListedExperts(torch.nn.Module):
+    """Experts as modules of their own, as models from outside transformers have them; `gate` is a router of Qwen3."""
+
+    def __init__(self, gate):
+        super().__init__()
+        self.gate = gate
+        num_experts, size = gate.weight.shape
+        self.experts = torch.nn.ModuleList(torch.nn.Linear(size, size) for _ in range(num_experts))
+
+    def forward(self, hidden):
+        tokens = hidden.flatten(0, -2)
+        _, weights, chosen = self.gate(tokens)
+        output = torch.zeros_like(tokens)
+        for expert in chosen.unique().tolist():  # the others are not called
+            token, place = (chosen == expert).nonzero(as_tuple=True)
+            output = output.index_add(0, token, self.experts[expert](tokens[token]) * weights[token, place, None])
+        return output.view_as(hidden)
+
+
+def aux_loss_of(model, output, batch, options):
+    """transformers' load-balancing loss, averaged over micro-batches."""
+    if not options.aux:
+        return output.logits.new_zeros(())
+    function = sys.modules[type(model).__module__].load_balancing_loss_func
+    size, mask = SEQ_LEN * options.micro_batch, batch.is_token().long()
+    losses = [
+        function(
+            tuple(logits[start : start + size] for logits in output.router_logits),
+            model.num_experts,
+            model.num_experts_per_tok,
+            mask[None, start : start + size],
+        )
+        for start in range(0, len(mask), size)
+    ]
+    return torch.stack(losses).mean()
+
+
 def turns_of(options):
     """The settings that steps take in turn."""
     config = LRSAConfig(**settings_of(options))
@@ -99,7 +141,7 @@ def turns_of(options):
 
 
 def reference(options, optim):
-    """Loss and gradients of one step over all sequences, and the loss of the next, in plain torch."""
+    """Losses and gradients of one step over all sequences, and the loss of the next, in plain torch."""
     model = make_model(options)
     batch = collate(sequences())
     num_targets = batch.num_target_tokens
@@ -108,34 +150,36 @@ def reference(options, optim):
 
     teacher = make_model(options) if options.teacher == "start" else model
 
-    def logits_of(model, **settings):
+    def pass_of(model, **settings):
         return model(
             batch.input_ids[None],
             position_ids=batch.position_ids[None],
             document_lengths=batch.document_lengths,
             use_cache=False,
+            **({"output_router_logits": True} if options.aux else {}),
             **settings,
-        ).logits[0]
+        )
 
     turns = turns_of(options)
 
     def forward(step):
-        logits = logits_of(model, lrsa_config=turns[step % len(turns)])
+        output = pass_of(model, lrsa_config=turns[step % len(turns)])
+        logits, aux_loss = output.logits[0], aux_loss_of(model, output, batch, options)
         loss = torch.nn.functional.cross_entropy(logits, batch.labels, ignore_index=IGNORE, reduction="sum")
         if options.teacher:
             with torch.no_grad():
                 dense = LRSAConfig(sink_size=4, lag_size=16, retention=1.0)
-                expected = (logits_of(teacher, lrsa_config=dense) / TEMPERATURE).softmax(-1)
+                expected = (pass_of(teacher, lrsa_config=dense).logits[0] / TEMPERATURE).softmax(-1)
             difference = expected.log() - (logits / TEMPERATURE).log_softmax(-1)
             divergence = (expected * difference).sum(-1)[batch.labels != IGNORE].sum()
             loss = (1 - WEIGHT) * loss + WEIGHT * TEMPERATURE**2 * divergence
-        return loss / num_targets
+        return loss / num_targets, aux_loss
 
-    loss = forward(0)
-    loss.backward()
+    loss, aux_loss = forward(0)
+    (loss + options.aux * aux_loss).backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     torch.optim.AdamW(model.parameters(), optim.lr, (optim.beta1, optim.beta2), weight_decay=0.0).step()
-    return loss.item(), gradients, forward(1).item()
+    return loss.item(), aux_loss.item(), gradients, forward(1)[0].item()
 
 
 @contextmanager
@@ -175,6 +219,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--offload", action="store_true")
     parser.add_argument("--tile-size", type=int, default=0)
+    parser.add_argument("--aux", type=float, default=0.0)
+    parser.add_argument("--list-experts", action="store_true")
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--freeze", nargs="*", default=[])
     parser.add_argument("--by-module", action="store_true")
@@ -192,7 +238,7 @@ def check(options: argparse.Namespace) -> dict:
         seq_len=SEQ_LEN,
         loss_chunk_size=7,
         objective=objective_of(options),
-        model=ModelConfig(random={"model_type": options.family}, tokenizer="bytes"),
+        model=ModelConfig(random={"model_type": options.family}, tokenizer="bytes", router_aux_loss_coef=options.aux),
         attention=AttentionConfig(**settings_of(options), layers=options.layers),
         parallel=ParallelConfig(sp_size=options.sp_size, exchange=options.exchange),
         zero=ZeroConfig(stage=options.stage, gather_layers=not options.by_module),
@@ -227,11 +273,13 @@ def check(options: argparse.Namespace) -> dict:
     with without_halo() if options.break_halo else nullcontext():
         trainer.fit(lambda row, position: rows.append(row))
     engine.destroy()
-    loss, expected, second = reference(options, config.optim)
+    loss, aux_loss, expected, second = reference(options, config.optim)
     norm = torch.stack([g.norm() for g in expected.values()]).norm().item()
     return {
         "loss_error": abs(rows[0]["loss"] - loss) / loss,
         "norm_error": abs(rows[0]["grad_norm"] - norm) / norm,
+        "aux_loss_error": abs(rows[0].get("aux_loss", 0.0) - aux_loss),
+        "expert_load": rows[0].get("expert_load"),
         "worst_gradient": max((relative_error(gradients[name], g), name) for name, g in expected.items()),
         "num_tokens": rows[0]["num_tokens"],
         "num_target_tokens": rows[0]["num_target_tokens"],

@@ -45,6 +45,11 @@ PARITY = [
     ),
     # Mixtures of experts: under ZeRO-3 every rank gathers the experts, whether its tokens go to them or not.
     (2, ["--family", "qwen3_moe", "--by-module", "--sp-size", 2]),
+    (2, ["--family", "qwen3_moe", "--by-module", "--list-experts", "--aux", 0.5]),
+    (2, ["--family", "qwen3_moe", "--aux", 0.5, "--sp-size", 2, "--micro-batch", 2, "--checkpointing"]),
+    (2, ["--family", "mixtral", "--aux", 0.5, "--checkpointing", "--stage", 2]),
+    (2, ["--family", "mixtral", "--aux", 0.5, "--lora", "--sp-size", 2, "--exchange", "head_groups"]),
+    (2, ["--family", "glm4_moe", "--sp-size", 2, "--checkpointing"]),  # without such a loss
     (2, ["--layers", TURNS, "--checkpointing"]),
     *((2, ["--sp-size", 2, "--exchange", exchange, "--layers", TURNS, "--checkpointing"]) for exchange in EXCHANGES),
     # Frozen embeddings ask for no gradient, and DeepSpeed must still hold a gathered layer until its backward pass.
@@ -124,6 +129,7 @@ def test_loss_and_gradients(world_size, options):
     assert result["worst_gradient"][0] < 1e-5, result
     assert result["norm_error"] < 1e-5
     assert result["second_loss_error"] < 1e-5
+    assert result["aux_loss_error"] < 1e-5
     # However many ranks share a sequence, each of its tokens counts once.
     assert result["num_tokens"] == sum(LENGTHS)
     assert result["num_target_tokens"] == 100
