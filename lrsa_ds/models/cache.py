@@ -64,6 +64,11 @@ class LagKVCache(Cache):
         """Opens the cache for the tokens of one forward pass of a model with LRSA attention."""
         self._pass = _Pass(rows, step)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether a pass of a model with LRSA attention fills it."""
+        return self._pass is not None
+
     def end_pass(self) -> None:
         """Closes the cache: the next pass may be that of another model."""
         self._pass = None

@@ -32,6 +32,6 @@ def cache_expanded(model: PreTrainedModel) -> None:
 def _defer(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Hook before the forward of a layer: its cache is for the attention function, as `expanded_cache`."""
     cache = kwargs.get("past_key_values")
-    if not isinstance(cache, LagKVCache):
+    if not isinstance(cache, LagKVCache) or not cache.is_open:  # a closed one refuses the tokens itself
         return args, kwargs
     return args, kwargs | {"past_key_values": PassBy(), "expanded_cache": cache}

@@ -20,6 +20,8 @@ from lrsa_ds.families.tiny import tiny_model
 from lrsa_ds.models.cache import LagKVLayer
 from lrsa_ds.models.heads import head_dims, num_kv_heads
 from lrsa_ds.registry import KERNELS
+from lrsa_ds.telemetry.answers import Answer
+from lrsa_ds.telemetry.probe import RetentionProbe
 from tests.helpers import assert_close
 
 CONFIG = LRSAConfig(sink_size=2, lag_size=8, retention=0.25)
@@ -209,6 +211,8 @@ def test_latent_attention_keeps_the_keys_and_values_of_its_heads(family):
             assert cache.num_bytes == 2 * 2 * heads * sum(LATENT[family]) * cache.num_held * 4
     # The stock attention and cache of the model are as they were.
     model.set_attn_implementation("sdpa")
+    with pytest.raises(LRSAError, match="serves models with LRSA attention"):
+        model(ids, past_key_values=new_cache(model))
     dense, stock = model(ids, use_cache=False).logits, DynamicCache()
     model(ids[:, :69], past_key_values=stock)
     assert stock.layers[0].keys.shape[1] == 1
@@ -224,3 +228,21 @@ def test_latent_attention_generates_with_padding():
     padded = torch.cat([ids, torch.cat([torch.zeros(1, 27, dtype=torch.int64), short], dim=1)])
     both = model.generate(padded, attention_mask=(padded > 0).long(), max_new_tokens=8, do_sample=False, pad_token_id=0)
     assert [row[-8:].tolist() for row in both] == [row.tolist() for row in alone]
+
+
+def test_the_probe_counts_capped_scores_and_sinks():
+    q, k, v = inputs_of(45)
+    extras, answer = extras_of("both"), Answer(first=38, start=0, end=45, places=())
+    probe = RetentionProbe(CONFIG)
+    probe.answers = [answer]
+    probe(q, k, v, DENSE, extras=extras)
+    table = partition_table((45,), CONFIG)
+    kept = torch.zeros(KV_HEADS, 45, dtype=torch.bool).scatter_(1, buffer_positions(k, v, table, 0)[0], True)
+    scores = extras.softcap * torch.tanh((q @ k.repeat_interleave(2, dim=1).mT)[0] * extras.scale / extras.softcap)
+    scores = scores.masked_fill(torch.ones(45, 45).triu(1).bool(), -torch.inf)
+    column = extras.sinks[:, None, None].expand(HEADS, 45, 1)
+    weights = torch.cat([scores, column], dim=-1).softmax(-1)[:, 38:, :-1]
+    outside = torch.arange(45) < table.intervals()[2][38:, None]
+    dropped = (weights * outside * ~kept.repeat_interleave(2, dim=0)[:, None]).sum((1, 2)).view(KV_HEADS, 2).mean(1)
+    assert dropped.min() > 0.01
+    assert_close(probe.sums[0][:KV_HEADS], dropped, 1e-5, "dropped mass")
