@@ -54,7 +54,7 @@ def compared(path: Path, config: TrainConfig, job: Job, sizes: Sizes, machine: M
     run = _family(config.run_name)
     require(bool(rows), f"compare={path} has no row of a step of {run} with model.lora.rank={config.model.lora.rank}.")
     head = ["tokens", "attention", "GPUs", "SP", "levers"]
-    head += ["GPU GB, estimated", "measured", "", "s a step, estimated", "measured", ""]
+    head += ["GPU GB, estimated", "measured", "off by", "s a step, estimated", "measured", "off by"]
     return [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *(row.line() for row in rows)]
 
 

@@ -172,8 +172,11 @@ def layer_bytes(sizes: Sizes, job: Job, config: LayerSettings) -> dict[str, int]
 
 
 def logits_bytes(sizes: Sizes, job: Job) -> int:
-    """Log-probabilities, their gradient and that of the logits, in fp32, of the targets whose logits are held."""
-    return 3 * FP32 * min(job.num_targets, job.chunk_size) * sizes.vocabulary
+    """Log-probabilities, their gradient and that of the logits, in fp32, of the targets whose logits are held.
+
+    With a teacher: its log-probabilities, both of the student, the divergence of each token, and three gradients.
+    """
+    return (7 if job.taught else 3) * FP32 * min(job.num_targets, job.chunk_size) * sizes.vocabulary
 
 
 def host_memory(sizes: Sizes, job: Job) -> dict[str, int]:

@@ -13,7 +13,7 @@ from lrsa_ds.costs.time import StepTime, step_time
 # Of a GPU's memory: what lies in pieces too small for the next tensor, with expandable segments; and what CUDA, its
 # kernels and communicators take, in GB. On an H100 of 85.0 GB tensors of 78.0 GB were held, and of 83.7 not.
 SHARE_IN_PIECES, CONTEXT_GB = 0.04, 1.0
-MOST_TOKENS = 2**24
+MOST_TOKENS = 2**22  # longer sequences are not looked at
 # From a GPU to one of another host: an adapter of 400 Gb/s for each.
 NETWORK_GB_S = 50.0
 # Settings that are slower by less than this are as good, if they are simpler: estimates are no better than that.
@@ -102,9 +102,11 @@ def longest(sizes: Sizes, job: Job, machine: Machine) -> int:
     def fits(count: int) -> bool:
         return Estimate(sizes, job.with_length(count * step), machine).fits
 
-    low, high = 0, 1  # the same lengths for all levers: what depends on the length alone is counted once
-    while high * step <= MOST_TOKENS and fits(high):
-        low, high = high, 2 * high
+    low, high, most = 0, 1, MOST_TOKENS // step
+    while fits(high):  # the same lengths for all levers: what depends on the length alone is counted once
+        if high == most:
+            return most * step
+        low, high = high, min(2 * high, most)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)

@@ -53,7 +53,7 @@ def _lines(parts: Mapping[str, float], form: str, width: int = WIDTH) -> list[st
 
 
 def _length(longest: int) -> str:
-    most = "at least " if longest >= MOST_TOKENS else ""
+    most = "at least " if longest > MOST_TOKENS - 2**16 else ""  # it counts in steps
     return f"{most}{longest:,} tokens" if longest else "none: weights, gradients and optimizer states are too large"
 
 

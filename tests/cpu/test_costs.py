@@ -18,7 +18,7 @@ from lrsa_ds.costs.gpus import GPUS, gpu_of_setting
 from lrsa_ds.costs.job import Levers, job_of
 from lrsa_ds.costs.measured import comparisons
 from lrsa_ds.costs.memory import checkpoint_bytes, gpu_memory, host_memory, logits_bytes, saved_bytes, static_bytes
-from lrsa_ds.costs.plan import Estimate, Machine, alternatives, cheapest, longest
+from lrsa_ds.costs.plan import MOST_TOKENS, Estimate, Machine, alternatives, cheapest, longest
 from lrsa_ds.costs.sizes import sizes_of
 from lrsa_ds.costs.time import step_time
 from lrsa_ds.costs.traffic import pass_bytes, zero_bytes
@@ -274,6 +274,7 @@ def test_longest_is_the_last_that_fits(qwen):
     held = [gpu_memory(sizes, job.with_length(n)).peak / 1e9 for n in (most, most + 1024)]
     assert held[0] <= H100.usable_gb < held[1]
     assert longest(sizes, job, replace(H100, gpu=gpu_of_setting("l4"))) == 0
+    assert longest(sizes, job, replace(H100, gpu=gpu_of_setting({"memory_gb": 1e4}))) == MOST_TOKENS
     moved = replace(job, levers=Levers(offload_checkpoints=True))
     limited = replace(H100, host_memory_gb=10.0)
     assert longest(sizes, moved, limited) == 10_000_000_000 // (2 * 1536 * 28) // 1024 * 1024
