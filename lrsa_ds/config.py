@@ -176,6 +176,8 @@ def unknown_key_sentence(key: str, schema: type = TrainConfig) -> str:
     node = schema
     for group in groups:
         known = {f.name: f.type for f in fields(node)} if is_dataclass(node) else {}
+        if group in known and not is_dataclass(known[group]):
+            return f"{key} is not a key of the configuration: {group} is one setting, written {group}=VALUE."
         if not is_dataclass(known.get(group)):
             key = name = group
             break

@@ -82,9 +82,9 @@ def gpu_of_setting(value: str | Mapping[str, Any]) -> GPU:
         LRSAError: the name, a key or a figure is not valid.
     """
     keys = [field.name for field in fields(GPU)]
-    if isinstance(value, str):
+    if not isinstance(value, Mapping):
         require(
-            value.lower() in GPUS,
+            isinstance(value, str) and value.lower() in GPUS,
             f"gpu={value} is not known: choose one of {', '.join(GPUS)}, or give its figures, such as "
             "gpu='{memory_gb: 48, peak_tflops: 200}'.",
         )

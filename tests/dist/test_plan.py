@@ -6,9 +6,20 @@ import pytest
 import torch
 
 from launch import plan
+from launch.cli.accelerator import register_resolver
 from launch.cli.command import run_command
+from launch.cli.schema import register_schema
+from lrsa_ds.config import TrainConfig
 from lrsa_ds.costs.settings import PlanConfig
 from tests.dist.test_launch import refused
+
+
+@pytest.fixture(autouse=True)
+def schema_of_training():
+    """Leaves to other tests of this process what they compose by."""
+    yield
+    register_schema("train", TrainConfig)
+    register_resolver()
 
 
 def printed(capfd, monkeypatch, *arguments):
@@ -49,6 +60,12 @@ def test_a_length_that_does_not_fit_is_refused_with_what_would(capfd, monkeypatc
     ("arguments", "expected"),
     [
         (["gpu=h1000"], "gpu=h1000 is not known: choose one of a100-40gb, a100, h100,"),
+        (["gpu=null"], "gpu=None is not known: choose one of"),
+        (["gpu=[h100]"], "is not known: choose one of"),
+        (
+            ["gpu.memory_gb=48"],
+            "gpu.memory_gb is not a key of the configuration: gpu is one setting, written gpu=VALUE",
+        ),
         (["gpu={peak_tflops: 40}"], "has no memory_gb"),
         (["gpu={memory_gb: 48, tflops: 40}"], "gpu.tflops is not a figure of a GPU: give memory_gb, peak_tflops,"),
         (["gpu={memory_gb: none}"], "gpu.memory_gb='none' is not valid: give a number above 0"),
