@@ -180,7 +180,7 @@ class Evaluator:
         if sample.lead_end:
             text = after_lead(text, sample.lead_end)
         scores = {name: 100 * self.score(name, text, sample) for name in sample.metrics}
-        if dense is not None and answer.size["num_held"] < answer.size["num_tokens"]:
+        if dense is not None and answer.size["num_held"] < dense.size["num_held"]:
             scores["first_token"] = 100.0 * (answer.ids[0] == dense.ids[0])
         said = {"scores": scores, "prediction": text, "answers": list(sample.answers)}
         said |= {"num_said": len(answer.ids), "seconds": answer.seconds}

@@ -180,9 +180,9 @@ def _sharing_error(model: PreTrainedModel, mesh: Mesh, exchange: str) -> float:
     for part in actual:
         dist.all_reduce(part)
     largest = max(e.norm().item() for e in expected)
-    # A gradient that is zero but for rounding is measured against the largest one.
+    # A gradient that is zero but for rounding, as that of a bias of keys, is measured against the largest one.
     pairs = zip(actual, expected, strict=True)
-    return max((a - e).norm().item() / max(e.norm().item(), 1e-4 * largest) for a, e in pairs)
+    return max((a - e).norm().item() / max(e.norm().item(), 1e-3 * largest) for a, e in pairs)
 
 
 def _loss_and_gradients(model: PreTrainedModel, batch: Batch) -> list[torch.Tensor]:

@@ -16,6 +16,8 @@ from lrsa_ds.compression import Compression
 from lrsa_ds.costs.flops import seen_pairs
 from lrsa_ds.data.tokenizer import byte_tokenizer
 from lrsa_ds.errors import LRSAError
+from lrsa_ds.evaluate.config import CacheConfig
+from lrsa_ds.evaluate.evaluator import modes
 from lrsa_ds.layers import cache_names, describe, in_model
 from lrsa_ds.models.structure import layers_of
 from lrsa_ds.notices import say_once
@@ -27,7 +29,10 @@ from lrsa_ds.settings.caches import caches_of
 from lrsa_ds.settings.run import EvalConfig
 from tests.cpu.test_cache import STEPS, logits_of_training, logits_with_cache, tokens
 from tests.cpu.test_decoding import decoded
+from tests.cpu.test_evaluate import TOKENIZER, make_evaluator, make_sample
 from tests.cpu.test_model import SIZES, tiny
+from tests.cpu.test_telemetry import CONFIG as TELEMETRY
+from tests.cpu.test_telemetry import measurement
 from tests.helpers import assert_close, relative_error
 
 CONFIG = LRSAConfig(sink_size=3, lag_size=8, retention=0.3)
@@ -203,6 +208,27 @@ def test_layers_that_lrsa_takes_may_differ():
     # Layers that are alike are one setting, whatever is written for those of other kinds.
     alike = make(layers={"0-1": 0.5, "3": 0.5})
     assert alike.config.lrsa == CONFIG.at_retention(0.5).saved()
+
+
+def test_telemetry_measures_what_lrsa_takes():
+    model = make(vocab_size=len(TOKENIZER), config=TELEMETRY)
+    found = measurement(model, layers_of(model.config)).run(num_greedy=1)
+    assert [layer.layer for layer in found.layers] == [1, 3] and found.greedy[0].layer in (1, 3)
+    assert found.nll_compressed != found.nll_dense and found.retention == TELEMETRY.retention
+
+
+def test_an_evaluation_counts_windows():
+    evaluator = make_evaluator()
+    model = evaluator.model = make(vocab_size=TOKENIZER.vocab_size + 10)
+    own = layers_of(model.config)
+    evaluator.attention = in_model(CacheConfig().caches(model.config.lrsa), own)
+    evaluator.differing = CacheConfig(layers={"1": 1.0, "rest": 0.0}).differing(model.config.lrsa, own)
+    assert list(evaluator.differing) == ["1 dense + 1 window"]
+    rows = evaluator.rows(make_sample(), modes(["dense", "chunked", "after"], [0.3], evaluator.differing))
+    for row in rows:
+        cache = evaluator.differing.get(row["layers"]) or evaluator.attention.at_retention(row["retention"])
+        assert row["num_held"] == num_held(row["num_tokens"], cache) < row["num_tokens"]
+        assert ("first_token" in row["scores"]) == (row["prefill"] != "dense")
 
 
 @pytest.mark.parametrize(

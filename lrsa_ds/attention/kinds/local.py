@@ -109,9 +109,10 @@ def compress_local(
     return keys[:, :, dropped:].clone(), values[:, :, dropped:].clone()
 
 
+@lru_cache(maxsize=256)
 def local_pairs(document_lengths: tuple[int, ...], config: LocalSettings) -> int:
     """Pairs of a query and a key that it sees."""
-    places = _places(document_lengths)[0]
+    places, _ = _places(document_lengths, torch.device("cpu"))
     return int((places - config.first_seen(places) + 1).sum())
 
 
@@ -131,16 +132,15 @@ def local_kind(layer_type: str, read: Callable[[Any], LocalSettings]) -> LayerKi
 @lru_cache(maxsize=64)
 def document_intervals(document_lengths: tuple[int, ...], config: LocalSettings, device: torch.device) -> Intervals:
     """What each token of packed documents sees of the tokens."""
-    places, starts = _places(document_lengths)
-    own = starts + places
-    return Intervals((starts + config.first_seen(places)).int().to(device), (own + 1).int().to(device))
+    places, starts = _places(document_lengths, device)
+    return Intervals((starts + config.first_seen(places)).int(), (starts + places + 1).int())
 
 
-def _places(document_lengths: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+def _places(document_lengths: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """The place of each token in its document, and the first token of that: int64 [N]."""
-    lengths = torch.tensor(document_lengths)
-    starts = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
-    return torch.arange(len(starts)) - starts, starts
+    lengths, total = torch.tensor(document_lengths, device=device), sum(document_lengths)
+    starts = (lengths.cumsum(0) - lengths).repeat_interleave(lengths, output_size=total)
+    return torch.arange(total, device=device) - starts, starts
 
 
 def _attend_document(
@@ -182,7 +182,7 @@ def _last_intervals(
     config: LocalSettings, first_key: int, num_keys: int, num_new: int, num_queries: int, device: torch.device
 ) -> Intervals:
     """What the last `num_new` of the keys see of them; the queries behind them see nothing."""
-    keys = torch.arange(num_keys - num_new, num_keys)
+    keys = torch.arange(num_keys - num_new, num_keys, device=device)
     ends = (config.first_seen(keys + first_key) - first_key, keys + 1)
-    lo, hi = (pad(x.int(), (0, num_queries - num_new)).to(device) for x in ends)
+    lo, hi = (pad(x.int(), (0, num_queries - num_new)) for x in ends)
     return Intervals(lo, hi)
