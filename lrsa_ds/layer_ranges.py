@@ -158,6 +158,11 @@ def _ranges_of(layers: list[int]) -> str:
     return f"layer{'s' * (len(layers) > 1)} {written_layers(layers)}"
 
 
+def said_of_kinds(layers: ModelLayers) -> str:
+    """Such as "LRSA takes layers 5 11; layers 0-4 6-10 keep a sliding window of 16 tokens"."""
+    return f"LRSA takes {_ranges_of(layers.taken)}; {said_of_others(layers)}"
+
+
 def said_of_others(layers: ModelLayers) -> str:
     """Such as "layers 0-4 6-10 keep a sliding window of 16 tokens"."""
     said = [other.said() if other else None for other in layers.others]

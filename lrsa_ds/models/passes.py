@@ -37,7 +37,8 @@ def read_pass(inputs: dict[str, Any], new_cache: Callable[[], LagKVCache]) -> di
     num_rows, num_tokens = tokens.shape[:2]
     mask = inputs.get("attention_mask")
     if isinstance(mask, Mapping) and not any(value is not None for value in mask.values()):
-        mask = None  # a model around the decoder has asked for a mask of each kind of layer, and there is none
+        # A model around the decoder has asked for a mask of each kind of layer, and there is none.
+        inputs, mask = inputs | {"attention_mask": None}, None
     require(
         mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 2),
         "LRSA attention makes its own mask: a 4D attention_mask is not supported.",

@@ -19,7 +19,7 @@ from lrsa_ds.attention.extras import Extras
 from lrsa_ds.attention.kinds.kind import kind_of, layer_attention
 from lrsa_ds.attention.ragged import Rows, ragged_attention
 from lrsa_ds.errors import LRSAError, require
-from lrsa_ds.layer_ranges import said_of_others, written_layers
+from lrsa_ds.layer_ranges import said_of_kinds
 from lrsa_ds.layers import (
     AnyConfig,
     describe,
@@ -77,7 +77,7 @@ def apply_lrsa(
     configs = [config] if isinstance(config, AnyConfig) else config
     own = layers_of(model.config)
     if len(own.taken) < len(own):
-        say_once(f"LRSA takes layers {written_layers(own.taken)}; {said_of_others(own)}.")
+        say_once(f"{said_of_kinds(own)}.")
     model.config.lrsa = saved_turns([resolve(each, layers, own) for each in configs])
     model.set_attn_implementation(NAME)
     decoder = model.get_decoder()  # all passes go through it, also those that do not call `model`

@@ -137,7 +137,7 @@ def test_packed_documents_with_padding_on_their_right():
         (dict(attention_mask=torch.tensor([[1, 1, 1, 1, 1]])), r"attention_mask \[1, 5\] does not fit the 1 x 6"),
         (dict(attention_mask=torch.tensor([[0.0, 0.0, 0.0, 0.0, 0.0, -9.0]])), "attention_mask has negative values"),
         (dict(attention_mask=torch.ones(1, 6, 6)), "4D attention_mask is not supported"),
-        (dict(attention_mask={"full_attention": None}), "4D attention_mask is not supported"),
+        (dict(attention_mask={"full_attention": torch.ones(1, 1, 6, 6)}), "4D attention_mask is not supported"),
         (dict(cu_seq_lens_q=torch.tensor([0, 3, 7])), r"cu_seq_lens_q=\[0, 3, 7\] is not valid"),
         (dict(cu_seq_lens_q=torch.tensor([2, 6])), r"cu_seq_lens_q=\[2, 6\] is not valid"),
         (dict(cu_seq_lens_q=torch.tensor([0, 4, 3, 6])), "is not valid"),
