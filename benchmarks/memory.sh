@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What the levers of docs/memory.md cost and save, and the longest sequences that they reach. Each part ends within ten
-# minutes and leaves a mark when it is done: start the same command again for what is missing. Names choose parts:
+# Costs and savings of the settings in docs/memory.md, and the longest sequences. Each part ends within ten minutes and
+# leaves a mark when it is done: the same command runs the missing parts. Names select parts:
 #     benchmarks/memory.sh [levers] [half] [dense] [million] [lora] [full] [two]
 # `levers`, `half`, `dense` and `million` need one GPU of 80 GB and 128 GiB of host memory, `lora` and `full` 256 GiB,
 # `two` two GPUs. TINY=1 runs all of it on a CPU, with a tiny model, to see that it runs.

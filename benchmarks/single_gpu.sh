@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that one GPU can show, in about half an hour; pass names of parts to run some of them:
+# All measurements on one GPU, in about half an hour; names select parts:
 #     benchmarks/single_gpu.sh [tests] [attention] [generation] [steps] [answers]
 set -u
 cd "$(dirname "$0")/.."

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What two GPUs show about sequence parallelism: parity on NCCL, step time against one GPU, traffic, longest sequence.
+# Sequence parallelism on two GPUs: parity on NCCL, step time against one GPU, traffic, longest sequence.
 set -u
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}

@@ -1,4 +1,4 @@
-"""The jobs of a sweep: each a run of its own under the deepspeed launcher, and what came of all of them."""
+"""The jobs of a sweep, each a separate run under the deepspeed launcher, and their results."""
 
 import hashlib
 import json
@@ -29,7 +29,7 @@ from lrsa_ds.train.output import COMPLETED
 
 JOB, LOG = "job.json", "log.txt"
 MAX_NAME = 100  # characters of a directory's name, without the digest; file systems take 255
-GRACE_SECONDS = 40  # for a job that is told to stop: longer than DeepSpeed's launcher waits for its ranks
+GRACE_SECONDS = 40  # for a job to stop: longer than DeepSpeed's launcher waits for its ranks
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Job:
     Args:
         directory: its output directory.
         swept: the swept keys and their values in this job, as typed.
-        overrides: all that is typed behind `launch/train.py`.
+        overrides: all arguments of `launch/train.py`.
     """
 
     directory: Path
@@ -57,9 +57,9 @@ def job_name(swept: dict[str, str]) -> str:
 
 
 def job_directory(swept: dict[str, str]) -> str:
-    """Such as "retention-0.25_lr-1e-05": a name that shells and Hydra take as it is.
+    """Such as "retention-0.25_lr-1e-05": a name that needs no quoting in shells and Hydra.
 
-    Where that would lose characters, a digest of the values keeps the names of different jobs apart.
+    If that drops characters, a digest of the values keeps the names of different jobs distinct.
     """
     plain = "_".join(f"{key.split('.')[-1]}-{value}" for key, value in swept.items()) or "job"
     safe = re.sub(r"[^A-Za-z0-9_.+-]+", "-", plain).lstrip("-")[:MAX_NAME]
@@ -67,12 +67,12 @@ def job_directory(swept: dict[str, str]) -> str:
 
 
 class Runner:
-    """Runs jobs, one at a time in each slot; every job is a process group that ends with the sweep.
+    """Runs jobs, one at a time in each slot; every job is a process group that is stopped with the sweep.
 
     Args:
         root: the checkout, where `launch/train.py` is.
         launcher_args: for the deepspeed launcher.
-        slots: for each job that may run at once, the GPUs that it gets, or None for all.
+        slots: for each job that may run at the same time, its GPUs, or None for all.
     """
 
     def __init__(self, root: Path, launcher_args: Sequence[str], slots: Sequence[Sequence[int] | None]):
@@ -106,7 +106,7 @@ class Runner:
             process = self._start(job, slot, log)
             process.wait()
             self.running.pop(process.pid, None)
-        # The launcher's exit code is not to be trusted in every case; the mark is.
+        # The launcher's exit code is not always reliable; the mark is.
         is_complete = (job.directory / COMPLETED).exists()
         minutes, seconds = divmod(round(time.monotonic() - started), 60)
         said = "done" if is_complete else f"failed (exit code {process.returncode}): {_reason(job.directory / LOG)}"
@@ -114,7 +114,7 @@ class Runner:
         return is_complete
 
     def run_all(self, jobs: Sequence[Job]) -> None:
-        """Runs all jobs, as many at once as there are slots; a failed one does not hold up the others."""
+        """Runs all jobs, one in each slot at a time; the others continue if one fails."""
         waiting = list(enumerate(jobs, start=1))
         lock = threading.Lock()
 
@@ -154,7 +154,7 @@ class Runner:
         return [*launcher, str(self.root / "launch" / "train.py"), *job.overrides]
 
     def stop(self) -> None:
-        """Tells the running jobs to stop, and kills those that do not; each can be resumed."""
+        """Stops the running jobs, and kills those that do not end; each can be resumed."""
         with self.lock:
             self.stopped.set()
             groups = list(self.running.values())
@@ -177,18 +177,18 @@ def _is_alive(group: int) -> bool:
 
 
 def _reason(log: Path) -> str:
-    """The sentence with which a job has failed, or the last line that it printed."""
+    """The error message of a failed job, or the last line that it printed."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     return said[-1] if said else lines[-1][:300] if lines else "it printed nothing"
 
 
 def result(directory: Path) -> dict:
-    """What came of the job in a directory: the swept keys, `status`, and of a run that trained its figures.
+    """The result of the job in a directory: the swept keys, `status`, and the figures of a run that trained.
 
-    `score` is the mean over tasks of the exact answers under the smallest cache, `tokens` that of the answer tokens, in
-    percent; `cache_factor` the mean of how many times smaller that cache is than a dense one; `loss` is the last one,
-    `step_seconds` the median of all steps but the first.
+    `score` is the mean over tasks of exact match under the smallest cache and `tokens` that of token accuracy, in
+    percent; `cache_factor` is the mean of how many times smaller that cache is; `loss` is that of the last step,
+    `step_seconds` the median of all steps except the first.
     """
     swept = json.loads((directory / JOB).read_text())["swept"]
     row = {"job": job_name(swept), "swept": swept, "directory": str(directory)}
@@ -229,7 +229,7 @@ LEGEND = f"smaller: {SMALLER} of the smallest cache evaluated; exact %, tokens %
 
 
 def sweep_table(rows: list[dict]) -> str:
-    """A line for each job: the swept keys, its figures, and whether it is done; and what the figures are."""
+    """A line for each job: the swept keys, its figures, and its status; and a legend."""
     keys = list(dict.fromkeys(key for row in rows for key in row["swept"]))
     head = [*(key.split(".")[-1] for key in keys), *FIGURES.values(), "status"]
     lines = [head]
@@ -268,7 +268,7 @@ def draw_sweep(rows: list[dict], path: Path, title: str) -> None:
             if column == 0:
                 line.set_ylabel(label, fontsize=8.5)
         panels[0, column].set_ylim(-4, 104)
-        # From 0 on, and with room above; matplotlib's own margin is a share of the span of the times, maybe tiny.
+        # From 0, with room above: matplotlib's margin is a share of the range of the times, which may be tiny.
         slowest = max((row["step_seconds"] for row in rows if row.get("step_seconds", 0) > 0), default=1.0)
         panels[1, column].set_ylim(0, 1.1 * slowest)
         panels[1, column].set_xticks(range(len(values)), values)

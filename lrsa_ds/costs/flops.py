@@ -43,7 +43,7 @@ class Passes:
     Args:
         checkpointing: whether layers are recomputed in the backward pass.
         tiled_mlp: whether the MLPs, recomputed tile by tile, are computed once more than that.
-        without_gradient: settings of further passes, whose gradients nobody needs, as those of a teacher.
+        without_gradient: settings of further passes, without gradients, such as those of a teacher.
     """
 
     checkpointing: bool = True

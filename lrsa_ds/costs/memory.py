@@ -115,7 +115,7 @@ def saved_bytes(sizes: Sizes, job: Job, config: LayerSettings) -> dict[str, int]
     if sizes.has_head_norms:
         norms += n * width * (_norm_saved(job) - b)  # the rotary embedding saves no input
     tokens = min(n, job.tile_size) if job.levers.tiled_mlp else n
-    # Gate, its activation, the other half and their product; in Liger's kernel the activation is computed anew.
+    # Gate, its activation, the other half and their product; Liger's kernel recomputes the activation.
     mlp = tokens * sizes.mlp_width * b * (3 if job.fused else 4)
     return {"norms": norms, "attention": attention_bytes(sizes, job, config), "MLP": mlp}
 

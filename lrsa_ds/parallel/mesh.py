@@ -1,4 +1,4 @@
-"""The ranks of a run: who they are, what device each drives, and the few collectives that the trainer needs."""
+"""The ranks of a run: their groups, their devices, and the few collectives that the trainer needs."""
 
 import os
 import socket
@@ -19,7 +19,7 @@ from lrsa_ds.parallel.sequence.all_to_all import SequenceGroup
 from lrsa_ds.process.launcher import ranks_of_host
 from lrsa_ds.registry import EXCHANGES
 
-JOIN = timedelta(minutes=30)  # for all ranks to come, where no setting says it
+JOIN = timedelta(minutes=30)  # time for all ranks to start, if no setting gives it
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Mesh:
 
     @property
     def row_multiple(self) -> int:
-        """What the number of tokens of a row has to be a multiple of: ranks share it evenly, GPUs in whole blocks."""
+        """The number of tokens of a row must be a multiple of this: ranks share it evenly, GPUs in whole blocks."""
         if self.sequence is None:
             return 1
         stretches = self.sp_size * self.sequence.strategy.num_stretches
@@ -58,7 +58,7 @@ class Mesh:
 
     @property
     def dp_size(self) -> int:
-        """Replicas: groups of ranks that each take sequences of their own."""
+        """Replicas: groups of ranks with different sequences."""
         return self.world_size // self.sp_size
 
     @property
@@ -138,7 +138,7 @@ def world_size() -> int:
 
 
 def check_world(sp_size: int, count: int | None = None) -> None:
-    """Raises LRSAError unless `count` processes, or those of the run, can be dealt out into groups of `sp_size`."""
+    """Raises LRSAError unless `count` processes, or those of the run, can be divided into groups of `sp_size`."""
     count = world_size() if count is None else count
     valid = ", ".join(str(p) for p in range(1, count + 1) if count % p == 0)
     require(
@@ -186,7 +186,7 @@ def start_mesh(
 
 
 def _share_cores() -> None:
-    """Each rank of a machine takes its share of the cores, unless the environment says how many threads there are.
+    """Each rank of a machine uses its share of the cores, unless the environment sets the number of threads.
 
     With as many threads as cores in every rank, each operation on the CPU would wait for threads of the other ranks.
     """

@@ -10,7 +10,7 @@ from lrsa_ds.errors import require
 
 
 def check_optimizer(config: TrainConfig) -> None:
-    """Raises LRSAError if the optimizer of the run needs what is not installed."""
+    """Raises LRSAError if the optimizer of the run needs a library that is not installed."""
     require(
         config.optim.name != "adamw_8bit" or importlib.util.find_spec("bitsandbytes") is not None,
         "optim.name=adamw_8bit needs bitsandbytes: pip install 'lrsa-ds[8bit]', or set optim.name=adamw.",
@@ -18,9 +18,9 @@ def check_optimizer(config: TrainConfig) -> None:
 
 
 def make_optimizer(groups: list[dict], config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW over groups of parameters: torch's, DeepSpeed's for states in host memory, or one with states of 8 bits.
+    """AdamW over groups of parameters: torch's, DeepSpeed's for states in host memory, or one with 8-bit states.
 
-    States of 8 bits are quantized in blocks of 256 numbers with a scale of their own (Dettmers et al. 2021, arXiv
+    8-bit states are quantized in blocks of 256 numbers, each with its own scale (Dettmers et al. 2021, arXiv
     2110.02861). Under ZeRO they are those of a rank's flat fp32 partition, in which a block may span two parameters.
     """
     optim, zero = config.optim, config.zero

@@ -1,4 +1,4 @@
-"""Where the ranks of a run meet before their process group starts, and who is told if one does not come."""
+"""The rendezvous of the ranks of a run before their process group starts, and errors if a rank does not come."""
 
 import os
 import socket
@@ -12,8 +12,8 @@ from lrsa_ds.errors import LRSAError
 from lrsa_ds.process.launcher import named
 
 POLL_SECONDS = 0.5
-NOTE_SECONDS = 20.0  # of waiting, before rank 0 says for whom
-LEAST_SECONDS = 1.0  # that torch's store takes for a timeout
+NOTE_SECONDS = 20.0  # of waiting, before rank 0 prints which ranks are missing
+LEAST_SECONDS = 1.0  # minimum timeout of torch's store
 
 
 def free_port() -> int:

@@ -11,7 +11,7 @@ from lrsa_ds.parallel.optimizers import make_optimizer
 
 
 def deepspeed_config(config: TrainConfig, dtype: torch.dtype, load_universal: bool = False) -> dict:
-    """What DeepSpeed is told; every value comes from `zero.*` and `optim.*`.
+    """DeepSpeed's configuration; every value comes from `zero.*` and `optim.*`.
 
     Args:
         load_universal: whether a checkpoint of another number of ranks will be loaded.
@@ -40,7 +40,7 @@ def deepspeed_config(config: TrainConfig, dtype: torch.dtype, load_universal: bo
 
 
 def gradient_scale(config: TrainConfig, world_size: int) -> float:
-    """What a sum over tokens is multiplied by, so that DeepSpeed's averages leave it unchanged.
+    """The factor for a sum over tokens that compensates DeepSpeed's averages.
 
     DeepSpeed divides gradients by the number of ranks, and the loss by the number of accumulation steps.
     """
@@ -105,7 +105,7 @@ def _is_trained(layer: torch.nn.Module) -> bool:
 
 
 def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
-    """Matrices decay; norms and biases, which have one dimension, do not. One group where nothing decays."""
+    """Weight decay applies to matrices, not to norms and biases, which have one dimension. One group without decay."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     if weight_decay == 0:
         return [{"params": parameters}]
@@ -115,5 +115,5 @@ def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]
 
 
 def _num_dims(parameter: torch.nn.Parameter) -> int:
-    """Dimensions of the whole parameter: under ZeRO-3 a rank holds a flat shard, which knows its true shape."""
+    """Dimensions of the complete parameter: under ZeRO-3 a rank holds a flat shard, which stores the true shape."""
     return len(getattr(parameter, "ds_shape", parameter.shape))

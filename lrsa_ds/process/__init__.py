@@ -1,1 +1,1 @@
-"""The processes of a run: launchers, signals, exit codes, and which rank speaks."""
+"""The processes of a run: launchers, signals, exit codes, and the message at the end."""

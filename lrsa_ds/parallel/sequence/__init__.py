@@ -1,1 +1,1 @@
-"""Sequence parallelism: who holds and selects what, and how it is exchanged."""
+"""Sequence parallelism: which rank holds and selects which tokens, and what ranks exchange."""

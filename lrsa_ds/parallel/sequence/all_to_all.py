@@ -16,12 +16,12 @@ from lrsa_ds.parallel.sequence.traffic import Traffic
 
 @dataclass(frozen=True, eq=False)
 class SequenceGroup:
-    """The ranks that share one sequence; `index` is this rank's place among them."""
+    """The ranks that share one sequence; `index` is this rank's index in the group."""
 
     process_group: dist.ProcessGroup
     size: int
     index: int
-    strategy: Strategy  # who holds which tokens, and how they attend
+    strategy: Strategy  # which rank holds which tokens, and how a rank attends
     traffic: Traffic = field(default_factory=Traffic)
 
 
@@ -68,7 +68,7 @@ class _Start(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *_):
-        # What is given here _Finish handed on in place of the gradient, which has travelled meanwhile.
+        # _Finish passes this on instead of the gradient, which was sent meanwhile.
         return ctx.pending.wait(), None
 
 
@@ -99,7 +99,7 @@ class AllToAll:
         return [part.view(shape) for part, shape in zip(parts, self.recv_shapes, strict=True)]
 
     def finish_stacked(self) -> torch.Tensor:
-        """The same as one tensor [P, ...], without a copy, where all ranks send equal shapes."""
+        """The result as one tensor [P, ...], without a copy, if all ranks send equal shapes."""
         return self._flat().view(len(self.recv_shapes), *self.recv_shapes[0])
 
     def _flat(self) -> torch.Tensor:
@@ -112,7 +112,7 @@ def start(
     """Sends `parts[r]` to rank r of the group and receives a tensor of shape `recv_shapes[r]` from it.
 
     Args:
-        cargo: under which name the bytes are counted; one of `traffic.CARGO`.
+        cargo: the name under which bytes are counted; one of `traffic.CARGO`.
         parts: tensors of one dtype, of any shapes; their sizes are what the receivers expect.
     """
     flat = torch.cat([part.reshape(-1) for part in parts])
@@ -120,12 +120,12 @@ def start(
 
 
 def start_even(group: SequenceGroup, cargo: str, x: torch.Tensor) -> AllToAll:
-    """Sends x[r] of x [P, ...] to rank r and receives as much from it; copies nothing where `x` is contiguous."""
+    """Sends x[r] of x [P, ...] to rank r and receives as much from it; no copy if `x` is contiguous."""
     return _start(group, cargo, x.reshape(-1), [x[0].numel()] * group.size, [tuple(x.shape[1:])] * group.size)
 
 
 def start_to_all(group: SequenceGroup, cargo: str, x: torch.Tensor, recv_shapes: Sequence[tuple[int, ...]]) -> AllToAll:
-    """Sends `x` to every rank; its gradient is the sum of theirs, added in fp32 and rounded once."""
+    """Sends `x` to every rank; its gradient is the sum over the ranks, computed in fp32 and rounded once."""
     flat = x.reshape(1, -1).expand(group.size, -1).reshape(-1)
     return _start(group, cargo, flat, [x.numel()] * group.size, recv_shapes)
 

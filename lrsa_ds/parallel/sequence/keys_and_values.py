@@ -1,4 +1,4 @@
-"""Keys and values in one tensor, as they travel between ranks.
+"""Keys and values in one tensor, as they are sent between ranks.
 
 Shapes: G KV heads, n tokens, D head dim of the keys, D' of the values.
 """
@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 @dataclass(frozen=True)
 class KeysAndValues:
-    """Their head dims. Where these differ the smaller ones travel with zeros behind them."""
+    """The head dims of keys and values. If they differ, the smaller one is padded with zeros."""
 
     num_heads: int
     key_dim: int

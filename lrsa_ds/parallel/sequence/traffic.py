@@ -1,4 +1,4 @@
-"""What sequence parallelism sends from a rank, in bytes by what they carry, beside what dense Ulysses would send."""
+"""Bytes that a rank sends under sequence parallelism, by content, and those that dense Ulysses would send."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 PASSES = ("forward", "backward")
-# What an all-to-all may carry; "kv" are all keys and values (dense Ulysses), "kept" those of the kept KV alone.
+# Contents of an all-to-all; "kv": all keys and values (dense Ulysses); "kept": only the kept KV.
 CARGO = ("halo", "queries", "kept", "kv", "outputs", "lse")
 
 
@@ -30,7 +30,7 @@ class Traffic:
         return {name: count / num_layers for name, count in counts.items()}
 
     def clear(self) -> None:
-        """Forgets what was sent so far."""
+        """Resets the counts."""
         self.sent, self.ulysses = Counter(), Counter()
 
     def count_ulysses(
@@ -40,7 +40,7 @@ class Traffic:
 
         Args:
             q, k, v: [1, H, n, D] and [1, G, n, D], of one shard; `output` is their attention.
-            is_real: whether it was Ulysses that computed it.
+            is_real: whether Ulysses did compute it.
         """
         num_bytes = ulysses_bytes(q, k, v, size)
         books = [self.ulysses, self.sent] if is_real else [self.ulysses]

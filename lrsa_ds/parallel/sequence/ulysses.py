@@ -18,7 +18,7 @@ from lrsa_ds.parallel.sequence.strategy import Sharing
 
 
 def check_dense_heads(num_kv_heads: int, size: int) -> None:
-    """Raises LRSAError unless Ulysses can deal out the KV heads: one number must divide the other."""
+    """Raises LRSAError unless Ulysses can distribute the KV heads: one number must divide the other."""
     require(
         num_kv_heads % size == 0 or size % num_kv_heads == 0,
         f"parallel.sp_size={size} under dense attention needs a number that divides the {num_kv_heads} KV heads of the "
@@ -28,7 +28,7 @@ def check_dense_heads(num_kv_heads: int, size: int) -> None:
 
 
 def check_dense(sharing: Sharing) -> None:
-    """Raises LRSAError for a sharing that dense attention cannot do."""
+    """Raises LRSAError for a `Sharing` that dense attention does not support."""
     check_heads(sharing.num_heads, sharing.size)
     check_dense_heads(sharing.num_kv_heads, sharing.size)
 
@@ -47,9 +47,9 @@ def ulysses_attention(
 
     Args:
         q: [1, H, n, D], of this rank's shard; k, v: [1, G, n, D], of v perhaps another D.
-        config: its retention keeps everything.
+        config: with a retention of 1.
         document_lengths: of the whole sequence, summing to P * n.
-        layer: makes no difference.
+        layer: not used.
 
     Returns:
         [1, H, n, D].
@@ -61,7 +61,7 @@ def ulysses_attention(
     q, k, v = (pad(x, (0, dim - x.shape[3])) for x in (q, k, v))
     ulysses = _ulysses(q.shape[1], k.shape[1], dim, group)
     own = q.shape[1] // group.size
-    # DeepSpeed gathers the positions for kernels that find the documents by them; ours are told the lengths.
+    # DeepSpeed gathers positions for kernels that find documents by them; ours receive the lengths.
     positions = torch.zeros(1, q.shape[2], dtype=torch.int64, device=q.device)
     output, _ = ulysses(
         torch.nn.Module(),
