@@ -1,8 +1,8 @@
 """RULER (arXiv 2404.06654): the folders that its scripts fill, `TASK/validation.jsonl`, as they are.
 
 A row has `input`, `outputs` and `answer_prefix`; rows of earlier versions have the prefix at the end of `input`. Rows
-as NVIDIA kvpress publishes RULER have `context`, `question`, `answer_prefix`, `answer`, `task` and `max_new_tokens`. A
-folder above the task that is named by a number, as both name it, is the length that its prompts were made for.
+as NVIDIA kvpress publishes RULER have `context`, `question`, `answer_prefix`, `answer`, `task` and `max_new_tokens`.
+The folder of the tasks, or the one above `data`, is the length that prompts were made for if its name is a number.
 
 Limits of the answers and metrics are those of github.com/NVIDIA/RULER, commit c3f5e3b (scripts/data/synthetic and
 scripts/eval/synthetic, constants.py).
@@ -93,7 +93,9 @@ def _max_new_tokens(row: Row) -> int:
 
 
 def _length(row: Row) -> int | None:
-    return next((int(name) for name in reversed(row.folders) if re.fullmatch(r"[1-9]\d{2,}", name)), None)
+    """From LENGTH/data/TASK, LENGTH/TASK, or LENGTH itself; a number further above is something else, as a date."""
+    places = row.folders[-1:-3:-1] + (row.folders[-3:-2] if row.folders[-2:-1] == ("data",) else ())
+    return next((int(name) for name in places if re.fullmatch(r"[1-9]\d{2,}", name)), None)
 
 
 def _cleaned(prediction: str) -> str:

@@ -93,6 +93,17 @@ def test_a_ruler_task_is_named_by_its_folder(tmp_path, monkeypatch, place):
     assert samples.sample("ruler/vt", 4096, 0).max_new_tokens == 30
 
 
+@pytest.mark.parametrize(
+    "folder,length",
+    [("600/data/vt", 600), ("600/vt", 600), ("600", 600), ("600/mine/vt", 4096), ("20261126/ruler/data/vt", 4096)],
+)
+def test_a_number_is_a_length_where_ruler_writes_one(tmp_path, folder, length):
+    name = "validation.jsonl" if folder.endswith("vt") else "vt.jsonl"
+    write_rows(tmp_path / folder / name, {"input": "q", "outputs": ["a"]})
+    samples = make_samples(tasks=["ruler"], ruler=str(tmp_path), lengths=[length])
+    assert samples.items() == [("ruler/vt", length, 0)]
+
+
 def test_rows_of_earlier_versions_of_ruler_hold_the_prefix_in_their_input(tmp_path):
     old = {"index": 0, "input": "List: 1. a 2. b\nQuestion: Which? Answer: The words are:", "outputs": ["a"]}
     path = write_rows(tmp_path / "cwe.jsonl", old)
