@@ -48,9 +48,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Args:
-    read: from the path of the user's copy to its cases; raises LRSAError for rows of another form.
-    metrics: by name.
+    """How the user's copy of a benchmark is read, and how its answers are scored.
+
+    Args:
+        read: from the path of the copy to its cases; raises LRSAError for rows of another form.
+        metrics: by name.
     """
 
     read: Callable[[str], Iterator[Case]]
