@@ -186,7 +186,7 @@ import termios
 from pathlib import Path
 from lrsa_ds.logs import metrics, wandb_thread
 from lrsa_ds.settings.run import LogConfig
-wandb_thread.INIT_SECONDS = 5
+wandb_thread.INIT_SECONDS = 2
 logger = metrics.RunLogger(Path(sys.argv[1]), LogConfig(), {}, {}, "my_run", 50)
 for step in range(50):
     logger.step({"step": step + 1, "loss": 1.0})

@@ -18,17 +18,20 @@ ENV = {
     "HF_HUB_OFFLINE": "1",
     "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
 }
+WITHOUT_MLFLOW = {
+    "PYTHONPATH": os.pathsep.join([str(ROOT / "tests/dist/without_mlflow"), *filter(None, [ENV.get("PYTHONPATH")])])
+}
 
 
 class Job:
-    """A command in a session of its own."""
+    """A command in a session of its own; without MLflow unless `env` says where it is."""
 
     def __init__(self, command: list[str], cwd: Path = ROOT, env: dict[str, str] | None = None):
         self.command = command
         self.process = subprocess.Popen(
             command,
             cwd=cwd,
-            env=ENV | (env or {}),
+            env=ENV | WITHOUT_MLFLOW | (env or {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -87,13 +90,14 @@ def run(
     return Job(command, cwd, env).finish(timeout)
 
 
-def launch_command(*arguments: str, script: str = "train", num_ranks: int = 2) -> list[str]:
+def launch_command(*arguments: str) -> list[str]:
     port = ["--master_port", str(free_port())]
-    return ["deepspeed", "--num_accelerators", str(num_ranks), *port, f"launch/{script}.py", *arguments]
+    return ["deepspeed", "--num_accelerators", "2", *port, "launch/train.py", *arguments]
 
 
-def launch(*arguments: str, script: str = "train", num_ranks: int = 2) -> subprocess.CompletedProcess:
-    return run(launch_command(*arguments, script=script, num_ranks=num_ranks))
+def launch(*arguments: str) -> subprocess.CompletedProcess:
+    """A training run under the deepspeed launcher as users start it, with all that is installed."""
+    return run(launch_command(*arguments), env={"PYTHONPATH": ENV.get("PYTHONPATH", "")})
 
 
 def torchrun_command(*arguments: str, num_ranks: int = 2) -> list[str]:
