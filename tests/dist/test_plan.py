@@ -94,9 +94,8 @@ def test_measured_rows_are_shown_beside_the_estimates(capfd, monkeypatch):
 
 
 def test_levers_are_not_chosen_without_a_gpu(capfd, monkeypatch):
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    said = refused(capfd, monkeypatch, "+recipe=smoke", "memory=auto")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    said = refused(capfd, monkeypatch, "+recipe=smoke", "memory=auto", "data=files", "data.path=nowhere.jsonl")
     assert "memory.auto=true chooses by the memory of a GPU, and there is none" in said
     out = printed(capfd, monkeypatch, "+recipe=step_1b5", "memory=auto", "gpu={memory_gb: 48}")
     assert "levers: tiled_mlp" in out and "recommended: the settings as they are" in out
