@@ -44,6 +44,20 @@ FAMILIES = {
     "qwen3_moe": dict(num_experts=64, num_experts_per_tok=2, moe_intermediate_size=16),
     "mixtral": dict(num_local_experts=8, num_experts_per_tok=2, sliding_window=None),
     "glm4_moe": dict(n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=16, first_k_dense_replace=1),
+    "gpt_oss": dict(num_local_experts=8, num_experts_per_tok=2, sliding_window=30),
+    "deepseek_v3": dict(
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        moe_intermediate_size=16,
+        first_k_dense_replace=1,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=8,
+        v_head_dim=6,
+    ),
     # With a window that is longer than the stretches of four ranks.
     "olmo3": dict(sliding_window=70, layer_types=["sliding_attention", "full_attention"]),
 }

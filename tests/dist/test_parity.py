@@ -49,7 +49,9 @@ PARITY = [
     (2, ["--family", "qwen3_moe", "--aux", 0.5, "--sp-size", 2, "--micro-batch", 2, "--checkpointing"]),
     (2, ["--family", "mixtral", "--aux", 0.5, "--checkpointing", "--stage", 2]),
     (2, ["--family", "mixtral", "--aux", 0.5, "--lora", "--sp-size", 2, "--exchange", "head_groups"]),
+    (2, ["--family", "gpt_oss", "--aux", 0.5, "--sp-size", 2, "--checkpointing"]),
     (2, ["--family", "glm4_moe", "--sp-size", 2, "--checkpointing"]),  # without such a loss
+    (2, ["--family", "deepseek_v3", "--kv-heads", 4, "--sp-size", 2, "--checkpointing"]),
     (2, ["--layers", TURNS, "--checkpointing"]),
     *((2, ["--sp-size", 2, "--exchange", exchange, "--layers", TURNS, "--checkpointing"]) for exchange in EXCHANGES),
     # Frozen embeddings ask for no gradient, and DeepSpeed must still hold a gathered layer until its backward pass.
