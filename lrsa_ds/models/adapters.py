@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from lrsa_ds.errors import LRSAError, require
 from lrsa_ds.hub import looks_local
 from lrsa_ds.models.rope import saved_rope
+from lrsa_ds.models.wrappers import auto_class
 from lrsa_ds.settings.model import LoraConfig, ModelConfig
 
 ADAPTER = "default"
@@ -95,7 +96,7 @@ def merge_adapters(model: PreTrainedModel, weights: dict[str, torch.Tensor], lor
     from peft import LoraModel
 
     with torch.device("meta"):
-        plain = AutoModelForCausalLM.from_config(model.config)
+        plain = auto_class(model.config).from_config(model.config)
         tuned = LoraModel(plain, _peft_config(lora), ADAPTER)
     plain.load_state_dict(weights, strict=False, assign=True)
     plain.tie_weights()

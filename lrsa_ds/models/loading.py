@@ -12,6 +12,7 @@ from lrsa_ds.errors import require
 from lrsa_ds.hub import hub_error, resolve_name
 from lrsa_ds.models.adapters import find_adapters, merge_saved
 from lrsa_ds.models.rope import check_taken, restore_rope, saved_rope, set_rope
+from lrsa_ds.models.wrappers import auto_class, check_positions
 from lrsa_ds.settings.model import ModelConfig
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
@@ -79,7 +80,8 @@ def empty_model(model: ModelConfig) -> PreTrainedModel:
     """The model on the meta device: its structure and sizes without memory, to check them before weights are loaded."""
     config = model_config(model)
     with torch.device("meta"):
-        structure = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+        structure = auto_class(config).from_config(config, trust_remote_code=model.trust_remote_code)
+    check_positions(structure)
     check_taken(structure, model.rope)
     return structure
 
@@ -103,14 +105,14 @@ def load_model(model: ModelConfig, dtype: torch.dtype | str, deepspeed_config: d
 def _load(model: ModelConfig, config: PreTrainedConfig, dtype: torch.dtype | str) -> PreTrainedModel:
     disable_progress_bar()  # one bar per rank would break the run's own bar
     if model.random is not None:
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return auto_class(config).from_config(config, dtype=dtype)
     if model.gguf_file is not None:
         return _load_gguf(model, config, dtype)
     if (adapters := find_adapters(model)) is not None:
         merged = merge_saved(_load(adapters.base, config, dtype), adapters)
         merged.config.lrsa = config.lrsa
         return merged
-    return _pretrained(AutoModelForCausalLM, model, config=config, dtype=dtype)
+    return _pretrained(auto_class(config), model, config=config, dtype=dtype)
 
 
 def _load_gguf(model: ModelConfig, config: PreTrainedConfig, dtype: torch.dtype | str) -> PreTrainedModel:
