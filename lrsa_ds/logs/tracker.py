@@ -46,7 +46,7 @@ class Identity:
 
 
 class Tracker(threading.Thread, ABC):
-    """Owns the run of one service. Entries wait in a queue; the run goes on if the service fails.
+    """Owns the run of one service. Entries wait in a queue; the run continues if the service fails.
 
     Args:
         say: prints a sentence.
