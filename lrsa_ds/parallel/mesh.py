@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 
 from lrsa_ds.attention.kernels.blocks import BLOCK
 from lrsa_ds.errors import LRSAError, require
+from lrsa_ds.parallel.lean_deepspeed import deepspeed
 from lrsa_ds.parallel.rendezvous import free_port, meet
 from lrsa_ds.parallel.sequence.all_to_all import SequenceGroup
 from lrsa_ds.process.launcher import ranks_of_host
