@@ -1,21 +1,23 @@
 """LongBench (arXiv 2308.14508) and LongBench-E: `data/TASK.jsonl` and `data/TASK_e.jsonl` as they are published.
 
-Prompts and limits of the answers are the authors' (`longbench.json`). As in their code, few-shot and code tasks do
-not use the chat template, and the middle of a prompt that is too long is removed. Rows of LongBench-E are grouped by
-their lengths in words.
+Prompts and limits of the answers are read from the `config` folder of the authors' repository, which has to be in the
+folder of the data or in one above it. As in their code, few-shot and code tasks do not use the chat template, and the
+middle of a prompt that is too long is removed. Rows of LongBench-E are grouped by their lengths in words.
 """
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
-from lrsa_ds.errors import LRSAError
+from lrsa_ds.errors import LRSAError, require
 from recipes.benchmarks.benchmark import Benchmark, Case, text_of, texts_of
 from recipes.benchmarks.files import Row, benchmark_rows
 from recipes.benchmarks.longbench_metrics import METRICS, require_libraries
 
 KEY = "longbench"
-ASKED = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))["tasks"]
+CONFIG = "config"
+LEVELS = 4  # folders that may hold it: that of the data and three above
 _TASKS_BY_METRIC = {
     "qa_f1": ("narrativeqa", "qasper", "multifieldqa_en", "hotpotqa", "2wikimqa", "musique"),
     "qa_f1_zh": ("multifieldqa_zh",),
@@ -35,16 +37,45 @@ STOPS = {"samsum": "\n"}
 BUCKETS = {"0-4k": 4000, "4-8k": 8000}  # of LongBench-E, each below so many words; longer ones: 8k+
 
 
+class Asked(NamedTuple):
+    """How the authors ask: by task, a prompt with {context} and {input}, and the most tokens of an answer."""
+
+    prompts: dict[str, str]
+    limits: dict[str, int]
+
+
 def read(path: str) -> Iterator[Case]:
-    for row in benchmark_rows(KEY, path):
-        yield _case(row)
+    asked = None
+    for row in benchmark_rows(KEY, path, ignored=CONFIG):
+        asked = asked or _asked(path)
+        yield _case(row, asked)
 
 
-def _case(row: Row) -> Case:
+def _asked(path: str) -> Asked:
+    """Prompts and limits from the `config` folder beside or above the data.
+
+    Raises:
+        LRSAError: there is none, or it does not hold all tasks.
+    """
+    data = Path(path).expanduser().absolute()
+    for folder in [data, *data.parents][: LEVELS + 1]:
+        files = [folder / CONFIG / name for name in ("dataset2prompt.json", "dataset2maxlen.json")]
+        if all(file.is_file() for file in files):
+            asked = Asked(*(json.loads(file.read_text(encoding="utf-8")) for file in files))
+            missing = [task for task in TASKS if task not in asked.prompts or task not in asked.limits]
+            require(not missing, f"{folder / CONFIG} has no prompt or no limit for {', '.join(missing)}.")
+            return asked
+    raise LRSAError(
+        f"{KEY}={path!r}: its prompts are missing, config/dataset2prompt.json and config/dataset2maxlen.json of "
+        "github.com/THUDM/LongBench (folder LongBench): copy config beside the data or into a folder above."
+    )
+
+
+def _case(row: Row, asked: Asked) -> Case:
     name, in_buckets = _name(row)
     metric, place = TASKS[name], row.place
     require_libraries(metric, f"{KEY}/{name}")
-    prompt = ASKED[name]["prompt"].format(
+    prompt = asked.prompts[name].format(
         context=text_of(row.content, "context", place), input=text_of(row.content, "input", place)
     )
     answers = texts_of(row.content, "answers", place, may_be_empty=True)
@@ -54,7 +85,7 @@ def _case(row: Row) -> Case:
         answers=answers,
         expected=answers[0],
         metric=metric,
-        max_new_tokens=ASKED[name]["max_new_tokens"],
+        max_new_tokens=asked.limits[name],
         in_turn=name not in ALONE,
         may_be_cut=True,
         classes=texts_of(row.content, "all_classes", place) if metric == "classification" else (),

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -16,7 +17,7 @@ from lrsa_ds.evaluate.results import summary
 from lrsa_ds.settings.data import DataConfig
 from lrsa_ds.settings.model import ModelConfig
 from recipes.benchmarks import METRICS
-from recipes.benchmarks.longbench import ASKED, TASKS
+from recipes.benchmarks.longbench import TASKS
 from recipes.samples import Samples
 from tests.cpu.test_evaluate import make_evaluator
 
@@ -30,7 +31,16 @@ def make_samples(tokenizer=TOKENIZER, **settings):
     return samples
 
 
+# Prompts and limits in the form of the authors' two files.
+ASKED = {task: f"About {task}. {{context}}\nQuestion: {{input}}\nAnswer:" for task in TASKS}
+LIMITS = {task: 20 + number for number, task in enumerate(TASKS)} | {"lcc": 64, "qasper": 128}
+
+
 def make_longbench(path, length=4096, tokenizer=TOKENIZER, **settings):
+    """Samples of the data at `path`, with `config` beside them."""
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    for name, content in (("dataset2prompt.json", ASKED), ("dataset2maxlen.json", LIMITS)):
+        write_rows(folder / "config" / name, content)
     return make_samples(tokenizer, tasks=["longbench"], longbench=str(path), lengths=[length], **settings)
 
 
@@ -214,7 +224,7 @@ def longbench_row(task, **columns):
 
 
 def test_longbench_asks_what_its_authors_ask(tmp_path):
-    """Whole prompts, in the chat template but for examples and code; and the authors' limits."""
+    """With the prompts and limits of the folder `config`; in the chat template, except for examples and code."""
     for task in TASKS:
         answer = {"passage_retrieval_en": "Paragraph 3", "passage_retrieval_zh": "段落3"}.get(task, "Ann")
         row = longbench_row(task, answers=[answer], all_classes=["Ann", "Bob"])
@@ -222,17 +232,15 @@ def test_longbench_asks_what_its_authors_ask(tmp_path):
     samples = make_longbench(tmp_path)
     assert {task for task, _, _ in samples.items()} == {f"longbench/{task}" for task in TASKS} and len(TASKS) == 21
     question = samples.sample("longbench/hotpotqa", 4096, 0)
-    told = "Answer the question based on the given passages. Only give me the answer and do not output any other words."
-    asked = f"{told}\n\nThe following are given passages.\nLong ago.\n\n{told}\n\nQuestion: Who?\nAnswer:"
+    asked = "About hotpotqa. Long ago.\nQuestion: Who?\nAnswer:"
     assert prompt_of(question) == f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n"
-    assert (question.max_new_tokens, question.metrics) == (32, ("qa_f1",))
+    assert question.metrics == ("qa_f1",)
     code = samples.sample("longbench/lcc", 4096, 0)
-    assert prompt_of(code) == "Please complete the code given below. \nLong ago.Next line of code:\n"
+    assert prompt_of(code) == "About lcc. Long ago.\nQuestion: Who?\nAnswer:"
     dialogue = samples.sample("longbench/samsum", 4096, 0)
     assert TOKENIZER.decode(dialogue.stop_ids) == "\n" and not question.stop_ids
     assert samples.sample("longbench/trec", 4096, 0).classes == ("Ann", "Bob")
-    limits = {task: samples.sample(f"longbench/{task}", 4096, 0).max_new_tokens for task in TASKS}
-    assert sorted(limits.values()) == sorted([128] * 4 + [64] * 6 + [32] * 7 + [512] * 4)
+    assert {task: samples.sample(f"longbench/{task}", 4096, 0).max_new_tokens for task in TASKS} == LIMITS
 
 
 def test_the_middle_of_a_long_prompt_of_longbench_is_taken_out(tmp_path):
@@ -242,11 +250,11 @@ def test_the_middle_of_a_long_prompt_of_longbench_is_taken_out(tmp_path):
     write_rows(tmp_path / "qasper.jsonl", longbench_row("qasper", context=context))
     samples = make_longbench(tmp_path, 1500)
     code = samples.sample("longbench/lcc_e/0-4k", 1500, 0)
-    whole = ASKED["lcc"]["prompt"].format(context=context, input="Who?")
+    whole = ASKED["lcc"].format(context=context, input="Who?")
     assert prompt_of(code) == whole[:718] + whole[-718:]  # 1500 tokens of one byte, and 64 of them for the answer
     article = samples.sample("longbench/qasper", 1500, 0)
     turn = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
-    whole = ASKED["qasper"]["prompt"].format(context=context, input="Who?")
+    whole = ASKED["qasper"].format(context=context, input="Who?")
     half = (1500 - 128 - len(TOKENIZER("".join(turn)).input_ids)) // 2
     assert prompt_of(article) == turn[0] + whole[:half] + whole[-half:] + turn[1]
     with pytest.raises(LRSAError, match=r"lengths=150 is too short for longbench/qasper, whose answer may take 128"):
@@ -337,13 +345,24 @@ def test_an_answer_ends_at_the_stop_of_its_task(tmp_path):
         ("qasper.jsonl", longbench_row("qasper", context=None), "line 1: context is missing"),
         ("trec.jsonl", longbench_row("trec"), "line 1: all_classes has to be a list"),
         ("qasper_e.jsonl", longbench_row("qasper", length=None), "line 1: length is missing"),
-        ("qasper.md", longbench_row("qasper"), "holds no such file"),
+        ("qasper.md", longbench_row("qasper"), "holds no tasks, only files below config"),
     ],
 )
 def test_what_is_wrong_with_a_copy_of_longbench(tmp_path, file, row, said):
     write_rows(tmp_path / file, row)
     with pytest.raises(LRSAError, match=said):
         make_longbench(tmp_path)
+
+
+def test_longbench_without_the_prompts_of_its_authors(tmp_path):
+    path = write_rows(tmp_path / "a/b/c/data/qasper.jsonl", longbench_row("qasper"))
+    settings = dict(tasks=["longbench"], longbench=path, lengths=[4096])
+    with pytest.raises(LRSAError, match="its prompts are missing, config"):
+        make_samples(**settings)
+    for name, content in (("dataset2prompt.json", ASKED), ("dataset2maxlen.json", {"lcc": 64})):
+        write_rows(tmp_path / "a/b/c/config" / name, content)
+    with pytest.raises(LRSAError, match="c/config has no prompt or no limit for narrativeqa, qasper"):
+        make_samples(**settings)
 
 
 def test_a_metric_without_its_library_says_what_to_install(tmp_path, monkeypatch):

@@ -46,7 +46,7 @@ def test_names():
 @pytest.mark.parametrize(
     "file,num_tokens,lag_size,claims",
     [
-        ("README.md", 8192, 512, {"retention 1/4: {}× smaller": 0.25, "retention 1/8: {}× smaller": 0.125}),
+        ("README.md", 131072, 1024, {"retention 1/8: {}× smaller": 0.125}),
         ("README.md", 8192, 512, {"0.125 is a {}× smaller cache after 8,192 tokens": 0.125}),
         ("benchmarks/results/2026-11-24-h100.md", 8192, 512, {"1/2: {}×": 0.5, "1/4: {}×": 0.25, "1/8: {}×": 0.125}),
         ("benchmarks/results/2026-11-cpu.md", 1024, 128, {"retention 1/8, {}× smaller": 0.125}),
@@ -57,4 +57,4 @@ def test_what_is_claimed_of_a_cache_is_what_it_holds(file, num_tokens, lag_size,
     for claim, retention in claims.items():
         config = LRSAConfig(sink_size=16, lag_size=lag_size, retention=retention)
         assert claim.format(f"{cache_factor([num_tokens], config):.2f}") in text
-    assert "holds 1,920 of 8,192 entries" in (ROOT / "README.md").read_text() and num_held(8192, CONFIG) == 1920
+    assert num_held(8192, CONFIG) == 1920
