@@ -17,6 +17,7 @@ from launch.cli.accelerator import register_resolver
 from launch.cli.checkout import CONF, register_checkout
 from launch.cli.schema import register_schema
 from lrsa_ds.config import TrainConfig, typed_config
+from lrsa_ds.costs.settings import PlanConfig
 from lrsa_ds.data.tokenizer import load_tokenizer
 from lrsa_ds.evaluate.config import EvaluateConfig
 from lrsa_ds.settings.model import ModelConfig
@@ -45,11 +46,12 @@ def split(command: str) -> tuple[str, list[str]]:
     return Path(words[place]).name, [word for word in words[place + 1 :] if word != "..."]
 
 
-def check_overrides(name: str, overrides: list[str]) -> None:
+def check_overrides(name: str, overrides: list[str], schema: type | None = None) -> None:
     """Composes and types a configuration; of a sweep, that of every job."""
+    schema = schema or SCHEMAS[name]
     register_resolver()
     register_checkout()
-    register_schema(name, SCHEMAS[name])
+    register_schema(name, schema)
     jobs = [[]]
     for override in OverridesParser.create().parse_overrides(overrides):
         values = [override.input_line]
@@ -58,7 +60,7 @@ def check_overrides(name: str, overrides: list[str]) -> None:
         jobs = [[*job, value] for job in jobs for value in values]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         for job in jobs:
-            typed_config(compose(name, job), SCHEMAS[name])
+            typed_config(compose(name, job), schema)
 
 
 def check_arguments(program, typed: list[str], monkeypatch):
@@ -75,6 +77,8 @@ def test_a_command_of_the_readme_is_right(command, monkeypatch):
             assert subprocess.run(["make", "-n", *typed], capture_output=True, cwd=ROOT).returncode == 0
         case "train.py" | "selftest.py" | "slurm.sh":
             check_overrides("train", typed)
+        case "plan.py":
+            check_overrides("train", typed, PlanConfig)
         case "evaluate.py":
             check_overrides("evaluate", [word.replace("model.name=...", "model.name=x") for word in typed])
         case "sweep.py":
