@@ -28,7 +28,7 @@ test: setup lint ## lint, then all tests and their coverage; ARGS="tests/cpu -k 
 ifdef ARGS
 	$(BIN)/python -m pytest $(ARGS)
 else
-	$(BIN)/python -m pytest tests/cpu --cov --cov-report= --durations=15
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cpu -n auto --maxprocesses 8 --cov --cov-report= --durations=15
 	@$(BIN)/python -m coverage report --format=total | sed 's/.*/coverage of tests\/cpu: & %/'
 	$(BIN)/python -m pytest tests/dist tests/gpu tests/multi_gpu --durations=15
 endif
