@@ -10,6 +10,7 @@ from lrsa_ds.errors import require
 # Kernels against the peak: flash-attn-4's, which run on Hopper, and FlexAttention's anywhere. LRSA over 131,072 tokens,
 # 32/8 heads, forward and backward on an H100: 556 and 381 TFLOPS of 989 (benchmarks/results/2026-11-25-h100.md).
 FA4, FLEX = 0.56, 0.38
+SHARE_OF_KERNEL = {"fa4": FA4, "flex": FLEX}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lrsa_ds.config import TrainConfig
-from lrsa_ds.costs.gpus import FLEX, gpu_of_device
+from lrsa_ds.costs.gpus import SHARE_OF_KERNEL, gpu_of_device
 from lrsa_ds.costs.job import Job, Levers, in_layers
 from lrsa_ds.costs.memory import gpu_memory
 from lrsa_ds.costs.plan import Machine
@@ -96,7 +96,7 @@ def _comparison(row: dict[str, str], config: TrainConfig, job: Job, sizes: Sizes
         turns=in_layers(attention.turns, job.layers),
     )
     gpu = gpu_of_device(row["device"]) or machine.gpu
-    gpu = replace(gpu, attention_share=FLEX) if row.get("backend") == "flex" else gpu
+    gpu = replace(gpu, attention_share=SHARE_OF_KERNEL.get(row.get("backend", ""), gpu.attention_share))
     time = step_time(sizes, measured, gpu, machine.network_gb_s)
     return Comparison(
         measured,

@@ -15,6 +15,7 @@ from lrsa_ds.costs.job import Job
 from lrsa_ds.costs.sizes import Sizes
 from lrsa_ds.layer_settings import LayerSettings
 from lrsa_ds.lrsa_config import LRSAConfig
+from lrsa_ds.registry import EXCHANGES
 
 FP32 = 4
 # DeepSpeed's defaults, in parameters: what ZeRO-3 holds gathered at most (stage3_max_live_parameters), since it lets
@@ -131,7 +132,7 @@ def attention_bytes(sizes: Sizes, job: Job, config: LayerSettings) -> int:
     if config.is_dense:
         # The output in another layout; on several ranks the queries, keys and values of a head group beside the own.
         return n * (3 * queries + kv + lse) + shared * n * (queries + kv)
-    if shared and job.exchange == "head_groups":
+    if shared and EXCHANGES[job.exchange].merges_parts:
         heads = max(1, sizes.num_kv_heads // job.sp_size) / sizes.num_kv_heads
         window = n * (2 * queries + lse) + (n + keys.halo) * kv
         return window + n * (2 * queries + lse) + int(keys.copied * kv * heads)

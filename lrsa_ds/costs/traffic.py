@@ -16,6 +16,7 @@ from lrsa_ds.layer_settings import LayerSettings
 from lrsa_ds.layers import AnyConfig
 from lrsa_ds.lrsa_config import LRSAConfig
 from lrsa_ds.parallel.sequence.traffic import ulysses_bytes
+from lrsa_ds.registry import EXCHANGES
 
 FP32 = 4
 
@@ -58,7 +59,7 @@ def pass_bytes(sizes: Sizes, job: Job, config: LayerSettings) -> dict[str, float
     if config.is_dense:
         q, k = (torch.empty(1, h, n, sizes.head_dim, dtype=_dtype(b), device="meta") for h in _heads(sizes))
         return {cargo: float(count) for cargo, count in ulysses_bytes(q, k, k, ranks).items()}
-    if job.exchange != "head_groups":  # each rank sends what it keeps to every other
+    if not EXCHANGES[job.exchange].merges_parts:  # each rank sends what it keeps to every other
         return {"halo": halo, "kept": keys.kept * others * sizes.num_kv_heads * entry}
     if not keys.kept:
         return {"halo": halo}
