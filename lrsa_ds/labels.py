@@ -58,5 +58,5 @@ def cache_tick(rows: list[dict], cache: str) -> str:
     """A label for an axis: the name of a cache, and below it how many times smaller it was in these rows."""
     mine = [row for row in rows if cache_of(row) == cache]
     factors = factor_name(row.get("cache_factor") for row in mine)
-    name = cache.replace(" + ", "\n+ ")
+    name = cache.replace(" + ", " +\n")
     return name if all(is_dense_cache(row) for row in mine) else f"{name}\n({factors})"
