@@ -6,7 +6,6 @@ A rank attends over [copies of the kept buffer | halos and its own tokens], see 
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import pairwise
 
 from lrsa_ds.attention.kernels.blocks import BLOCK, copy_history, in_blocks, queries_ahead
 from lrsa_ds.attention.kinds.kind import kind_of
@@ -41,13 +40,15 @@ def keys_of(job: Job, config: LayerSettings) -> Keys:
     if isinstance(config, LRSAConfig):
         return Keys() if config.is_dense else _keys(job.document_lengths, config, job.sp_size, job.exchange)
     halo = kind_of(config).halo
-    return Keys() if job.sp_size == 1 or halo is None else _halos(job, in_blocks(halo.size(config)))
+    if job.sp_size == 1 or halo is None:
+        return Keys()
+    owners = EXCHANGES[job.exchange].owners(job.sp_size)
+    return _halos(owners, sum(job.document_lengths), in_blocks(halo.size(config)))
 
 
-def _halos(job: Job, halo: int) -> Keys:
+def _halos(owners: tuple[int, ...], num_tokens: int, halo: int) -> Keys:
     """Those of a layer that needs so many tokens before each stretch, and nothing else of other ranks."""
-    owners, num_tokens = EXCHANGES[job.exchange].owners(job.sp_size), sum(job.document_lengths)
-    layouts = [halo_layout(owners, num_tokens, halo, rank) for rank in range(job.sp_size)]
+    layouts = [halo_layout(owners, num_tokens, halo, rank) for rank in range(max(owners) + 1)]
     sent = sum(sum(layout.num_received) - layout.num_received[rank] for rank, layout in enumerate(layouts))
     return Keys(halo=max(sum(layout.num_received) for layout in layouts), halos_sent=sent)
 
@@ -61,16 +62,12 @@ def _keys(lengths: tuple[int, ...], config: LRSAConfig, size: int, exchange: str
         return Keys(copied=copy_history(table.chunks, table, ahead)[1].size if kept else 0, kept=kept)
     owners = EXCHANGES[exchange].owners(size)
     length = table.num_tokens // len(owners)
-    halo = halo_size(config, length, by_blocks=True)
-    # A stretch receives a halo from the rank before it, unless that is its own.
-    borders = list(pairwise(owners))
-    received = [sum(right == rank for _, right in borders) for rank in range(size)]
-    sent = sum(left != right for left, right in borders) * halo
+    halos = _halos(owners, table.num_tokens, halo_size(config, length, by_blocks=True))
     if EXCHANGES[exchange].merges_parts:  # every rank attends to the history of all queries, with a group of heads
         copied = copy_history(table.chunks, table)[1].size if kept else 0
     else:
         copied = max(_copies_of(table, owners, rank, length) for rank in range(size)) if kept else 0
-    return Keys(copied=copied, halo=max(received) * halo, kept=kept, halos_sent=sent)
+    return replace(halos, copied=copied, kept=kept)
 
 
 def _copies_of(table: PartitionTable, owners: tuple[int, ...], rank: int, length: int) -> int:
