@@ -160,6 +160,11 @@ def in_model(config: AnyConfig, model: Layers) -> AnyConfig:
     return MixedConfig(uniform([config.at_layer(index) for index in model.taken]), model)
 
 
+def each_in_model(configs: Iterable[AnyConfig], model: Layers | None) -> tuple[AnyConfig, ...]:
+    """`in_model` of each of them; unchanged for None, a model whose layers LRSA all takes."""
+    return tuple(config if model is None else in_model(config, model) for config in configs)
+
+
 def uniform(configs: Sequence[LRSAConfig]) -> OfLRSA:
     """One configuration for all layers if they are equal, else one for each layer."""
     return configs[0] if len(set(configs)) == 1 else LayeredConfig(tuple(configs))

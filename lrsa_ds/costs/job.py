@@ -1,12 +1,12 @@
 """What of a run's settings decides its costs."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from lrsa_ds.config import TrainConfig
 from lrsa_ds.costs.flops import Passes
 from lrsa_ds.layer_settings import ModelLayers
-from lrsa_ds.layers import AnyConfig, in_model
+from lrsa_ds.layers import AnyConfig, each_in_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +17,11 @@ class Levers:
     tiled_mlp: bool = False
     offload_optimizer: bool = False
     offload_param: bool = False
+
+    @classmethod
+    def by_devices(cls, optimizer: str | None, param: str | None, **others: bool) -> "Levers":
+        """With the optimizer's states and the parameters on these devices; parameters on the host bring those along."""
+        return cls(offload_optimizer="cpu" in (optimizer, param), offload_param=param == "cpu", **others)
 
     def overrides(self) -> list[str]:
         """The same on the command line, those that are off too."""
@@ -142,8 +147,8 @@ def job_of(
         fused=config.model.liger_kernel,
         checkpointing=config.activation_checkpointing,
         levers=levers_of(config),
-        turns=in_layers(config.attention.turns, model),
-        taught=in_layers(map(config.attention.with_retention, retentions), model),
+        turns=each_in_model(config.attention.turns, model),
+        taught=each_in_model(map(config.attention.with_retention, retentions), model),
         num_frozen=num_frozen,
         layers=model,
     )
@@ -161,17 +166,11 @@ def with_levers(config: TrainConfig, levers: Levers) -> TrainConfig:
     return replace(config, memory=memory, zero=zero)
 
 
-def in_layers(settings: Iterable[AnyConfig], model: ModelLayers | None) -> tuple[AnyConfig, ...]:
-    """The settings in every layer of a model; None: LRSA takes all of them."""
-    return tuple(each if model is None else in_model(each, model) for each in settings)
-
-
 def levers_of(config: TrainConfig) -> Levers:
-    """The levers that a configuration has on; parameters on the host bring the optimizer's states along."""
-    zero, memory = config.zero, config.memory
-    return Levers(
-        offload_checkpoints=memory.offload_checkpoints,
-        tiled_mlp=memory.tiled_mlp,
-        offload_optimizer="cpu" in (zero.offload_optimizer, zero.offload_param),
-        offload_param=zero.offload_param == "cpu",
+    """The levers that a configuration has on."""
+    return Levers.by_devices(
+        config.zero.offload_optimizer,
+        config.zero.offload_param,
+        offload_checkpoints=config.memory.offload_checkpoints,
+        tiled_mlp=config.memory.tiled_mlp,
     )

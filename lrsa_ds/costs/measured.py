@@ -6,12 +6,13 @@ from pathlib import Path
 
 from lrsa_ds.config import TrainConfig
 from lrsa_ds.costs.gpus import SHARE_OF_KERNEL, gpu_of_device
-from lrsa_ds.costs.job import Job, Levers, in_layers
+from lrsa_ds.costs.job import Job, Levers
 from lrsa_ds.costs.memory import gpu_memory
 from lrsa_ds.costs.plan import Machine
 from lrsa_ds.costs.sizes import Sizes
 from lrsa_ds.costs.time import step_time
 from lrsa_ds.errors import LRSAError, require
+from lrsa_ds.layers import each_in_model
 from lrsa_ds.registry import EXCHANGES
 
 
@@ -87,13 +88,13 @@ def _comparison(row: dict[str, str], config: TrainConfig, job: Job, sizes: Sizes
         seq_len=int(row["num_tokens"]),
         stage=int(row["zero"]),
         fused=row.get("liger_kernel") == "True",
-        levers=Levers(
+        levers=Levers.by_devices(
+            row.get("offload_optimizer"),
+            row.get("offload_param"),
             offload_checkpoints=row.get("offload_checkpoints") == "True",
             tiled_mlp=row.get("tiled_mlp") == "True",
-            offload_optimizer="cpu" in (row.get("offload_optimizer"), row.get("offload_param")),
-            offload_param=row.get("offload_param") == "cpu",
         ),
-        turns=in_layers(attention.turns, job.layers),
+        turns=each_in_model(attention.turns, job.layers),
     )
     gpu = gpu_of_device(row["device"]) or machine.gpu
     gpu = replace(gpu, attention_share=SHARE_OF_KERNEL.get(row.get("backend", ""), gpu.attention_share))

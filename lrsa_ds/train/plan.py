@@ -16,7 +16,7 @@ from lrsa_ds.dtypes import dtype_of
 from lrsa_ds.errors import Problems, require
 from lrsa_ds.inputs import check_inputs
 from lrsa_ds.layer_settings import ModelLayers
-from lrsa_ds.layers import AnyConfig, in_model
+from lrsa_ds.layers import AnyConfig, each_in_model
 from lrsa_ds.logs.trackers import check_trackers
 from lrsa_ds.models.adapters import check_peft
 from lrsa_ds.models.heads import extras_of_model, head_dims
@@ -52,9 +52,9 @@ class Plan:
     num_frozen: int = 0
 
     @property
-    def turns(self) -> list[AnyConfig]:
+    def turns(self) -> tuple[AnyConfig, ...]:
         """The attention that steps take in turn, in every layer of the model."""
-        return [in_model(turn, self.layers) for turn in self.config.attention.turns]
+        return each_in_model(self.config.attention.turns, self.layers)
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -98,7 +98,7 @@ def prepare(config: TrainConfig, procedure: Procedure) -> Plan:
         )
     problems.raise_all()
     config = _with_steps(config, data)
-    turns = [in_model(turn, layers) for turn in config.attention.turns]
+    turns = each_in_model(config.attention.turns, layers)
     short = max(0 if settings.is_dense else settings.dense_prefix_size for settings in turns)
     report = survey(data, short, None if config.data.report == "all" else SAMPLED_TOKENS)
     plan = Plan(
