@@ -72,3 +72,12 @@ def texts_of(row: dict[str, Any], key: str, place: str, may_be_empty: bool = Fal
     if not texts or not are_texts:
         raise LRSAError(f"{place}: {key} has to be a list of texts, and not an empty one.")
     return tuple(texts)
+
+
+def whole_number_of(row: dict[str, Any], key: str, place: str, at_least: int | None = None) -> int:
+    number = row.get(key)
+    is_whole = isinstance(number, int) and not isinstance(number, bool)
+    if not is_whole or (at_least is not None and number < at_least):
+        least = "" if at_least is None else f" of at least {at_least}"
+        raise LRSAError(f"{place}: {key} is missing or no whole number{least}.")
+    return number

@@ -8,10 +8,10 @@ middle of a prompt that is too long is removed. Rows of LongBench-E are grouped 
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lrsa_ds.errors import LRSAError, require
-from recipes.benchmarks.benchmark import Benchmark, Case, text_of, texts_of
+from recipes.benchmarks.benchmark import Benchmark, Case, text_of, texts_of, whole_number_of
 from recipes.benchmarks.files import Row, benchmark_rows
 from recipes.benchmarks.longbench_metrics import METRICS, require_libraries
 
@@ -61,7 +61,7 @@ def _asked(path: str) -> Asked:
     for folder in [data, *data.parents][: LEVELS + 1]:
         files = [folder / CONFIG / name for name in ("dataset2prompt.json", "dataset2maxlen.json")]
         if all(file.is_file() for file in files):
-            asked = Asked(*(json.loads(file.read_text(encoding="utf-8")) for file in files))
+            asked = Asked(*map(_by_task, files))
             missing = [task for task in TASKS if task not in asked.prompts or task not in asked.limits]
             require(not missing, f"{folder / CONFIG} has no prompt or no limit for {', '.join(missing)}.")
             return asked
@@ -69,6 +69,15 @@ def _asked(path: str) -> Asked:
         f"{KEY}={path!r}: its prompts are missing, config/dataset2prompt.json and config/dataset2maxlen.json of "
         "github.com/THUDM/LongBench (folder LongBench): copy config beside the data or into a folder above."
     )
+
+
+def _by_task(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LRSAError(f"{file} cannot be read ({error}): copy it again from github.com/THUDM/LongBench.") from error
+    require(isinstance(found, dict), f"{file} holds no object of tasks: copy it again from github.com/THUDM/LongBench.")
+    return found
 
 
 def _case(row: Row, asked: Asked) -> Case:
@@ -104,9 +113,7 @@ def _name(row: Row) -> tuple[str, bool]:
 
 
 def _bucket(row: Row) -> str:
-    words = row.content.get("length")
-    if isinstance(words, bool) or not isinstance(words, int):
-        raise LRSAError(f"{row.place}: length is missing or no whole number.")
+    words = whole_number_of(row.content, "length", row.place)
     return next((name for name, end in BUCKETS.items() if words < end), "8k+")
 
 

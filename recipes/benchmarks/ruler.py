@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from lrsa_ds.errors import LRSAError
-from recipes.benchmarks.benchmark import Benchmark, Case, text_of, texts_of
+from recipes.benchmarks.benchmark import Benchmark, Case, text_of, texts_of, whole_number_of
 from recipes.benchmarks.files import Row, benchmark_rows
 
 KEY = "ruler"
@@ -55,6 +55,7 @@ def _case(row: Row) -> Case:
         )
     answers = texts_of(row.content, "answer" if from_kvpress else "outputs", place)
     prompt, prefix = (_split_prompt if from_kvpress else _prompt)(row, family)
+    limit = whole_number_of(row.content, "max_new_tokens", place, 1) if from_kvpress else family.max_new_tokens
     all_of_them = family.metric == "string_match_all"
     return Case(
         task=task,
@@ -62,7 +63,7 @@ def _case(row: Row) -> Case:
         answers=answers,
         expected=", ".join(answers) if all_of_them else answers[0],
         metric=family.metric,
-        max_new_tokens=_max_new_tokens(row) if from_kvpress else family.max_new_tokens,
+        max_new_tokens=limit,
         answer_prefix=prefix,
         length=_length(row),
     )
@@ -83,13 +84,6 @@ def _split_prompt(row: Row, family: Family) -> tuple[str, str]:
         text_of(row.content, key, row.place) for key in ("context", "question", "answer_prefix")
     )
     return context + question, prefix
-
-
-def _max_new_tokens(row: Row) -> int:
-    limit = row.content.get("max_new_tokens")
-    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
-        raise LRSAError(f"{row.place}: max_new_tokens is missing or no whole number of at least 1.")
-    return limit
 
 
 def _length(row: Row) -> int | None:

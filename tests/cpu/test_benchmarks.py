@@ -363,6 +363,10 @@ def test_longbench_without_the_prompts_of_its_authors(tmp_path):
         write_rows(tmp_path / "a/b/c/config" / name, content)
     with pytest.raises(LRSAError, match="c/config has no prompt or no limit for narrativeqa, qasper"):
         make_samples(**settings)
+    for broken, said in (('{"lcc": ', "dataset2maxlen.json cannot be read"), ("[64]", "holds no object of tasks")):
+        (tmp_path / "a/b/c/config/dataset2maxlen.json").write_text(broken)
+        with pytest.raises(LRSAError, match=said):
+            make_samples(**settings)
 
 
 def test_a_metric_without_its_library_says_what_to_install(tmp_path, monkeypatch):
