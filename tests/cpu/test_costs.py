@@ -106,10 +106,6 @@ class _Attention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, out, q.new_zeros(q.shape[:3], dtype=torch.float32))
         return out
 
-    @staticmethod
-    def backward(ctx, gradient):
-        raise NotImplementedError
-
 
 def saved_of_layer(model, num_tokens):
     """Bytes of the different tensors that the first layer saves, beside its input, parameters and positions."""

@@ -100,14 +100,20 @@ def test_steps_of_layers_that_differ(mixed):
     assert cache.num_held == num_held(77, cache.config)
 
 
-def test_steps_of_rows_of_different_lengths(mixed):
+def cache_of_padded_rows(model):
+    """A cache of fixed storage behind rows of 40, 9 and 25 tokens and 40 steps, which give the logits of training."""
     ids, lengths = tokens(80, batch=3), (40, 9, 25)
     mask = torch.arange(40) >= 40 - torch.tensor(lengths)[:, None]
-    cache = new_cache(mixed, max_tokens=80)
-    found = decoded(mixed, ids, cache, given=40, mask=mask)
+    cache = new_cache(model, max_tokens=80)
+    found = decoded(model, ids, cache, given=40, mask=mask)
     for row, length in enumerate(lengths):
-        alone = logits_of_training(mixed, ids[row : row + 1, 40 - length :])[0, length:]
+        alone = logits_of_training(model, ids[row : row + 1, 40 - length :])[0, length:]
         assert (found[row] - alone).abs().max() <= 1e-4
+    return cache
+
+
+def test_steps_of_rows_of_different_lengths(mixed):
+    cache = cache_of_padded_rows(mixed)
     assert cache.row_lengths == (80, 49, 65)
     assert cache.num_held == sum(num_held(length, cache.config) for length in cache.row_lengths) / 3
 
