@@ -61,7 +61,7 @@ def test_telemetry_of_a_run_and_of_its_model(tmp_path):
 @pytest.mark.parametrize(
     "arguments,said",
     [
-        (["eval.telemetry_greedy=3"], "eval.telemetry_greedy=3 is more than the layers of the model: give 0 to 2"),
+        (["eval.telemetry_greedy=3"], "eval.telemetry_greedy=3 is more than the layers that LRSA takes: give 0 to 2"),
         (["eval.retentions=[1.0]"], "give a number below 1 in eval.retentions"),
         (["attention=dense", "attention.lag_size=512"], "data.context_length=512 is too short"),
     ],
@@ -76,7 +76,7 @@ def test_what_only_the_model_or_the_data_show_is_refused(capfd, monkeypatch, tmp
     [
         (["telemetry=true", "cache.retentions=[1.0]"], "give a number below 1 in cache.retentions"),
         (["telemetry=true", "cache.retentions=[]", "cache.prefill=[dense]"], "a number below 1 in cache.retentions"),
-        (["telemetry=true", "telemetry_greedy=9"], "telemetry_greedy=9 is more than the layers of the model"),
+        (["telemetry=true", "telemetry_greedy=9"], "telemetry_greedy=9 is more than the layers that LRSA takes"),
         (["telemetry=true", "lengths=[256]"], "lengths=256 is too short for anything to be compressed"),
         (["telemetry=true", "tasks=[perplexity]"], "which perplexity has none of"),
         (["telemetry_greedy=1"], "telemetry_greedy has no effect without telemetry"),
