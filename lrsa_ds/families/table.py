@@ -23,6 +23,7 @@ starts, in the sentence that is shown here. The checks: at retention 1 the model
 retention 1/4 the training pass predicts what chunk-by-chunk prefill and token-by-token decoding do; packed documents
 are what each is alone; and two ranks that share packed documents get the loss and every gradient of one rank.
 """
+INSTALLED = transformers.__version__
 NUM_RANKS = 2  # that share a sequence
 
 
@@ -57,24 +58,36 @@ def _shared(row: Row, mesh: Mesh) -> Row:
 
 
 def write_json(rows: Sequence[Row], path: Path) -> None:
-    """The verdict of each family, why it is not "passed", and the version of transformers; no error figures, which
-    differ from machine to machine."""
-    found = {row.family: {"verdict": row.verdict, "model": row.model, "why": row.why} for row in rows}
-    path.write_text(json.dumps({"transformers": transformers.__version__, "families": found}, indent=1) + "\n")
+    """The verdict of each family, why it is not "passed", its errors, and the version of transformers."""
+    found = {row.family: _saved(row) for row in sorted(rows, key=lambda row: row.family)}
+    path.write_text(json.dumps({"transformers": INSTALLED, "families": found}, indent=1) + "\n")
 
 
-def read_verdicts(path: Path) -> tuple[str, dict[str, str]]:
-    """The version of transformers of a table, and its verdict of each family."""
+def _saved(row: Row) -> dict[str, Any]:
+    errors = {name: float(f"{error:.0e}") for name, error in (row.errors or {}).items()}
+    saved = {"verdict": row.verdict, "model": row.model, "why": row.why}
+    return saved | ({"errors": errors} if row.verdict == "passed" else {})
+
+
+def read_rows(path: Path) -> tuple[str, list[Row]]:
+    """The version of transformers of a table, and its rows."""
     saved = json.loads(path.read_text())
-    return saved["transformers"], {family: row["verdict"] for family, row in saved["families"].items()}
+    return saved["transformers"], [_read(family, row) for family, row in saved["families"].items()]
+
+
+def _read(family: str, saved: dict[str, Any]) -> Row:
+    why = {} if saved["verdict"] == "passed" else {saved["verdict"]: saved["why"]}
+    return Row(family, saved["model"], errors=saved.get("errors"), **why)
 
 
 def write_markdown(rows: Sequence[Row], path: Path) -> None:
+    """The table for people."""
+    rows = sorted(rows, key=lambda row: row.family)
     counts = {verdict: sum(row.verdict == verdict for row in rows) for verdict in ("passed", "refused", "failed")}
     unbuilt = len(rows) - sum(counts.values())
     lines = [
         INTRODUCTION,
-        f"transformers {transformers.__version__}: of {len(rows)} families **{counts['passed']} pass every check**, "
+        f"transformers {INSTALLED}: of {len(rows)} families **{counts['passed']} pass every check**, "
         f"{counts['refused']} are refused, {counts['failed']} fail a check, and of {unbuilt} no tiny model could be "
         "built.",
         "",

@@ -5,11 +5,13 @@ import transformers
 
 from launch.cli.checkout import ROOT
 from lrsa_ds.families.checks import CHECKS, TOLERANCE
-from lrsa_ds.families.table import measure_all, read_verdicts
+from lrsa_ds.families.table import measure_all, read_rows, write_json, write_markdown
 from lrsa_ds.families.tiny import families
 
 pytestmark = pytest.mark.dist
-WRITTEN_WITH, VERDICTS = read_verdicts(ROOT / "docs" / "models.json")
+TABLE = ROOT / "docs" / "models.json"
+WRITTEN_WITH, ROWS = read_rows(TABLE)
+VERDICTS = {row.family: row.verdict for row in ROWS}
 # Dense, with encoders beside the text, a mixture of experts, learned positions, scaled logits, latent attention; and
 # three reasons of refusal.
 SOME = ("llama", "phi4_multimodal", "mixtral", "gpt2", "granite", "deepseek_v3", "doge", "diffllama", "nemotron")
@@ -26,6 +28,14 @@ def check(names):
 
 def test_some_families_stay_in_their_column():
     check(SOME)
+
+
+def test_both_files_of_the_table_are_of_the_same_rows(tmp_path):
+    write_json(ROWS, tmp_path / "models.json")
+    write_markdown(ROWS, tmp_path / "models.md")
+    for name in ("models.json", "models.md"):
+        saved = (TABLE.parent / name).read_text().replace(WRITTEN_WITH, transformers.__version__)
+        assert (tmp_path / name).read_text() == saved
 
 
 def test_nothing_passes_the_check_and_then_fails():
