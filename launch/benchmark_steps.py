@@ -46,6 +46,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--num-tokens", type=int, nargs="+", default=[131072])
     parser.add_argument("--retention", type=float, nargs="+", default=[0.125])
     parser.add_argument("--steps", type=int, default=5, help="after one that may compile")
+    parser.add_argument(
+        "--dense-warm-up-tokens", type=int, metavar="N", help="the first step of retention 1 takes N tokens"
+    )
     parser.add_argument("--csv", type=Path, default=Path("outputs/steps.csv"))
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's
     parser.add_argument("overrides", nargs="*")
@@ -63,17 +66,32 @@ def random_sequence(num_tokens: int, vocabulary: int) -> PackedSequence:
     )
 
 
-def measure(trainer: Trainer, sequences: list[PackedSequence], num_steps: int, device: torch.device) -> dict:
-    """Times of the steps after the first one, which compiles; its time, peak memory, and bytes sent."""
+def timed_step(
+    trainer: Trainer, step: int, sequences: list[PackedSequence], device: torch.device
+) -> tuple[float, dict]:
+    """Seconds of an optimizer step, and its metrics."""
+    started = time.perf_counter()
+    metrics = trainer.train_step(step, sequences)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started, metrics
+
+
+def measure(
+    trainer: Trainer,
+    sequences: list[PackedSequence],
+    first: list[PackedSequence],
+    num_steps: int,
+    device: torch.device,
+) -> dict:
+    """Times of `num_steps` steps on `sequences`; time of the step on `first` before them; peak memory, bytes sent."""
     reset_peak_memory(device)
+    first_time, _ = timed_step(trainer, 0, first, device)
     times = []
-    for step in range(num_steps + 1):
-        started = time.perf_counter()
-        metrics = trainer.train_step(step, sequences)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    values = percentiles([1e3 * t for t in times[1:]]) | {"first_step_s": times[0], "peak_gb": peak_memory_gb(device)}
+    for step in range(1, num_steps + 1):
+        elapsed, metrics = timed_step(trainer, step, sequences, device)
+        times.append(elapsed)
+    values = percentiles([1e3 * t for t in times]) | {"first_step_s": first_time, "peak_gb": peak_memory_gb(device)}
     values["host_gb"] = host_memory_gb()
     values["tokens_per_second"] = metrics["num_tokens"] / (values["ms_p50"] / 1e3)
     values |= trainer.throughput.rates(values["ms_p50"] / 1e3)
@@ -94,11 +112,15 @@ def rows(config: TrainConfig, options: argparse.Namespace, engine: Engine, plan:
             chosen = replace(config, attention=attention, seq_len=num_tokens)
             trainer = Trainer(chosen, mesh, engine, iter(()))
             row = {"num_tokens": num_tokens, "attention": kind, "retention": retention}
+            sequences = [random_sequence(num_tokens, vocabulary)] * per_step
+            first = sequences
+            if (
+                kind == "dense" and options.dense_warm_up_tokens
+            ):  # cuDNN compiles little, and long dense steps take long
+                first = [random_sequence(options.dense_warm_up_tokens, vocabulary)] * per_step
             try:
                 with sdpa_kernel(FASTEST_FIRST, set_priority=True) if kind == "dense" else nullcontext():
-                    values = measure(
-                        trainer, [random_sequence(num_tokens, vocabulary)] * per_step, options.steps, mesh.device
-                    )
+                    values = measure(trainer, sequences, first, options.steps, mesh.device)
             except torch.OutOfMemoryError:
                 yield row | {"ms_p50": "out of memory"}
                 return
@@ -108,6 +130,12 @@ def rows(config: TrainConfig, options: argparse.Namespace, engine: Engine, plan:
 def benchmark(config: TrainConfig, options: argparse.Namespace) -> bool:
     longest = max(options.num_tokens)
     require(min(options.num_tokens) > NUM_TARGETS, f"--num-tokens has to be above {NUM_TARGETS}.")
+    require(options.steps >= 1, "--steps has to be 1 or more.")
+    warm_up = options.dense_warm_up_tokens
+    require(
+        warm_up is None or NUM_TARGETS < warm_up <= min(options.num_tokens),
+        f"--dense-warm-up-tokens={warm_up} has to be above {NUM_TARGETS} and at most the smallest of --num-tokens.",
+    )
     config = replace(config, output_dir=None, seq_len=longest)
     plan = prepare(config, recipes.load_procedure(config.procedure))
     config = replace(config, memory=plan.config.memory, zero=plan.config.zero)  # as memory=auto has chosen
