@@ -28,6 +28,7 @@ LAYERS = (
     ("evaluate",),
     ("train",),
     ("sweep", "comparison"),
+    ("__main__",),
 )
 
 # The same for the whole project.
@@ -100,7 +101,7 @@ def later_layers(root):
     found = []
     for file, line, name in project_imports(root):
         package, module = file.removesuffix(".py").split("/")[:2]
-        if package != "lrsa_ds" or name.split(".")[0] != "lrsa_ds" or module == "__init__":
+        if package != "lrsa_ds" or name.split(".")[0] != "lrsa_ds" or module in ("__init__", "__main__"):
             continue
         imported = name.removeprefix("lrsa_ds").removeprefix(".").split(".")[0]
         if imported not in LAYER_OF and name.count(".") < 2:

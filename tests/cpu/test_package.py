@@ -1,34 +1,122 @@
-"""What is installed: one package, which works without the checkout."""
+"""What is installed: one package, which works without the checkout, and its commands."""
 
 import os
 import shutil
 import subprocess
 import sys
+import sysconfig
+import venv
 import zipfile
+from pathlib import Path
 
-from tests.helpers import ROOT
+import pytest
+
+from launch.cli.checkout import check_fetched
+from lrsa_ds.__main__ import COMMANDS, ROOT, command_line, main, split_flags
+from lrsa_ds.errors import LRSAError
+from lrsa_ds.settings.model import ModelConfig
+from tests.helpers import metrics_of
+
+FOLDERS = ("benchmarks", "conf", "launch", "lrsa_ds", "recipes")
 
 
-def test_a_wheel_holds_lrsa_ds_alone_and_works_where_it_is_unpacked(tmp_path):
-    for folder in ("lrsa_ds", "launch", "recipes"):
-        shutil.copytree(ROOT / folder, tmp_path / "source" / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tmp_path / "source")
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """Built from a copy, which keeps the checkout clean."""
+    folder = tmp_path_factory.mktemp("wheel")
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, folder / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder / "source")
     build = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"
     done = subprocess.run(
-        [sys.executable, "-c", build, str(tmp_path)], cwd=tmp_path / "source", capture_output=True, text=True
+        [sys.executable, "-c", build, str(folder)], cwd=folder / "source", capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    (wheel,) = tmp_path.glob("*.whl")
+    return next(folder.glob("*.whl"))
+
+
+def test_a_wheel_holds_one_package_with_commands_and_settings(wheel):
     with zipfile.ZipFile(wheel) as archive:
-        assert {n.split("/")[0] for n in archive.namelist() if ".dist-info/" not in n} == {"lrsa_ds"}
-        assert "lrsa_ds/py.typed" in archive.namelist()
-        archive.extractall(tmp_path / "site")
-    use = (
-        "import lrsa_ds, lrsa_ds.train.run, lrsa_ds.evaluate.run, lrsa_ds.train.selftest, lrsa_ds.sweep, sys;"
-        "print(lrsa_ds.__file__, lrsa_ds.LRSAConfig().num_kept, {'recipes', 'launch', 'mlflow'} & set(sys.modules))"
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+    assert {name.split("/")[0] for name in names} == {"lrsa_ds"} and "lrsa_ds/py.typed" in names
+    inside = {name.removeprefix("lrsa_ds/_checkout/") for name in names if "/_checkout/" in name}
+    here = {path.relative_to(ROOT).as_posix() for name in FOLDERS for path in (ROOT / name).rglob("*")}
+    assert inside == {
+        path
+        for path in here
+        if path.endswith((".py", ".yaml")) and not path.startswith(("lrsa_ds/", "benchmarks/results"))
+    }
+
+
+def test_an_installed_wheel_trains_from_any_directory(wheel, tmp_path):
+    """In an environment of its own: it has the libraries of this one, but not its editable installation."""
+    venv.create(tmp_path / "venv", with_pip=False)
+    python = tmp_path / "venv" / "bin" / "python"
+    site = Path(sysconfig.get_path("purelib", vars={"base": str(tmp_path / "venv")}))
+    (site / "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-index", "--no-deps"]
+    subprocess.run([*pip, "--ignore-installed", str(wheel)], check=True, capture_output=True, timeout=60)
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "RANK")}
+    settings = ["optim.num_steps=1", "eval.before=false", "eval.num_examples=1", "log.wandb=disabled", "output_dir=run"]
+    (tmp_path / "anywhere" / "recipes").mkdir(parents=True)  # hides nothing
+    done = subprocess.run(
+        [python, "-m", "lrsa_ds", "train", "+recipe=smoke", *settings],
+        cwd=tmp_path / "anywhere",
+        env=environment | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
-    done = subprocess.run([sys.executable, "-c", use], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1].split() == [str(tmp_path / "site" / "lrsa_ds" / "__init__.py"), "128", "set()"]
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [row["step"] for row in metrics_of(tmp_path / "anywhere" / "run") if row["kind"] == "train"] == [1]
+    assert (tmp_path / "anywhere" / "run" / "model").is_dir()
+
+
+@pytest.mark.parametrize(
+    "typed,flags",
+    [
+        ("+recipe=smoke seed=1", 0),
+        ("--num_gpus 2 +recipe=smoke", 2),
+        ("--num_gpus=2 --no_local_rank +recipe=smoke", 2),
+        ("--no_local_rank seed=1", 1),
+        ("--include localhost:0,1 --master_port 29501 model.name=x", 4),
+        ("--num_nodes 2 ~eval.layers", 2),
+        ("--help", 0),
+        ("--num_gpus 2 --cfg job", 2),
+        ("", 0),
+    ],
+)
+def test_flags_of_the_launcher_come_before_the_settings(typed, flags):
+    words = typed.split()
+    assert split_flags(words) == (words[:flags], words[flags:])
+
+
+def test_the_launcher_is_started_for_several_gpus_or_with_its_flags():
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner"]
+    script = str(ROOT / "launch" / "train.py")
+    assert command_line("train", ["seed=1"], 8, False) == [*launcher, script, "seed=1"]
+    typed = ["--num_gpus", "2", "seed=1"]
+    assert command_line("train", typed, 0, False) == [*launcher, "--num_gpus", "2", script, "seed=1"]
+    assert command_line("train", ["seed=1"], 1, False) is None
+    assert command_line("train", ["--help"], 8, False) is None
+    assert command_line("train", ["seed=1"], 8, True) is None  # one of the ranks already
+    assert command_line("sweep", ["--at-once", "2", "seed=1,2"], 8, False) is None  # it starts its jobs itself
+
+
+def test_commands_are_listed_and_a_wrong_one_is_named(capsys, monkeypatch):
+    assert all((ROOT / "launch" / f"{name}.py").is_file() for name in COMMANDS)
+    monkeypatch.setattr(sys, "argv", ["lrsa_ds"])
+    assert main() == 0
+    listed = capsys.readouterr().out
+    assert all(f"\n  {name} " in listed for name in COMMANDS)
+    monkeypatch.setattr(sys, "argv", ["lrsa_ds", "trian"])
+    assert main() == 2
+    assert capsys.readouterr().err == (f"error: there is no command 'trian'; valid here: {', '.join(COMMANDS)}.\n")
+
+
+def test_the_small_model_is_not_in_a_wheel(tmp_path, monkeypatch):
+    monkeypatch.setattr("launch.cli.checkout.ROOT", tmp_path)
+    model = ModelConfig(name=str(tmp_path / "models" / "SmolLM2"), gguf_file="small.gguf")
+    with pytest.raises(LRSAError, match="an installed package does not contain this model, `make setup` in a checkout"):
+        check_fetched(model)

@@ -16,6 +16,7 @@ from launch import benchmark, benchmark_steps, chat, compare, sweep
 from launch.cli.accelerator import register_resolver
 from launch.cli.checkout import CONF, register_checkout
 from launch.cli.schema import register_schema
+from lrsa_ds.__main__ import split_flags
 from lrsa_ds.config import TrainConfig, typed_config
 from lrsa_ds.costs.settings import PlanConfig
 from lrsa_ds.data.tokenizer import load_tokenizer
@@ -42,6 +43,8 @@ def commands() -> list[str]:
 def split(command: str) -> tuple[str, list[str]]:
     """The script of a command, or its program, and what is typed behind it."""
     words = shlex.split(command)
+    if words[1:3] == ["-m", "lrsa_ds"]:  # the commands of an installed package
+        return f"{words[3]}.py" if words[3:] else "", split_flags(words[4:])[1]
     place = next((i for i, word in enumerate(words) if word.startswith("launch/")), 0)
     return Path(words[place]).name, [word for word in words[place + 1 :] if word != "..."]
 
@@ -73,6 +76,8 @@ def test_a_command_of_the_readme_is_right(command, monkeypatch):
     script, typed = split(command)
     monkeypatch.chdir(ROOT)
     match script:
+        case "":
+            assert command == "python -m lrsa_ds"  # tests/cpu/test_package.py runs it
         case "make":
             assert subprocess.run(["make", "-n", *typed], capture_output=True, cwd=ROOT).returncode == 0
         case "train.py" | "selftest.py" | "slurm.sh":
