@@ -77,6 +77,11 @@ class TrainConfig:
             "set zero.offload_optimizer and zero.offload_param to none, or optim.name=adamw.",
         )
         require(
+            self.model.quantize is None or self.model.lora.rank > 0,
+            f"model.quantize={self.model.quantize} freezes the base in 4 bits, so only adapters can be trained: set "
+            "model.lora.rank to 1 or more, or model.quantize=null.",
+        )
+        require(
             self.activation_checkpointing or not self.memory.offload_checkpoints,
             "memory.offload_checkpoints=true moves what activation checkpointing holds, and activation_checkpointing "
             "is false: set it to true, or the lever to false.",

@@ -9,6 +9,11 @@ def dtype_of(setting: str) -> torch.dtype:
     return {"auto": automatic, "bf16": torch.bfloat16, "fp32": torch.float32}[setting]
 
 
+def dtype_setting(dtype: torch.dtype) -> str:
+    """The value of `model.dtype` that names a dtype."""
+    return {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """Such as "bfloat16"."""
     return str(dtype).removeprefix("torch.")

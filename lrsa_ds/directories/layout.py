@@ -22,7 +22,7 @@ CONSOLE = "console.log"
 OUTPUTS = Path("outputs")  # below which a run without output_dir gets a directory
 # Paths below the folder that they belong to; one that ends in "/" is a folder, which goes when it is empty.
 _MODEL = (
-    r"(config|generation_config|adapter_config|model\.safetensors\.index|lrsa|rope)\.json"
+    r"(config|generation_config|adapter_config|model\.safetensors\.index|lrsa|rope|quantization)\.json"
     r"|(adapter_)?model\.safetensors|model-\d+-of-\d+\.safetensors"
     r"|(tokenizer\w*|special_tokens_map|added_tokens|vocab|tekken)\.json|(vocab|merges)\.txt"
     r"|(tokenizer|spiece|sentencepiece\.bpe)\.model"

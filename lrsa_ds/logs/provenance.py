@@ -5,7 +5,9 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-PACKAGES = ("lrsa-ds", "torch", "transformers", "deepspeed", "triton", "flash-attn-4", "liger-kernel", "peft")
+PACKAGES = (
+    "lrsa-ds", "torch", "transformers", "deepspeed", "triton", "flash-attn-4", "liger-kernel", "peft", "bitsandbytes",
+)  # fmt: skip
 GIT_SECONDS = 10
 
 

@@ -15,13 +15,16 @@ from lrsa_ds.errors import LRSAError, require
 from lrsa_ds.hub import looks_local
 from lrsa_ds.models.rope import saved_rope
 from lrsa_ds.models.wrappers import auto_class
+from lrsa_ds.notices import quiet_bitsandbytes
 from lrsa_ds.settings.model import LoraConfig, ModelConfig
 
 ADAPTER = "default"
-# Files in a directory of adapters: PEFT's settings, LRSA's settings, positions; and a base that has no name to load by.
+# Files in a directory of adapters: PEFT's settings, LRSA's settings, positions, and how the base was quantized, if it
+# was; and a base that has no name to load by.
 PEFT_SETTINGS = "adapter_config.json"
 SETTINGS = "lrsa.json"
 ROPE = "rope.json"
+QUANTIZATION = "quantization.json"
 BASE = "base"
 
 
@@ -32,6 +35,7 @@ def check_peft(lora: LoraConfig) -> None:
 
 
 def _require_peft(what_needs: str, instead: str = "") -> None:
+    quiet_bitsandbytes()
     try:
         import peft  # noqa: F401
     except ImportError as error:
@@ -59,12 +63,17 @@ def add_adapters(model: PreTrainedModel, lora: LoraConfig) -> None:
     Raises:
         LRSAError: no layer fits `model.lora.targets`.
     """
+    quiet_bitsandbytes()
     from peft import inject_adapter_in_model
 
     try:
         inject_adapter_in_model(_peft_config(lora), model, ADAPTER)
     except ValueError as error:
         raise LRSAError(f"model.lora.targets={lora.targets!r}: {str(error).splitlines()[0]}") from error
+    # On packed weights PEFT leaves them in fp32.
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.to(model.dtype)
 
 
 @contextmanager
@@ -126,12 +135,14 @@ def save_adapters(
     directory: Path,
     base: str,
     revision: str | None = None,
+    quantized: dict[str, Any] | None = None,
 ) -> None:
     """Saves the adapters in PEFT's format, with the LRSA settings, the positions and the generation settings.
 
     Args:
         base: the name of the model that they belong to, see `base_name`.
         revision: of the base on the hub.
+        quantized: the settings of `ModelConfig` by which the base of that name was quantized, if it was.
     """
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
@@ -149,13 +160,15 @@ def save_adapters(
     # With a config.json transformers would take the directory for a complete model.
     for name, settings in ((SETTINGS, model.config.lrsa), (ROPE, saved_rope(model.config))):
         (directory / name).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    if quantized is not None:
+        (directory / QUANTIZATION).write_text(json.dumps(quantized, indent=2) + "\n", encoding="utf-8")
     model.generation_config.save_pretrained(directory)
 
 
 @dataclass(frozen=True)
 class SavedAdapters:
     """Adapters in a local directory, their base model, and the LRSA settings and positions of their training, if
-    any."""
+    any. The base may have been in 4 bits then: `base` says which, and in what dtype it was before."""
 
     directory: Path
     base: ModelConfig
@@ -186,7 +199,11 @@ def find_adapters(model: ModelConfig) -> SavedAdapters | None:
     settings, positions = directory / SETTINGS, directory / ROPE
     lrsa = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else None
     rope = json.loads(positions.read_text(encoding="utf-8")) if positions.is_file() else {}
-    return SavedAdapters(directory, replace(model, name=name, revision=peft.get("revision")), lrsa, rope)
+    quantized: dict[str, Any] = {"quantize": None, "double_quant": False}
+    if (directory / QUANTIZATION).is_file():
+        quantized = json.loads((directory / QUANTIZATION).read_text(encoding="utf-8"))
+    base = replace(model, name=name, revision=peft.get("revision"), **quantized)
+    return SavedAdapters(directory, base, lrsa, rope)
 
 
 def merge_saved(model: PreTrainedModel, saved: SavedAdapters) -> PreTrainedModel:

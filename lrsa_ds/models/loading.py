@@ -1,5 +1,6 @@
 """Loading of Hugging Face causal language models: from the hub, a directory, a GGUF file, adapters, or random."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.utils.logging import disable_progress_bar
 
+from lrsa_ds.dtypes import dtype_of
 from lrsa_ds.errors import require
 from lrsa_ds.hub import hub_error, resolve_name
 from lrsa_ds.models.adapters import find_adapters, merge_saved
+from lrsa_ds.models.quantized import (
+    as_quantized,
+    device_of_weights,
+    quantization_config,
+    quantize_matrices,
+    random_quantized,
+    round_matrices,
+)
 from lrsa_ds.models.rope import check_taken, restore_rope, saved_rope, set_rope
 from lrsa_ds.models.wrappers import auto_class, check_positions
 from lrsa_ds.settings.model import ModelConfig
@@ -91,9 +101,12 @@ def load_model(model: ModelConfig, dtype: torch.dtype | str, deepspeed_config: d
 
     Under ZeRO-3 (from `deepspeed_config`) each layer is sharded as soon as it is created, so no rank ever holds all
     parameters. Exceptions are GGUF files and adapters, which are merged: every rank reads these models completely.
+
+    With `model.quantize` the matrices are on the device in 4 bits: quantized as they are read or drawn, so that `dtype`
+    never holds all of them, but those of a GGUF file or of merged adapters after they were in host memory.
     """
     config = model_config(model)
-    is_whole = model.gguf_file is None and find_adapters(model) is None
+    is_whole = model.gguf_file is None and find_adapters(model) is None and model.quantize is None
     # transformers looks for this object as long as it exists, and then uses DeepSpeed's sharded initialization.
     sharding = HfDeepSpeedConfig(deepspeed_config) if deepspeed_config and is_whole else None
     try:
@@ -104,15 +117,43 @@ def load_model(model: ModelConfig, dtype: torch.dtype | str, deepspeed_config: d
 
 def _load(model: ModelConfig, config: PreTrainedConfig, dtype: torch.dtype | str) -> PreTrainedModel:
     disable_progress_bar()  # one bar per rank would break the run's own bar
+    if model.quantize is not None:
+        assert isinstance(dtype, torch.dtype)
+        return _load_in_4_bits(model, config, dtype)
     if model.random is not None:
         return auto_class(config).from_config(config, dtype=dtype)
     if model.gguf_file is not None:
         return _load_gguf(model, config, dtype)
     if (adapters := find_adapters(model)) is not None:
-        merged = merge_saved(_load(adapters.base, config, dtype), adapters)
+        merged = merge_saved(_load_base(adapters.base, config, dtype), adapters)
         merged.config.lrsa = config.lrsa
         return merged
     return _pretrained(auto_class(config), model, config=config, dtype=dtype)
+
+
+def _load_base(base: ModelConfig, config: PreTrainedConfig, dtype: torch.dtype | str) -> PreTrainedModel:
+    """The base of saved adapters as it was in their training: if it was in 4 bits, a plain model with their values."""
+    if base.quantize is None:
+        return _load(base, config, dtype)
+    plain = _load(_unquantized(base), config, dtype_of(base.dtype))
+    rounded: Any = round_matrices(plain, base)
+    return rounded if isinstance(dtype, str) else rounded.to(dtype)
+
+
+def _unquantized(model: ModelConfig) -> ModelConfig:
+    return replace(model, quantize=None, double_quant=False)
+
+
+def _load_in_4_bits(model: ModelConfig, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with the matrices of its text model in 4 bits, on the device of this rank."""
+    if model.gguf_file is not None or find_adapters(model) is not None:
+        return quantize_matrices(_load(_unquantized(model), config, dtype), model)
+    with torch.device("meta"):
+        structure = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=model.trust_remote_code)
+    if model.random is not None:
+        return random_quantized(structure, model, dtype)
+    options = {"quantization_config": quantization_config(model, structure, dtype), "device_map": device_of_weights()}
+    return as_quantized(_pretrained(auto_class(config), model, config=config, dtype=dtype, **options))
 
 
 def _load_gguf(model: ModelConfig, config: PreTrainedConfig, dtype: torch.dtype | str) -> PreTrainedModel:

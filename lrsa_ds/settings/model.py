@@ -7,6 +7,9 @@ from lrsa_ds.errors import require, require_one_of, require_whole
 from lrsa_ds.settings.paths import expand_home
 from lrsa_ds.settings.rope import check_rope
 
+# Forms of 4-bit numbers: the quantiles of a normal distribution, and floating point.
+QUANTIZED = ("nf4", "fp4")
+
 
 @dataclass(kw_only=True)
 class LoraConfig:
@@ -30,7 +33,12 @@ class LoraConfig:
 
 @dataclass(kw_only=True)
 class ModelConfig:
-    """The model: a hub name, a local directory, a GGUF file, or random weights; and which parameters are trained."""
+    """The model: a hub name, a local directory, a GGUF file, or random weights; and which parameters are trained.
+
+    Args:
+        quantize: "nf4" or "fp4": the frozen base of adapters in 4 bits; None: in `dtype`.
+        double_quant: whether the scales of its blocks are quantized too, to 8 bits.
+    """
 
     name: str | None = None
     revision: str | None = None
@@ -44,6 +52,8 @@ class ModelConfig:
     rope: dict[str, Any] = field(default_factory=dict)  # as rope_parameters of transformers; empty: the model's own
     freeze: list[str] = field(default_factory=list)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    quantize: str | None = None
+    double_quant: bool = False
 
     def __post_init__(self):
         expand_home(self, "name", "tokenizer")
@@ -51,6 +61,14 @@ class ModelConfig:
         require(
             self.lora.rank == 0 or not self.freeze,
             "model.freeze has no effect with model.lora.rank, which trains only the adapters: set one of the two.",
+        )
+        require(
+            self.quantize in (None, *QUANTIZED),
+            f"model.quantize={self.quantize!r} is not valid: choose one of {', '.join(QUANTIZED)}, null.",
+        )
+        require(
+            self.quantize is not None or not self.double_quant,
+            f"model.double_quant=true needs model.quantize ({' or '.join(QUANTIZED)}), whose scales it quantizes.",
         )
         check_rope(self.rope)
         coefficient = self.router_aux_loss_coef

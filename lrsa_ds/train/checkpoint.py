@@ -168,10 +168,14 @@ def remove_partial(checkpoints: Path) -> None:
             remove_files(path, STEP_FILES)
 
 
-def load_checkpoint(engine: DeepSpeedEngine, point: ResumePoint, mesh: Mesh) -> None:
-    """Restores weights, optimizer and scheduler. The engine must be built for `needs_conversion(point, mesh)`."""
+def load_checkpoint(engine: DeepSpeedEngine, point: ResumePoint, mesh: Mesh, trained_only: bool = False) -> None:
+    """Restores weights, optimizer and scheduler. The engine must be built for `needs_conversion(point, mesh)`.
+
+    Args:
+        trained_only: whether the checkpoint has trained parameters only; the others keep their values.
+    """
     tag = UNIVERSAL if needs_conversion(point, mesh) else SAVED
-    loaded, _ = engine.load_checkpoint(str(point.directory), tag=tag)
+    loaded, _ = engine.load_checkpoint(str(point.directory), tag=tag, load_module_strict=not trained_only)
     require(loaded is not None, f"the checkpoint {point.directory} could not be loaded: set checkpoint.overwrite=true.")
 
 

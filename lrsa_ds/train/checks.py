@@ -7,6 +7,7 @@ from lrsa_ds.layers import OfLRSA, of_lrsa
 from lrsa_ds.models.heads import num_kv_heads
 from lrsa_ds.models.loading import empty_model
 from lrsa_ds.models.patch import PreTrainedModel, check_supported
+from lrsa_ds.models.quantized import check_quantizable
 from lrsa_ds.models.rope import check_reach
 from lrsa_ds.models.routers import router_coefficient
 from lrsa_ds.models.structure import layers_of
@@ -32,6 +33,7 @@ def check_model(config: TrainConfig, num_ranks: int | None = None) -> tuple[Trai
     objective = check_objective(config)
     structure = empty_model(config.model)
     check_supported(structure)
+    check_quantizable(config.model, structure)
     check_reach(structure.config, config.model.rope, "seq_len", config.seq_len)
     check_tiling(config, structure)
     router_coefficient(config.model, structure)

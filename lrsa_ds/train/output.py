@@ -25,6 +25,7 @@ from lrsa_ds.directories.lock import check_lock
 from lrsa_ds.errors import LRSAError, require
 from lrsa_ds.logs.journal import read_rows
 from lrsa_ds.models.adapters import BASE, base_name, base_weights, merge_adapters, save_adapters
+from lrsa_ds.models.quantized import dequantized, quantized_as
 from lrsa_ds.models.rope import raise_reach
 from lrsa_ds.objectives import objective_of
 from lrsa_ds.parallel.mesh import Mesh
@@ -146,12 +147,17 @@ def export_model(engine: DeepSpeedEngine, tokenizer, config: TrainConfig, final:
     partial = final.with_name(f"{final.name}.partial")
     try:
         foreign = remove_files(partial, MODEL_FILES)
-        if lora.rank and lora.export == "adapter":
-            base = base_name(config.model)
+        as_adapters = bool(lora.rank) and lora.export == "adapter"
+        base = base_name(config.model) if as_adapters else None
+        quantized = quantized_as(config.model, lm.dtype)
+        if quantized is not None and base is None:
+            weights = dequantized(lm, weights)
+        if as_adapters:
             if base is None:
                 _save_model(lm, base_weights(weights), partial / BASE)
                 base = str(final.resolve() / BASE)
-            save_adapters(lm, weights, lora, partial, base, config.model.revision)
+                quantized = None  # its weights are those that the adapters were trained on
+            save_adapters(lm, weights, lora, partial, base, config.model.revision, quantized)
         else:
             weights = merge_adapters(lm, weights, lora) if lora.rank else weights
             _save_model(lm, weights, partial)

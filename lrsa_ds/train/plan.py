@@ -23,6 +23,7 @@ from lrsa_ds.models.heads import extras_of_model, head_dims
 from lrsa_ds.models.liger import check_liger
 from lrsa_ds.models.offload import check_host_memory
 from lrsa_ds.models.patch import PreTrainedModel
+from lrsa_ds.models.quantized import check_quantize
 from lrsa_ds.models.structure import layers_of
 from lrsa_ds.notices import say_once
 from lrsa_ds.objectives import check_objective
@@ -72,6 +73,7 @@ def prepare(config: TrainConfig, procedure: Procedure) -> Plan:
     for check in (
         partial(check_trackers, config.log),
         partial(check_peft, config.model.lora),
+        partial(check_quantize, config.model),
         partial(check_optimizer, config),
     ):
         with problems.collect():

@@ -126,14 +126,18 @@ class _Run:
         self.watch.doing("loading the model")
         self.engine = build_engine(config, plan, mesh)
         point = plan.resume
+        # A base in 4 bits is read and quantized anew, with the same result.
+        trained_only = config.model.quantize is not None
         if point is not None:
-            checkpoint.load_checkpoint(self.engine, point, mesh)
+            checkpoint.load_checkpoint(self.engine, point, mesh, trained_only)
         # The last step, with the position of the data after it; and the last step in a checkpoint.
         self.place = (point.step, point.position) if point else (0, {})
         self.saved_step = self.place[0]
         self.profiler = StepProfiler(config.log.profile_steps if mesh.is_main else [], self.directory)
         save = config.checkpoint
-        self.saver = CheckpointSaver(self.engine, self.directory, save.keep, plan.checkpoint_bytes, save.write, mesh)
+        self.saver = CheckpointSaver(
+            self.engine, self.directory, save.keep, plan.checkpoint_bytes, save.write, mesh, trained_only
+        )
 
     def all(self) -> None:
         """Evaluates, trains, evaluates and exports."""
@@ -328,8 +332,9 @@ def _describe(config: TrainConfig, plan: Plan, mesh: Mesh, directory: Path) -> l
     sequences = mesh.dp_size * optim.micro_batch * optim.grad_accum
     no_peak = describe_peak(config, mesh.device_name)
     shared = f", {mesh.sp_size} ranks to a sequence" if mesh.sp_size > 1 else ""
+    packed = f", matrices in {config.model.quantize}," if config.model.quantize else ""
     lines = [
-        f"{config.run_name}: {plan.num_parameters / 1e6:,.1f}M parameters in {dtype_name(plan.dtype)} "
+        f"{config.run_name}: {plan.num_parameters / 1e6:,.1f}M parameters in {dtype_name(plan.dtype)}{packed} "
         f"on {mesh.world_size} × {mesh.device_name}, ZeRO stage {config.zero.stage}{shared}",
         f"attention: {kind}",
         *filter(None, [check_objective(config).describe(config), describe_levers(config), no_peak]),

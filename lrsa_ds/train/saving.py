@@ -62,14 +62,24 @@ class CheckpointSaver:
     """Writes the checkpoints of a run, one at a time. Every method is called by all ranks together.
 
     Args:
+        trained_only: whether frozen parameters are left out, see `load_checkpoint`.
         keep: number of checkpoints to keep, the newest ones.
         num_bytes: upper bound for a checkpoint, over all ranks.
         write: "background", "wait", or "auto": in the background on GPUs if the host has memory for a copy.
     """
 
-    def __init__(self, engine: DeepSpeedEngine, output: Path, keep: int, num_bytes: int, write: str, mesh: Mesh):
+    def __init__(
+        self,
+        engine: DeepSpeedEngine,
+        output: Path,
+        keep: int,
+        num_bytes: int,
+        write: str,
+        mesh: Mesh,
+        trained_only: bool = False,
+    ):
         self.engine, self.output, self.keep, self.num_bytes, self.mesh = engine, output, keep, num_bytes, mesh
-        self.write = write
+        self.write, self.trained_only = write, trained_only
         self._files = _Files(engine)
         self._writing: _Writing | None = None
 
@@ -101,7 +111,8 @@ class CheckpointSaver:
         writing = self._writing = _Writing(trainer, partial, started, foreign)
         self._files.copy_to_host = self._in_background()
         try:
-            self.engine.save_checkpoint(str(partial), tag=SAVED, save_latest=False)
+            options = dict(save_latest=False, exclude_frozen_parameters=self.trained_only)
+            self.engine.save_checkpoint(str(partial), tag=SAVED, **options)
         except (OSError, RuntimeError) as error:
             writing.error = error
         if self._files.copied:

@@ -22,6 +22,7 @@ from lrsa_ds.data.stream import StepData
 from lrsa_ds.layers import resolve
 from lrsa_ds.models.adapters import add_adapters, freeze
 from lrsa_ds.models.patch import enable_checkpointing, layer_classes
+from lrsa_ds.models.quantized import quantize_matrices, round_matrices
 from lrsa_ds.models.tiling import num_tiles, tile_mlps
 from lrsa_ds.objectives import make_objective
 from lrsa_ds.parallel.mesh import rank, start_mesh, stop_mesh
@@ -81,7 +82,8 @@ def settings_of(options):
     return dict(sink_size=4, lag_size=16, retention=options.retention, selection=options.selection)
 
 
-def make_model(options):
+def make_model(options, is_packed=True):
+    """The model of a case; with `--quantize` its base is in 4 bits, or plain with the values that these have left."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         options.family,
@@ -100,6 +102,9 @@ def make_model(options):
     if options.list_experts:
         for layer in model.model.layers:
             layer.mlp = ListedExperts(layer.mlp.gate)
+    if options.quantize:
+        settings = ModelConfig(name="", quantize=options.quantize, double_quant=options.double_quant)
+        model = (quantize_matrices if is_packed else round_matrices)(model, settings)
     apply_lrsa(model, turns_of(options))
     if options.lora:
         add_adapters(model, LoraConfig(rank=2))
@@ -156,7 +161,7 @@ def turns_of(options):
 
 def reference(options, optim):
     """Losses and gradients of one step over all sequences, and the loss of the next, in plain torch."""
-    model = make_model(options)
+    model = make_model(options, is_packed=False)
     batch = collate(sequences())
     num_targets = batch.num_target_tokens
     if options.bad_loss:
@@ -236,6 +241,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--aux", type=float, default=0.0)
     parser.add_argument("--list-experts", action="store_true")
     parser.add_argument("--lora", action="store_true")
+    parser.add_argument("--quantize")
+    parser.add_argument("--double-quant", action="store_true")
     parser.add_argument("--freeze", nargs="*", default=[])
     parser.add_argument("--by-module", action="store_true")
     parser.add_argument("--break-scale", action="store_true")

@@ -57,6 +57,25 @@ PARITY = [
     # Frozen embeddings ask for no gradient, and DeepSpeed must still hold a gathered layer until its backward pass.
     (2, ["--lora"]),
     (2, ["--freeze", "embed", "layers.0"]),
+    # A base in 4 bits, against the same base with the values that these leave.
+    (2, ["--lora", "--quantize", "nf4", "--checkpointing"]),
+    (
+        2,
+        [
+            "--lora",
+            "--quantize",
+            "nf4",
+            "--stage",
+            2,
+            "--sp-size",
+            2,
+            "--tile-size",
+            30,
+            "--offload",
+            "--checkpointing",
+        ],
+    ),
+    (2, ["--lora", "--quantize", "fp4", "--double-quant", "--stage", 1, "--sp-size", 2, "--exchange", "head_groups"]),
     # Layers with a sliding window receive halos, if need be from several ranks.
     (2, ["--family", "olmo3", "--micro-batch", 2]),
     *(
