@@ -18,13 +18,14 @@ if HAS_TRITON:
 
     @triton.jit
     def _part_kernel(
-        q, k, v, first, last, outputs, weights, scale, q_b, q_h, k_b, k_g, k_n, v_b, v_g, v_n,
-        num_heads, num_splits, dim: tl.constexpr, group: tl.constexpr,
-        GROUP: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr,
+        q, k, v, new_k, new_v, first, last, outputs, weights, scale, q_b, q_h, k_b, k_g, k_n, v_b, v_g, v_n,
+        new_k_b, new_k_g, new_v_b, new_v_g, num_heads, num_splits, dim: tl.constexpr, group: tl.constexpr,
+        GROUP: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr, STORE: tl.constexpr,
     ):  # fmt: skip
         """Attention of the `group` query heads of a KV head over one part of its entries.
 
-        Writes outputs fp32 [B * G, splits, group, D], and log-sum-exps fp32 [B * G, splits, group] into `weights`.
+        Writes outputs fp32 [B * G, splits, group, D], and log-sum-exps fp32 [B * G, splits, group] into `weights`. With
+        STORE, the last entry is `new_k` and `new_v`; the only program that attends to it also writes it.
         """
         head, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
         row, kv_head = head // num_heads, head % num_heads
@@ -34,24 +35,38 @@ if HAS_TRITON:
         queries = tl.load(q_at, mask=is_member[:, None] & is_channel[None, :], other=0.0)
         start, end = tl.load(first + row).to(tl.int32), tl.load(last).to(tl.int32) + 1
         size = tl.cdiv(tl.cdiv(end - start, num_splits), TILE) * TILE
+        place = end - 1
         start += split * size
         end = tl.minimum(end, start + size)
+        k += row * k_b + kv_head * k_g + channels[None, :]
+        v += row * v_b + kv_head * v_g + channels[None, :]
+        own_k, own_v = tl.zeros([DIM], tl.float32), tl.zeros([DIM], tl.float32)
+        if STORE:
+            own_k = tl.load(new_k + row * new_k_b + kv_head * new_k_g + channels, mask=is_channel, other=0.0)
+            own_v = tl.load(new_v + row * new_v_b + kv_head * new_v_g + channels, mask=is_channel, other=0.0)
+            writes = is_channel & (start <= place) & (place < end)
+            tl.store(k + place.to(tl.int64) * k_n, own_k[None, :], mask=writes[None, :])
+            tl.store(v + place.to(tl.int64) * v_n, own_v[None, :], mask=writes[None, :])
         largest = tl.full([GROUP], float("-inf"), tl.float32)
         total = tl.zeros([GROUP], tl.float32)
         output = tl.zeros([GROUP, DIM], tl.float32)
         for at in range(start, end, TILE):
             entries, inside = (at + tokens).to(tl.int64), at + tokens < end
             mask = inside[:, None] & is_channel[None, :]
-            k_at = k + row * k_b + kv_head * k_g + entries[:, None] * k_n + channels[None, :]
-            v_at = v + row * v_b + kv_head * v_g + entries[:, None] * v_n + channels[None, :]
-            keys = tl.load(k_at, mask=mask, other=0.0)
+            if STORE:
+                mask = mask & (entries < place)[:, None]
+            keys = tl.load(k + entries[:, None] * k_n, mask=mask, other=0.0)
+            if STORE:
+                keys = tl.where((entries == place)[:, None], own_k[None, :], keys)
             scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
             scores = tl.where(inside[None, :], scores, float("-inf"))
             new_largest = tl.maximum(largest, tl.max(scores, axis=1))
             shares = tl.exp(scores - new_largest[:, None])
             shrink = tl.exp(largest - new_largest)
             total = total * shrink + tl.sum(shares, axis=1)
-            values = tl.load(v_at, mask=mask, other=0.0)
+            values = tl.load(v + entries[:, None] * v_n, mask=mask, other=0.0)
+            if STORE:
+                values = tl.where((entries == place)[:, None], own_v[None, :], values)
             output = output * shrink[:, None] + tl.dot(shares.to(values.dtype), values, input_precision="ieee")
             largest = new_largest
         total = tl.where(total == 0.0, 1.0, total)  # a part without entries weighs exp(-inf)
@@ -88,11 +103,22 @@ if HAS_TRITON:
 
 
 def fused_attend_entries(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first: torch.Tensor, last: torch.Tensor, scale: float | None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    first: torch.Tensor,
+    last: torch.Tensor,
+    scale: float | None,
+    new: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """See `attend_entries`; keys and values of one shape, on a GPU."""
+    """See `attend_entries`; keys and values of one shape, on a GPU.
+
+    Args:
+        new: key and value [B, G, 1, D] of the entry `last`, which are written into `k` and `v`.
+    """
     batch, num_heads, _, dim = q.shape
     num_kv_heads, group = k.shape[1], num_heads // k.shape[1]
+    new_k, new_v = (x if x.stride(-1) == 1 else x.contiguous() for x in new or (q, q))
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     width = triton.next_power_of_2(dim)
     tile = max(16, min(64, TILE_BYTES // (width * k.element_size())))
@@ -101,9 +127,10 @@ def fused_attend_entries(
     weights = torch.empty(batch * num_kv_heads, splits, group, dtype=torch.float32, device=q.device)
     joined = torch.empty_like(q, memory_format=torch.contiguous_format)
     _part_kernel[batch * num_kv_heads, splits](
-        q, k, v, first, last, outputs, weights, float(dim**-0.5 if scale is None else scale),
-        *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], num_kv_heads, splits, dim, group,
-        GROUP=max(16, triton.next_power_of_2(group)), DIM=width, TILE=tile, num_warps=4,
+        q, k, v, new_k, new_v, first, last, outputs, weights, float(dim**-0.5 if scale is None else scale),
+        *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], *new_k.stride()[:2], *new_v.stride()[:2],
+        num_kv_heads, splits, dim, group,
+        GROUP=max(16, triton.next_power_of_2(group)), DIM=width, TILE=tile, STORE=new is not None, num_warps=4,
     )  # fmt: skip
     _join_kernel[batch * num_kv_heads, group](
         outputs, weights, joined, splits, dim, group,

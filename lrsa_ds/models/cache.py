@@ -107,19 +107,33 @@ class LagKVCache(Cache):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Cache.update`; only within a pass that `begin_pass` opened.
 
-        Another attention would attend to the compressed cache as if it held every token.
+        Another attention would attend to the compressed cache as if it held every token. In a step it returns the new
+        keys and values alone, and the attention stores them.
         """
         if self._pass is None:
             raise LRSAError(
                 "a LagKVCache serves models with LRSA attention, and the attention of this one does not know what the "
                 "cache holds: call lrsa_ds.apply_lrsa(model, config) first."
             )
-        options = {"rows": self._pass.rows, "step": self._pass.step}
-        return super().update(key_states, value_states, layer_idx, *args, **options, **kwargs)
+        if self._is_step:
+            return key_states, value_states
+        return super().update(key_states, value_states, layer_idx, *args, rows=self._pass.rows, **kwargs)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """As `Cache.get_mask_sizes`; the token of a step needs no mask, and a compiled step reads no lengths."""
+        return (query_length, 0) if self._is_step else super().get_mask_sizes(query_length, layer_idx)
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """As `Cache.get_query_offset`, for masks; see `get_mask_sizes`."""
+        return 0 if self._is_step else super().get_query_offset(layer_idx)
+
+    @property
+    def _is_step(self) -> bool:
+        return self._pass is not None and self._pass.step is not None
 
     def next_step(self) -> Step:
         """The step for the next token of each row, in a cache of fixed storage that has seen tokens."""
-        step = Step(len(self.layers), self.batch_size, cached_states(self)[0][0].device)
+        step = Step([cast(FixedLagKVLayer, layer).storage for layer in self.layers])
         self.place(step)
         return step
 

@@ -9,7 +9,6 @@ from typing import Any, cast
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from lrsa_ds.attention.decoding import Step
 from lrsa_ds.attention.kinds.kind import kind_of
 from lrsa_ds.attention.partition import mean_of
 from lrsa_ds.attention.ragged import Rows, pack_rows, row_of
@@ -185,21 +184,13 @@ class FixedLagKVLayer(LagKVLayer):
         self.stored_values: torch.Tensor | None = None
 
     def update(
-        self,
-        key_states: torch.Tensor,
-        value_states: torch.Tensor,
-        *args,
-        rows: Rows | None = None,
-        step: Step | None = None,
-        **kwargs,
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, rows: Rows | None = None, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `LagKVLayer.update`. With a `step`, stores the token uncounted and returns the complete storage.
+        """As `LagKVLayer.update`.
 
         Raises:
             LRSAError: a row has more than `max_tokens` tokens.
         """
-        if step is not None:
-            return self._store(step, key_states, value_states)
         after = self.cumulative_length + key_states.shape[2] if rows is None else max(rows.seen_after)
         self._check_room(after)
         return super().update(key_states, value_states, *args, rows=rows, **kwargs)
@@ -222,13 +213,6 @@ class FixedLagKVLayer(LagKVLayer):
             f"a text of {after} tokens does not fit into a cache of max_tokens={self.max_tokens}: make one with "
             f"max_tokens={after} or more, and room for the answer.",
         )
-
-    def _store(
-        self, step: Step, key_states: torch.Tensor, value_states: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        keys, values = self.storage
-        place = step.places[self.index]
-        return keys.index_copy_(2, place, key_states), values.index_copy_(2, place, value_states)
 
     def count_token(self) -> bool:
         """Counts the token of each row that a step has stored; returns whether any row has dropped something."""

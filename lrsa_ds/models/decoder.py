@@ -4,11 +4,14 @@ Between two compressions every step runs the same kernels on the same addresses.
 tensors (`Step`), and layers are compressed between steps.
 """
 
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
 
+from lrsa_ds.attention.decoding import Step
 from lrsa_ds.errors import LRSAError
 from lrsa_ds.models.cache import LagKVCache
 
@@ -26,19 +29,24 @@ class Decoder:
 
     Args:
         captures: whether steps are replayed from a CUDA graph.
+        compiles: whether `torch.compile` compiles them, or the name of its backend.
     """
 
-    def __init__(self, model: PreTrainedModel, captures: bool):
-        self.model, self.captures = model, captures
+    def __init__(self, model: PreTrainedModel, captures: bool, compiles: bool | str = False):
+        self.model, self.captures, self.compiles = model, captures, compiles
+        self._logits_after = _compiled(compiles) if compiles else _logits_after
         self._graph: torch.cuda.CUDAGraph | None = None
         self._storage: list[tuple[int, torch.Size]] = []  # that the graph reads and writes
 
     @classmethod
-    def behind(cls, cache: LagKVCache, model: PreTrainedModel, captures: bool) -> "Decoder":
-        """The decoder of a cache; a new one if it has none for this model."""
-        if not isinstance(cache.decoder, Decoder) or (cache.decoder.model, cache.decoder.captures) != (model, captures):
-            cache.decoder = cls(model, captures)
-        return cache.decoder
+    def behind(
+        cls, cache: LagKVCache, model: PreTrainedModel, captures: bool, compiles: bool | str = False
+    ) -> "Decoder":
+        """The decoder of a cache; a new one if it has none for this model and these settings."""
+        given, old = (model, captures, compiles), cache.decoder
+        if not isinstance(old, Decoder) or (old.model, old.captures, old.compiles) != given:
+            cache.decoder = cls(*given)
+        return cast(Decoder, cache.decoder)
 
     def __reduce__(self):
         """Decoders are not copied: a copy of a cache has another storage, which needs another graph."""
@@ -50,6 +58,10 @@ class Decoder:
         if storage != self._storage:
             self._storage, self._graph = storage, None
             self._step = cache.next_step()
+            if self.compiles:
+                for states in self._step.storages:
+                    for x in states:  # so that caches of all sizes share what is compiled
+                        torch._dynamo.maybe_mark_dynamic(x, 2)
             self._tokens = torch.zeros(cache.batch_size, 1, dtype=torch.int64, device=self.model.device)
         else:
             cache.place(self._step)
@@ -73,7 +85,11 @@ class Decoder:
 
     @torch.no_grad()
     def _pass(self, cache: LagKVCache) -> torch.Tensor:
-        return cast(Any, self.model)(self._tokens, past_key_values=cache, use_cache=True, step=self._step).logits[:, -1]
+        cache.begin_pass(None, self._step)
+        try:
+            return self._logits_after(self.model, self._tokens, cache, self._step)
+        finally:
+            cache.end_pass()
 
     def _capture(self, cache: LagKVCache) -> None:
         """Captures the graph. Each pass stores the same values at the same place, so the warm-up changes nothing.
@@ -96,6 +112,16 @@ class Decoder:
                 name = type(self.model).__name__
                 raise LRSAError(f"a pass of {name} cannot be captured as a CUDA graph: give graph=False.") from error
         self._graph = graph
+
+
+def _logits_after(model: PreTrainedModel, tokens: torch.Tensor, cache: LagKVCache, step: Step) -> torch.Tensor:
+    return cast(Any, model)(tokens, past_key_values=cache, use_cache=True, step=step).logits[:, -1]
+
+
+@lru_cache
+def _compiled(backend: bool | str) -> Callable[..., torch.Tensor]:
+    """`_logits_after`, compiled: once for a model and a number of rows, since no shape else differs between caches."""
+    return torch.compile(_logits_after, backend=backend if isinstance(backend, str) else "inductor")
 
 
 class HostCopy:

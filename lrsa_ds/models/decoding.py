@@ -33,6 +33,7 @@ def generate(
     *,
     attention_mask: torch.Tensor | None = None,
     graph: bool | None = None,
+    compile: bool | str = False,
     streamer: BaseStreamer | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     stop_strings: str | list[str] | None = None,
@@ -48,6 +49,8 @@ def generate(
             for the answer. A CUDA graph is captured once for each cache, and is used again after `reset`.
         attention_mask: [B, N], 1 for tokens and 0 for padding.
         graph: whether steps are replayed from a CUDA graph; by default, if the model is on one CUDA device.
+        compile: whether `torch.compile` first fuses the small kernels of a step. Tokens are then faster, and the first
+            call for a model and a number of rows takes longer. Or the name of another backend than Inductor.
         streamer: receives the tokens as they are generated, such as `transformers.TextStreamer(tokenizer)`.
         tokenizer: needed for `stop_strings`, which end a row.
         options: those of `model.generate` for greedy decoding and sampling, such as `max_new_tokens`, `do_sample`,
@@ -76,7 +79,7 @@ def generate(
         loop = Loop(generation_config, logits_processor, stopping_criteria, streamer)
         cache, mask = inputs["past_key_values"], inputs.get("attention_mask")
         _check_room(cache, input_ids, mask, generation_config.max_length)
-        return loop.run(input_ids, mask, Decoder.behind(cache, model, captures), cache)
+        return loop.run(input_ids, mask, Decoder.behind(cache, model, captures, compile), cache)
 
     options |= {"attention_mask": attention_mask, "streamer": streamer, "custom_generate": decode}
     options |= {"cache_implementation": generation.STATIC} if cache is None else {"past_key_values": cache}

@@ -32,8 +32,6 @@ def read_pass(inputs: dict[str, Any], new_cache: Callable[[], LagKVCache]) -> di
     tokens = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
     if tokens is None:
         return inputs
-    if (step := inputs.get("step")) is not None:  # a step has all of it on the device: reading would wait
-        return inputs | {"attention_mask": None, "position_ids": step.positions}
     num_rows, num_tokens = tokens.shape[:2]
     mask = inputs.get("attention_mask")
     if isinstance(mask, Mapping) and not any(value is not None for value in mask.values()):

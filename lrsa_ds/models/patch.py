@@ -146,12 +146,14 @@ def _begin_pass(model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tupl
     """
     if model.config._attn_implementation != NAME:
         return args, kwargs
+    if kwargs.get("step") is not None:  # its cache is open, and all that is known of its tokens is on the device
+        return args, kwargs | {"attention_mask": None, "position_ids": kwargs["step"].positions}
     named = dict(zip(signature(model.forward).parameters, args, strict=False)) if args else {}
     inputs = read_pass({"lrsa_config": model_settings(model)} | named | kwargs, lambda: new_cache(model))
     cache = inputs.get("past_key_values")
     if isinstance(cache, LagKVCache):
         _check_cache(model, cache)
-        cache.begin_pass(inputs.get("rows"), inputs.get("step"))
+        cache.begin_pass(inputs.get("rows"))
         inputs |= {"num_seen": cache.get_seq_length(), "lrsa_config": cache.config}
     elif given := inputs.get("lrsa_config"):
         inputs["lrsa_config"] = in_model(given, layers_of(model.config))
@@ -160,7 +162,7 @@ def _begin_pass(model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tupl
 
 def _end_pass(model: PreTrainedModel, args: tuple, kwargs: dict, output) -> None:
     """Hook after a forward pass, even one that failed: closes its cache."""
-    if isinstance(cache := kwargs.get("past_key_values"), LagKVCache):
+    if kwargs.get("step") is None and isinstance(cache := kwargs.get("past_key_values"), LagKVCache):
         cache.end_pass()
 
 

@@ -74,10 +74,10 @@ def test_passes_give_the_logits_of_training(settings, steps):
     assert cache.num_bytes == 2 * 2 * 2 * 12 * 4 * config.most_held(83)
 
 
-def decoded(model, ids, cache, given, mask=None):
+def decoded(model, ids, cache, given, mask=None, compiles=False):
     """Logits behind the tokens of `ids` from `given` on, each from a step as `generate` makes it."""
     prefill(model, ids[:, :given], cache, attention_mask=mask)
-    decoder, found = Decoder(model, captures=False), []
+    decoder, found = Decoder(model, captures=False, compiles=compiles), []
     decoder.start(cache)
     for column in ids[:, given:].T:
         found.append(decoder(cache, column).clone())
@@ -100,12 +100,12 @@ def test_steps_of_layers_that_differ(mixed):
     assert cache.num_held == num_held(77, cache.config)
 
 
-def cache_of_padded_rows(model):
+def cache_of_padded_rows(model, compiles=False):
     """A cache of fixed storage behind rows of 40, 9 and 25 tokens and 40 steps, which give the logits of training."""
     ids, lengths = tokens(80, batch=3), (40, 9, 25)
     mask = torch.arange(40) >= 40 - torch.tensor(lengths)[:, None]
     cache = new_cache(model, max_tokens=80)
-    found = decoded(model, ids, cache, given=40, mask=mask)
+    found = decoded(model, ids, cache, given=40, mask=mask, compiles=compiles)
     for row, length in enumerate(lengths):
         alone = logits_of_training(model, ids[row : row + 1, 40 - length :])[0, length:]
         assert (found[row] - alone).abs().max() <= 1e-4
@@ -116,6 +116,17 @@ def test_steps_of_rows_of_different_lengths(mixed):
     cache = cache_of_padded_rows(mixed)
     assert cache.row_lengths == (80, 49, 65)
     assert cache.num_held == sum(num_held(length, cache.config) for length in cache.row_lengths) / 3
+
+
+def test_compiled_steps(mixed):
+    """Without a break in the graph, and once for all sizes and contents of caches."""
+    torch._dynamo.utils.counters.clear()
+    cache_of_padded_rows(mixed, compiles="aot_eager")
+    ids = tokens(60, batch=3)
+    expected = lrsa_ds.generate(mixed, ids, **GREEDY)
+    assert torch.equal(lrsa_ds.generate(mixed, ids, compile="aot_eager", **GREEDY), expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 class Calls(TorchDispatchMode):
@@ -255,7 +266,7 @@ def test_what_a_dense_cache_keeps_goes_into_a_fixed_one():
 @pytest.mark.parametrize("groups", [1, 3])
 def test_entries_outside_of_a_row_are_not_seen(groups):
     q, k, v = torch.randn(2, 2 * groups, 1, 12), torch.randn(2, 2, 30, 12), torch.randn(2, 2, 30, 12)
-    step = Step(num_layers=1, num_rows=2, device=torch.device("cpu"))
+    step = Step([(k, v)])
     step.set([4, 5], [19], [[7, 0]])
     step.advance()
     assert step.positions.tolist() == [[5], [6]] and step.places.tolist() == [[20]]

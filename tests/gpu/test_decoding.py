@@ -7,7 +7,7 @@ import torch
 
 import lrsa_ds
 from lrsa_ds import LRSAConfig, apply_lrsa, new_cache, prefill
-from lrsa_ds.attention.decoding import attend_entries
+from lrsa_ds.attention.decoding import attend_entries, store_and_attend
 from lrsa_ds.attention.extras import Extras
 from lrsa_ds.models.decoder import Decoder
 from tests.cpu.test_model import tiny
@@ -39,6 +39,11 @@ def test_kernels_attend_to_the_entries_of_each_row(shape, size, last, dtype, bou
     on_host = (x.cpu().float().nan_to_num(posinf=0.0) for x in (q, k, v))
     expected = attend_entries(*on_host, first.cpu(), place.cpu(), Extras(0.2))
     assert_close(attend_entries(q, k, v, first, place, Extras(0.2)).float(), expected, bound, "output")
+    new = [x[:, :, last : last + 1].clone() for x in (k, v)]
+    whole = [x.clone() for x in (k, v)]
+    k[:, :, last] = v[:, :, last] = float("nan")  # written before it is read
+    assert_close(store_and_attend(q, *new, k, v, first, place, Extras(0.2)).float(), expected, bound, "output")
+    assert torch.equal(k, whole[0]) and torch.equal(v, whole[1])
 
 
 @pytest.mark.parametrize("layers", [None, MIXED])
