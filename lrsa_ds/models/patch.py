@@ -273,14 +273,14 @@ def _lrsa_attention_function(
     and values are those of the new tokens and still have to be cached.
     """
     require(attention_mask is None, "LRSA attention makes its own mask: a 4D attention_mask is not supported.")
-    settings = lrsa_config or in_model(from_saved(module.config.lrsa), layers_of(module.config))
-    config = settings.at_layer(module.layer_idx)
     extras = Extras(scaling, softcap, s_aux)
     if expanded_cache is not None:
         key, value = expanded_cache.update(key, value, module.layer_idx)
-    if step is not None:
+    if step is not None:  # before the settings are read, for which a compiler would compile again
         output = attend_step(query, key, value, step, module.layer_idx, extras)
         return output.transpose(1, 2).contiguous(), None
+    settings = lrsa_config or in_model(from_saved(module.config.lrsa), layers_of(module.config))
+    config = settings.at_layer(module.layer_idx)
     if rows is not None:
         output = ragged_attention(query, key, value, rows, config, extras, module.layer_idx)
         return output.transpose(1, 2).contiguous(), None
