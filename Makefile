@@ -36,9 +36,10 @@ endif
 smoke: setup ## a few training steps in two processes (CPU, or two GPUs)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(DEEPSPEED) --num_accelerators 2 $(LAUNCH) launch/train.py +recipe=smoke $(ARGS)
 
-lint: $(INSTALLED) ## ruff (rules and format) and the type checker
+lint: $(INSTALLED) ## ruff (rules, docstrings and format), the spell checker and the type checker
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check --quiet .
+	$(BIN)/codespell
 	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python --summary=none
 
 kvpress: $(INSTALLED) ## compare selection and press with NVIDIA kvpress, in an environment of its own (.venv-kvpress)

@@ -1,3 +1,5 @@
+"""Attention of a layer: LRSA in its forms, the selection of what is kept, and the kinds of layers beside it."""
+
 from collections.abc import Callable
 
 import torch

@@ -45,12 +45,12 @@ def after_lead(said: str, lead_end: str) -> str:
 
 
 class Encoder:
-    """Converts rows to examples; looks up once what it needs to know of the tokenizer.
+    r"""Converts rows to examples; looks up once what it needs to know of the tokenizer.
 
     Args:
         tokenizer: any; its chat template is used if it has one and `chat_template` is true.
         seq_len: the maximum number of tokens of an example.
-        chat_template: False uses "{context}\\n\\nQuestion: {question}\\nAnswer: {answer}" even if there is a template.
+        chat_template: False uses "{context}\n\nQuestion: {question}\nAnswer: {answer}" even if there is a template.
         may_cut: False refuses rows that would have to be cut.
     """
 

@@ -33,8 +33,10 @@ class RunData(TrainingRows, Protocol):
         """The examples for scoring, at least one; the same on every rank. `Example.task` groups the scores."""
 
     def fingerprint(self) -> str:
-        """Identifies the training rows: a resumed run refuses data with another fingerprint, unless
-        `checkpoint.accept_data_change` is set."""
+        """Identifies the training rows.
+
+        A resumed run refuses data with another fingerprint, unless `checkpoint.accept_data_change` is set.
+        """
 
 
 class Procedure(Protocol):

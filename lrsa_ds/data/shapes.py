@@ -236,8 +236,11 @@ def _passages(context: Any) -> Any:
 
 
 def _answers(value: Any) -> tuple[list[Any], list[int]]:
-    """Answers and where they begin: from a text, a list of texts, SQuAD's {"text": [...], "answer_start": [...]}, or a
-    list of {"text", "answer_start"}."""
+    """Answers and where they begin.
+
+    `value` is a text, a list of texts, SQuAD's {"text": [...], "answer_start": [...]}, or a list of {"text",
+    "answer_start"}.
+    """
     if isinstance(value, dict):
         return _listed(value.get("text")), _listed(value.get("answer_start"))
     values = _listed(value)

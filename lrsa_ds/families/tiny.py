@@ -44,8 +44,10 @@ def families() -> list[str]:
 
 
 def tiny_config(family: str, **settings: Any) -> PreTrainedConfig:
-    """The default configuration of a family with small sizes; `settings` are put over them, of the text model where
-    there is more than one."""
+    """The default configuration of a family with small sizes.
+
+    `settings` are put over them, of the text model where there is more than one.
+    """
     default = AutoConfig.for_model(family)
     return AutoConfig.for_model(family, **_shrunk(default, EXCEPTIONS.get(family, {}) | settings))
 

@@ -1,5 +1,8 @@
-"""What a run sends to a service that follows it, and the thread that sends it: the interface of W&B, TensorBoard and
-MLflow. `metrics.jsonl` is the record, so nothing that happens to a service may stop or slow the training."""
+"""What a run sends to a service that follows it, and the thread that sends it.
+
+The interface of W&B, TensorBoard and MLflow. `metrics.jsonl` is the record, so nothing that happens to a service may
+stop or slow the training.
+"""
 
 import queue
 import threading

@@ -167,8 +167,10 @@ def save_adapters(
 
 @dataclass(frozen=True)
 class SavedAdapters:
-    """Adapters in a local directory, their base model, and the LRSA settings and positions of their training, if
-    any. The base may have been in 4 bits then: `base` says which, and in what dtype it was before."""
+    """Adapters in a local directory, their base model, and the LRSA settings and positions of their training.
+
+    The base may have been in 4 bits then: `base` says which, and in what dtype it was before.
+    """
 
     directory: Path
     base: ModelConfig

@@ -118,8 +118,12 @@ class Objective(nn.Module, ABC):
         return *losses, *total(seen)
 
     def statistics(self, batch: Batch) -> torch.Tensor:
-        """[targets, 3]: for each target in order its negative log-likelihood, whether the most likely token is the
-        target (1.0 or 0.0), and the most likely token, which fp32 holds exactly."""
+        """What is scored of each target, in order.
+
+        Returns:
+            [targets, 3]: its negative log-likelihood, whether the most likely token is the target (1.0 or 0.0), and
+            the most likely token, which fp32 holds exactly.
+        """
         positions, labels = batch.slots()
         hidden = hidden_states(self.lm, batch, batch.lrsa_config)[positions]
         return torch.cat([self._statistics(h, y) for h, y in self.in_chunks(hidden, labels)])[: len(batch.targets())]

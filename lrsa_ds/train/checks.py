@@ -46,8 +46,10 @@ def check_model(config: TrainConfig, num_ranks: int | None = None) -> tuple[Trai
 def check_sharing(
     config: TrainConfig, structure: PreTrainedModel, others: tuple[float, ...], num_ranks: int | None
 ) -> None:
-    """Checks that `parallel.sp_size` ranks can share the sequences: in training, with `others`, the retentions of the
-    objective's passes, and in evaluation."""
+    """Checks that `parallel.sp_size` ranks can share the sequences.
+
+    In training, also with `others`, the retentions of the objective's passes, and in evaluation.
+    """
     size, attention = config.parallel.sp_size, config.attention
     if size == 1:
         return

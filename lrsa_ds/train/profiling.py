@@ -30,7 +30,8 @@ class StepProfiler:
             self._profile.start()
 
     def after(self, step: int) -> None:
-        """
+        """Ends the profile after its last step, and writes the trace.
+
         Raises:
             LRSAError: the trace cannot be written.
         """

@@ -161,7 +161,6 @@ def test_a_stream_goes_on_from_any_step_at_any_world_size(num_done, num_workers)
 
 def test_over_changed_data_every_row_is_read_once_more_or_for_the_first_time():
     """What was packed and not taken is packed anew, in sequences of another length and without rows that are gone."""
-
     lengths = LENGTHS * 3
 
     class Longer(Rows):

@@ -102,7 +102,7 @@ def test_who_holds_which_tokens(name, stretches):
 
 
 def test_no_other_code_compares_with_a_name_of_a_table():
-    """ "chunked" is also a way to prefill, of which `evaluate` speaks."""
+    """The name "chunked" is also a way to prefill, of which `evaluate` speaks."""
     names = {*KERNELS, *EXCHANGES, *EXCHANGES._former, *SELECTION_RULES} - {"chunked"}
     found = []
     for package in ("lrsa_ds", "launch", "recipes"):

@@ -21,6 +21,8 @@ SIZE, STEPS = 128, 6
 
 
 class Net(nn.Module):
+    """Two linear layers, whose weights the optimizers take as matrices."""
+
     def __init__(self):
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(SIZE, SIZE), nn.Tanh(), nn.Linear(SIZE, SIZE))

@@ -19,6 +19,8 @@ NUM_WORKERS = 3
 
 
 class Worker:
+    """A process of its own that takes locks as it is told."""
+
     def __init__(self):
         command = [sys.executable, str(ROOT / "tests/dist/lock_worker.py")]
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -183,10 +183,9 @@ def block_cover(rows: torch.Tensor, num_keys: int) -> tuple[torch.Tensor, torch.
 
 
 def as_lists(blocks: torch.Tensor, descending: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """A block matrix [rows, columns] as lists: for each row the number of blocks that are set, and all columns, those
-    that are set first.
+    """A block matrix [rows, columns] as lists: the number of blocks that are set in each row, and all its columns.
 
-    These columns ascend, or descend with `descending`.
+    The columns of blocks that are set come first, ascending, or descending with `descending`.
 
     Returns:
         int32 [1, 1, rows] and [1, 1, rows, columns].

@@ -67,8 +67,9 @@ if HAS_TRITON:
         deviations, row_size, starts, slots, kept, kept_stride, slot_of, num_tokens, num_partitions,
         value_weight, lag: tl.constexpr, num_kept, LAG: tl.constexpr, INVERSE: tl.constexpr,
     ):  # fmt: skip
-        """Writes the positions with the `num_kept` highest scores of a partition, ascending, to slot
-        `slots[partition]` and the next ones.
+        """Writes the positions with the `num_kept` highest scores of a partition, ascending.
+
+        They go to slot `slots[partition]` and the next ones.
 
         Ties go to the lower position. With INVERSE, the slot of each kept token is written as well.
         """
