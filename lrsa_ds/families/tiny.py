@@ -83,6 +83,7 @@ def _small(key: str, given: Any) -> Any:
 # Where the sizes above do not make a consistent model, or the default is plainer than the models that are published.
 BERTS = ("bert", "bert-generation", "camembert", "data2vec-text", "electra", "ernie", "roberta", "roberta-prelayernorm")
 BERTS += ("roc_bert", "xlm-roberta", "xlm-roberta-xl", "xmod")
+LLAMA4 = dict(no_rope_layers=[1, 0], moe_layers=[1], floor_scale=8, intermediate_size_mlp=48)
 EXCEPTIONS: dict[str, dict[str, Any]] = {name: dict(is_decoder=True) for name in BERTS} | {
     "bamba": dict(mamba_n_heads=8, mamba_d_head=8),
     "deepseek_v2": dict(n_routed_experts=4, num_experts_per_tok=2, first_k_dense_replace=1),
@@ -95,8 +96,12 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {name: dict(is_decoder=True) for name in
     "hunyuan_v1_dense": dict(head_dim=8),
     "hunyuan_v1_moe": dict(head_dim=8, num_experts=4, moe_topk=2),
     "kimi_linear": dict(num_experts_per_token=2, num_experts_per_tok=2, num_experts=4, num_expert_group=1),
+    # Rotary positions in the layer of chunked attention alone, and queries that are scaled within few tokens.
+    "llama4": LLAMA4,
+    "llama4_text": LLAMA4,
     "lfm2": dict(layer_types=["conv", "full_attention"]),
     "lfm2_moe": dict(layer_types=["conv", "full_attention"]),
+    "mllama": dict(cross_attention_layers=[1], num_hidden_layers=3),  # without images that layer is passed over
     "mamba2": dict(num_heads=8, head_dim=8),
     "ministral": dict(head_dim=8, layer_types=["full_attention", "sliding_attention"]),
     "mistral": dict(sliding_window=None),  # as in all models but the first, whose layers all have one

@@ -4,6 +4,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lrsa_ds.errors import LRSAError
+from lrsa_ds.models.parts import decoder_of, holds
 
 # Settings of transformers, grouped by their effect on the logits.
 MULTIPLIERS = ("logit_scale", "lm_head_multiplier")  # Cohere; Falcon-H1
@@ -27,17 +28,13 @@ def output_layer(model: PreTrainedModel) -> torch.nn.Module:
 
 def output_head(model: PreTrainedModel) -> torch.nn.Module:
     """The module that takes hidden states and makes logits: the output layer in most models, more in BERT."""
-    layer, decoder = output_layer(model), model.get_decoder()
+    layer, decoder = output_layer(model), decoder_of(model)
     if any(child is layer for child in model.children()):
         return layer
     part: torch.nn.Module = model
-    while part is model or _holds(part, decoder):
-        part = next((child for child in part.children() if _holds(child, layer)), layer)
+    while part is model or holds(part, decoder):
+        part = next((child for child in part.children() if holds(child, layer)), layer)
     return part
-
-
-def _holds(module: torch.nn.Module, part: torch.nn.Module) -> bool:
-    return any(inner is part for inner in module.modules())
 
 
 def logits_of(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
@@ -61,9 +58,9 @@ def logits_of(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
 def other_logits(model: PreTrainedModel) -> str | None:
     """What the forward pass does around its output layer that `logits_of` does not; None if nothing."""
     config = model.config.get_text_config()
-    parts = model.get_decoder(), output_layer(model)
+    parts = decoder_of(model), output_layer(model)
     for name, child in model.named_children():
-        if not any(_holds(child, part) for part in parts) and any(True for _ in child.parameters()):
+        if not any(holds(child, part) for part in parts) and any(True for _ in child.parameters()):
             return f"has {name} beside its decoder and its output layer"
     given = {key: getattr(config, key, None) for key in NOT_DONE}
     return next((f"{NOT_DONE[key]} ({key}={value})" for key, value in given.items() if value not in (None, 1)), None)

@@ -33,9 +33,11 @@ from lrsa_ds.layers import (
 from lrsa_ds.lrsa_config import LRSAConfig
 from lrsa_ds.models.cache import LagKVCache
 from lrsa_ds.models.generation import use_lrsa_cache
+from lrsa_ds.models.keywords import calls_interface, hand_on_keywords
 from lrsa_ds.models.latent import cache_expanded
 from lrsa_ds.models.logits import other_logits
 from lrsa_ds.models.offload import offload_checkpoints
+from lrsa_ds.models.parts import decoder_of
 from lrsa_ds.models.passes import attend_rows, read_pass
 from lrsa_ds.models.structure import (
     layers_of,
@@ -80,13 +82,14 @@ def apply_lrsa(
         say_once(f"{said_of_kinds(own)}.")
     model.config.lrsa = saved_turns([resolve(each, layers, own) for each in configs])
     model.set_attn_implementation(NAME)
-    decoder = model.get_decoder()  # all passes go through it, also those that do not call `model`
+    decoder = decoder_of(model)  # all passes go through it, also those that do not call `model`
     decoder.config.lrsa = model.config.lrsa  # a separate object if the model has encoders
     without_dropout(model)
     if _begin_pass not in decoder._forward_pre_hooks.values():
         decoder.register_forward_pre_hook(_begin_pass, with_kwargs=True)
         decoder.register_forward_hook(_end_pass, with_kwargs=True, always_call=True)
     cache_expanded(model)
+    hand_on_keywords(decoder)
     use_lrsa_cache(model, NAME, new_cache)
     return model
 
@@ -202,7 +205,8 @@ def check_supported(model: PreTrainedModel) -> None:
     """Raises LRSAError unless LRSA can replace full attention in `model`, and knows its other kinds of layers."""
     name, config = type(model).__name__, model.config.get_text_config()
     require(
-        model._supports_attention_backend and model._can_set_attn_implementation(),
+        model._can_set_attn_implementation()
+        and (model._supports_attention_backend or calls_interface(decoder_of(model), layers_of(model.config).taken)),
         f"{name} does not call transformers' attention interface, through which LRSA replaces the attention.",
     )
     reason = unfit_decoder(model)
@@ -210,7 +214,7 @@ def check_supported(model: PreTrainedModel) -> None:
     reason = other_logits(model)
     require(reason is None, f"{name} {reason}: the loss would not be that of its own logits.")
     _check_rope(model)
-    own = set(model.get_decoder().modules())  # models for images or sound also have encoders
+    own = set(decoder_of(model).modules())  # models for images or sound also have encoders
     layers = [(p, m) for p, m in model.named_modules() if m in own and isinstance(getattr(m, "layer_idx", None), int)]
     for path, module in layers:
         reason = _unlike_causal_attention(module, config)
@@ -265,15 +269,18 @@ def _lrsa_attention_function(
     rows: Rows | None = None,
     step: Step | None = None,
     expanded_cache: LagKVCache | None = None,
+    query_scale: torch.Tensor | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """The signature that transformers calls: query [B, H, N, D], key and value [B, G, N, D] to ([B, N, H, D], None).
 
     A layer passes its own `scaling`, `softcap` and `s_aux`, which are learned sinks [H]. With an `expanded_cache`, keys
-    and values are those of the new tokens and still have to be cached.
+    and values are those of the new tokens and still have to be cached; `query_scale` multiplies the queries.
     """
     require(attention_mask is None, "LRSA attention makes its own mask: a 4D attention_mask is not supported.")
     extras = Extras(scaling, softcap, s_aux)
+    if query_scale is not None:
+        query = (query * query_scale).to(query.dtype)
     if expanded_cache is not None:
         key, value = expanded_cache.update(key, value, module.layer_idx)
     if step is not None:  # before the settings are read, for which a compiler would compile again

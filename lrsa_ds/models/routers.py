@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lrsa_ds.errors import require
+from lrsa_ds.models.parts import decoder_of
 from lrsa_ds.settings.model import ModelConfig
 
 KEY = "model.router_aux_loss_coef"
@@ -64,7 +65,7 @@ def _own_coefficient(model: PreTrainedModel) -> float | None:
 
 def _routers(model: PreTrainedModel) -> list[tuple[nn.Module, int]]:
     """The routers in the order of the layers, each with the place of its logits [N, E] among what it returns."""
-    decoder: Any = model.get_decoder()
+    decoder: Any = decoder_of(model)
     named = (decoder._can_record_outputs or {}).get("router_logits", ())
     recorders = named if isinstance(named, list | tuple) else [named]
     return [

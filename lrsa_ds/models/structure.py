@@ -1,17 +1,13 @@
 """Which layers of a model LRSA replaces, and what in its structure prevents that."""
 
-import ast
-import inspect
-import textwrap
-from collections.abc import Iterator
-
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lrsa_ds.attention.kinds.kind import LayerKind
 from lrsa_ds.layer_ranges import said_of_others
 from lrsa_ds.layer_settings import ModelLayers
+from lrsa_ds.models.keywords import lost_keywords
+from lrsa_ds.models.parts import decoder_of
 from lrsa_ds.notices import say_once
 from lrsa_ds.registry import LAYER_KINDS
 
@@ -21,7 +17,8 @@ KINDS = {
     "prepare_dynamic_mask": "makes its own mask from its values (dynamic mask attention)",
 }
 
-FULL, SLIDING = "full_attention", "sliding_attention"  # as `layer_types` of transformers calls layers
+# As `layer_types` of transformers calls layers.
+FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 
 
 def layers_of(config: PreTrainedConfig) -> ModelLayers:
@@ -33,6 +30,8 @@ def layers_of(config: PreTrainedConfig) -> ModelLayers:
 
 def unknown_type(config: PreTrainedConfig, layer: int) -> str | None:
     """The type of a layer that is neither full attention nor in the table of kinds, or None."""
+    if layer in (getattr(config, "cross_attention_layers", None) or ()):  # of images (Mllama); text passes them by
+        return "cross_attention"
     layer_type = _layer_types(config)[layer]
     return None if layer_type == FULL or layer_type in _kinds() else layer_type
 
@@ -49,12 +48,13 @@ def nothing_to_take(config: PreTrainedConfig) -> str | None:
 
 
 def _layer_types(config: PreTrainedConfig) -> list[str]:
-    """The type of each layer; a window that is as long as the positions of the model hides nothing."""
+    """The type of each layer; what is local within as many tokens as the model has positions hides nothing."""
     positions = getattr(config, "max_position_embeddings", None)
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    hides = bool(window) and (positions is None or window < positions)
+    spans = {SLIDING: window, CHUNKED: getattr(config, "attention_chunk_size", None)}
+    whole = [kind for kind, span in spans.items() if not span or (positions is not None and span >= positions)]
     types = getattr(config, "layer_types", None) or [SLIDING] * config.num_hidden_layers
-    return [FULL if layer_type == SLIDING and not hides else layer_type for layer_type in types]
+    return [FULL if layer_type in whole else layer_type for layer_type in types]
 
 
 def _kinds() -> dict[str, LayerKind]:
@@ -70,7 +70,7 @@ def other_attention(module: nn.Module) -> str | None:
 
 def unfit_decoder(model: PreTrainedModel) -> str | None:
     """Why documents, caches and ranks cannot be passed through the decoder of `model`; None if they can."""
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     if not isinstance(decoder, PreTrainedModel) or decoder.get_output_embeddings() is not None:
         return f"gives {type(decoder).__name__} as its decoder, which is none that ends before the output layer"
     if any(hasattr(module, "create_position_ids_from_input_ids") for module in decoder.modules()):
@@ -78,10 +78,7 @@ def unfit_decoder(model: PreTrainedModel) -> str | None:
     others = set(getattr(decoder.config, "layers_block_type", None) or ()) - {"attention", "full_attention"}
     if others:
         return f"has layers of type {', '.join(sorted(others))}, whose state is carried from token to token"
-    for kind in {type(m) for m in decoder.modules() if type(m).__name__ in (model._no_split_modules or ())}:
-        if issubclass(kind, GradientCheckpointingLayer) and not _hands_on_keywords(kind):
-            return f"does not pass keywords to its attention (the forward of {kind.__name__} drops **kwargs)"
-    return None
+    return lost_keywords(decoder)
 
 
 def without_dropout(model: PreTrainedModel) -> None:
@@ -91,16 +88,3 @@ def without_dropout(model: PreTrainedModel) -> None:
         if value := getattr(config, key, 0.0):
             say_once(f"{key}={value} of the model is set to 0: LRSA drops no attention weights.")
             setattr(config, key, 0.0)
-
-
-def _hands_on_keywords(kind: type[nn.Module]) -> bool:
-    """Whether a call in the forward of a layer passes `**kwargs` on; True if there is no source to read."""
-    try:
-        source = textwrap.dedent(inspect.getsource(inspect.unwrap(kind.forward)))
-    except (OSError, TypeError):
-        return True
-    return any(keyword.arg is None for call in _calls(ast.parse(source)) for keyword in call.keywords)
-
-
-def _calls(tree: ast.AST) -> Iterator[ast.Call]:
-    return (node for node in ast.walk(tree) if isinstance(node, ast.Call))

@@ -9,6 +9,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from lrsa_ds.errors import require
+from lrsa_ds.models.parts import decoder_of
 
 
 def auto_class(config: PreTrainedConfig) -> Any:
@@ -33,7 +34,7 @@ def freeze_encoders(model: PreTrainedModel) -> None:
 
     That is all but the text model, the embeddings and the output layer.
     """
-    parts = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
+    parts = (decoder_of(model), model.get_input_embeddings(), model.get_output_embeddings())
     used = {parameter for part in parts if part is not None for parameter in part.parameters()}
     for parameter in model.parameters():
         if parameter not in used:

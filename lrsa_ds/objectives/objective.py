@@ -17,6 +17,7 @@ from lrsa_ds.config import TrainConfig
 from lrsa_ds.data.packing import IGNORE
 from lrsa_ds.layers import AnyConfig
 from lrsa_ds.models.logits import logits_of
+from lrsa_ds.models.parts import decoder_of
 from lrsa_ds.models.patch import PreTrainedModel
 from lrsa_ds.models.routers import Routers, total
 
@@ -146,7 +147,7 @@ def objective_of(engine: Any) -> Objective:
 
 def hidden_states(lm: PreTrainedModel, batch: Batch, lrsa_config: AnyConfig) -> torch.Tensor:
     """Output of the decoder of `lm` for the batch under `lrsa_config`, before the output layer: [N, C]."""
-    decoder = lm.get_decoder()
+    decoder = decoder_of(lm)
     return decoder(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,

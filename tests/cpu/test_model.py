@@ -114,12 +114,23 @@ def test_scaling_reaches_the_attention():
         ("electra", dict(is_decoder=True), r"ElectraForCausalLM has generator_predictions beside its decoder"),
         ("doge", {}, r"layer 0 of Doge.* makes its own mask"),
         ("diffllama", {}, r"layer 0 of DiffLlama.* subtracts two attentions"),
-        ("nemotron", {}, r"NemotronForCausalLM .*NemotronDecoderLayer drops"),
     ],
 )
 def test_models_that_are_refused(family, settings, said):
     with pytest.raises(LRSAError, match=said):
         apply_lrsa(tiny(family, **settings), LRSAConfig())
+
+
+@pytest.mark.parametrize(
+    "family,said",
+    [
+        ("git", r"GitForCausalLM does not call transformers' attention interface"),
+        ("mllama", r"layer 1 of Mllama.* is of type cross_attention"),
+    ],
+)
+def test_models_beside_encoders_that_are_refused(family, said):
+    with pytest.raises(LRSAError, match=said):
+        apply_lrsa(tiny_model(family), LRSAConfig())
 
 
 def test_a_window_is_refused_only_where_it_hides_something():

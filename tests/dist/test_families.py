@@ -12,9 +12,10 @@ pytestmark = pytest.mark.dist
 TABLE = ROOT / "docs" / "models.json"
 WRITTEN_WITH, ROWS = read_rows(TABLE)
 VERDICTS = {row.family: row.verdict for row in ROWS}
-# Dense, with encoders beside the text, a mixture of experts, learned positions, scaled logits, latent attention; and
-# three reasons of refusal.
-SOME = ("llama", "phi4_multimodal", "mixtral", "gpt2", "granite", "deepseek_v3", "doge", "diffllama", "nemotron")
+# Dense, with encoders beside the text, a mixture of experts, learned positions, scaled logits, latent attention,
+# chunked attention beside experts and layers that keep keywords; and three reasons of refusal.
+SOME = ("llama", "phi4_multimodal", "mixtral", "gpt2", "granite", "deepseek_v3", "llama4_text")
+SOME += ("doge", "diffllama", "git")
 
 
 def check(names):

@@ -5,6 +5,7 @@ tokens that ends with itself needs little more than where the run begins, see `l
 """
 
 from lrsa_ds.attention.cached import cached_attention, compress
+from lrsa_ds.attention.kinds.chunked_attention import CHUNKED_ATTENTION, ChunkedAttention
 from lrsa_ds.attention.kinds.kind import LayerKind
 from lrsa_ds.attention.kinds.sliding_window import SLIDING_WINDOW, SlidingWindow
 from lrsa_ds.attention.lrsa import lrsa_attention
@@ -21,3 +22,4 @@ LRSA = LayerKind(
 
 LAYER_KINDS.add(LRSAConfig.kind, LRSA)
 LAYER_KINDS.add(SlidingWindow.kind, SLIDING_WINDOW)
+LAYER_KINDS.add(ChunkedAttention.kind, CHUNKED_ATTENTION)
