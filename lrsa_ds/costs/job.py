@@ -58,6 +58,8 @@ class Job:
         turns: the attention that steps take in turn; `taught` that of passes without gradients.
         num_frozen: parameters of copies that are not trained.
         layers: of the model; None where LRSA takes all of them.
+        quantized: whether the matrices of the layers are in 4 bits, but for adapters.
+        double_quant: whether their scales are in 8 bits.
     """
 
     num_gpus: int
@@ -81,6 +83,8 @@ class Job:
     taught: tuple[AnyConfig, ...] = ()
     num_frozen: int = 0
     layers: ModelLayers | None = None
+    quantized: bool = False
+    double_quant: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -151,6 +155,8 @@ def job_of(
         taught=each_in_model(map(config.attention.with_retention, retentions), model),
         num_frozen=num_frozen,
         layers=model,
+        quantized=config.model.quantize is not None,
+        double_quant=config.model.double_quant,
     )
 
 

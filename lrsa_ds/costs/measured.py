@@ -67,6 +67,7 @@ def comparisons(path: Path, config: TrainConfig, job: Job, sizes: Sizes, machine
         raise LRSAError(f"compare={path} cannot be read ({error}): give a CSV file of benchmark_steps.py.") from error
     ours = [row for row in rows if _family(row.get("run") or "") == _family(config.run_name) and row.get("peak_gb")]
     ours = [row for row in ours if int(row.get("lora_rank") or 0) == config.model.lora.rank]
+    ours = [row for row in ours if (row.get("quantize") or None) == config.model.quantize]
     return [_comparison(row, config, job, sizes, machine) for row in ours]
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from lrsa_ds.costs.buffers import keys_of
 from lrsa_ds.costs.job import Job
 from lrsa_ds.costs.sizes import Sizes
+from lrsa_ds.costs.weights import dequantized_bytes, gathered_bytes, scale_bytes, weight_bytes
 from lrsa_ds.layer_settings import LayerSettings
 from lrsa_ds.lrsa_config import LRSAConfig
 from lrsa_ds.registry import EXCHANGES
@@ -42,6 +43,7 @@ class GPUMemory:
 def gpu_memory(sizes: Sizes, job: Job) -> GPUMemory:
     checkpoints = {"activation checkpoints": checkpoint_bytes(sizes, job)}
     layer = max((layer_bytes(sizes, job, config) for config in _different(job)), key=lambda parts: sum(parts.values()))
+    layer["one layer: a dequantized matrix"] = dequantized_bytes(sizes, job)
     final_norm = job.num_tokens * sizes.hidden_size * _norm_saved(job)
     loss = {"final norm": final_norm, "logits": logits_bytes(sizes, job)}
     return GPUMemory(
@@ -62,7 +64,7 @@ def _different(job: Job) -> list[LayerSettings]:
 def static_bytes(sizes: Sizes, job: Job) -> dict[str, int]:
     """Weights, gradients and optimizer states under ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054, section 3)."""
     b, ranks, levers = job.itemsize, job.num_gpus, job.levers
-    whole, trained = sizes.num_parameters + job.num_frozen, sizes.num_trained
+    trained, whole = sizes.num_trained, weight_bytes(sizes, job)
     sharded = whole // ranks if job.stage == 3 else whole
     # With one rank ZeRO-3 computes on the shard itself.
     is_gathered = job.stage == 3 and (ranks > 1 or levers.offload_param)
@@ -73,8 +75,9 @@ def static_bytes(sizes: Sizes, job: Job) -> dict[str, int]:
     # The gradient of a tied output layer waits until that of the embeddings is there, at the end of the backward pass.
     tied = sizes.vocabulary * sizes.hidden_size if sizes.is_tied and sizes.shape.output.is_trained else 0
     return {
-        "weights": 0 if levers.offload_param else b * sharded,
-        "gathered weights": b * min(whole, MAX_LIVE) if is_gathered else 0,
+        "weights": 0 if levers.offload_param else sharded,
+        "scales of 4-bit weights": scale_bytes(sizes, job),
+        "gathered weights": gathered_bytes(sizes, job, MAX_LIVE) if is_gathered else 0,
         "gradients": b * (gradients + tied + job.bucket),
         "optimizer states": 0 if levers.offload_optimizer else (FP32 + job.state_bytes) * trained // ranks,
     }
@@ -191,6 +194,6 @@ def host_memory(sizes: Sizes, job: Job) -> dict[str, int]:
     row = job.num_tokens * sizes.hidden_size * b
     return {
         "optimizer states": ranks * (2 * FP32 + job.state_bytes + b) * shard * levers.offload_optimizer,
-        "weights": ranks * b * (sizes.num_parameters + job.num_frozen) // job.num_gpus * levers.offload_param,
+        "weights": ranks * weight_bytes(sizes, job) // job.num_gpus * levers.offload_param,
         "activation checkpoints": ranks * row * sizes.num_layers * levers.offload_checkpoints,
     }

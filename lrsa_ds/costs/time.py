@@ -11,6 +11,7 @@ from lrsa_ds.costs.gpus import GPU
 from lrsa_ds.costs.job import Job
 from lrsa_ds.costs.sizes import Sizes
 from lrsa_ds.costs.traffic import traffic_of
+from lrsa_ds.costs.weights import dequantizing_bytes
 from lrsa_ds.layers import AnyConfig
 
 # 1.27e15 operations in 1.76 s, of 989 TFLOPS: the matrices of a 1.5B model over 131,072 tokens.
@@ -61,7 +62,8 @@ def _time_under(sizes: Sizes, job: Job, gpu: GPU, network_gb_s: float, config: A
     matrices = flops.matrices * each / (peak * MATRIX_SHARE)
     attention = flops.attention * each / (peak * gpu.attention_share)
     small = small_kernel_bytes(sizes, job) * job.grad_accum / (gpu.memory_gb_s * 1e9 * MEMORY_SHARE)
-    computing = matrices + attention + small
+    dequantized = dequantizing_bytes(sizes, job) * job.grad_accum / (gpu.memory_gb_s * 1e9 * MEMORY_SHARE)
+    computing = matrices + attention + small + dequantized
     exchange = sum(sent.sequence.values()) / _link(gpu, network_gb_s, job.sp_size > job.gpus_per_node)
     # ZeRO gathers and scatters behind the computation: what takes longer than that is waited for.
     zero = sum(sent.zero.values()) / _link(gpu, network_gb_s, job.num_gpus > job.gpus_per_node)
@@ -69,6 +71,7 @@ def _time_under(sizes: Sizes, job: Job, gpu: GPU, network_gb_s: float, config: A
         "matrices": matrices,
         "attention": attention,
         "norms and other small kernels": small,
+        "4-bit weights, dequantized": dequantized,
         "exchange of sequences": exchange,
         "ZeRO, beyond the computation": max(0.0, zero - computing),
         "copies of checkpoints, beyond the computation": _waiting_for_copies(sizes, job, gpu, computing),

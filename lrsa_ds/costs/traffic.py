@@ -12,6 +12,7 @@ import torch
 from lrsa_ds.costs.buffers import keys_of
 from lrsa_ds.costs.job import Job
 from lrsa_ds.costs.sizes import Sizes
+from lrsa_ds.costs.weights import weight_bytes
 from lrsa_ds.layer_settings import LayerSettings
 from lrsa_ds.layers import AnyConfig
 from lrsa_ds.lrsa_config import LRSAConfig
@@ -93,7 +94,7 @@ def zero_bytes(sizes: Sizes, job: Job) -> dict[str, float]:
     others = (job.num_gpus - 1) / job.num_gpus
     if not others:
         return {}
-    weights = others * job.itemsize * (sizes.num_parameters + job.num_frozen)
+    weights = others * weight_bytes(sizes, job)
     trained = others * job.itemsize * sizes.num_trained
     if job.stage == 3:
         return {"weights": 2 * job.grad_accum * weights, "gradients": job.grad_accum * trained}

@@ -127,12 +127,19 @@ def as_quantized(model: PreTrainedModel) -> PreTrainedModel:
     for layer in quantized_layers(model).values():
         # Without gradients, bitsandbytes would pack the weights anew for a kernel in bf16, which has no backward pass.
         layer.support_avx512bf16_for_cpu = False
+        layer.register_state_dict_post_hook(_without_scales)
     flagged: Any = model
     flagged.is_loaded_in_4bit = True
     # With this, the settings of an exported model would say that its weights are packed.
     if hasattr(flagged.config, "quantization_config"):
         del flagged.config.quantization_config
     return model
+
+
+def _without_scales(layer: nn.Module, weights: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Leaves the scales, which belong to no checkpoint, out of the state of a module."""
+    for name in [name for name in weights if name.startswith(f"{prefix}weight.")]:
+        del weights[name]
 
 
 def quantized_as(model: ModelConfig, dtype: torch.dtype) -> dict[str, Any] | None:
@@ -160,8 +167,6 @@ def dequantized(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> dic
     found = dict(weights)
     for name, layer in quantized_layers(model).items():
         key = f"{name}.weight"
-        for extra in [other for other in found if other.startswith(f"{key}.")]:
-            del found[extra]
         found[key] = _values(layer.weight, found[key]).cpu()
     return found
 

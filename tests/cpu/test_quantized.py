@@ -5,16 +5,23 @@ import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from lrsa_ds import LRSAConfig, apply_lrsa, load
+from lrsa_ds.costs.memory import static_bytes
+from lrsa_ds.costs.weights import dequantizing_bytes, packed_numbers
 from lrsa_ds.errors import LRSAError
 from lrsa_ds.models.adapters import add_adapters
 from lrsa_ds.models.loading import load_model
 from lrsa_ds.models.quantized import check_quantizable, check_quantize, quantized_layers, round_matrices
+from lrsa_ds.models.tiling import num_tiles, tile_mlps
 from lrsa_ds.settings.model import LoraConfig, ModelConfig
+from lrsa_ds.train.forecast import job_and_sizes
+from lrsa_ds.train.trainable import make_trainable
 from tests.cpu.test_adapters import a_base, exported
-from tests.cpu.test_config import sentence
+from tests.cpu.test_config import composed, sentence
+from tests.cpu.test_costs import H100
 from tests.cpu.test_model import SIZES, tiny
 from tests.helpers import assert_close, relative_error
 
@@ -87,6 +94,53 @@ def test_what_is_exported_is_what_was_trained(tmp_path, monkeypatch, kind, expor
     assert len(quantized_layers(again)) == 7 * SIZES["num_hidden_layers"]
     rounded = round_matrices(load(directory, device="cpu").model, packed)
     assert_close(again(ids, use_cache=False).logits, rounded(ids, use_cache=False).logits, 1e-5, "logits")
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_the_bytes_of_a_plan_are_those_of_the_tensors(double):
+    overrides = ["model.quantize=nf4", f"model.double_quant={double}", "model.lora.rank=3", "model.dtype=fp32"]
+    sizes = ["model.random.hidden_size=256", "model.random.intermediate_size=1024"]
+    config = composed("+recipe=smoke", "zero=stage2", *sizes, *overrides)
+    job, sizes, *_ = job_and_sizes(config, H100, 4)
+    model = load_model(config.model, torch.float32)
+    add_adapters(model, config.model.lora)
+    scales, packed = 0, 0
+    for layer in quantized_layers(model).values():
+        state = layer.weight.quant_state
+        packed += layer.weight.numel()
+        scales += state.absmax.nbytes + (state.state2.absmax.nbytes if double else 0)
+    parts = static_bytes(sizes, job)
+    assert 2 * packed == packed_numbers(sizes, job)
+    assert parts["weights"] == sum({p.data_ptr(): p.nbytes for p in model.parameters()}.values())
+    assert parts["scales of 4-bit weights"] == scales
+    plain, *_ = job_and_sizes(composed("+recipe=smoke", "zero=stage2", *overrides[2:]), H100, 4)
+    assert static_bytes(sizes, plain)["scales of 4-bit weights"] == 0
+
+
+@pytest.mark.parametrize("levers", [[], ["memory.tiled_mlp=true", "memory.tile_size=200"]])
+def test_a_step_dequantizes_as_often_as_is_counted(levers):
+    config = composed("+recipe=smoke", "model.quantize=nf4", "model.lora.rank=3", "model.dtype=fp32", *levers)
+    job, sizes, *_ = job_and_sizes(config, H100, 4)
+    model = apply_lrsa(load_model(config.model, torch.float32), LRSA)
+    make_trainable(tile_mlps(model, num_tiles(config)), config)
+    ids = torch.randint(1, 101, (1, config.seq_len))
+    with Dequantized() as seen:
+        model.train()(ids, labels=ids, use_cache=False).loss.backward()
+    each = 4 + 0.5 + 4 / 64  # written, read, and the share of a scale
+    # A layer that is recomputed stops in front of its last tile.
+    assert dequantizing_bytes(sizes, job) == pytest.approx(each * seen.count, rel=0.05 if levers else 0)
+
+
+class Dequantized(TorchDispatchMode):
+    """Counts the numbers of packed matrices that are multiplied with."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "4bit" in str(function):
+            shape = args[2] if "gemm" in str(function) else args[4]
+            self.count += shape[0] * shape[1]
+        return function(*args, **(kwargs or {}))
 
 
 def test_mistakes(monkeypatch):
