@@ -146,6 +146,7 @@ def benchmark(config: TrainConfig, options: argparse.Namespace) -> bool:
     where |= {"exchange": config.parallel.exchange if mesh.sp_size > 1 else "", "backend": config.attention.backend}
     where |= {"zero": config.zero.stage, "liger_kernel": config.model.liger_kernel}
     where |= {"lag_size": config.attention.lag_size, "lora_rank": config.model.lora.rank}
+    where |= {"quantize": config.model.quantize or ""}
     where |= {"offload_checkpoints": config.memory.offload_checkpoints, "tiled_mlp": config.memory.tiled_mlp}
     where |= {"offload_optimizer": config.zero.offload_optimizer, "offload_param": config.zero.offload_param}
     if mesh.is_main:
