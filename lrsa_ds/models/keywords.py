@@ -16,9 +16,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from lrsa_ds.models.passes import is_under_lrsa
 from lrsa_ds.models.temperature import scale_by_position, scales_queries
 
-# What the attention function of LRSA reads; `lrsa_config` is in every pass under LRSA.
+# What the attention function of LRSA reads.
 OF_A_PASS = ("lrsa_config", "document_lengths", "attend", "num_seen", "rows", "step", "position_ids")
 INTERFACE = "attention_interface"  # how every model of transformers calls the attention function
 
@@ -61,7 +62,7 @@ class _Keeper:
 
     @contextmanager
     def of(self, keywords: dict[str, Any]) -> Iterator[None]:
-        if "lrsa_config" in keywords:
+        if is_under_lrsa(keywords):
             self.keywords = {name: keywords[name] for name in OF_A_PASS if name in keywords}
         try:
             yield

@@ -72,6 +72,11 @@ def read_pass(inputs: dict[str, Any], new_cache: Callable[[], LagKVCache]) -> di
     return inputs | {"attention_mask": None, "document_lengths": lengths, "position_ids": positions}
 
 
+def is_under_lrsa(inputs: Mapping[str, Any]) -> bool:
+    """Whether the keywords of a pass, or of a part of it, are those of one under LRSA."""
+    return "lrsa_config" in inputs or inputs.get("step") is not None
+
+
 def _check_sum(lengths: Sequence[int], num_rows: int, num_tokens: int) -> None:
     require(
         sum(lengths) in (num_tokens, num_rows * num_tokens),

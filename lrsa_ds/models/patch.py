@@ -32,6 +32,7 @@ from lrsa_ds.layers import (
 )
 from lrsa_ds.lrsa_config import LRSAConfig
 from lrsa_ds.models.cache import LagKVCache
+from lrsa_ds.models.counted_positions import place_tokens
 from lrsa_ds.models.generation import use_lrsa_cache
 from lrsa_ds.models.keywords import calls_interface, hand_on_keywords
 from lrsa_ds.models.latent import cache_expanded
@@ -43,6 +44,7 @@ from lrsa_ds.models.structure import (
     layers_of,
     nothing_to_take,
     other_attention,
+    reads_encoder,
     unfit_decoder,
     unknown_type,
     without_dropout,
@@ -90,6 +92,7 @@ def apply_lrsa(
         decoder.register_forward_hook(_end_pass, with_kwargs=True, always_call=True)
     cache_expanded(model)
     hand_on_keywords(decoder)
+    place_tokens(decoder)
     use_lrsa_cache(model, NAME, new_cache)
     return model
 
@@ -217,7 +220,7 @@ def check_supported(model: PreTrainedModel) -> None:
     own = set(decoder_of(model).modules())  # models for images or sound also have encoders
     layers = [(p, m) for p, m in model.named_modules() if m in own and isinstance(getattr(m, "layer_idx", None), int)]
     for path, module in layers:
-        reason = _unlike_causal_attention(module, config)
+        reason = None if reads_encoder(path) else _unlike_causal_attention(module, config)
         require(reason is None, f"layer {module.layer_idx} of {name} ({path}) {reason}: LRSA cannot take its place.")
     reason = nothing_to_take(config)
     require(reason is None, f"{name} {reason}.")

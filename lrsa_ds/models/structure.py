@@ -53,7 +53,8 @@ def _layer_types(config: PreTrainedConfig) -> list[str]:
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     spans = {SLIDING: window, CHUNKED: getattr(config, "attention_chunk_size", None)}
     whole = [kind for kind, span in spans.items() if not span or (positions is not None and span >= positions)]
-    types = getattr(config, "layer_types", None) or [SLIDING] * config.num_hidden_layers
+    num_layers = getattr(config, "decoder_layers", None) or config.num_hidden_layers  # there, those of the encoder
+    types = getattr(config, "layer_types", None) or [SLIDING] * num_layers
     return [FULL if layer_type in whole else layer_type for layer_type in types]
 
 
@@ -61,6 +62,11 @@ def _kinds() -> dict[str, LayerKind]:
     """The kinds of layers that stay what they are, by the types of transformers."""
     kinds = [LAYER_KINDS[name] for name in LAYER_KINDS]
     return {kind.layer_type: kind for kind in kinds if kind.layer_type is not None}
+
+
+def reads_encoder(path: str) -> bool:
+    """Whether a module is attention to the output of an encoder, which a causal language model never calls."""
+    return any(name.startswith("encoder_attn") for name in path.split("."))
 
 
 def other_attention(module: nn.Module) -> str | None:
@@ -73,8 +79,6 @@ def unfit_decoder(model: PreTrainedModel) -> str | None:
     decoder = decoder_of(model)
     if not isinstance(decoder, PreTrainedModel) or decoder.get_output_embeddings() is not None:
         return f"gives {type(decoder).__name__} as its decoder, which is none that ends before the output layer"
-    if any(hasattr(module, "create_position_ids_from_input_ids") for module in decoder.modules()):
-        return "counts positions from its padding token on, and packed documents begin at 0"
     others = set(getattr(decoder.config, "layers_block_type", None) or ()) - {"attention", "full_attention"}
     if others:
         return f"has layers of type {', '.join(sorted(others))}, whose state is carried from token to token"

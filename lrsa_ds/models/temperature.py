@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lrsa_ds.models.passes import is_under_lrsa
+
 SWITCH = "attn_temperature_tuning"  # of an attention module of transformers
 
 
@@ -25,7 +27,7 @@ def scale_by_position(module: nn.Module) -> None:
 
 def _give_scale(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Hook before the forward: `query_scale` [B, 1, N, 1] of `position_ids` [B, N] in a pass under LRSA."""
-    if "lrsa_config" not in kwargs:
+    if not is_under_lrsa(kwargs):
         return args, kwargs
     setattr(module, SWITCH, False)
     steps = torch.floor((kwargs["position_ids"].float() + 1.0) / module.floor_scale)

@@ -10,6 +10,7 @@ from transformers.models.auto.modeling_auto import (
 
 from lrsa_ds.errors import require
 from lrsa_ds.models.parts import decoder_of
+from lrsa_ds.models.structure import reads_encoder
 
 
 def auto_class(config: PreTrainedConfig) -> Any:
@@ -35,7 +36,8 @@ def freeze_encoders(model: PreTrainedModel) -> None:
     That is all but the text model, the embeddings and the output layer.
     """
     parts = (decoder_of(model), model.get_input_embeddings(), model.get_output_embeddings())
-    used = {parameter for part in parts if part is not None for parameter in part.parameters()}
+    named = [found for part in parts if part is not None for found in part.named_parameters()]
+    used = {parameter for name, parameter in named if not reads_encoder(name)}
     for parameter in model.parameters():
         if parameter not in used:
             parameter.requires_grad = False

@@ -41,6 +41,7 @@ def test_logits_are_those_of_training(model, steps):
 
 
 def test_steps_behind_a_fixed_storage(model):
+    cache_of_padded_rows(apply_lrsa(tiny_model("nemotron"), CONFIG))
     cache = cache_of_padded_rows(model)
     assert cache.layers[0].storage[0].shape[2] == SIZE
 
