@@ -13,7 +13,7 @@ DEEPSPEED := PATH="$(BIN):$$PATH" deepspeed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train test smoke lint kvpress clean
+.PHONY: help setup train test smoke lint docs kvpress clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-14s %s\n", $$1, $$2}'
@@ -41,6 +41,9 @@ lint: $(INSTALLED) ## ruff (rules, docstrings and format), the spell checker and
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/codespell
 	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python --summary=none
+
+docs: $(INSTALLED) ## build the pages of docs/ into site/, with every link checked
+	NO_MKDOCS_2_WARNING=true $(BIN)/python -m mkdocs build --strict --quiet
 
 kvpress: $(INSTALLED) ## compare selection and press with NVIDIA kvpress, in an environment of its own (.venv-kvpress)
 	$(PYTHON) -m venv .venv-kvpress

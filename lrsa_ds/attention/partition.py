@@ -1,7 +1,7 @@
 """The partition table: which keys each query sees, as integers that do not depend on the data.
 
-Sink, partition, lag reference, kept KV, history and window are defined in the README. A *chunk* is a run of queries of
-one document that share their history and the start of their window. The kept buffer holds, for each document that has
+Sink, partition, lag reference, kept KV, history and window: docs/index.md. A *chunk* is a run of queries of one
+document that share their history and the start of their window. The kept buffer holds, for each document that has
 a history,
 
     [sink | kept KV of partition 0 | kept KV of partition 1 | ...]

@@ -8,7 +8,7 @@ from typing import NoReturn
 
 
 class Exit(IntEnum):
-    """Exit codes of a rank, and of a command without a launcher; the README says what arrives through a launcher."""
+    """Exit codes of a rank, and of a command without a launcher; through a launcher: docs/resume.md."""
 
     DONE = 0
     FAILED = 1  # a self-test or a job of a sweep that failed, or an error in this program (a traceback)

@@ -83,7 +83,7 @@ def _source(value: Any) -> SourceConfig:
 
 @dataclass(kw_only=True)
 class DataConfig:
-    """The source of examples, and how they are prepared; see the README."""
+    """The source of examples, and how they are prepared: docs/data.md."""
 
     source: str = "stdlib_qa"
     sources: list[Any] = field(default_factory=list)

@@ -47,7 +47,7 @@ def test_names():
     "file,num_tokens,lag_size,claims",
     [
         ("README.md", 131072, 1024, {"retention 1/8: {}× smaller": 0.125}),
-        ("README.md", 8192, 512, {"0.125 is a {}× smaller cache after 8,192 tokens": 0.125}),
+        ("docs/train.md", 8192, 512, {"0.125 is a {}× smaller cache after 8,192 tokens": 0.125}),
         ("benchmarks/results/2026-11-24-h100.md", 8192, 512, {"1/2: {}×": 0.5, "1/4: {}×": 0.25, "1/8: {}×": 0.125}),
         ("benchmarks/results/2026-11-cpu.md", 1024, 128, {"retention 1/8, {}× smaller": 0.125}),
     ],

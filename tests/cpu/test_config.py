@@ -10,6 +10,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from docs import keys
 from launch.cli.accelerator import PICKS, register_resolver
 from launch.cli.checkout import check_fetched, register_checkout
 from launch.cli.schema import register_schema
@@ -333,3 +334,7 @@ def test_there_is_a_file_for_every_group_the_readme_names():
     readme = (ROOT / "README.md").read_text()
     for folder in sorted(p.name for p in Path(CONF).iterdir() if p.is_dir()):
         assert f"`{folder}`" in readme, folder
+
+
+def test_the_page_of_all_keys_is_that_of_the_settings():
+    assert keys.PAGE.read_text() == keys.page(), "run python docs/keys.py"

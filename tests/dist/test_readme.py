@@ -1,10 +1,11 @@
-"""Every command of the README: run for real where two CPU cores can, composed and typed where they cannot."""
+"""Every command of README and docs: run for real where two CPU cores can, composed and typed where they cannot."""
 
 import json
 import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from launch import benchmark, benchmark_steps, chat, compare, sweep
+from launch import benchmark, benchmark_steps, chat, compare, plan, sweep
 from launch.cli.accelerator import register_resolver
 from launch.cli.checkout import CONF, register_checkout
 from launch.cli.schema import register_schema
@@ -21,23 +22,30 @@ from lrsa_ds.config import TrainConfig, typed_config
 from lrsa_ds.costs.settings import PlanConfig
 from lrsa_ds.data.tokenizer import load_tokenizer
 from lrsa_ds.evaluate.config import EvaluateConfig
+from lrsa_ds.families.tiny import families
 from lrsa_ds.settings.model import ModelConfig
 from tests.dist.launcher import rows_of, run
 from tests.helpers import ROOT, free_port
 
 pytestmark = pytest.mark.dist
-README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROGRAMS = ("make", "python", "deepspeed", "sbatch")
 SCHEMAS = {"train": TrainConfig, "evaluate": EvaluateConfig}
 
 
-def commands() -> list[str]:
-    """The commands of the shell blocks and of the text, without comments."""
-    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
-    lines = "".join(blocks).replace("\\\n", " ").splitlines()
-    inline = re.findall(rf"`((?:{'|'.join(PROGRAMS)}) [^`]+)`", re.sub(r"```.*?```", "", README, flags=re.DOTALL))
+def commands_of(page: Path) -> set[str]:
+    """The commands of the shell blocks and of the text of a page, without comments."""
+    text = page.read_text()
+    blocks = "".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL)).replace("\\\n", " ")
+    blocks = re.sub(r"(^|\s)#\s.*", "", blocks)
+    lines = re.findall(r"(?:'[^']*'|[^\n'])+", blocks)  # quoted words may hold line breaks
+    inline = re.findall(rf"`((?:{'|'.join(PROGRAMS)}) [^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
     found = [shlex.join(shlex.split(line, comments=True)) for line in [*lines, *inline]]
-    return sorted({command for command in found if command})
+    return {command for command in found if command}
+
+
+def commands() -> list[str]:
+    return sorted(set().union(*map(commands_of, PAGES)))
 
 
 def split(command: str) -> tuple[str, list[str]]:
@@ -45,12 +53,12 @@ def split(command: str) -> tuple[str, list[str]]:
     words = shlex.split(command)
     if words[1:3] == ["-m", "lrsa_ds"]:  # the commands of an installed package
         return f"{words[3]}.py" if words[3:] else "", split_flags(words[4:])[1]
-    place = next((i for i, word in enumerate(words) if word.startswith("launch/")), 0)
+    place = next((i for i, word in enumerate(words) if word.startswith(("launch/", "docs/"))), 0)
     return Path(words[place]).name, [word for word in words[place + 1 :] if word != "..."]
 
 
-def check_overrides(name: str, overrides: list[str], schema: type | None = None) -> None:
-    """Composes and types a configuration; of a sweep, that of every job."""
+def check_overrides(name: str, overrides: list[str], schema: type | None = None) -> list:
+    """Composes and types a configuration; of a sweep, that of every job. Returns them."""
     schema = schema or SCHEMAS[name]
     register_resolver()
     register_checkout()
@@ -62,8 +70,7 @@ def check_overrides(name: str, overrides: list[str], schema: type | None = None)
             values = [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
         jobs = [[*job, value] for job in jobs for value in values]
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        for job in jobs:
-            typed_config(compose(name, job), schema)
+        return [typed_config(compose(name, job), schema) for job in jobs]
 
 
 def check_arguments(program, typed: list[str], monkeypatch):
@@ -72,7 +79,7 @@ def check_arguments(program, typed: list[str], monkeypatch):
 
 
 @pytest.mark.parametrize("command", commands())
-def test_a_command_of_the_readme_is_right(command, monkeypatch):
+def test_a_command_of_the_pages_is_right(command, monkeypatch):
     script, typed = split(command)
     monkeypatch.chdir(ROOT)
     match script:
@@ -83,7 +90,9 @@ def test_a_command_of_the_readme_is_right(command, monkeypatch):
         case "train.py" | "selftest.py" | "slurm.sh":
             check_overrides("train", typed)
         case "plan.py":
-            check_overrides("train", typed, PlanConfig)
+            (config,) = check_overrides("train", typed, PlanConfig)
+            if config.model.random is not None:  # of the others config.json is on the hub
+                assert plan.action(config)
         case "evaluate.py":
             check_overrides("evaluate", [word.replace("model.name=...", "model.name=x") for word in typed])
         case "sweep.py":
@@ -97,8 +106,17 @@ def test_a_command_of_the_readme_is_right(command, monkeypatch):
             check_arguments(chat, typed, monkeypatch)
         case "compare.py":
             check_arguments(compare, typed, monkeypatch)
+        case "families.py":
+            assert set(typed) <= {"--refresh", "NAME", *families()}
+        case "harness.py":
+            assert typed[:2] == ["--model", "lrsa"]  # tests/cpu/test_harness.py runs it
+        case "figures.py" | "keys.py":
+            assert typed == []  # tests/cpu/test_config.py and test_docs.py run them
+        case "pip":
+            extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+            assert typed[0] == "install" and re.fullmatch(r"lrsa-ds\[(.*)\]", typed[1])[1] in extras
         case _:
-            pytest.fail(f"the README has a command that no test knows: {command}")
+            pytest.fail(f"a page has a command that no test knows: {command}")
 
 
 def readme_command(part: str) -> list[str]:
