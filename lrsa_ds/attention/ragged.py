@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 from lrsa_ds.attention.decoding import attend_entries
 from lrsa_ds.attention.extras import PLAIN, Extras
-from lrsa_ds.attention.kinds.kind import kind_of
+from lrsa_ds.attention.kinds.kind import KeysAndValues, kind_of
 from lrsa_ds.attention.lrsa import in_one_dtype
 from lrsa_ds.layer_settings import LayerSettings
 
@@ -75,12 +75,14 @@ def ragged_attention(
     config: LayerSettings,
     extras: Extras = PLAIN,
     layer: int = 0,
+    held: KeysAndValues | None = None,
 ) -> torch.Tensor:
     """`attend_cached` of the kind of the layer, of each row by itself.
 
     Args:
         q: queries of the new columns, [B, H, n, D].
         k, v: [B, G, A, D], right-aligned: for each row the entries of `LagKVCache` and its new tokens.
+        held: the entries after the pass, right-aligned too, if the caller has them.
 
     Returns:
         [B, H, n, D]; zeros in padding.
@@ -91,11 +93,14 @@ def ragged_attention(
         last = k.shape[2] - 1
         first, last = (torch.tensor(x, device=q.device) for x in ([last + 1 - count for count in entries], [last]))
         return attend_entries(q, k, v, first, last, extras)
-    output = q.new_zeros(*q.shape[:3], v.shape[3])
+    output, own = q.new_zeros(*q.shape[:3], v.shape[3]), None
     for row, (seen, places, length) in enumerate(zip(rows.seen, rows.places, entries, strict=True)):
         if not len(places):
             continue
         queries, keys, values = rows.tokens_of(q, row), row_of(k, row, length), row_of(v, row, length)
-        found = kind_of(config).attend_cached(queries, keys, values, seen, config, extras, layer)
+        if held is not None:
+            mine = config.num_held(seen + len(places))
+            own = row_of(held[0], row, mine), row_of(held[1], row, mine)
+        found = kind_of(config).attend_cached(queries, keys, values, seen, config, extras, layer, own)
         output[row].index_copy_(1, places.to(q.device), found[0])
     return output

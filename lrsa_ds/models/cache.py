@@ -131,6 +131,12 @@ class LagKVCache(Cache):
     def _is_step(self) -> bool:
         return self._pass is not None and self._pass.step is not None
 
+    def held(self, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values that a layer holds, [B, G, length, D] each, once it has seen tokens."""
+        layer = cast(LagKVLayer, self.layers[layer_idx])
+        assert layer.keys is not None and layer.values is not None
+        return layer.keys, layer.values
+
     def next_step(self) -> Step:
         """The step for the next token of each row, in a cache of fixed storage that has seen tokens."""
         step = Step([cast(FixedLagKVLayer, layer).storage for layer in self.layers])

@@ -83,7 +83,8 @@ def prefill(
         chunks_at_once: sets the tokens of a pass in chunks instead; with 1, S + 2L tokens first, then L at a time.
         attention_mask: [B, n], 1 for tokens and 0 for padding, which may be on either side; without it, rows that begin
             or end with the padding token are refused.
-        max_tokens_at_once: tokens of each row in one pass: more are faster, take more memory, and give the same result.
+        max_tokens_at_once: tokens of each row in one pass, and the sink in the first: more are faster, take more
+            memory, and give the same result. The passes have about the same size.
 
     Returns:
         The logits of the last token of each row, [B, vocabulary].
@@ -97,11 +98,12 @@ def prefill(
     require(input_ids.ndim == 2 and input_ids.numel() > 0, f"input_ids {list(input_ids.shape)} has no tokens.")
     mask = _token_mask(model, input_ids, attention_mask)
     if cache.row_lengths is not None or not bool(mask.all()):
-        step = max_tokens_at_once if chunks_at_once is None else chunks_at_once * cache.config.lag_size
+        step = _even_step(input_ids.shape[1], max_tokens_at_once)
+        step = step if chunks_at_once is None else chunks_at_once * cache.config.lag_size
         return _prefill_rows(model, input_ids, cache, step, mask)
     logits, done = None, 0
     while done < input_ids.shape[1]:
-        step = _step(cache, chunks_at_once, max_tokens_at_once)
+        step = _step(cache, input_ids.shape[1] - done, chunks_at_once, max_tokens_at_once)
         part = input_ids[:, done : done + step]
         logits = model(part, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         done += part.shape[1]
@@ -109,12 +111,26 @@ def prefill(
     return logits[:, -1]
 
 
-def _step(cache: LagKVCache, chunks_at_once: int | None, max_tokens: int) -> int:
-    """Tokens of the next pass: up to the end of a chunk, if a chunk ends within `max_tokens`."""
-    room, lag = room_in_chunk(cache.get_seq_length(), cache.config), cache.config.lag_size
+def _step(cache: LagKVCache, num_left: int, chunks_at_once: int | None, max_tokens: int) -> int:
+    """Tokens of the next pass, which ends with a chunk unless it were much shorter then.
+
+    The sink comes on top, so that passes over a power of two of tokens do not leave a few tokens for one more pass.
+    """
+    seen, config = cache.get_seq_length(), cache.config
+    room, lag = room_in_chunk(seen, config), config.lag_size
     if chunks_at_once is not None:
         return room + (chunks_at_once - 1) * lag
-    return min(max_tokens, room + max(0, max_tokens - room) // lag * lag)
+    sink = 0 if seen else config.sink_size
+    most, even = sink + max_tokens, sink + _even_step(max(1, num_left - sink), max_tokens)
+    if room > most:
+        return even
+    to_chunk_end = room + min(-(-max(0, even - room) // lag), (most - room) // lag) * lag
+    return to_chunk_end if 2 * to_chunk_end >= even else even
+
+
+def _even_step(num_left: int, max_tokens: int) -> int:
+    """Tokens of a pass, if as few passes as possible have the same size: a short pass takes about as long as a long."""
+    return -(-num_left // -(-num_left // max_tokens))
 
 
 def _prefill_rows(

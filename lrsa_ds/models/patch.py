@@ -148,7 +148,7 @@ def model_settings(model: PreTrainedModel) -> AnyConfig:
 def _begin_pass(model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Hook before a forward pass: reads documents, padding and positions from its inputs, and opens its cache.
 
-    Under another attention implementation than LRSA the cache stays closed, so it refuses new tokens.
+    Under other attention than LRSA the cache stays closed, so it refuses new tokens.
     """
     if model.config._attn_implementation != NAME:
         return args, kwargs
@@ -160,7 +160,7 @@ def _begin_pass(model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tupl
     if isinstance(cache, LagKVCache):
         _check_cache(model, cache)
         cache.begin_pass(inputs.get("rows"))
-        inputs |= {"num_seen": cache.get_seq_length(), "lrsa_config": cache.config}
+        inputs |= {"num_seen": cache.get_seq_length(), "lrsa_config": cache.config, "pass_cache": cache}
     elif given := inputs.get("lrsa_config"):
         inputs["lrsa_config"] = in_model(given, layers_of(model.config))
     return (), inputs
@@ -269,6 +269,7 @@ def _lrsa_attention_function(
     lrsa_config: AnyConfig | None = None,
     attend: AttentionFunction = layer_attention,
     num_seen: int | None = None,
+    pass_cache: LagKVCache | None = None,
     rows: Rows | None = None,
     step: Step | None = None,
     expanded_cache: LagKVCache | None = None,
@@ -277,8 +278,10 @@ def _lrsa_attention_function(
 ) -> tuple[torch.Tensor, None]:
     """The signature that transformers calls: query [B, H, N, D], key and value [B, G, N, D] to ([B, N, H, D], None).
 
-    A layer passes its own `scaling`, `softcap` and `s_aux`, which are learned sinks [H]. With an `expanded_cache`, keys
-    and values are those of the new tokens and still have to be cached; `query_scale` multiplies the queries.
+    A layer passes its own `scaling`, `softcap` and `s_aux`, which are learned sinks [H]. `pass_cache` is the cache that
+    the pass fills, and has compressed in this layer already: its kept KV need not be selected again. With an
+    `expanded_cache`, keys and values are those of the new tokens and still have to be cached; `query_scale` multiplies
+    the queries.
     """
     require(attention_mask is None, "LRSA attention makes its own mask: a 4D attention_mask is not supported.")
     extras = Extras(scaling, softcap, s_aux)
@@ -287,16 +290,17 @@ def _lrsa_attention_function(
     if expanded_cache is not None:
         key, value = expanded_cache.update(key, value, module.layer_idx)
     if step is not None:  # before the settings are read, for which a compiler would compile again
-        output = attend_step(query, key, value, step, module.layer_idx, extras)
-        return output.transpose(1, 2).contiguous(), None
+        return attend_step(query, key, value, step, module.layer_idx, extras).transpose(1, 2).contiguous(), None
     settings = lrsa_config or in_model(from_saved(module.config.lrsa), layers_of(module.config))
     config = settings.at_layer(module.layer_idx)
+    # What a cache holds has no gradient: where one is wanted, the attention selects for itself.
+    held = None if pass_cache is None or key.requires_grad else pass_cache.held(module.layer_idx)
     if rows is not None:
-        output = ragged_attention(query, key, value, rows, config, extras, module.layer_idx)
+        output = ragged_attention(query, key, value, rows, config, extras, module.layer_idx, held)
         return output.transpose(1, 2).contiguous(), None
     if num_seen is not None:
-        attend_cached = kind_of(config).attend_cached
-        output = attend_cached(query, key, value, num_seen, config, extras, module.layer_idx)
+        given = query, key, value, num_seen, config, extras, module.layer_idx, held
+        output = kind_of(config).attend_cached(*given)
         return output.transpose(1, 2).contiguous(), None
     require(
         query.shape[2] == key.shape[2],

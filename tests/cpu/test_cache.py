@@ -279,17 +279,26 @@ def test_a_cache_may_be_emptied_and_used_again():
 
 @pytest.mark.parametrize("kernel", ["chunked", "flex"])
 @pytest.mark.parametrize("retention", [0.3, 1.0])
-@pytest.mark.parametrize("seen,new", [(0, 300), (37, 200), (130, 130), (200, 1), (211, 140), (20, 5)])
-def test_a_pass_on_a_kernel_is_the_readable_one(kernel, retention, seen, new):
+@pytest.mark.parametrize(
+    "seen,new,lag",
+    [
+        *((0, 300, 32), (37, 200, 32), (130, 130, 32), (200, 1, 32), (211, 140, 32), (20, 5, 32)),
+        *((0, 600, 128), (389, 300, 128), (450, 200, 128)),
+    ],
+)
+def test_a_pass_on_a_kernel_is_the_readable_one(kernel, retention, seen, new, lag):
     """Behind any cache, in one chunk and in many; on the CPU FlexAttention runs uncompiled."""
-    config = LRSAConfig(sink_size=5, lag_size=32, retention=retention)
+    config = LRSAConfig(sink_size=5, lag_size=lag, retention=retention)
     k, v = torch.randn(2, 2, 2, seen + new, 16)
     q, layer = torch.randn(2, 4, new, 16), LagKVLayer(config)
     if seen:
         layer.update(k[:, :, :seen], v[:, :, :seen])
     keys, values = layer.update(k[:, :, seen:], v[:, :, seen:])
     expected = cached_attention(q, keys, values, seen, config)
-    assert_close(cached_attention_on(KERNELS[kernel], q, keys, values, seen, config), expected, 1e-5, kernel)
+    for held in (None, (layer.keys, layer.values)):
+        found = cached_attention_on(KERNELS[kernel], q, keys, values, seen, config, held=held)
+        assert_close(found, expected, 1e-5, kernel)
+    assert_close(cached_attention(q, keys, values, seen, config, held=held), expected, 1e-6, "held")
 
 
 @pytest.mark.parametrize("max_tokens", [1, 7, 19, 40, 1000])

@@ -49,17 +49,19 @@ def test_rows_of_a_padded_batch_are_those_alone(backend):
 
 
 @pytest.mark.parametrize("backend,dtype,bound", [("flex", torch.float32, 1e-4), ("fa4", torch.bfloat16, 3e-2)])
-@pytest.mark.parametrize("max_tokens", [300, 1000, 4000])
-def test_prefill_on_the_kernels_of_training(backend, dtype, bound, max_tokens):
+@pytest.mark.parametrize("count,max_tokens", [(3000, 300), (3000, 1000), (3000, 4000), (18000, 16389)])
+def test_prefill_on_the_kernels_of_training(backend, dtype, bound, count, max_tokens):
     if backend == "fa4" and (missing := what_fa4_misses(torch.device("cuda"))):
         pytest.skip(missing)
-    k, v = torch.randn(2, 1, 2, 3000, 64, device="cuda", dtype=dtype)
-    q = torch.randn(1, 4, 3000, 64, device="cuda", dtype=dtype)
+    k, v = torch.randn(2, 1, 2, count, 64, device="cuda", dtype=dtype)
+    q = torch.randn(1, 4, count, 64, device="cuda", dtype=dtype)
     config = LRSAConfig(sink_size=5, lag_size=128, retention=0.25, backend=backend)
     layer, found = LagKVLayer(config), []
-    for start in range(0, 3000, max_tokens):
+    for start in range(0, count, max_tokens):
         part = slice(start, start + max_tokens)
         keys, values = layer.update(k[:, :, part], v[:, :, part])
-        found.append(cached_attention(q[:, :, part], keys, values, start, config))
+        held = (layer.keys, layer.values)  # what the layer holds now has been selected already
+        found.append(cached_attention(q[:, :, part], keys, values, start, config, held=held))
+        assert_close(found[-1], cached_attention(q[:, :, part], keys, values, start, config), 1e-3, "selected again")
     expected = lrsa_attention(q.float(), k.float(), v.float(), replace(config, backend="chunked"))
     assert_close(torch.cat(found, dim=2).float(), expected, bound, backend)

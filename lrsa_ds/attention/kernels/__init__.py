@@ -25,6 +25,7 @@ KERNELS.add(
     "flex",
     Kernel(
         attend=flex_interval_attention,
+        compiles_shapes=True,
         devices=("cuda",),
         min_head_dim=16,
         takes_other_value_dims=True,

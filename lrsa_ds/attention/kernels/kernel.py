@@ -29,6 +29,8 @@ class Kernel:
         is_readable: whether it is written to be read and compared with. A complete sequence is then processed chunk by
             chunk, without a kept buffer, and the selection runs in PyTorch.
         wants_whole_blocks: whether it is faster if keys, kept buffer and halos are whole numbers of blocks.
+        compiles_shapes: whether it is compiled for every number of queries and keys. Passes behind a cache, whose sizes
+            vary, are then padded.
         skips_queries_ahead: whether it may start its blocks after `Intervals.ahead`.
         has_lse_gradient: whether gradients flow through the log-sum-exp, which merges two parts.
         devices: types of devices that it runs on; None: all.
@@ -42,6 +44,7 @@ class Kernel:
     attend: IntervalAttention
     is_readable: bool = False
     wants_whole_blocks: bool = True
+    compiles_shapes: bool = False
     skips_queries_ahead: bool = False
     has_lse_gradient: bool = True
     devices: tuple[str, ...] | None = None

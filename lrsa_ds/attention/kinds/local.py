@@ -18,7 +18,7 @@ from lrsa_ds.attention.extras import PLAIN, Extras, extras_of
 from lrsa_ds.attention.kernels.blocks import BLOCK, power_of_two
 from lrsa_ds.attention.kernels.interval import Intervals, sees
 from lrsa_ds.attention.kernels.kernel import Kernel, choose_kernel
-from lrsa_ds.attention.kinds.kind import Halo, LayerKind
+from lrsa_ds.attention.kinds.kind import Halo, KeysAndValues, LayerKind
 from lrsa_ds.attention.lrsa import check_shapes, in_one_dtype
 from lrsa_ds.layer_settings import UNLIMITED, OtherSettings
 
@@ -80,12 +80,14 @@ def cached_local_attention(
     config: LocalSettings,
     extras: Extras = PLAIN,
     layer: int = 0,
+    held: KeysAndValues | None = None,
 ) -> torch.Tensor:
     """Attention of n new tokens of a document of which `num_seen` tokens were seen before.
 
     Args:
         q: [B, H, n, D].
         k, v: [B, G, c + n, D], of the c tokens that the first new one sees before itself, and of the new ones.
+        held: not used.
 
     Returns:
         [B, H, n, D].
@@ -169,9 +171,10 @@ def cached_local_attention_on(
     config: LocalSettings,
     extras: Extras = PLAIN,
 ) -> torch.Tensor:
-    """`cached_local_attention` on a kernel, padded to powers of two, so that few shapes are compiled."""
+    """`cached_local_attention` on a kernel, padded to powers of two where each shape has to be compiled."""
     num_new, num_keys = q.shape[2], k.shape[2]
-    q, k, v = (pad(x, (0, 0, 0, power_of_two(x.shape[2]) - x.shape[2])) for x in (q, k, v))
+    if kernel.compiles_shapes:
+        q, k, v = (pad(x, (0, 0, 0, power_of_two(x.shape[2]) - x.shape[2])) for x in (q, k, v))
     first_key = num_seen + num_new - num_keys
     intervals = _last_intervals(config, first_key, num_keys, num_new, q.shape[2], q.device)
     return extras.with_sinks(*kernel.attend(q, k, v, intervals, extras))[0][:, :, :num_new]
