@@ -9,7 +9,7 @@ from lrsa_ds.models.inference import load, prefill
 from lrsa_ds.models.patch import apply_lrsa, new_cache, trained_caches
 from lrsa_ds.models.press import kvpress_press
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "LRSAConfig",
     "LagKVCache",

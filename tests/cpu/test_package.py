@@ -1,16 +1,20 @@
 """What is installed: one package, which works without the checkout, and its commands."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
+import lrsa_ds
 from launch.cli.checkout import check_fetched
 from lrsa_ds.__main__ import COMMANDS, ROOT, command_line, main, split_flags
 from lrsa_ds.errors import LRSAError
@@ -113,6 +117,21 @@ def test_commands_are_listed_and_a_wrong_one_is_named(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["lrsa_ds", "trian"])
     assert main() == 2
     assert capsys.readouterr().err == (f"error: there is no command 'trian'; valid here: {', '.join(COMMANDS)}.\n")
+
+
+def test_the_version_is_the_same_everywhere():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert project["version"] == citation["version"] == lrsa_ds.__version__
+    minors = re.findall(r"Python :: (3\.\d+)", " ".join(project["classifiers"]))
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
+    assert workflow["jobs"]["install"]["strategy"]["matrix"]["python"] == minors
+
+
+def test_the_images_have_what_a_wheel_is_built_from():
+    copied = [set(stage.split("COPY ")[1:]) for stage in (ROOT / "Dockerfile").read_text().split("\nFROM ")[1:]]
+    names = [{word for line in stage for word in line.splitlines()[0].split()} for stage in copied]
+    assert len(names) == 2 and all(stage >= {"setup.py", "pyproject.toml", *FOLDERS} for stage in names)
 
 
 def test_the_small_model_is_not_in_a_wheel(tmp_path, monkeypatch):
