@@ -143,13 +143,15 @@ class LagKVCache(Cache):
         self.place(step)
         return step
 
-    def end_step(self, step: Step) -> None:
-        """After the pass of a step: counts its tokens, compresses completed partitions, and advances the step."""
-        compressed = [cast(FixedLagKVLayer, layer).count_token() for layer in self.layers]
-        if any(compressed):
-            self.place(step)
-        else:
-            step.advance()
+    def count_tokens(self, count: int) -> None:
+        """Counts tokens of each row that steps have stored, at most `tokens_to_drop`; compresses what they complete."""
+        for layer in self.layers:
+            cast(FixedLagKVLayer, layer).count_tokens(count)
+
+    @property
+    def tokens_to_drop(self) -> int:
+        """The number of tokens after which a layer drops something for the first time; many if none does."""
+        return min(cast(FixedLagKVLayer, layer).tokens_to_drop for layer in self.layers)
 
     def place(self, step: Step) -> None:
         """Sets a step to the next token of each row."""

@@ -65,11 +65,12 @@ class Decoder:
             self._tokens = torch.zeros(cache.batch_size, 1, dtype=torch.int64, device=self.model.device)
         else:
             cache.place(self._step)
+        self._uncounted, self._to_drop = 0, cache.tokens_to_drop
 
     def __call__(self, cache: LagKVCache, tokens: torch.Tensor) -> torch.Tensor:
         """Logits after tokens [B]: [B, vocabulary]; the next call may overwrite them.
 
-        The cache counts the tokens only in `end_step`.
+        They count only after `end_step`.
         """
         self._tokens.copy_(tokens[:, None])
         if not self.captures:
@@ -81,7 +82,20 @@ class Decoder:
         return self._logits
 
     def end_step(self, cache: LagKVCache) -> None:
-        cache.end_step(self._step)
+        """After a step whose tokens count. The cache is told in `finish`, or when something has to be compressed."""
+        self._uncounted += 1
+        if self._uncounted < self._to_drop:
+            self._step.advance()
+        else:
+            self.finish(cache)
+            cache.place(self._step)
+            self._to_drop = cache.tokens_to_drop
+
+    def finish(self, cache: LagKVCache) -> None:
+        """Tells the cache of the tokens since it was told last; to be called after the last step, also of a failure."""
+        if self._uncounted:
+            cache.count_tokens(self._uncounted)
+            self._uncounted = 0
 
     @torch.no_grad()
     def _pass(self, cache: LagKVCache) -> torch.Tensor:

@@ -158,15 +158,22 @@ class Loop:
         seen = cache.get_seq_length()
         new = torch.ones_like(ids[:, seen:]) if mask is None else mask[:, seen:]
         logits = prefill(decoder.model, ids[:, seen:], cache, attention_mask=new)
-        unfinished = torch.ones(len(ids), dtype=torch.int64, device=ids.device)
         decoder.start(cache)
+        try:
+            return self._decode(ids, logits, decoder, cache)
+        finally:
+            decoder.finish(cache)
+
+    def _decode(self, ids: torch.Tensor, logits: torch.Tensor, decoder: Decoder, cache: LagKVCache) -> torch.Tensor:
+        """Step by step from the logits [B, vocabulary] of the last tokens of the prompts on."""
+        unfinished = torch.ones(len(ids), dtype=torch.int64, device=ids.device)
         while True:
             tokens = self._choose(ids, logits, unfinished)
             ids = torch.cat([ids, tokens[:, None]], dim=1)
             unfinished = unfinished & ~self.criteria(ids, None)
             said = HostCopy(torch.cat([tokens, unfinished.max()[None]]))
             # A graph runs ahead of the host, which checks meanwhile whether this was the last token. Tokens that a step
-            # has stored are counted only in `end_step`.
+            # has stored count only after `end_step`.
             ahead = decoder.captures and ids.shape[1] < self.settings.max_length
             if ahead:
                 logits = decoder(cache, tokens)

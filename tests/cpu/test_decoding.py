@@ -82,6 +82,7 @@ def decoded(model, ids, cache, given, mask=None, compiles=False):
     for column in ids[:, given:].T:
         found.append(decoder(cache, column).clone())
         decoder.end_step(cache)
+    decoder.finish(cache)
     return torch.stack(found, dim=1)
 
 
@@ -305,3 +306,28 @@ def test_mistakes_of_generate():
     ):  # fmt: skip
         with pytest.raises(LRSAError, match=said):
             call()
+
+
+class StopsAfter(TextIteratorStreamer):
+    """A streamer that fails at a token, as where a user interrupts."""
+
+    def __init__(self, count):
+        super().__init__(byte_tokenizer())
+        self.left = count
+
+    def put(self, value):
+        self.left -= 1
+        if self.left < 0:
+            raise InterruptedError
+
+
+def test_an_answer_that_was_interrupted_can_be_continued(mixed):
+    ids = tokens(30)
+    expected = lrsa_ds.generate(mixed, ids, **GREEDY)
+    cache = new_cache(mixed, max_tokens=70)
+    with pytest.raises(InterruptedError):
+        lrsa_ds.generate(mixed, ids, cache, streamer=StopsAfter(25), **GREEDY)
+    seen = cache.get_seq_length()
+    assert 30 < seen < 60
+    options = GREEDY | dict(max_new_tokens=69 - seen)
+    assert torch.equal(lrsa_ds.generate(mixed, expected[:, : seen + 1], cache, **options), expected)
