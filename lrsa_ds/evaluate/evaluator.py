@@ -17,8 +17,11 @@ from lrsa_ds.data.encoder import after_lead
 from lrsa_ds.data.tokenizer import decoded
 from lrsa_ds.layers import AnyConfig
 from lrsa_ds.models.cache import LagKVCache
+from lrsa_ds.models.decoder import CaptureError, can_capture
+from lrsa_ds.models.decoding import generate as lrsa_generate
 from lrsa_ds.models.generation import end_tokens, generate
 from lrsa_ds.models.inference import prefill
+from lrsa_ds.notices import say_once
 
 # Parts of a text, by position, with separate perplexities.
 NUM_POSITIONS = 16
@@ -102,6 +105,8 @@ class Evaluator:
             are not used.
         differing: the caches whose layers differ, by the names of the modes.
         score: from the name of a metric, a prediction and its sample to a number from 0 to 1.
+        uses_storage: whether answers are decoded behind copies of the caches in fixed storage, by `lrsa_ds.generate`;
+            by default, if the model is on one CUDA device, where a CUDA graph then replays the steps.
     """
 
     def __init__(
@@ -111,6 +116,7 @@ class Evaluator:
         attention: AnyConfig,
         score: Score,
         differing: Mapping[str, AnyConfig] | None = None,
+        uses_storage: bool | None = None,
     ):
         self.model = model
         self.tokenizer = tokenizer
@@ -118,6 +124,8 @@ class Evaluator:
         self.score = score
         self.differing = differing or {}
         self.ends = end_tokens(model, tokenizer)
+        self._uses_storage = can_capture(model) if uses_storage is None else uses_storage
+        self._storages: dict[AnyConfig, LagKVCache] = {}
 
     @torch.no_grad()
     def rows(self, sample: Sample, wanted: Sequence[Mode]) -> list[dict]:
@@ -169,11 +177,32 @@ class Evaluator:
             eos_token_id=[*self.ends, *sample.stop_ids] or None,
             pad_token_id=self.tokenizer.pad_token_id,
         )
-        mask = torch.ones_like(prompt)  # otherwise the padding token would count as padding
         start = time.perf_counter()
-        found = generate(self.model, prompt, attention_mask=mask, past_key_values=cache, generation_config=settings)
+        found = self._continued(prompt, cache, settings)
         ids = found[0, prompt.shape[1] :].tolist()  # waits for the device
         return Answer(ids, size, time.perf_counter() - start)
+
+    def _continued(self, prompt: torch.Tensor, cache: LagKVCache, settings: GenerationConfig) -> torch.Tensor:
+        """The prompt [1, N] and its answer, behind a cache that has seen all but its last token."""
+        mask = torch.ones_like(prompt)  # otherwise the padding token would count as padding
+        if self._uses_storage:
+            fixed = self._storage(cache, prompt.shape[1] + settings.max_new_tokens)
+            try:
+                return lrsa_generate(self.model, prompt, fixed, attention_mask=mask, generation_config=settings)
+            except CaptureError as error:
+                say_once(f"answers are decoded without a CUDA graph: {error}")
+                self._uses_storage = False
+        return generate(self.model, prompt, attention_mask=mask, past_key_values=cache, generation_config=settings)
+
+    def _storage(self, cache: LagKVCache, num_tokens: int) -> LagKVCache:
+        """A copy of a cache in the storage for its settings, which serves answers to prompts of about one length."""
+        step = max(256, 1 << (num_tokens.bit_length() - 4))
+        size = -(-num_tokens // step) * step
+        storage = self._storages.get(cache.config)
+        if storage is None or storage.max_tokens != size:
+            storage = self._storages[cache.config] = LagKVCache(cache.config, size)
+        storage.take(cache)
+        return storage
 
     def _answer_row(self, sample: Sample, mode: Mode, answer: Answer, dense: Answer | None) -> dict:
         text = decoded(self.tokenizer, answer.ids, skip_special_tokens=True)

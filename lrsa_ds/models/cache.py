@@ -97,10 +97,18 @@ class LagKVCache(Cache):
             LRSAError: more than `max_tokens` tokens were seen.
         """
         copied = LagKVCache(self.config, max_tokens)
-        for layer in self.layers:
-            copied.layers.append(copied._next_layer())
-            cast(FixedLagKVLayer, copied.layers[-1]).take(cast(LagKVLayer, layer))
+        copied.take(self)
         return copied
+
+    def take(self, other: "LagKVCache") -> None:
+        """Copies what another cache of these settings holds into this one, of fixed storage, instead of its own tokens.
+
+        Storage that fits is used again, and so is the CUDA graph of `lrsa_ds.generate` that reads it.
+        """
+        for index, layer in enumerate(other.layers):
+            if index == len(self.layers):
+                self.layers.append(self._next_layer())
+            cast(FixedLagKVLayer, self.layers[index]).take(cast(LagKVLayer, layer))
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs

@@ -18,6 +18,10 @@ from lrsa_ds.models.cache import LagKVCache
 WARM_UPS = 2  # passes before a capture: kernels are compiled, and libraries allocate memory
 
 
+class CaptureError(LRSAError):
+    """A CUDA graph cannot capture the passes of a model."""
+
+
 def can_capture(model: PreTrainedModel) -> bool:
     """Whether a CUDA graph can capture a pass of the model: all its parameters are on one CUDA device."""
     devices = {parameter.device for parameter in model.parameters()}
@@ -109,7 +113,7 @@ class Decoder:
         """Captures the graph. Each pass stores the same values at the same place, so the warm-up changes nothing.
 
         Raises:
-            LRSAError: the pass waits for the device, as where experts are chosen on the host.
+            CaptureError: the pass waits for the device, as where experts are chosen on the host.
         """
         with torch.cuda.device(self._tokens.device):
             stream = torch.cuda.Stream()
@@ -124,7 +128,7 @@ class Decoder:
                     self._logits = self._pass(cache)
             except RuntimeError as error:
                 name = type(self.model).__name__
-                raise LRSAError(f"a pass of {name} cannot be captured as a CUDA graph: give graph=False.") from error
+                raise CaptureError(f"a pass of {name} cannot be captured as a CUDA graph: give graph=False.") from error
         self._graph = graph
 
 

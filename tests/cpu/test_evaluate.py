@@ -146,6 +146,12 @@ def test_answers_are_those_of_the_training_pass():
 def test_rows_do_not_depend_on_which_others_are_wanted():
     evaluator, sample = make_evaluator(), make_sample()
     together = evaluator.rows(sample, WANTED)
+    behind_storage = Evaluator(evaluator.model, TOKENIZER, evaluator.attention, score, uses_storage=True)
+    for one in (make_sample(140), sample):  # the second uses the storage of the first
+        found = behind_storage.rows(one, WANTED)
+    assert [row["prediction"] for row in found] == [row["prediction"] for row in together]
+    assert [row["cache_bytes"] for row in found] == [row["cache_bytes"] for row in together]
+    assert len(behind_storage._storages) == 3  # one for each retention
     for mode, row in zip(WANTED, together, strict=True):
         (alone,) = evaluator.rows(sample, [mode])
         assert alone["prediction"] == row["prediction"]
