@@ -1,6 +1,7 @@
 # hadolint global ignore=DL3008,DL3013
 # Two images, `docker build --target cpu .` and `docker build --target cuda .` (the default): the package with its commands,
-# not the checkout. Versions are those of constraints.txt. Both keep the model hub's cache and all outputs in /workspace, which is meant to be a volume:
+# not the checkout. Versions are those of constraints.txt. Both keep the model hub's cache and all outputs in /workspace,
+# which is meant to be a volume:
 #
 #     docker run --rm -v "$PWD:/workspace" lrsa-ds train +recipe=smoke
 #     docker run --rm --gpus all --shm-size 16g -v "$PWD:/workspace" lrsa-ds train +recipe=qa_128k_1gpu
