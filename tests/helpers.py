@@ -38,6 +38,12 @@ def write_rows(path: Path, rows) -> str:
     return str(path)
 
 
+def example(heading: str) -> str:
+    """The code of the first Python example below a heading of docs/extending.md."""
+    page = (ROOT / "docs" / "extending.md").read_text()
+    return page.split(f"\n## {heading}\n")[1].split("```python\n")[1].split("```")[0]
+
+
 def all_examples(data, epoch: int = 0) -> list:
     """The examples of every training row of an epoch."""
     return [example for examples in data.examples_of_rows(epoch) for example in examples]

@@ -4,10 +4,20 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
+import torch
 from matplotlib.image import imread
+from torch.nn.functional import cross_entropy
 
 from docs import figures
-from tests.helpers import ROOT
+from lrsa_ds import LagKVCache, LRSAConfig, apply_lrsa, select_kept
+from lrsa_ds.data.packing import IGNORE
+from lrsa_ds.objectives import OBJECTIVES
+from lrsa_ds.registry import LAYER_KINDS, SELECTION_RULES
+from tests.cpu.test_cache import STEPS, logits_of_training, logits_with_cache
+from tests.cpu.test_model import tiny
+from tests.cpu.test_objectives import batch_of, logits_of, objective_of
+from tests.helpers import ROOT, assert_close, example
 
 
 def test_the_site_builds_strictly(tmp_path):
@@ -25,3 +35,41 @@ def test_the_figures_are_those_that_the_code_draws(tmp_path):
         ours, theirs = imread(tmp_path / name), imread(ROOT / "docs" / "pictures" / name)
         # Fonts and antialiasing may differ between versions of matplotlib.
         assert ours.shape == theirs.shape and np.abs(ours - theirs).mean() < 0.02, f"run python docs/figures.py: {name}"
+
+
+@pytest.fixture
+def registries():
+    """What examples register is gone afterwards."""
+    tables = [SELECTION_RULES, LAYER_KINDS, OBJECTIVES]
+    before = [dict(table._entries) for table in tables]
+    yield
+    for table, entries in zip(tables, before, strict=True):
+        table._entries = entries
+
+
+def test_the_example_of_a_selection_rule(registries):
+    exec(example("A selection rule"), {})
+    config = LRSAConfig(sink_size=3, lag_size=8, retention=0.3, selection="farthest")
+    k, v = torch.randn(2, 1, 2, 3 + 3 * 8, 12)
+    kept = select_kept(k, v, config)
+    for head in range(2):
+        distance = (k[0, head, 3:11] - k[0, head, 11:19].mean(0)).norm(dim=-1)
+        assert kept[0, head, 0].tolist() == sorted((3 + distance.topk(2).indices).tolist())
+    model, ids = apply_lrsa(tiny("llama"), config), torch.randint(0, 101, (1, 60))
+    with_cache = logits_with_cache(model, ids, LagKVCache(config), STEPS["across chunks"](config))
+    assert_close(with_cache, logits_of_training(model, ids), 1e-4, "logits")
+
+
+@pytest.mark.parametrize("heading", ["A model family", "A kind of layer"])
+def test_the_examples_that_check_themselves(registries, heading):
+    exec(example(heading), {})
+
+
+def test_the_example_of_an_objective(registries):
+    exec(example("An objective"), {})
+    model, batch = apply_lrsa(tiny("llama"), LRSAConfig(sink_size=2, lag_size=8, retention=0.25)), batch_of()
+    loss, logged = objective_of(model, "objective.kind=smoothed")(**batch)
+    logits, labels = logits_of(model, batch, 0.25), batch["labels"][0]
+    for smoothing, found in ((0.1, loss), (0.0, logged[0])):
+        settings = dict(ignore_index=IGNORE, reduction="sum", label_smoothing=smoothing)
+        assert_close(found, cross_entropy(logits, labels, **settings), 1e-5, "loss")

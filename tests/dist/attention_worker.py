@@ -21,6 +21,7 @@ from lrsa_ds.parallel.mesh import Mesh, start_mesh, stop_mesh
 from lrsa_ds.parallel.sequence import gather_kept, head_groups
 from lrsa_ds.parallel.sequence.attention import attention_function
 from lrsa_ds.registry import EXCHANGES, KERNELS
+from tests.helpers import example
 
 RULES = ("lagkv", "key_norm", "random", "window")
 LAYER = 3
@@ -80,6 +81,8 @@ def worst_errors(mesh: Mesh, exchange: str, num_cases: int) -> list[tuple[str, f
 def main():
     mesh = start_mesh(int(sys.argv[1]))
     plain = {exchange: worst_errors(mesh, exchange, 20) for exchange in ("gather_kept", "head_groups")}
+    exec(example("An exchange"), {})
+    plain["all_kv"] = worst_errors(mesh, "all_kv", 8)
     # As GPUs see it, with the kept buffer in whole blocks and several copies of it. The readable kernel takes the place
     # of FlexAttention, which has no backward pass on the CPU.
     kernel = replace(KERNELS["flex"], attend=interval_attention)

@@ -200,6 +200,10 @@ def test_sequence_parallel_attention_on_random_layouts(size, exchange):
     assert max(error for _, error in cases) < 1e-6, max(cases, key=lambda case: case[1])
 
 
+def test_the_exchange_that_the_docs_have_as_an_example():
+    assert max(error for size in (2, 3) for _, error in attention_errors(size)["plain"]["all_kv"]) < 1e-6
+
+
 @pytest.mark.parametrize("exchange", EXCHANGES)
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_sequence_parallel_attention_as_gpu_kernels_see_it(size, exchange):

@@ -16,19 +16,21 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from launch import benchmark, benchmark_steps, chat, compare, plan, sweep
 from launch.cli.accelerator import register_resolver
 from launch.cli.checkout import CONF, register_checkout
+from launch.cli.plugins import typed_with_plugins
 from launch.cli.schema import register_schema
 from lrsa_ds.__main__ import split_flags
-from lrsa_ds.config import TrainConfig, typed_config
+from lrsa_ds.config import TrainConfig
 from lrsa_ds.costs.settings import PlanConfig
 from lrsa_ds.data.tokenizer import load_tokenizer
 from lrsa_ds.evaluate.config import EvaluateConfig
 from lrsa_ds.families.tiny import families
 from lrsa_ds.settings.model import ModelConfig
 from tests.dist.launcher import rows_of, run
-from tests.helpers import ROOT, free_port
+from tests.helpers import ROOT, example, free_port
 
 pytestmark = pytest.mark.dist
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+EXAMPLES = {"farthest.py": "A selection rule", "smoothed.py": "An objective", "all_kv.py": "An exchange"}
 PROGRAMS = ("make", "python", "deepspeed", "sbatch")
 SCHEMAS = {"train": TrainConfig, "evaluate": EvaluateConfig}
 
@@ -70,7 +72,7 @@ def check_overrides(name: str, overrides: list[str], schema: type | None = None)
             values = [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
         jobs = [[*job, value] for job in jobs for value in values]
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return [typed_config(compose(name, job), schema) for job in jobs]
+        return [typed_with_plugins(compose(name, job), schema) for job in jobs]
 
 
 def check_arguments(program, typed: list[str], monkeypatch):
@@ -79,9 +81,12 @@ def check_arguments(program, typed: list[str], monkeypatch):
 
 
 @pytest.mark.parametrize("command", commands())
-def test_a_command_of_the_pages_is_right(command, monkeypatch):
+def test_a_command_of_the_pages_is_right(command, monkeypatch, tmp_path):
     script, typed = split(command)
     monkeypatch.chdir(ROOT)
+    for name, heading in EXAMPLES.items():  # the file that the page has above the command
+        (tmp_path / name).write_text(example(heading))
+        typed = [word.replace(f"[{name}]", f"[{tmp_path / name}]") for word in typed]
     match script:
         case "":
             assert command == "python -m lrsa_ds"  # tests/cpu/test_package.py runs it
