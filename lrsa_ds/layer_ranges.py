@@ -50,14 +50,14 @@ class WrittenLayers:
             named = range(first, num_layers if last is None else last + 1)
             require(
                 value is None or not set(named).isdisjoint(taken),
-                f"{self.key} names {_ranges_of(list(named))}, of which LRSA takes none: {has}; "
+                f"{self.key} names {ranges_of(list(named))}, of which LRSA takes none: {has}; "
                 f"{said_of_others(layers)}.",
             )
             found |= dict.fromkeys(named, value)
         left = [layer for layer in taken if layer not in found]
         require(
             not left or bool(self.rest),
-            f"{self.key} leaves out {_ranges_of(left)}: {has}; 'rest' means all that are not named.",
+            f"{self.key} leaves out {ranges_of(left)}: {has}; 'rest' means all that are not named.",
         )
         require(bool(left) or not self.rest, f"{self.key} names every layer, so that 'rest' is none: {has}.")
         values = {layer: found[layer] if layer in found else self.rest[0] for layer in taken}
@@ -154,13 +154,13 @@ def written_layers(layers: Iterable[int]) -> str:
     return " ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
-def _ranges_of(layers: list[int]) -> str:
+def ranges_of(layers: list[int]) -> str:
     return f"layer{'s' * (len(layers) > 1)} {written_layers(layers)}"
 
 
 def said_of_kinds(layers: ModelLayers) -> str:
     """Such as "LRSA takes layers 5 11; layers 0-4 6-10 keep a sliding window of 16 tokens"."""
-    return f"LRSA takes {_ranges_of(layers.taken)}; {said_of_others(layers)}"
+    return f"LRSA takes {ranges_of(layers.taken)}; {said_of_others(layers)}"
 
 
 def said_of_others(layers: ModelLayers) -> str:
@@ -168,4 +168,4 @@ def said_of_others(layers: ModelLayers) -> str:
     said = [other.said() if other else None for other in layers.others]
     kinds = dict.fromkeys(filter(None, said))
     each = [(kind, [layer for layer, own in enumerate(said) if own == kind]) for kind in kinds]
-    return ", and ".join(f"{_ranges_of(own)} keep{'s' * (len(own) == 1)} {kind}" for kind, own in each)
+    return ", and ".join(f"{ranges_of(own)} keep{'s' * (len(own) == 1)} {kind}" for kind, own in each)

@@ -10,9 +10,11 @@ class LayerSettings(ABC):
 
     Attributes:
         kind: its name in the table of kinds, see `lrsa_ds.attention.kinds`.
+        has_keys: whether it has keys and values, and so a share in a cache of them.
     """
 
     kind: ClassVar[str]
+    has_keys: ClassVar[bool] = True
 
     @property
     @abstractmethod

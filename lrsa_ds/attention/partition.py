@@ -103,9 +103,9 @@ def cut(chunks: Iterable[Chunk], lo: int, hi: int) -> list[Chunk]:
 def num_held(num_tokens: int, config: AnyConfig) -> float:
     """Entries of a cache for each layer and KV head after `num_tokens` tokens of one document.
 
-    The mean over the layers if their settings differ.
+    The mean over the layers that have keys, if their settings differ.
     """
-    return mean_of([layer.num_held(num_tokens) for layer in config.layers])
+    return mean_of([layer.num_held(num_tokens) for layer in config.layers if layer.has_keys])
 
 
 def mean_of(counts: Sequence[float]) -> float:

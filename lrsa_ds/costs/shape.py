@@ -12,6 +12,7 @@ from torch import nn
 from lrsa_ds.models.heads import HeadDims, head_dims
 from lrsa_ds.models.logits import output_head, output_layer
 from lrsa_ds.models.patch import PreTrainedModel, layer_classes
+from lrsa_ds.models.recurrent import recurrent_modules
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,12 @@ def model_shape(model: PreTrainedModel) -> ModelShape | None:
     """The shape of a model as it will be trained: with its adapters, frozen parameters and activation checkpointing.
 
     None for a model whose matrices are not found where those of most families are: layers or output layer without
-    `torch.nn.Linear`, or experts of which the configuration does not say how many a token takes.
+    `torch.nn.Linear`, experts of which the configuration does not say how many a token takes, or recurrent layers.
     """
     config = model.config.get_text_config()
     has_experts = any(hasattr(module, "num_experts") for module in model.modules())
+    if recurrent_modules(model):
+        return None
     if len(decoder_layers(model)) != config.num_hidden_layers or not isinstance(output_head(model), nn.Linear):
         return None
     if has_experts and not isinstance(getattr(config, "num_experts_per_tok", None), int):

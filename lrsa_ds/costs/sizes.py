@@ -6,10 +6,11 @@ from typing import Any, cast
 from torch import nn
 
 from lrsa_ds.costs.shape import ModelShape, attention_of, decoder_layers, matrix_sizes, model_shape
-from lrsa_ds.errors import LRSAError
+from lrsa_ds.errors import LRSAError, require
 from lrsa_ds.models.heads import num_kv_heads
 from lrsa_ds.models.logits import output_layer
 from lrsa_ds.models.patch import PreTrainedModel
+from lrsa_ds.models.recurrent import recurrent_modules
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,12 @@ def sizes_of(model: PreTrainedModel) -> Sizes:
         LRSAError: its matrices are not found where those of most families are.
     """
     shape, config = model_shape(model), cast(Any, model.config.get_text_config())
+    recurrent = sorted({type(module).__name__ for module in recurrent_modules(model)})
+    require(
+        not recurrent,
+        f"model: {type(model).__name__} has recurrent layers ({', '.join(recurrent)}), whose cost is not known: choose "
+        "a model without them, or measure a few steps, with memory.auto=false.",
+    )
     if shape is None:
         raise LRSAError(
             f"model: the layers of {type(model).__name__} are not built of torch.nn.Linear, or the configuration does "

@@ -16,7 +16,8 @@ from lrsa_ds.families.tiny import tiny_model
 from lrsa_ds.layers import AnyConfig
 from lrsa_ds.lrsa_config import LRSAConfig
 from lrsa_ds.models.inference import prefill
-from lrsa_ds.models.patch import PreTrainedModel, apply_lrsa, new_cache
+from lrsa_ds.models.patch import PreTrainedModel, apply_lrsa, enable_checkpointing, new_cache
+from lrsa_ds.models.recurrent import check_unshared
 from lrsa_ds.objectives.objective import Batch
 from lrsa_ds.objectives.target_loss import TargetLoss
 from lrsa_ds.parallel.mesh import Mesh
@@ -46,6 +47,7 @@ class Row:
         unbuilt: why there is no tiny model of it.
         refused: the sentence of `apply_lrsa`.
         failed: the check that does not hold, and why.
+        alone: why ranks cannot share its sequences; a family passes without these checks.
         errors: the relative error of each check that was made.
     """
 
@@ -54,6 +56,7 @@ class Row:
     unbuilt: str = ""
     refused: str = ""
     failed: str = ""
+    alone: str = ""
     errors: dict[str, float] | None = None
 
     @property
@@ -87,8 +90,17 @@ def measure(family: str) -> Row:
 
 
 def measure_shared(row: Row, mesh: Mesh) -> Row:
-    """A family that has passed, on two ranks that share the sequence: both exchanges. All ranks have to call it."""
+    """A family that has passed, on two ranks that share the sequence: both exchanges. All ranks have to call it.
+
+    A family that ranks cannot share, since it has recurrent layers, gets the sentence of the refusal instead, and the
+    gradients of its packed documents are checked.
+    """
     model = apply_lrsa(tiny_model(row.family), LRSA)
+    try:
+        check_unshared(model, mesh.sp_size)
+    except LRSAError as error:
+        packed = max((row.errors or {})["packed"], _packed_gradients_error(model))
+        return _checked(replace(row, alone=str(error)), {"packed": lambda: packed})
     checks = {name: partial(_sharing_error, model, mesh, name) for name in ("gather_kept", "head_groups")}
     return _checked(row, checks)
 
@@ -168,6 +180,15 @@ def _packing_error(model: PreTrainedModel) -> float:
     return _unlike(packed, torch.cat([_log_likelihoods(model, LRSA, part) for part in ids.split(DOCUMENTS, 1)]))
 
 
+def _packed_gradients_error(model: PreTrainedModel) -> float:
+    """Loss and every gradient of packed documents, under activation checkpointing, against the sums over each alone."""
+    ids = _ids(sum(DOCUMENTS))
+    alone = [_loss_and_gradients(model, _batch(part, (part.shape[1],), LRSA)) for part in ids.split(DOCUMENTS, 1)]
+    summed = [torch.stack(parts).sum(0) for parts in zip(*alone, strict=True)]
+    enable_checkpointing(model.train())
+    return _largest_error(_loss_and_gradients(model, _batch(ids, DOCUMENTS, LRSA)), summed)
+
+
 def _sharing_error(model: PreTrainedModel, mesh: Mesh, exchange: str) -> float:
     """Loss and every gradient of two ranks that share packed documents, against those of one rank."""
     assert mesh.sequence is not None
@@ -179,6 +200,11 @@ def _sharing_error(model: PreTrainedModel, mesh: Mesh, exchange: str) -> float:
     expected, actual = _loss_and_gradients(model, whole), _loss_and_gradients(model, shared)
     for part in actual:
         dist.all_reduce(part)
+    return _largest_error(actual, expected)
+
+
+def _largest_error(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    """The largest relative error of losses and gradients."""
     largest = max(e.norm().item() for e in expected)
     # A gradient that is zero but for rounding, as that of a bias of keys, is measured against the largest one.
     pairs = zip(actual, expected, strict=True)

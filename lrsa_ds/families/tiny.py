@@ -85,10 +85,12 @@ BERTS = ("bert", "bert-generation", "camembert", "data2vec-text", "electra", "er
 BERTS += ("roc_bert", "xlm-roberta", "xlm-roberta-xl", "xmod")
 LLAMA4 = dict(no_rope_layers=[1, 0], moe_layers=[1], floor_scale=8, intermediate_size_mlp=48)
 EXCEPTIONS: dict[str, dict[str, Any]] = {name: dict(is_decoder=True) for name in BERTS} | {
-    "bamba": dict(mamba_n_heads=8, mamba_d_head=8),
+    "bamba": dict(mamba_n_heads=8, mamba_d_head=8, attn_layer_indices=[1]),
     "deepseek_v2": dict(n_routed_experts=4, num_experts_per_tok=2, first_k_dense_replace=1),
     "dots1": dict(n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2),
-    "granitemoehybrid": dict(mamba_n_heads=8, mamba_d_head=8),
+    "granitemoehybrid": dict(mamba_n_heads=8, mamba_d_head=8, layer_types=["linear_attention", "full_attention"]),
+    "jamba": dict(attn_layer_period=2, attn_layer_offset=1, num_experts=4, num_experts_per_tok=2),
+    "falcon_h1": dict(mamba_d_ssm=64, mamba_n_heads=8, mamba_d_head=8, mamba_d_state=16),
     "gpt_neo": dict(num_layers=2, attention_types=[[["global", "local"], 1]]),
     "granite": dict(logits_scaling=8.0, attention_multiplier=0.1, embedding_multiplier=2.0, residual_multiplier=0.5),
     "granitemoe": dict(logits_scaling=8.0, attention_multiplier=0.1),
@@ -105,6 +107,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {name: dict(is_decoder=True) for name in
     "mamba2": dict(num_heads=8, head_dim=8),
     "ministral": dict(head_dim=8, layer_types=["full_attention", "sliding_attention"]),
     "mistral": dict(sliding_window=None),  # as in all models but the first, whose layers all have one
+    "nemotron_h": dict(mamba_num_heads=8, mamba_head_dim=8, n_groups=2, ssm_state_size=16),
     "nemotron": dict(head_dim=8, num_key_value_heads=2),
     "qwen2": dict(use_sliding_window=True, layer_types=["full_attention", "sliding_attention"]),
     "qwen3": dict(use_sliding_window=True, layer_types=["full_attention", "sliding_attention"]),

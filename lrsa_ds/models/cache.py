@@ -5,7 +5,7 @@ complete partition is compressed to its kept KV. In training, LRSA attention com
 """
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from transformers import Cache
@@ -17,6 +17,12 @@ from lrsa_ds.attention.ragged import Rows
 from lrsa_ds.errors import LRSAError, require_whole
 from lrsa_ds.layers import AnyConfig, MixedConfig, in_model
 from lrsa_ds.models.cache_layers import FixedLagKVLayer, LagKVLayer
+from lrsa_ds.models.states import KeylessLayer, States
+
+CLOSED = (
+    "a LagKVCache serves models with LRSA attention, and the attention of this one does not know what the cache holds: "
+    "call lrsa_ds.apply_lrsa(model, config) first."
+)
 
 
 @dataclass(frozen=True)
@@ -58,11 +64,14 @@ class LagKVCache(Cache):
         super().__init__(layer_class_to_replicate=cast(Any, self._next_layer))
         self.config, self.max_tokens = config, max_tokens
         self._pass: _Pass | None = None  # None between passes
+        self.states = States(is_fixed=max_tokens is not None)  # of recurrent layers
         self.decoder: object = None  # the state of `lrsa_ds.generate` for this storage
 
     def begin_pass(self, rows: Rows | None, step: Step | None = None) -> None:
         """Opens the cache for the tokens of one forward pass of a model with LRSA attention."""
         self._pass = _Pass(rows, step)
+        if isinstance(self.config, MixedConfig):  # layers without keys do not ask for theirs
+            self.layers += [self._next_layer(index) for index in range(len(self.layers), len(self.config.model))]
 
     @property
     def is_open(self) -> bool:
@@ -73,9 +82,11 @@ class LagKVCache(Cache):
         """Closes the cache: the next pass may be that of another model."""
         self._pass = None
 
-    def _next_layer(self) -> LagKVLayer:
-        index = len(self.layers)
+    def _next_layer(self, index: int | None = None) -> Any:
+        index = len(self.layers) if index is None else index
         config = self.config.at_layer(index)
+        if not config.has_keys:
+            return KeylessLayer()
         return LagKVLayer(config, index) if self.max_tokens is None else FixedLagKVLayer(config, self.max_tokens, index)
 
     @classmethod
@@ -84,10 +95,12 @@ class LagKVCache(Cache):
         if isinstance(cache, LagKVCache) and isinstance(cache.config, MixedConfig):
             config = in_model(config, cache.config.model)
         compressed = cls(config, max_tokens)
-        for keys, values in cached_states(cache):
+        for dense in cache.layers:
             layer = compressed._next_layer()
-            layer.fill(keys, values, cache.get_seq_length())
+            if (found := _keys_and_values(dense)) is not None and isinstance(layer, LagKVLayer):
+                layer.fill(*found, cache.get_seq_length())
             compressed.layers.append(layer)
+        compressed.states.take(cache)
         return compressed
 
     def fixed(self, max_tokens: int) -> "LagKVCache":
@@ -108,7 +121,9 @@ class LagKVCache(Cache):
         for index, layer in enumerate(other.layers):
             if index == len(self.layers):
                 self.layers.append(self._next_layer())
-            cast(FixedLagKVLayer, self.layers[index]).take(cast(LagKVLayer, layer))
+            if isinstance(layer, LagKVLayer):
+                cast(FixedLagKVLayer, self.layers[index]).take(layer)
+        self.states.take(other)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
@@ -119,10 +134,7 @@ class LagKVCache(Cache):
         keys and values alone, and the attention stores them.
         """
         if self._pass is None:
-            raise LRSAError(
-                "a LagKVCache serves models with LRSA attention, and the attention of this one does not know what the "
-                "cache holds: call lrsa_ds.apply_lrsa(model, config) first."
-            )
+            raise LRSAError(CLOSED)
         if self._is_step:
             return key_states, value_states
         return super().update(key_states, value_states, layer_idx, *args, rows=self._pass.rows, **kwargs)
@@ -145,37 +157,57 @@ class LagKVCache(Cache):
         assert layer.keys is not None and layer.values is not None
         return layer.keys, layer.values
 
+    def get_conv_state(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """As `Cache.get_conv_state`, which only a recurrent layer of another attention than LRSA calls."""
+        raise LRSAError(CLOSED)
+
+    get_recurrent_state = update_conv_state = update_recurrent_state = get_conv_state
+
+    def has_previous_state(self, *args, **kwargs) -> bool:
+        """Whether recurrent layers have seen tokens."""
+        return self.get_seq_length() > 0
+
     def next_step(self) -> Step:
         """The step for the next token of each row, in a cache of fixed storage that has seen tokens."""
-        step = Step([cast(FixedLagKVLayer, layer).storage for layer in self.layers])
+        self.states.begin_steps()
+        keyed = self._with_keys  # the others ask for no storage
+        stored = [layer.storage if isinstance(layer, FixedLagKVLayer) else keyed[0].storage for layer in self.layers]
+        step = Step(stored)
         self.place(step)
         return step
 
     def count_tokens(self, count: int) -> None:
         """Counts tokens of each row that steps have stored, at most `tokens_to_drop`; compresses what they complete."""
-        for layer in self.layers:
-            cast(FixedLagKVLayer, layer).count_tokens(count)
+        for layer in self._with_keys:
+            layer.count_tokens(count)
 
     @property
     def tokens_to_drop(self) -> int:
         """The number of tokens after which a layer drops something for the first time; many if none does."""
-        return min(cast(FixedLagKVLayer, layer).tokens_to_drop for layer in self.layers)
+        return min(layer.tokens_to_drop for layer in self._with_keys)
 
     def place(self, step: Step) -> None:
         """Sets a step to the next token of each row."""
-        layers = [cast(FixedLagKVLayer, layer) for layer in self.layers]
         positions = self.row_lengths or (self.get_seq_length(),) * self.batch_size
-        step.set(positions, [layer.num_filled for layer in layers], [layer.first_entries for layer in layers])
+        layers, nothing = [cast(FixedLagKVLayer, layer) for layer in self.layers], [0] * self.batch_size
+        filled = [layer.num_filled if isinstance(layer, LagKVLayer) else 0 for layer in layers]
+        firsts = [layer.first_entries if isinstance(layer, LagKVLayer) else nothing for layer in layers]
+        step.set(positions, filled, firsts)
 
     @property
     def storage(self) -> list[tuple[int, torch.Size]]:
         """Address and shape of the stored tensors of each layer, which do not change in a cache of fixed storage."""
-        return [(x.data_ptr(), x.shape) for layer in self.layers for x in cast(FixedLagKVLayer, layer).storage]
+        stored = [x for layer in self._with_keys for x in layer.storage]
+        return [(x.data_ptr(), x.shape) for x in [*stored, *self.states.tensors]]
+
+    @property
+    def _with_keys(self) -> list[FixedLagKVLayer]:
+        return [cast(FixedLagKVLayer, layer) for layer in self.layers if isinstance(layer, LagKVLayer)]
 
     @property
     def row_lengths(self) -> tuple[int, ...] | None:
         """Tokens seen of each row, without padding; None if no row had padding."""
-        return cast(LagKVLayer, self.layers[0]).row_lengths if self.layers else None
+        return self._with_keys[0].row_lengths if self.layers else None
 
     @property
     def batch_size(self) -> int:
@@ -184,17 +216,39 @@ class LagKVCache(Cache):
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of memory that the keys and values take."""
-        return sum(x.untyped_storage().nbytes() for states in cached_states(self) for x in states)
+        """Bytes of memory that the keys and values take, and the states of recurrent layers."""
+        held = [x for states in cached_states(self) for x in states]
+        return sum(x.untyped_storage().nbytes() for x in [*held, *self.states.tensors])
 
     @property
     def num_held(self) -> float:
-        """Entries of a layer for each KV head; the mean over layers if they differ."""
-        held = [cast(LagKVLayer, layer).num_held for layer in self.layers]
+        """Entries of a layer for each KV head; the mean over layers with keys if they differ."""
+        held = [layer.num_held for layer in self._with_keys]
         return mean_of(held) if held else 0
+
+    def reset(self) -> None:
+        super().reset()
+        self.states.reset()
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        super().reorder_cache(cast(Any, beam_idx))
+        self.states.change_rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.states.change_rows(lambda x: x[indices.to(x.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self.states.change_rows(lambda x: x.repeat_interleave(repeats, dim=0))
 
 
 def cached_states(cache: Cache) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Keys and values, [B, G, length, D] each, of every layer of a cache that has seen tokens."""
-    states = [(layer.keys, layer.values) for layer in cache.layers if isinstance(layer, DynamicLayer)]
-    return [(keys, values) for keys, values in states if keys is not None and values is not None]
+    return [found for layer in cache.layers if (found := _keys_and_values(layer)) is not None]
+
+
+def _keys_and_values(layer: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
+    if not isinstance(layer, DynamicLayer) or layer.keys is None or layer.values is None:
+        return None
+    return layer.keys, layer.values

@@ -87,6 +87,7 @@ class Decoder:
 
     def end_step(self, cache: LagKVCache) -> None:
         """After a step whose tokens count. The cache is told in `finish`, or when something has to be compressed."""
+        cache.states.count_token()
         self._uncounted += 1
         if self._uncounted < self._to_drop:
             self._step.advance()

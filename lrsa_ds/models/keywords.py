@@ -109,6 +109,11 @@ def _hands_on_keywords(kind: type[nn.Module], name: str | None = None) -> bool:
     return any(keyword.arg is None for call in calls for keyword in call.keywords)
 
 
+def keywords_of(kind: type[nn.Module]) -> set[str | None]:
+    """The keywords of all calls in the forward of a class; none if there is no source to read."""
+    return {keyword.arg for call in _calls(kind) for keyword in call.keywords}
+
+
 _CALLS: dict[type[nn.Module], list[ast.Call]] = {}
 
 

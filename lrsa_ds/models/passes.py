@@ -54,6 +54,9 @@ def read_pass(inputs: dict[str, Any], new_cache: Callable[[], LagKVCache]) -> di
         rows = read_rows(mask, cache, num_rows, num_tokens)
         if rows is None:
             check_follows(inputs, num_seen, num_rows, num_tokens)
+            if inputs.get("position_ids") is None:  # some models would count each pass from 0
+                positions = torch.arange(num_seen, num_seen + num_tokens, device=tokens.device)
+                inputs = inputs | {"position_ids": positions[None]}
         else:
             _check_one_document({name: x for name, x in inputs.items() if name != "position_ids"}, num_rows, num_tokens)
             inputs |= {"rows": rows, "position_ids": _positions_of(rows, inputs).to(tokens.device)}

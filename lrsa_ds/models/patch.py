@@ -40,6 +40,7 @@ from lrsa_ds.models.logits import other_logits
 from lrsa_ds.models.offload import offload_checkpoints
 from lrsa_ds.models.parts import decoder_of
 from lrsa_ds.models.passes import attend_rows, read_pass
+from lrsa_ds.models.recurrent import keep_documents_apart, recurrent_modules
 from lrsa_ds.models.structure import (
     layers_of,
     nothing_to_take,
@@ -59,7 +60,7 @@ def apply_lrsa(
 ) -> PreTrainedModel:
     """Replaces full attention by LRSA under `config` in every layer that has it, in place, and returns the model.
 
-    Layers with a sliding window stay what they are; a sentence says which.
+    Layers of other kinds (a sliding window, a recurrence) stay what they are; a sentence says which.
 
     The settings are stored in `model.config.lrsa`, and saved with the model. A forward pass accepts `document_lengths`
     (packed documents), `lrsa_config` (other settings for this pass) and `attend` (a function with the signature of
@@ -93,6 +94,7 @@ def apply_lrsa(
     cache_expanded(model)
     hand_on_keywords(decoder)
     place_tokens(decoder)
+    keep_documents_apart(model)
     use_lrsa_cache(model, NAME, new_cache)
     return model
 
@@ -249,7 +251,7 @@ def _check_rope(model: PreTrainedModel) -> None:
 
 def _unlike_causal_attention(module: Any, config: PreTrainedConfig) -> str | None:
     """What distinguishes a layer from plain causal attention or a known kind; None if nothing."""
-    if (layer_type := unknown_type(config, module.layer_idx)) is not None:
+    if module.layer_idx >= 0 and (layer_type := unknown_type(config, module.layer_idx)) is not None:
         return f"is of type {layer_type}"
     if getattr(module, "is_causal", True) is False:
         return "is not causal"

@@ -1,31 +1,41 @@
 """Which layers of a model LRSA replaces, and what in its structure prevents that."""
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from lrsa_ds.attention.kinds.kind import LayerKind
+from lrsa_ds.attention.kinds.kind import KeylessKind
 from lrsa_ds.layer_ranges import said_of_others
-from lrsa_ds.layer_settings import ModelLayers
+from lrsa_ds.layer_settings import ModelLayers, OtherSettings
 from lrsa_ds.models.keywords import lost_keywords
 from lrsa_ds.models.parts import decoder_of
+from lrsa_ds.models.recurrent import recurrent_modules
 from lrsa_ds.notices import say_once
 from lrsa_ds.registry import LAYER_KINDS
 
 # Attributes that mark other kinds of attention -> what they do; without them, these would pass as plain attention.
 KINDS = {
     "lambda_q1": "subtracts two attentions (differential attention), and LRSA is one",
+    "conv_idx": "keeps several states of short convolutions beside its attention",
     "prepare_dynamic_mask": "makes its own mask from its values (dynamic mask attention)",
 }
 
-# As `layer_types` of transformers calls layers.
-FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
+# As `layer_types` of transformers calls layers; "hybrid" ones have both a recurrence and full attention, which LRSA
+# takes.
+FULL, SLIDING, CHUNKED, LINEAR = "full_attention", "sliding_attention", "chunked_attention", "linear_attention"
+HYBRID = "hybrid"
+CARRY_A_STATE = (LINEAR, "conv", HYBRID)
+# The same in `layers_block_type` of older versions.
+FORMERLY = {"attention": FULL, "mamba": LINEAR, "recurrent": LINEAR}
 
 
 def layers_of(config: PreTrainedConfig) -> ModelLayers:
     """The layers of a model, from its configuration; `unknown_type` tells whether all are known."""
     text, known = config.get_text_config(), _kinds()
-    kinds = [known.get(layer_type) for layer_type in _layer_types(text)]
-    return ModelLayers(tuple(kind.read(text) if kind and kind.read else None for kind in kinds))
+    readers = [known.get(layer_type) for layer_type in _layer_types(text)]
+    return ModelLayers(tuple(None if read is None else read(text) for read in readers))
 
 
 def unknown_type(config: PreTrainedConfig, layer: int) -> str | None:
@@ -41,9 +51,12 @@ def nothing_to_take(config: PreTrainedConfig) -> str | None:
     layers = layers_of(config)
     if layers.taken:
         return None
+    said = f"has no layer of full attention, the only kind that LRSA takes: {said_of_others(layers)}"
+    if not any(other is not None and other.has_keys for other in layers.others):
+        return said
     return (
-        f"has no layer of full attention, the only kind that LRSA takes: {said_of_others(layers)}; where the model is "
-        "to have full attention, set sliding_window to null in its config.json or in model.random"
+        f"{said}; where the model is to have full attention, set sliding_window to null in its config.json or in "
+        "model.random"
     )
 
 
@@ -54,14 +67,24 @@ def _layer_types(config: PreTrainedConfig) -> list[str]:
     spans = {SLIDING: window, CHUNKED: getattr(config, "attention_chunk_size", None)}
     whole = [kind for kind, span in spans.items() if not span or (positions is not None and span >= positions)]
     num_layers = getattr(config, "decoder_layers", None) or config.num_hidden_layers  # there, those of the encoder
-    types = getattr(config, "layer_types", None) or [SLIDING] * num_layers
-    return [FULL if layer_type in whole else layer_type for layer_type in types]
+    types = _named_types(config) or [SLIDING] * num_layers
+    return [FULL if layer_type in (HYBRID, *whole) else layer_type for layer_type in types]
 
 
-def _kinds() -> dict[str, LayerKind]:
-    """The kinds of layers that stay what they are, by the types of transformers."""
-    kinds = [LAYER_KINDS[name] for name in LAYER_KINDS]
-    return {kind.layer_type: kind for kind in kinds if kind.layer_type is not None}
+def _named_types(config: PreTrainedConfig) -> list[str] | None:
+    types = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
+    return types and [FORMERLY.get(layer_type, layer_type) for layer_type in types]
+
+
+def _kinds() -> dict[str, Callable[[Any], OtherSettings]]:
+    """How the settings of layers that stay what they are are read, by the types of transformers."""
+    found: dict[str, Callable[[Any], OtherSettings]] = {}
+    for kind in (LAYER_KINDS[name] for name in LAYER_KINDS):
+        if isinstance(kind, KeylessKind):
+            found |= {layer_type: lambda _, own=own: own for layer_type, own in kind.layers.items()}
+        elif kind.layer_type is not None:
+            found[kind.layer_type] = kind.read
+    return found
 
 
 def reads_encoder(path: str) -> bool:
@@ -71,6 +94,8 @@ def reads_encoder(path: str) -> bool:
 
 def other_attention(module: nn.Module) -> str | None:
     """What an attention layer does that LRSA does not; None if nothing."""
+    if getattr(module, "layer_idx", 0) < 0:
+        return "is shared by several layers"
     return next((reason for name, reason in KINDS.items() if hasattr(module, name)), None)
 
 
@@ -79,9 +104,10 @@ def unfit_decoder(model: PreTrainedModel) -> str | None:
     decoder = decoder_of(model)
     if not isinstance(decoder, PreTrainedModel) or decoder.get_output_embeddings() is not None:
         return f"gives {type(decoder).__name__} as its decoder, which is none that ends before the output layer"
-    others = set(getattr(decoder.config, "layers_block_type", None) or ()) - {"attention", "full_attention"}
-    if others:
-        return f"has layers of type {', '.join(sorted(others))}, whose state is carried from token to token"
+    recurrent = {module.layer_idx for module in recurrent_modules(decoder)}
+    for layer, layer_type in enumerate(_named_types(decoder.config) or ()):
+        if layer_type in CARRY_A_STATE and layer not in recurrent:
+            return f"keeps the state of layer {layer} ({layer_type}) elsewhere than in a cache of transformers"
     return lost_keywords(decoder)
 
 

@@ -64,7 +64,7 @@ def make_engine(
         for layer in deepspeed.utils.set_z3_leaf_modules(model, layer_classes):
             layer.register_forward_pre_hook(_need_input_gradient)
     if config.zero.stage == 3 and not config.zero.gather_layers:
-        for block in _expert_blocks(model):
+        for block in [*_expert_blocks(model), *_recurrent_layers(model)]:
             deepspeed.utils.set_z3_leaf_module(block, True)
             block.register_forward_pre_hook(_need_input_gradient)
     optimizer = make_optimizer(_parameter_groups(model, config.optim.weight_decay), config)
@@ -87,6 +87,11 @@ def _expert_blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
     Gathering is a collective: the ranks have to gather the same experts, so each gathers all of them.
     """
     return [m for m in model.modules() if isinstance(getattr(m, "experts", None), torch.nn.ModuleList)]
+
+
+def _recurrent_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Layers that call modules once for each document of a pass, of which ranks have different numbers."""
+    return [m for m in model.modules() if hasattr(m, "recurrent_modules")]
 
 
 def _need_input_gradient(layer: torch.nn.Module, args: tuple) -> tuple:

@@ -8,6 +8,7 @@ from lrsa_ds.models.heads import num_kv_heads
 from lrsa_ds.models.loading import empty_model
 from lrsa_ds.models.patch import PreTrainedModel, check_supported
 from lrsa_ds.models.quantized import check_quantizable
+from lrsa_ds.models.recurrent import check_unshared
 from lrsa_ds.models.rope import check_reach
 from lrsa_ds.models.routers import router_coefficient
 from lrsa_ds.models.structure import layers_of
@@ -53,6 +54,7 @@ def check_sharing(
     size, attention = config.parallel.sp_size, config.attention
     if size == 1:
         return
+    check_unshared(structure, size)
     architecture = structure.config.get_text_config()
     check_world(size, num_ranks)
     row = config.seq_len * config.optim.micro_batch

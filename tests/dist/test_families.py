@@ -13,8 +13,8 @@ TABLE = ROOT / "docs" / "models.json"
 WRITTEN_WITH, ROWS = read_rows(TABLE)
 VERDICTS = {row.family: row.verdict for row in ROWS}
 # Dense, with encoders beside the text, a mixture of experts, learned positions, scaled logits, latent attention,
-# chunked attention beside experts and layers that keep keywords; and three reasons of refusal.
-SOME = ("llama", "phi4_multimodal", "mixtral", "gpt2", "granite", "deepseek_v3", "llama4_text")
+# chunked attention beside experts and layers that keep keywords, a recurrence; and three reasons of refusal.
+SOME = ("llama", "phi4_multimodal", "mixtral", "gpt2", "granite", "deepseek_v3", "llama4_text", "qwen3_next")
 SOME += ("doge", "diffllama", "git")
 
 
@@ -23,7 +23,9 @@ def check(names):
     assert {row.family: row.verdict for row in rows} == {name: VERDICTS[name] for name in names}
     for row in rows:
         if row.verdict == "passed":
-            assert set(row.errors) == set(CHECKS)
+            unshared = {"gather_kept", "head_groups"} if row.alone else set()
+            assert set(row.errors) == set(CHECKS) - unshared
+            assert not row.alone or row.alone.endswith("set parallel.sp_size=1.")
             assert max(row.errors.values()) <= TOLERANCE
 
 

@@ -1,6 +1,6 @@
 """What a kind of layer is: how its attention, its cache and its share of a sequence are computed."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +52,23 @@ class LayerKind:
     halo: Halo | None = None
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class KeylessKind:
+    """A kind of layer without keys and values, and so without attention; see `lrsa_ds.attention.kinds.keyless`.
+
+    Args:
+        layers: the settings of such layers, by the types that `layer_types` in the configuration of a model has.
+    """
+
+    layers: Mapping[str, OtherSettings]
+    halo: None = None
+
+    def num_pairs(self, document_lengths: tuple[int, ...], settings: OtherSettings) -> int:
+        return 0
+
+
 def kind_of(settings: LayerSettings) -> LayerKind:
+    """The kind of a layer that has attention."""
     return LAYER_KINDS[settings.kind]
 
 
