@@ -251,7 +251,7 @@ def _check_rope(model: PreTrainedModel) -> None:
 
 def _unlike_causal_attention(module: Any, config: PreTrainedConfig) -> str | None:
     """What distinguishes a layer from plain causal attention or a known kind; None if nothing."""
-    if module.layer_idx >= 0 and (layer_type := unknown_type(config, module.layer_idx)) is not None:
+    if (layer_type := unknown_type(config, module.layer_idx)) is not None:
         return f"is of type {layer_type}"
     if getattr(module, "is_causal", True) is False:
         return "is not causal"

@@ -19,6 +19,7 @@ from lrsa_ds.registry import LAYER_KINDS
 KINDS = {
     "lambda_q1": "subtracts two attentions (differential attention), and LRSA is one",
     "conv_idx": "keeps several states of short convolutions beside its attention",
+    "num_fwd_mem_blocks": "is shared by several layers",
     "prepare_dynamic_mask": "makes its own mask from its values (dynamic mask attention)",
 }
 
@@ -94,8 +95,6 @@ def reads_encoder(path: str) -> bool:
 
 def other_attention(module: nn.Module) -> str | None:
     """What an attention layer does that LRSA does not; None if nothing."""
-    if getattr(module, "layer_idx", 0) < 0:
-        return "is shared by several layers"
     return next((reason for name, reason in KINDS.items() if hasattr(module, name)), None)
 
 

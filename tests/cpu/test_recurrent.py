@@ -216,5 +216,3 @@ def test_what_is_said_and_refused():
         model(tokens(20), position_ids=torch.arange(20)[None], use_cache=False, document_lengths=(25, 15))
     with pytest.raises(LRSAError, match=r"no layer of full attention.*: layers 0-1 keep linear attention"):
         apply_lrsa(tiny_model("mamba2"), CONFIG)
-    with pytest.raises(LRSAError, match=r"keeps the state of layer 0 \(linear_attention\) elsewhere"):
-        apply_lrsa(tiny_model("recurrent_gemma"), CONFIG)
