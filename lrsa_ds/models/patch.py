@@ -40,7 +40,7 @@ from lrsa_ds.models.logits import other_logits
 from lrsa_ds.models.offload import offload_checkpoints
 from lrsa_ds.models.parts import decoder_of
 from lrsa_ds.models.passes import attend_rows, read_pass
-from lrsa_ds.models.recurrent import keep_documents_apart, recurrent_modules
+from lrsa_ds.models.recurrent import keep_documents_apart
 from lrsa_ds.models.structure import (
     layers_of,
     nothing_to_take,

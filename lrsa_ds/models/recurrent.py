@@ -24,6 +24,7 @@ from lrsa_ds.errors import LRSAError, require
 from lrsa_ds.layer_ranges import ranges_of
 from lrsa_ds.models.cache import LagKVCache
 from lrsa_ds.models.keywords import keywords_of
+from lrsa_ds.models.parts import decoder_of
 from lrsa_ds.models.states import State, as_cache, new_state, tensors_of
 
 CACHES = ("cache_params", "past_key_values")  # how modules call their cache
@@ -68,7 +69,7 @@ def recurrent_modules(model: nn.Module) -> list[Any]:
 
 def check_unshared(model: PreTrainedModel, sp_size: int) -> None:
     """Raises LRSAError if ranks would share sequences in recurrent layers."""
-    found = recurrent_modules(model.get_decoder())
+    found = recurrent_modules(decoder_of(model))
     if sp_size == 1 or not found:
         return
     layers = sorted({module.layer_idx for module in found})
@@ -82,13 +83,13 @@ def check_unshared(model: PreTrainedModel, sp_size: int) -> None:
 
 def keep_documents_apart(model: PreTrainedModel) -> None:
     """Recurrent layers start anew in each document, and use the states of a `LagKVCache`, from now on, under LRSA."""
-    for layer in model.get_decoder().modules():
+    for layer in decoder_of(model).modules():
         if not isinstance(layer, GradientCheckpointingLayer) or hasattr(layer, MODULES):
             continue
         if found := recurrent_modules(layer):
             setattr(layer, MODULES, tuple(found))  # in a tuple they are no children
             layer.register_forward_pre_hook(_tell, with_kwargs=True)
-    for module in recurrent_modules(model.get_decoder()):
+    for module in recurrent_modules(decoder_of(model)):
         if not hasattr(module, TOKENS):
             setattr(module, TOKENS, None)
             setattr(module, FORWARD, module.__dict__.get("forward"))
@@ -148,8 +149,10 @@ def _set_tokens(layer: nn.Module, tokens: _Tokens | None) -> None:
 
 
 class _Checkpoint:
-    """The function by which a layer is checkpointed, such that its modules learn of the tokens again when it is
-    recomputed: transformers recomputes only its forward, without hooks, and other passes may have come in between."""
+    """The function by which a layer is checkpointed, such that its modules learn of the tokens again in recomputation.
+
+    transformers recomputes only its forward, without hooks, and other passes may have come in between.
+    """
 
     def __init__(self, function: Callable[..., Any], layer: nn.Module):
         self.function, self.layer = function, layer

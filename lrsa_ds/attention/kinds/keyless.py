@@ -1,5 +1,6 @@
-"""Layers without keys and values: recurrent ones, which carry a state from token to token, and those that only have an
-MLP. LRSA leaves them as they are; `lrsa_ds.models.recurrent` keeps documents and rows apart in them.
+"""Layers without keys and values: recurrent ones, which carry a state, and those that only have an MLP.
+
+LRSA leaves them as they are; `lrsa_ds.models.recurrent` keeps documents and rows apart in them.
 """
 
 from dataclasses import dataclass
