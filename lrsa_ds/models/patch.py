@@ -41,6 +41,7 @@ from lrsa_ds.models.offload import offload_checkpoints
 from lrsa_ds.models.parts import decoder_of
 from lrsa_ds.models.passes import attend_rows, read_pass
 from lrsa_ds.models.recurrent import keep_documents_apart
+from lrsa_ds.models.rope import check_fixed
 from lrsa_ds.models.structure import (
     layers_of,
     nothing_to_take,
@@ -218,7 +219,7 @@ def check_supported(model: PreTrainedModel) -> None:
     require(reason is None, f"{name} {reason}: LRSA cannot take the place of its attention.")
     reason = other_logits(model)
     require(reason is None, f"{name} {reason}: the loss would not be that of its own logits.")
-    _check_rope(model)
+    check_fixed(model)
     own = set(decoder_of(model).modules())  # models for images or sound also have encoders
     layers = [(p, m) for p, m in model.named_modules() if m in own and isinstance(getattr(m, "layer_idx", None), int)]
     for path, module in layers:
@@ -226,27 +227,6 @@ def check_supported(model: PreTrainedModel) -> None:
         require(reason is None, f"layer {module.layer_idx} of {name} ({path}) {reason}: LRSA cannot take its place.")
     reason = nothing_to_take(config)
     require(reason is None, f"{name} {reason}.")
-
-
-def _check_rope(model: PreTrainedModel) -> None:
-    """Refuses frequencies that depend on the length of a pass: they would differ for chunks, shards and documents.
-
-    The types are read from the modules that compute them and from the settings, whose place and key depend on the age
-    of the model.
-    """
-    config = model.config.get_text_config()
-    settings = [getattr(config, key, None) for key in ("rope_parameters", "rope_scaling")]
-    settings += [value for given in settings if given for value in given.values() if isinstance(value, dict)]
-    types = [given.get(key) for given in settings if given for key in ("rope_type", "type")]
-    for module in model.modules():
-        found = getattr(module, "rope_type", None)
-        types += found.values() if isinstance(found, dict) else [found]
-    for name in types:
-        require(
-            not isinstance(name, str) or ("dynamic" not in name and name not in ("longrope", "su")),
-            f"{type(model).__name__} has rope_type={name}, whose frequencies depend on the length of each pass, so "
-            "documents, chunks and ranks would not agree: use one that is fixed, such as yarn, linear or llama3.",
-        )
 
 
 def _unlike_causal_attention(module: Any, config: PreTrainedConfig) -> str | None:

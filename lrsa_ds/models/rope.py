@@ -112,3 +112,24 @@ def restore_rope(config: PreTrainedConfig, saved: dict[str, Any]) -> None:
     """Applies the result of `saved_rope` to the configuration of a model before it is created, in place."""
     for name, value in saved.items():
         setattr(config.get_text_config(), name, value)
+
+
+def check_fixed(model: PreTrainedModel) -> None:
+    """Refuses frequencies that depend on the length of a pass: they would differ for chunks, shards and documents.
+
+    The types are read from the modules that compute them and from the settings, whose place and key depend on the age
+    of the model.
+    """
+    config = model.config.get_text_config()
+    settings = [getattr(config, key, None) for key in ("rope_parameters", "rope_scaling")]
+    settings += [value for given in settings if given for value in given.values() if isinstance(value, dict)]
+    types = [given.get(key) for given in settings if given for key in ("rope_type", "type")]
+    for module in model.modules():
+        found = getattr(module, "rope_type", None)
+        types += found.values() if isinstance(found, dict) else [found]
+    for name in types:
+        require(
+            not isinstance(name, str) or ("dynamic" not in name and name not in ("longrope", "su")),
+            f"{type(model).__name__} has rope_type={name}, whose frequencies depend on the length of each pass, so "
+            "documents, chunks and ranks would not agree: use one that is fixed, such as yarn, linear or llama3.",
+        )
