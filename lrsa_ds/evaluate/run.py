@@ -40,6 +40,7 @@ from lrsa_ds.logs.provenance import provenance
 from lrsa_ds.logs.trackers import check_trackers
 from lrsa_ds.models.loading import empty_model, load_model
 from lrsa_ds.models.patch import apply_lrsa, check_supported, to_device
+from lrsa_ds.models.quantized import check_quantizable, check_quantize
 from lrsa_ds.models.rope import check_reach
 from lrsa_ds.models.stop_tokens import set_stop_tokens
 from lrsa_ds.models.structure import layers_of
@@ -75,8 +76,10 @@ def evaluate(
     """
     StopRequest()
     check_trackers(config.log)
+    check_quantize(config.model)
     structure = empty_model(config.model)
     check_supported(structure)
+    check_quantizable(config.model, structure)
     check_reach(structure.config, config.model.rope, "lengths", max(config.lengths))
     trained = getattr(structure.config, "lrsa", None)
     layers = layers_of(structure.config)

@@ -45,7 +45,7 @@ def check_quantizable(model: ModelConfig, structure: PreTrainedModel) -> None:
 def quantized_matrices(model: PreTrainedModel) -> list[str]:
     """The names of the modules whose matrices are stored in 4 bits: all of the text model but the output layer."""
     inside = {id(module) for module in model.get_decoder().modules()}
-    return [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and id(m) in inside]
+    return [name for name, m in model.named_modules() if type(m) is nn.Linear and id(m) in inside]
 
 
 def quantization_config(model: ModelConfig, structure: PreTrainedModel, dtype: torch.dtype) -> BitsAndBytesConfig:

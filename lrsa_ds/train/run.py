@@ -135,9 +135,8 @@ class _Run:
         self.saved_step = self.place[0]
         self.profiler = StepProfiler(config.log.profile_steps if mesh.is_main else [], self.directory)
         save = config.checkpoint
-        self.saver = CheckpointSaver(
-            self.engine, self.directory, save.keep, plan.checkpoint_bytes, save.write, mesh, trained_only
-        )
+        num_bytes = None if trained_only else plan.checkpoint_bytes
+        self.saver = CheckpointSaver(self.engine, self.directory, save.keep, num_bytes, save.write, mesh)
 
     def all(self) -> None:
         """Evaluates, trains, evaluates and exports."""

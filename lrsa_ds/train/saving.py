@@ -22,6 +22,8 @@ from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 
 from lrsa_ds.directories.layout import STEP_FILES, remove_files, replace_folder
 from lrsa_ds.errors import LRSAError
+from lrsa_ds.models.logits import output_layer
+from lrsa_ds.objectives import objective_of
 from lrsa_ds.parallel.mesh import Mesh
 from lrsa_ds.train.checkpoint import DIRECTORY, PARTIAL, SAVED, TRAINER, remove_partial, whole_checkpoints
 
@@ -58,28 +60,37 @@ class Written:
     took: float
 
 
+def bytes_of_trained(engine: DeepSpeedEngine) -> int:
+    """Upper bound for a checkpoint of the trained parameters alone: beside each three numbers in fp32.
+
+    An output layer that is tied to frozen embeddings is in it too, under its own name.
+    """
+    model = objective_of(engine).lm
+    trained = [p for p in model.parameters() if p.requires_grad]
+    head = [p for p in output_layer(model).parameters() if not p.requires_grad]
+    return sum(_count(p) * (p.element_size() + 12) for p in trained) + sum(_count(p) * p.element_size() for p in head)
+
+
+def _count(parameter: torch.nn.Parameter) -> int:
+    """Numbers of a complete parameter, of which a rank holds a shard under ZeRO-3."""
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
 class CheckpointSaver:
     """Writes the checkpoints of a run, one at a time. Every method is called by all ranks together.
 
     Args:
-        trained_only: whether frozen parameters are left out, see `load_checkpoint`.
         keep: number of checkpoints to keep, the newest ones.
-        num_bytes: upper bound for a checkpoint, over all ranks.
+        num_bytes: upper bound for a checkpoint, over all ranks; None for one of the trained parameters alone, see
+            `load_checkpoint`.
         write: "background", "wait", or "auto": in the background on GPUs if the host has memory for a copy.
     """
 
-    def __init__(
-        self,
-        engine: DeepSpeedEngine,
-        output: Path,
-        keep: int,
-        num_bytes: int,
-        write: str,
-        mesh: Mesh,
-        trained_only: bool = False,
-    ):
-        self.engine, self.output, self.keep, self.num_bytes, self.mesh = engine, output, keep, num_bytes, mesh
-        self.write, self.trained_only = write, trained_only
+    def __init__(self, engine: DeepSpeedEngine, output: Path, keep: int, num_bytes: int | None, write: str, mesh: Mesh):
+        self.engine, self.output, self.keep, self.mesh = engine, output, keep, mesh
+        self.trained_only = num_bytes is None
+        self.num_bytes = bytes_of_trained(engine) if num_bytes is None else num_bytes
+        self.write = write
         self._files = _Files(engine)
         self._writing: _Writing | None = None
 
