@@ -21,7 +21,8 @@ help: ## show this list
 setup: $(INSTALLED) $(MODEL) ## make the environment (.venv) and fetch the small model (models/)
 
 train: setup ## fine-tune the small model on questions; ARGS="optim.num_steps=10" overrides settings
-	$(DEEPSPEED) $(LAUNCH) launch/train.py +recipe=qa_smollm2 $(ARGS)
+	@echo "Training SmolLM2-135M: about five minutes on two CPU cores or one GPU"
+	$(BIN)/python -m lrsa_ds train $(LAUNCH) +recipe=qa_smollm2 $(ARGS)
 
 # Coverage is that of the tests in one process: those of several processes and of the commands come on top.
 test: setup lint ## lint, then all tests and their coverage; ARGS="tests/cpu -k select" chooses some

@@ -46,7 +46,8 @@ def main() -> None:
     settings = [
         f"model.name={FETCHED}", f"model.gguf_file={GGUF}",
         "data=files", f"data.path={files[0]}", "seq_len=512", "attention.lag_size=64", "attention.retention=0.25",
-        "optim.num_steps=12", "optim.lr=2e-4", "optim.warmup_steps=2", "optim.micro_batch=1",
+        "optim.num_steps=8", "optim.lr=1e-4", "optim.warmup_steps=2", "optim.micro_batch=1",
+        "activation_checkpointing=false",
         "eval.num_examples=4", "eval.retentions=[0.25]", "log.wandb=disabled", f"output_dir={options.output}",
     ]  # fmt: skip
     settings += [word for word in options.settings if "=" in word]  # the last one counts

@@ -5,6 +5,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from tqdm import tqdm
@@ -68,10 +69,14 @@ class Progress:
     Args:
         unit: what is counted, in front of the numbers.
         leave: whether the bar stays on the terminal when it is closed.
+        later: the seconds of a run after this, from those of a step.
     """
 
-    def __init__(self, num_steps: int, unit: str = "step", leave: bool = True):
+    def __init__(
+        self, num_steps: int, unit: str = "step", leave: bool = True, later: Callable[[float], float] | None = None
+    ):
         self._num_steps = num_steps
+        self.later = later
         self._unit = unit
         self._first = None  # step and time of the first row: later steps are timed against it, as it has the warm-up
         self._last_line = -math.inf
@@ -106,7 +111,9 @@ class Progress:
         formats |= {"peak_memory_gb": "{:.1f} GB", "host_memory_gb": "host {:.1f} GB"}
         parts += [shape.format(row[name]) for name, shape in formats.items() if row.get(name) is not None]
         left = max(0, self._num_steps - step) * per_step
-        return "  ".join([*parts, f"{tqdm.format_interval(left)} left"])
+        later = self.later(per_step) if self.later and per_step else 0.0
+        of_run = f", {tqdm.format_interval(left + later)} of the run" if later else ""
+        return "  ".join([*parts, f"{tqdm.format_interval(left)} left{of_run}"])
 
     def close(self) -> None:
         if self._bar is not None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lrsa_ds.labels import cache_of
 from lrsa_ds.logs.journal import JSONLines, Progress, print_above, read_rows
+from lrsa_ds.logs.remaining import Remaining
 from lrsa_ds.logs.tracker import Entry, Identity, Tracker
 from lrsa_ds.logs.trackers import check_trackers, start_trackers
 from lrsa_ds.settings.run import LogConfig
@@ -46,6 +47,7 @@ class RunLogger:
         self._enabled, self._closed = enabled, False
         self._progress: Progress | None = None
         self._evaluation: Progress | None = None
+        self._remaining: Remaining | None = None
         self._trackers: list[Tracker] = []
         if not enabled:
             return
@@ -64,6 +66,12 @@ class RunLogger:
             config=config | {"run": about},
         )
         self._trackers = start_trackers(log, self._output_dir, identity, self.message)
+
+    def expect(self, remaining: Remaining) -> None:
+        """From here on, progress also shows the time that is left of the whole run."""
+        self._remaining = remaining
+        if self._enabled and self._progress:
+            self._progress.later = remaining.after_training
 
     def summary(self, row: dict) -> None:
         """Records values of the whole run.
@@ -91,7 +99,9 @@ class RunLogger:
         if not self._enabled or not self._shows_progress:
             return
         if self._evaluation is None:
-            self._evaluation = Progress(total, unit=f"evaluation ({when}): {unit}", leave=False)
+            remaining = self._remaining if when == "before" else None
+            later = (lambda seconds: remaining.after_evaluation(total * seconds)) if remaining else None
+            self._evaluation = Progress(total, unit=f"evaluation ({when}): {unit}", leave=False, later=later)
         self._evaluation.show({"step": done})
         if done == total:
             self._evaluation.close()

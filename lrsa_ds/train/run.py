@@ -8,25 +8,23 @@ from pathlib import Path
 
 import torch
 
-from lrsa_ds.compression import cache_lines, short_documents_sentence
+from lrsa_ds.compression import short_documents_sentence
 from lrsa_ds.config import TrainConfig, save_settings
 from lrsa_ds.data.procedure import Procedure
 from lrsa_ds.data.stream import TrainStream, make_loader
 from lrsa_ds.directories.claim import claim
-from lrsa_ds.dtypes import dtype_name
 from lrsa_ds.errors import Stopped
 from lrsa_ds.labels import rows_of_smallest
 from lrsa_ds.layers import smallest_of
 from lrsa_ds.logs.journal import keep_rows_until, read_rows
 from lrsa_ds.logs.metrics import ANSWERS, PREDICTIONS, RunLogger
 from lrsa_ds.logs.provenance import provenance
-from lrsa_ds.logs.report import draw_evaluation, evaluation_table
 from lrsa_ds.models.liger import apply_liger
 from lrsa_ds.models.loading import load_model
 from lrsa_ds.models.patch import PreTrainedModel, apply_lrsa, layer_classes
 from lrsa_ds.models.stop_tokens import set_stop_tokens
-from lrsa_ds.models.tiling import describe_levers, num_tiles, tile_mlps
-from lrsa_ds.objectives import check_objective, make_objective
+from lrsa_ds.models.tiling import num_tiles, tile_mlps
+from lrsa_ds.objectives import make_objective
 from lrsa_ds.parallel.mesh import Mesh, start_mesh, stop_mesh
 from lrsa_ds.parallel.watch import Watch
 from lrsa_ds.parallel.zero import deepspeed_config, make_engine
@@ -35,9 +33,9 @@ from lrsa_ds.telemetry.report import report_telemetry
 from lrsa_ds.train import checkpoint, output
 from lrsa_ds.train.plan import Plan, find_resume, prepare
 from lrsa_ds.train.profiling import StepProfiler
+from lrsa_ds.train.said import conclusion, describe, remaining, report
 from lrsa_ds.train.saving import CheckpointSaver
-from lrsa_ds.train.scoring import Evaluation, Moment, evaluate, look_inside
-from lrsa_ds.train.throughput import describe_peak
+from lrsa_ds.train.scoring import Moment, evaluate, look_inside
 from lrsa_ds.train.trainable import make_trainable
 from lrsa_ds.train.trainer import Engine, Trainer, cosine_schedule
 
@@ -83,7 +81,7 @@ def _train_in(
     logger = RunLogger(directory, config.log, settings, about, config.run_name, steps, enabled=mesh.is_main)
     failed = True
     try:
-        for note in [*notes, *_describe(config, plan, mesh, directory)] if mesh.is_main else []:
+        for note in [*notes, *describe(config, plan, mesh, directory)] if mesh.is_main else []:
             logger.message(note)
         logger.data(plan.report.row())
         scores = [row for row in earlier if row["kind"] == "eval"]
@@ -155,6 +153,8 @@ class _Run:
         if config.checkpoint.export:
             self.stop_if_asked()
             self.export(output.MODEL_DIRECTORY)
+        if config.eval.after:
+            self.logger.message("\n".join(conclusion(config, self.rows, self.directory)))
 
     def after_step(self, metrics: dict, position: dict) -> None:
         """Logs a step; then, if due, evaluates, keeps the best model, writes a checkpoint, or stops."""
@@ -237,6 +237,8 @@ class _Run:
 
         def on_batch(done: int, total: int) -> None:
             self.watch.doing(f"evaluation ({when})")
+            if when == "before" and done == 0:
+                self.logger.expect(remaining(config, self.mesh, examples, total // len(examples)))
             self.logger.evaluating(when, done, total)
             if when == "after":
                 self.stop_if_asked()
@@ -245,7 +247,7 @@ class _Run:
         found = evaluate(self.engine, config, self.mesh, examples, tokenizer, Moment(when, step), on_batch)
         self.rows.extend(found.scores)
         if self.mesh.is_main:
-            _report(config, self.rows, found, self.directory, self.logger)
+            report(config, self.rows, found, self.directory, self.logger)
 
     def telemetry(self, when: str, step: int) -> None:
         """If enabled, measures what each layer loses under the smallest cache, and reports it."""
@@ -312,38 +314,3 @@ def build_trainer(
     stream = TrainStream(plan.data, per_step, mesh.dp_rank, mesh.dp_size, start)
     loader = iter(make_loader(stream, config.data.num_workers))
     return Trainer(config, mesh, engine, loader, point.step if point else 0, doing)
-
-
-def _report(config: TrainConfig, rows: list[dict], new: Evaluation, directory: Path, logger: RunLogger) -> None:
-    """Writes the table to the terminal and to disk, draws the figure, and logs the newest results."""
-    table = evaluation_table(rows)
-    logger.message(table)
-    (directory / "evaluation.txt").write_text(table + "\n", encoding="utf-8")
-    picture = directory / "evaluation.png"
-    draw_evaluation(rows, picture, f"{config.run_name}: answers under a compressed KV cache")
-    logger.evaluation(new.scores, new.predictions, picture, new.answers)
-
-
-def _describe(config: TrainConfig, plan: Plan, mesh: Mesh, directory: Path) -> list[str]:
-    attention, optim = config.attention, config.optim
-    lrsa = f"LRSA, sink {attention.sink_size}, lag {attention.lag_size}, {attention.described(plan.layers)}"
-    kind = "dense attention" if attention.kind == "dense" else lrsa
-    sequences = mesh.dp_size * optim.micro_batch * optim.grad_accum
-    no_peak = describe_peak(config, mesh.device_name)
-    shared = f", {mesh.sp_size} ranks to a sequence" if mesh.sp_size > 1 else ""
-    packed = f", matrices in {config.model.quantize}," if config.model.quantize else ""
-    lines = [
-        f"{config.run_name}: {plan.num_parameters / 1e6:,.1f}M parameters in {dtype_name(plan.dtype)}{packed} "
-        f"on {mesh.world_size} × {mesh.device_name}, ZeRO stage {config.zero.stage}{shared}",
-        f"attention: {kind}",
-        *filter(None, [check_objective(config).describe(config), describe_levers(config), no_peak]),
-        *cache_lines(config.seq_len, plan.turns, plan.report.share_short, plan.report.long_answers()),
-        f"{optim.num_steps} steps of {sequences} × {config.seq_len:,} tokens, peak learning rate {optim.lr:g}",
-        *plan.report.lines(sequences, optim.num_steps),
-        f"output: {directory}",
-    ]
-    if plan.resume is not None:
-        was = f", which {plan.resume.world_size} ranks wrote" if plan.resume.world_size != mesh.world_size else ""
-        lines.append(f"resuming after step {plan.resume.step}, from {plan.resume.directory}{was}")
-        lines += filter(None, [plan.resume.changed])
-    return lines

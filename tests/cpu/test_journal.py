@@ -13,6 +13,7 @@ import pytest
 from lrsa_ds.errors import LRSAError
 from lrsa_ds.logs import journal
 from lrsa_ds.logs.journal import JSONLines, Progress, print_above
+from lrsa_ds.logs.remaining import Remaining
 
 
 def make_row(step, **other):
@@ -78,6 +79,28 @@ def test_progress_of_an_evaluation_begins_at_zero(capsys, monkeypatch):
     lines = capsys.readouterr().err.splitlines()
     assert lines[:3] == ["answer 0/100", "answer 20/100  00:40 left", "answer 40/100  00:30 left"]
     assert lines[-1] == "answer 100/100  00:00 left"
+
+
+def test_progress_shows_what_is_left_of_the_run(capsys, monkeypatch):
+    """An evaluation of 4 passes that take 10 s, 6 steps of 3 passes each, and the evaluation again: 10 + 45 + 10 s."""
+    now = [100.0]
+    monkeypatch.setattr(journal.time, "monotonic", lambda: now[0])
+    remaining = Remaining(num_steps=6, passes_of_step=3, passes_of_evaluation=4, is_evaluated_after=True)
+    progress = Progress(20, unit="answer", later=lambda seconds: remaining.after_evaluation(20 * seconds))
+    for done in (0, 20):
+        progress.show({"step": done})
+        now[0] += 10
+    progress = Progress(6, later=remaining.after_training)
+    progress.show({"step": 1, "step_seconds": 8.0})
+    now[0] += 10
+    progress.show({"step": 2, "step_seconds": 10.0})
+    assert capsys.readouterr().err.splitlines() == [
+        "answer 0/20",
+        "answer 20/20  00:00 left, 00:55 of the run",
+        "step 1/6  00:40 left, 00:50 of the run",
+        "step 2/6  00:40 left, 00:50 of the run",
+    ]
+    assert Remaining(6, 3, 4, is_evaluated_after=False).after_training(9.0) == 0
 
 
 def test_progress_on_a_terminal_is_one_live_line(monkeypatch):

@@ -1,9 +1,12 @@
 """The table and the picture of a run's evaluations."""
 
+from pathlib import Path
+
 import pytest
 from matplotlib.image import imread
 
 from lrsa_ds.errors import LRSAError
+from lrsa_ds.logs.findings import findings
 from lrsa_ds.logs.report import draw_evaluation, evaluation_table
 
 TASKS = ("signature", "passkey", "lookup")
@@ -48,6 +51,19 @@ def test_table_shows_how_much_smaller_the_caches_were():
     assert "1.00x" not in evaluation_table(make_rows())
     for word in ("cache:", "dense:", "smaller:", "exact %:", "tokens %:"):
         assert word in table
+
+
+def test_a_run_ends_with_three_sentences():
+    rows = [row | {"num_answers": 8} for row in make_rows()]
+    seen, trust, advice = findings(rows, Path("run/evaluation.png"), Path("run/model"))
+    assert seen == (
+        "Seen: from the smallest cache (1/8, 4.27x smaller), 88 % (before training 88 %) of the tokens of answers are "
+        "right and 100 % (before training 12 %) of the answers exact; from the largest (dense) 88 % and 100 %."
+    )
+    assert trust.startswith("Trust: 24 answers fix a share to about 20 points") and "run/evaluation.png" in trust
+    assert "python -m lrsa_ds chat run/model FILE" in advice and "optim.num_steps" in advice
+    seen, _, advice = findings(make_rows(times=("after",)), Path("evaluation.png"), None)
+    assert "before" not in seen and "chat" not in advice and advice.startswith("Next: train longer")
 
 
 def test_table_of_one_task_before_training():

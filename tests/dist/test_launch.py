@@ -80,6 +80,10 @@ def test_smoke_shows_its_progress(smoke):
     _, done = smoke
     assert "step 6/6" in done.stderr and "tokens/s" in done.stderr and "left" in done.stderr
     assert done.stderr.count("evaluation (before): answer 48/48") == 1  # on rank 0 alone
+    assert "of the run" in done.stderr
+    assert [line.split(":")[0] for line in done.stdout.splitlines() if line[:5] in ("Seen:", "Trust", "Next:")] == [
+        "Seen", "Trust", "Next",
+    ]  # fmt: skip
 
 
 def test_the_exported_model_is_a_hugging_face_model_that_knows_its_settings(smoke):
