@@ -149,7 +149,7 @@ def layer_bytes(sizes: Sizes, job: Job, config: LayerSettings) -> dict[str, int]
     """The most that a layer holds in its backward pass: saved by its forward pass, and gradients.
 
     Going back, each of three steps may hold most. What a step has used is freed. The gradient of the output of the
-    layer is there all along, for the residual connection.
+    layer is there all along, for the residual connection, and measured peaks hold one row more: two in all.
     """
     n, b, c = job.num_tokens, job.itemsize, sizes.hidden_size
     row, saved = n * c * b, saved_bytes(sizes, job, config)
@@ -159,6 +159,8 @@ def layer_bytes(sizes: Sizes, job: Job, config: LayerSettings) -> dict[str, int]
     # gradient of the matrix behind it. Tiles: the gradients of all tiles, and both together when they are joined.
     width = mlp // (3 if job.fused else 4)
     in_mlp = (4 if job.fused else 6) * width + (2 * row if tiled else 0)
+    # The adapters of the matrix behind the product give a gradient of it too.
+    in_mlp += width * sizes.has_mlp_adapters
     # The norm before the MLP: gradients in fp32 of what it saves, and one product at a time; Liger's works in place.
     in_norm = row if job.fused else n * c * (3 * FP32 + b)
     # Attention: gradients of output, queries, keys and values, which kernels add up in fp32.
@@ -172,7 +174,7 @@ def layer_bytes(sizes: Sizes, job: Job, config: LayerSettings) -> dict[str, int]
         "attention": {"norms": first, "attention and kept KV": attention + in_attention},
     }
     most = max(steps.values(), key=lambda parts: sum(parts.values()))
-    return {f"one layer: {name}": size for name, size in most.items()} | {"one layer: gradient of its output": row}
+    return {f"one layer: {name}": size for name, size in most.items()} | {"one layer: gradients of its output": 2 * row}
 
 
 def logits_bytes(sizes: Sizes, job: Job) -> int:

@@ -39,6 +39,14 @@ class Sizes:
     is_tied: bool
     shape: ModelShape
 
+    @property
+    def has_mlp_adapters(self) -> bool:
+        """Whether an MLP has both frozen matrices and trained ones beside them."""
+        return any(
+            {matrix.is_trained for matrix in layer.matrices if matrix.in_mlp} == {True, False}
+            for layer in self.shape.layers
+        )
+
 
 def sizes_of(model: PreTrainedModel) -> Sizes:
     """The sizes of a model with its adapters and frozen parameters.

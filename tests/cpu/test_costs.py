@@ -37,6 +37,7 @@ from lrsa_ds.settings.memory import MemoryConfig
 from lrsa_ds.settings.model import LoraConfig, ModelConfig
 from lrsa_ds.settings.run import ParallelConfig, ZeroConfig
 from lrsa_ds.train.forecast import choose_levers
+from tests.cpu.test_config import composed
 from tests.cpu.test_model import FAMILIES, tiny
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
@@ -262,6 +263,27 @@ def test_estimates_are_near_what_was_measured(qwen):
         assert row.estimated_seconds == pytest.approx(row.seconds, rel=0.07), row.line()
 
 
+@pytest.mark.parametrize(
+    "shape, num_gpus, rank, num_rows", [("1b5", 1, 0, 9), ("8b", 1, 16, 4), ("8b", 2, 0, 1)], ids=["1b5", "lora", "two"]
+)
+def test_estimates_of_levers_and_adapters_are_near_what_was_measured(shape, num_gpus, rank, num_rows):
+    """Rows of a 1.5B and an 8B shape with Liger's kernels: levers, LoRA, 32,768 to 1,048,576 tokens."""
+    optimizer = ["optim=adamw_8bit"] if num_gpus == 2 else []
+    config = composed(
+        f"+recipe=step_{shape}", "model.liger_kernel=true", "parallel.sp_size=1", f"model.lora.rank={rank}", *optimizer
+    )
+    model = empty_model(config.model)
+    if rank:
+        add_adapters(model, config.model.lora)
+    job = job_of(config, 1, 2, num_targets=1024)
+    rows = comparisons(RESULTS / "2026-11-26-h100" / "steps.csv", config, job, sizes_of(model), H100)
+    rows = [row for row in rows if row.job.num_gpus == num_gpus]
+    assert len(rows) == num_rows
+    for row in rows:
+        assert row.estimated_peak == pytest.approx(row.peak, rel=0.04), row.line()
+        assert row.estimated_seconds == pytest.approx(row.seconds, rel=0.2), row.line()
+
+
 def test_longest_is_the_last_that_fits(qwen):
     """229,376 tokens ran on one H100, and 253,952 did not."""
     sizes, job, _ = qwen
@@ -311,7 +333,7 @@ def test_levers_are_chosen_for_a_gpu(qwen):
     """The cheapest that fit, those that are typed among them; or what to change."""
     config = replace(qwen[2], memory=MemoryConfig(auto=True))
     assert choose_levers(config, H100, 2) == config
-    small = replace(H100, gpu=replace(H100.gpu, memory_gb=48.0))
+    small = replace(H100, gpu=replace(H100.gpu, memory_gb=50.0))
     chosen = choose_levers(config, small, 2)
     assert (chosen.memory.tiled_mlp, chosen.memory.offload_checkpoints) == (False, True)
     assert chosen.zero == config.zero and "checkpointed activations" in describe_levers(chosen)
