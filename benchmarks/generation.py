@@ -3,6 +3,7 @@
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel, StaticCache
@@ -60,6 +61,8 @@ def cache_gb(cache: Cache) -> float:
 def generation_rows(options: argparse.Namespace, num_tokens: int, device: torch.device, add: Callable) -> None:
     """Rows of one context length: prefilling and decoding with the dense cache, and with each compressed one."""
     model = random_model(options.model, num_tokens, device)
+    if options.liger:
+        apply_liger(model)
     ids = torch.randint(0, 32000, (1, num_tokens), device=device)
     configs = [None, *(settings_of(options, retention) for retention in options.retention)]
 
@@ -85,7 +88,9 @@ def generation_rows(options: argparse.Namespace, num_tokens: int, device: torch.
         filled = [timed(lambda config=config: caches.append(fill(config)), device) for _ in range(3)]
         del caches[-3:-1]
         values = percentiles(filled) | {"cache_gb": cache_gb(caches[-1]), "peak_gb": peak}
-        add("dense" if config is None else "LRSA", config, "prefill", values)
+        add("dense" if config is None else "LRSA", config, "prefill" + _kernels(options), values)
+    if options.prefill_only:
+        return
 
     def step(cache: Cache, **kwargs) -> None:
         model(ids[:, :1], past_key_values=cache, **kwargs)
@@ -155,21 +160,28 @@ def decoding_rows(options: argparse.Namespace, num_tokens: int, device: torch.de
         apply_liger(model)
     room = num_tokens + WARM_UP + DECODED_TOKENS + 2
     for streams in options.streams:
-        what = f"token, {streams} stream{'s' * (streams > 1)}"
+        what = f"token, {streams} stream{'s' * (streams > 1)}{_kernels(options)}"
+        ours = partial(generate, compile=True) if options.compile else generate
         for retention in (1.0, *options.retention):
             config = settings_of(options, retention)
             apply_lrsa(model, config)
             cache = fill(LagKVCache(config, max_tokens=room), model, num_tokens, streams)
             names = ("dense", None) if config.is_dense else ("LRSA", config)
-            add(*names, what, _through(generate, model, cache, streams))
+            add(*names, what, _through(ours, model, cache, streams))
             del cache
         model.set_attn_implementation("sdpa")
-        for name in ("transformers", "compiled")[: 1 + options.compiled]:
+        # What compiles our steps makes no difference to transformers' own `generate`.
+        for name in ("transformers", "compiled")[options.compile : 1 + options.compiled]:
             stock = DynamicCache(config=model.config) if name == "transformers" else StaticCache(model.config, room)
             add(
                 name, None, what, _through(generation.generate, model, fill(stock, model, num_tokens, streams), streams)
             )
             del stock
+
+
+def _kernels(options: argparse.Namespace) -> str:
+    """What fuses the small kernels of the model, as part of the name of a row."""
+    return ", Liger" * options.liger + ", compiled" * options.compile
 
 
 def _through(

@@ -54,7 +54,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--chunks-at-once", type=int, help="of prefilling; default: as many as --max-tokens-at-once")
     parser.add_argument("--max-tokens-at-once", type=int, default=MAX_TOKENS_AT_ONCE, help="of prefilling")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 8], help="of decoding: rows of a batch")
-    parser.add_argument("--liger", action="store_true", help="of decoding: Liger's kernels in the model")
+    parser.add_argument("--prefill-only", action="store_true", help="of generation: no decoding")
+    parser.add_argument("--liger", action="store_true", help="of generation and decoding: Liger's kernels in the model")
+    parser.add_argument("--compile", action="store_true", help="of decoding: lrsa_ds.generate(..., compile=True)")
     parser.add_argument(
         "--compiled", action="store_true", help="of decoding: also transformers' static cache, compiled (minutes)"
     )
@@ -134,7 +136,7 @@ class Table:
 
     def __init__(self):
         self.rows: list[dict] = []
-        title = f"{'tokens':>9} {'method':<12} {'K':>5} {'what':<17}"
+        title = f"{'tokens':>9} {'method':<12} {'K':>5} {'what':<27}"
         print(
             title
             + "".join(f"{name:>10}" for name in ("ms p20", "p50", "p80", "GPU ms", "peak GB", "cache GB", "speed-up"))
@@ -148,7 +150,7 @@ class Table:
         speedup = f"{same[0]['ms_p50'] / row['ms_p50']:.2f}x" if same else ""
         cells = [row[name] for name in COLUMNS[:-1]]
         numbers = "".join(f"{'' if cell == '' else f'{cell:.2f}':>10}" for cell in cells)
-        print(f"{num_tokens:>9,} {method:<12} {row['num_kept']!s:>5} {what:<17}{numbers}{speedup:>10}", flush=True)
+        print(f"{num_tokens:>9,} {method:<12} {row['num_kept']!s:>5} {what:<27}{numbers}{speedup:>10}", flush=True)
 
 
 def append(path: Path, rows: list[dict]) -> None:

@@ -76,7 +76,7 @@ def test_generation_is_timed(tmp_path):
 
 def test_tokens_of_generate_are_timed(tmp_path):
     options = Namespace(model="tiny", retention=[0.125], sink_size=16, lag_size=64, streams=[1, 2])
-    options.liger, options.compiled = False, True
+    options.liger, options.compiled, options.compile = False, True, False
     rows = []
     decoding_rows(options, 512, torch.device("cpu"), lambda *row: rows.append(row))
     names = [(method, config and config.num_kept, what) for method, config, what, _ in rows]
