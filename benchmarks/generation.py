@@ -57,6 +57,14 @@ def cache_gb(cache: Cache) -> float:
     return sum(x.untyped_storage().nbytes() for x in states) / 1e9
 
 
+def use(model: PreTrainedModel, config: LRSAConfig | None) -> None:
+    """LRSA attention with these settings, or dense attention."""
+    if config is None:
+        model.set_attn_implementation("sdpa")
+    else:
+        apply_lrsa(model, config)
+
+
 @torch.no_grad()
 def generation_rows(options: argparse.Namespace, num_tokens: int, device: torch.device, add: Callable) -> None:
     """Rows of one context length: prefilling and decoding with the dense cache, and with each compressed one."""
@@ -65,12 +73,6 @@ def generation_rows(options: argparse.Namespace, num_tokens: int, device: torch.
         apply_liger(model)
     ids = torch.randint(0, 32000, (1, num_tokens), device=device)
     configs = [None, *(settings_of(options, retention) for retention in options.retention)]
-
-    def use(config: LRSAConfig | None) -> None:
-        if config is None:
-            model.set_attn_implementation("sdpa")
-        else:
-            apply_lrsa(model, config)
 
     def fill(config: LRSAConfig | None) -> Cache:
         if config is None:
@@ -83,25 +85,31 @@ def generation_rows(options: argparse.Namespace, num_tokens: int, device: torch.
 
     caches: list[Cache] = []
     for config in configs:
-        use(config)
+        use(model, config)
         peak = peak_gb(lambda config=config: fill(config), device)  # which also warms up
         filled = [timed(lambda config=config: caches.append(fill(config)), device) for _ in range(3)]
         del caches[-3:-1]
         values = percentiles(filled) | {"cache_gb": cache_gb(caches[-1]), "peak_gb": peak}
         add("dense" if config is None else "LRSA", config, "prefill" + _kernels(options), values)
-    if options.prefill_only:
-        return
+    if not options.prefill_only:
+        _eager_rows(model, configs, caches, add)
+
+
+def _eager_rows(model: PreTrainedModel, configs: list[LRSAConfig | None], caches: list[Cache], add: Callable) -> None:
+    """Rows of decoding without `generate`: from the host, and from a graph."""
+    device = model.device
+    token = torch.ones(1, 1, dtype=torch.int64, device=device)
 
     def step(cache: Cache, **kwargs) -> None:
-        model(ids[:, :1], past_key_values=cache, **kwargs)
+        model(token, past_key_values=cache, **kwargs)
 
     times: list[list[float]] = [[] for _ in caches]
     for _ in range(DECODED_TOKENS):
         for config, cache, mine in zip(configs, caches, times, strict=True):
-            use(config)
+            use(model, config)
             mine.append(timed(lambda cache=cache: step(cache), device))
     for config, cache, mine in zip(configs, caches, times, strict=True):
-        use(config)
+        use(model, config)
         decoded = {**percentiles(mine[DECODED_TOKENS // 4 :]), "cache_gb": cache_gb(cache)}
         busy = {"gpu_ms": gpu_ms(lambda cache=cache: step(cache), device)}
         add("dense" if config is None else "LRSA", config, "decode one token", decoded | busy)
@@ -111,7 +119,7 @@ def generation_rows(options: argparse.Namespace, num_tokens: int, device: torch.
     read = [cached_states(cache) for cache in caches]
     graphs = []
     for config, cache in zip(configs, caches, strict=True):
-        use(config)
+        use(model, config)
         # A token sees all that is cached: no mask. While a graph is captured transformers would make one nevertheless,
         # and the dense attention with it takes six times as long.
         no_mask = {"attention_mask": {"full_attention": None}} if config is None else {}

@@ -11,6 +11,7 @@ import torch
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 TILE_BYTES = 16384  # of keys, or of values, that a program reads at once
 PROGRAMS = 264  # two for each multiprocessor of an H100
+JOINED_CHANNELS = 32  # that a program joins: all parts fit into its registers
 
 if HAS_TRITON:
     import triton
@@ -34,30 +35,26 @@ if HAS_TRITON:
         q_at = q + row * q_b + (kv_head * group + members)[:, None] * q_h + channels[None, :]
         queries = tl.load(q_at, mask=is_member[:, None] & is_channel[None, :], other=0.0)
         start, end = tl.load(first + row).to(tl.int32), tl.load(last).to(tl.int32) + 1
-        size = tl.cdiv(tl.cdiv(end - start, num_splits), TILE) * TILE
+        size = tl.cdiv(tl.cdiv(end - start, num_splits), 16) * 16
         place = end - 1
         start += split * size
         end = tl.minimum(end, start + size)
         k += row * k_b + kv_head * k_g + channels[None, :]
         v += row * v_b + kv_head * v_g + channels[None, :]
-        own_k, own_v = tl.zeros([DIM], tl.float32), tl.zeros([DIM], tl.float32)
         if STORE:
             own_k = tl.load(new_k + row * new_k_b + kv_head * new_k_g + channels, mask=is_channel, other=0.0)
             own_v = tl.load(new_v + row * new_v_b + kv_head * new_v_g + channels, mask=is_channel, other=0.0)
             writes = is_channel & (start <= place) & (place < end)
             tl.store(k + place.to(tl.int64) * k_n, own_k[None, :], mask=writes[None, :])
             tl.store(v + place.to(tl.int64) * v_n, own_v[None, :], mask=writes[None, :])
+            tl.debug_barrier()  # other threads of the program read them
         largest = tl.full([GROUP], float("-inf"), tl.float32)
         total = tl.zeros([GROUP], tl.float32)
         output = tl.zeros([GROUP, DIM], tl.float32)
         for at in range(start, end, TILE):
             entries, inside = (at + tokens).to(tl.int64), at + tokens < end
             mask = inside[:, None] & is_channel[None, :]
-            if STORE:
-                mask = mask & (entries < place)[:, None]
             keys = tl.load(k + entries[:, None] * k_n, mask=mask, other=0.0)
-            if STORE:
-                keys = tl.where((entries == place)[:, None], own_k[None, :], keys)
             scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
             scores = tl.where(inside[None, :], scores, float("-inf"))
             new_largest = tl.maximum(largest, tl.max(scores, axis=1))
@@ -65,8 +62,6 @@ if HAS_TRITON:
             shrink = tl.exp(largest - new_largest)
             total = total * shrink + tl.sum(shares, axis=1)
             values = tl.load(v + entries[:, None] * v_n, mask=mask, other=0.0)
-            if STORE:
-                values = tl.where((entries == place)[:, None], own_v[None, :], values)
             output = output * shrink[:, None] + tl.dot(shares.to(values.dtype), values, input_precision="ieee")
             largest = new_largest
         total = tl.where(total == 0.0, 1.0, total)  # a part without entries weighs exp(-inf)
@@ -78,28 +73,19 @@ if HAS_TRITON:
     @triton.jit
     def _join_kernel(
         outputs, weights, joined, num_splits, dim: tl.constexpr, group: tl.constexpr,
-        SPLITS: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr,
+        SPLITS: tl.constexpr, CHANNELS: tl.constexpr,
     ):  # fmt: skip
-        """The parts of one query head by their log-sum-exps: [B * H, D] in the dtype of `joined`."""
+        """The parts of one query head by their log-sum-exps, some channels of [B * H, D] in the dtype of `joined`."""
         head, member = tl.program_id(0).to(tl.int64), tl.program_id(1)
-        splits, channels = tl.arange(0, SPLITS), tl.arange(0, DIM)
-        weight_at = weights + (head * num_splits + splits) * group + member
-        largest = tl.max(tl.load(weight_at, mask=splits < num_splits, other=float("-inf")), axis=0)
-        total = tl.zeros([TILE], tl.float32)
-        output = tl.zeros([DIM], tl.float32)
-        for first in range(0, num_splits, TILE):
-            some = first + tl.arange(0, TILE)
-            at = (head * num_splits + some) * group + member
-            is_split = some < num_splits
-            share = tl.exp(tl.load(weights + at, mask=is_split, other=float("-inf")) - largest)
-            mask = is_split[:, None] & (channels < dim)[None, :]
-            part = tl.load(outputs + at[:, None] * dim + channels[None, :], mask=mask, other=0.0)
-            total += share
-            output += tl.sum(part * share[:, None], axis=0)
-        output = output / tl.sum(total, axis=0)
-        tl.store(
-            joined + (head * group + member) * dim + channels, output.to(joined.dtype.element_ty), mask=channels < dim
-        )
+        splits, channels = tl.arange(0, SPLITS), tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
+        at, is_split, is_channel = (head * num_splits + splits) * group + member, splits < num_splits, channels < dim
+        weight = tl.load(weights + at, mask=is_split, other=float("-inf"))
+        mask = is_split[:, None] & is_channel[None, :]
+        parts = tl.load(outputs + at[:, None] * dim + channels[None, :], mask=mask, other=0.0)
+        share = tl.exp(weight - tl.max(weight, axis=0))
+        output = tl.sum(parts * share[:, None], axis=0) / tl.sum(share, axis=0)
+        place = joined + (head * group + member) * dim + channels
+        tl.store(place, output.to(joined.dtype.element_ty), mask=is_channel)
 
 
 def fused_attend_entries(
@@ -132,8 +118,9 @@ def fused_attend_entries(
         num_kv_heads, splits, dim, group,
         GROUP=max(16, triton.next_power_of_2(group)), DIM=width, TILE=tile, STORE=new is not None, num_warps=4,
     )  # fmt: skip
-    _join_kernel[batch * num_kv_heads, group](
+    channels = min(width, JOINED_CHANNELS)
+    _join_kernel[batch * num_kv_heads, group, triton.cdiv(dim, channels)](
         outputs, weights, joined, splits, dim, group,
-        SPLITS=triton.next_power_of_2(splits), DIM=width, TILE=16, num_warps=4,
+        SPLITS=triton.next_power_of_2(splits), CHANNELS=channels, num_warps=8 if splits > 128 else 4,
     )  # fmt: skip
     return joined

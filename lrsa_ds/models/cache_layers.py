@@ -44,10 +44,14 @@ class LagKVLayer(DynamicLayer):
         check_batch(held, key_states.shape[0])
         if rows is not None:
             return self._update_rows(key_states, value_states, rows)
-        keys, values = self._joined(key_states, value_states)
-        before = self.cumulative_length
-        self.cumulative_length += key_states.shape[2]
-        self._hold(*self._compressed(keys, values, before, self.cumulative_length))
+        before, after = self.cumulative_length, self.cumulative_length + key_states.shape[2]
+        if not before and self.config.num_held(after) < after:
+            self.lazy_initialization(key_states, value_states)
+            keys, values = key_states, value_states  # the cache keeps copies of some of them only
+        else:
+            keys, values = self._joined(key_states, value_states)
+        self.cumulative_length = after
+        self._hold(*self._compressed(keys, values, before, after))
         return keys, values
 
     def fill(self, keys: torch.Tensor, values: torch.Tensor, num_seen: int) -> None:
