@@ -1,5 +1,6 @@
 """A run from configuration to exported model: start or resume, evaluate, train, evaluate, export."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -25,7 +26,7 @@ from lrsa_ds.models.patch import PreTrainedModel, apply_lrsa, layer_classes
 from lrsa_ds.models.stop_tokens import set_stop_tokens
 from lrsa_ds.models.tiling import num_tiles, tile_mlps
 from lrsa_ds.objectives import make_objective
-from lrsa_ds.parallel.mesh import Mesh, start_mesh, stop_mesh
+from lrsa_ds.parallel.mesh import Mesh, rank, start_mesh, stop_mesh
 from lrsa_ds.parallel.watch import Watch
 from lrsa_ds.parallel.zero import deepspeed_config, make_engine
 from lrsa_ds.process.signals import REASONS, StopRequest
@@ -48,6 +49,8 @@ def train(config: TrainConfig, procedure: Procedure, notes: list[str]) -> None:
         Stopped: a signal has ended the run, after a checkpoint.
     """
     stop = StopRequest()
+    if rank() == 0 and config.log.progress:
+        print("reading the data and the settings of the model", file=sys.stderr, flush=True)
     plan = prepare(config, procedure)
     config = plan.config
     # Our watchdog names the rank that hangs, so it has to fire before torch's, which does not.
