@@ -4,30 +4,69 @@ Masks and lengths come from the partition table, kept tokens from the selection 
 """
 
 import argparse
+import csv
+import sys
 from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from hydra import compose, initialize_config_dir
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout, installed or not
+
+from launch.cli.accelerator import register_resolver
+from launch.cli.checkout import CONF, register_checkout
+from launch.cli.schema import register_schema
+from lrsa_ds import comparison
 from lrsa_ds.attention.partition import num_held, partition_table
 from lrsa_ds.attention.selection.lagkv import lag_scores
 from lrsa_ds.attention.selection.select import select_kept
+from lrsa_ds.config import typed_config
+from lrsa_ds.costs.plan import Estimate
+from lrsa_ds.costs.settings import PlanConfig
+from lrsa_ds.costs.traffic import pass_bytes
+from lrsa_ds.labels import retention_name
 from lrsa_ds.lrsa_config import LRSAConfig
 from lrsa_ds.parallel.sequence.gather_kept import GATHER_KEPT
 from lrsa_ds.parallel.sequence.head_groups import HEAD_GROUPS
-from lrsa_ds.pictures import new_figure, save_figure
+from lrsa_ds.pictures import (
+    BLACK,
+    GREY,
+    LABEL,
+    OF_CACHE,
+    ORANGE,
+    PALETTE,
+    SKY,
+    TICK,
+    VERMILION,
+    new_figure,
+    save_figure,
+)
+from lrsa_ds.train.forecast import job_and_sizes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 FOLDER = Path(__file__).parent / "pictures"
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results" / "2026-11-26-h100" / "answers.csv"
 SMALL = LRSAConfig(sink_size=2, lag_size=8, retention=0.25)
 NUM_TOKENS = 46
-# Okabe and Ito's colours, which people with colour blindness tell apart.
-SINK, KEPT, WINDOW, DROPPED = "#e69f00", "#d55e00", "#56b4e9", "#e5e8ec"
+SINK, KEPT, WINDOW, DROPPED = ORANGE, VERMILION, SKY, "#e5e8ec"
 RANKS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7")
+# What the plan is asked for on the page of 131,072 tokens: a label, and the settings.
+PLANS = {
+    "1.5B, 1 GPU": ("+recipe=step_1b5",),
+    "1.5B, 2 GPUs": ("+recipe=step_1b5", "gpus=2", "parallel.sp_size=2"),
+    "8B, 4 GPUs, offload": ("+recipe=qa_128k", "model=llama_8b", "gpus=4", "parallel.sp_size=4"),
+    "8B, 8 GPUs, offload": ("+recipe=qa_128k", "model=llama_8b", "gpus=8"),
+    "8B, 8 GPUs": ("+recipe=qa_128k", "model=llama_8b", "gpus=8", "zero=stage3"),
+    "8B, LoRA, 1 GPU": ("+recipe=lora_8b_1gpu", "model=llama_8b", "seq_len=131072", "memory=none"),
+    "8B, LoRA, 1 GPU, memory=long": ("+recipe=lora_8b_1gpu", "model=llama_8b", "seq_len=131072", "memory=long"),
+}
 
 
 def keys_and_values(num_tokens: int, num_heads: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -165,10 +204,10 @@ def draw_cache_size() -> "Figure":
     figure = new_figure(7.2, 3.6)
     panel = figure.subplots()
     tokens = list(range(1, 16385, 16))
-    for retention, color in ((1.0, "#000000"), (0.5, RANKS[0]), (0.25, RANKS[1]), (0.125, RANKS[2])):
-        config = LRSAConfig(sink_size=16, lag_size=1024, retention=retention)
-        name = "dense" if config.is_dense else f"retention 1/{round(1 / retention)}"
-        panel.plot(tokens, [num_held(n, config) for n in tokens], color=color, label=name, linewidth=1.8)
+    for retention in (1.0, 0.5, 0.25, 0.125):
+        config, short = LRSAConfig(sink_size=16, lag_size=1024, retention=retention), retention_name(retention)
+        name = short if config.is_dense else f"retention {short}"
+        panel.plot(tokens, [num_held(n, config) for n in tokens], color=OF_CACHE[short], label=name, linewidth=1.8)
     panel.axvline(config.dense_prefix_size, color="#57606a", linewidth=0.8, linestyle=":")
     panel.text(config.dense_prefix_size + 150, 14500, "S + 2L: the first\ncompression", fontsize=10, va="top")
     panel.set_xlabel("tokens seen", fontsize=11)
@@ -211,13 +250,97 @@ def draw_exchange() -> "Figure":
     return figure
 
 
+@cache
+def estimate(*overrides: str) -> Estimate:
+    """What `launch/plan.py` estimates for these settings."""
+    register_resolver()
+    register_checkout()
+    register_schema("train", PlanConfig)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = typed_config(compose("train", list(overrides)), PlanConfig)
+    job, sizes, *_ = job_and_sizes(config, config.machine, config.itemsize, config.num_targets)
+    return Estimate(sizes, job, config.machine)
+
+
+def draw_memory() -> "Figure":
+    """GPU memory by part at the peak, for the settings of the page of 131,072 tokens."""
+    parts = {
+        "weights": "weights", "gradients": "gradients", "optimizer states": "optimizer states",
+        "activation checkpoints": "checkpoints", "one layer: MLP": "the MLP of a layer",
+    }  # fmt: skip
+    figure = new_figure(9.4, 4.4)
+    panel = figure.subplots()
+    for row, settings in enumerate(PLANS.values()):
+        memory = estimate(*settings).memory
+        held = {**memory.static, **memory.moments[memory.peak_moment]}
+        named = {label: held.get(part, 0) for part, label in parts.items()}
+        named["the rest of a layer"] = sum(held.values()) - sum(named.values())
+        left = 0.0
+        for (label, size), color in zip(named.items(), (*PALETTE, GREY), strict=False):
+            panel.barh(row, size / 1e9, left=left, color=color, height=0.62, label=label if row == 0 else None)
+            left += size / 1e9
+        panel.text(left + 0.8, row, f"{left:.1f}", va="center", fontsize=TICK)
+    panel.axvline(80, color=BLACK, linewidth=1.0, linestyle=":")
+    panel.invert_yaxis()
+    panel.set_xlim(0, 90)
+    panel.set_yticks(range(len(PLANS)), list(PLANS), fontsize=TICK)
+    panel.tick_params(axis="x", labelsize=TICK)
+    panel.set_xlabel("GPU memory at the peak of a step, GB (estimated; dotted: 80 GB)", fontsize=LABEL)
+    figure.legend(fontsize=TICK, frameon=False, ncols=3, loc="outside upper center")
+    return figure
+
+
+def draw_traffic() -> "Figure":
+    """What a rank sends in one forward pass over a layer of an 8B model, by the number of ranks."""
+    found = estimate("+recipe=qa_128k", "model=llama_8b", "gpus=8")
+    figure = new_figure(7.8, 3.9)
+    panel = figure.subplots()
+    ranks = (2, 4, 8, 16, 32)
+
+    def megabytes(config: LRSAConfig, exchange: str) -> list[float]:
+        jobs = [replace(found.job, sp_size=n, num_gpus=n, exchange=exchange) for n in ranks]
+        return [sum(pass_bytes(found.sizes, job, config).values()) / 1e6 for job in jobs]
+
+    dense = LRSAConfig(sink_size=16, lag_size=1024, retention=1.0)
+    panel.plot(ranks, megabytes(dense, "gather_kept"), color=BLACK, marker="s", label="dense: DeepSpeed-Ulysses")
+    for retention in (0.25, 0.125):
+        config, short = replace(dense, retention=retention), retention_name(retention)
+        for exchange, marker, line in (("gather_kept", "o", "-"), ("head_groups", "^", "--")):
+            sent, label = megabytes(config, exchange), f"{short}: {exchange}"
+            panel.plot(ranks, sent, color=OF_CACHE[short], marker=marker, linestyle=line, label=label)
+    panel.set_xscale("log", base=2)
+    panel.set_yscale("log")
+    panel.set_xticks(ranks, [str(n) for n in ranks])
+    panel.set_yticks([50, 100, 200, 500], ["50", "100", "200", "500"])
+    panel.minorticks_off()
+    panel.tick_params(labelsize=TICK)
+    panel.set_xlabel("parallel.sp_size: ranks that share 131,072 tokens", fontsize=LABEL)
+    panel.set_ylabel("MB sent by a rank, forward,\nfor each layer", fontsize=LABEL)
+    panel.grid(alpha=0.25, linewidth=0.6)
+    panel.legend(fontsize=TICK, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return figure
+
+
 FIGURES: dict[str, Callable[[], "Figure"]] = {
     "mask.png": draw_mask,
     "partitions.png": draw_partitions,
     "kept.png": draw_kept,
     "cache_size.png": draw_cache_size,
     "exchange.png": draw_exchange,
+    "memory.png": draw_memory,
+    "traffic.png": draw_traffic,
 }
+
+
+def draw_answers(path: Path) -> None:
+    """The measured answers of the README, as `launch/compare.py` draws them."""
+    names = {"xquad": "XQuAD", "covid": "COVID-QA", "signature": "signature", "lookup": "lookup", "passkey": "passkey"}
+    with RESULTS.open(newline="") as file:
+        found = [row for row in csv.DictReader(file) if row["task"] in names]
+    words = ("task", "cache", "group")
+    numbers = [{key: value if key in words else float(value or "nan") for key, value in row.items()} for row in found]
+    rows = [row | {"task": names[row["task"]]} for row in numbers]
+    comparison.draw(sorted(rows, key=lambda row: list(names.values()).index(row["task"])), path)
 
 
 def write(folder: Path) -> list[Path]:
@@ -225,7 +348,8 @@ def write(folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     for name, draw in FIGURES.items():
         save_figure(draw(), folder / name)
-    return [folder / name for name in FIGURES]
+    draw_answers(folder / "answers.png")
+    return [*(folder / name for name in FIGURES), folder / "answers.png"]
 
 
 if __name__ == "__main__":

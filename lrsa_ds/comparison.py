@@ -16,7 +16,7 @@ from lrsa_ds.errors import LRSAError, require
 from lrsa_ds.labels import caches_in_order, factor_name
 from lrsa_ds.logs.journal import read_rows
 from lrsa_ds.logs.metrics import ANSWERS
-from lrsa_ds.pictures import new_figure, save_figure
+from lrsa_ds.pictures import GREY, LABEL, TICK, cache_colors, new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,7 +30,7 @@ METRICS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {  # from sums [...
 HEADINGS = {"exact_match": "exact %", "token_accuracy": "tokens %", "nll": "nll"}
 NUM_SAMPLES = 4000
 TAILS = (0.025, 0.975)  # of a 95 % interval
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")  # told apart by colour-blind readers too
+MARKERS = ("o", "s", "^", "D", "v", "P")  # of the groups; colours are those of the caches
 
 
 @dataclass(frozen=True)
@@ -209,27 +209,38 @@ def draw(rows: list[dict], path: Path, metric: str = "token_accuracy") -> None:
     labels = [f"{name}, {factor_name(row['cache_factor'] for row in rows if row['cache'] == name)}" for name in caches]
     across = min(3, len(tasks))
     down = math.ceil(len(tasks) / across)
-    figure = new_figure(2.2 + 2.6 * across, 0.9 + down * (0.6 + 0.28 * len(caches)))
+    figure = new_figure(2.8 + 3.0 * across, 1.2 + down * (0.7 + 0.42 * len(caches)))
     panels = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).flatten()
     for panel, task in zip(panels, tasks, strict=False):
         _draw_task(panel, [row for row in rows if row["task"] == task], caches, metric)
-        panel.set_title(task, fontsize=10)
+        panel.set_title(task, fontsize=LABEL)
     for panel in panels[len(tasks) :]:
         panel.set_axis_off()
     panels[0].set_yticks(range(len(caches)), labels)
     panels[0].invert_yaxis()
-    figure.supxlabel(f"{HEADINGS[metric]}, with 95 % intervals", fontsize=9.5)
-    figure.legend(*panels[0].get_legend_handles_labels(), fontsize=9, frameon=False, loc="outside upper left", ncols=4)
+    figure.supxlabel(f"{HEADINGS[metric]}, with 95 % intervals", fontsize=LABEL)
+    from matplotlib.lines import Line2D
+
+    groups = list(dict.fromkeys(row["group"] for row in rows))
+    handles = [Line2D([], [], color=GREY, linestyle="", marker=marker, markersize=6) for _, marker in _marked(groups)]
+    figure.legend(handles, groups, fontsize=TICK, frameon=False, loc="outside upper left", ncols=4)
     save_figure(figure, path)
 
 
+def _marked(groups: list[str]) -> list[tuple[str, str]]:
+    return [(group, MARKERS[number % len(MARKERS)]) for number, group in enumerate(groups)]
+
+
 def _draw_task(panel: "Axes", rows: list[dict], caches: list[str], metric: str) -> None:
-    groups = list(dict.fromkeys(row["group"] for row in rows))
-    for number, group in enumerate(groups):
+    groups, colors = list(dict.fromkeys(row["group"] for row in rows)), cache_colors(caches)
+    for number, (group, marker) in enumerate(_marked(groups)):
         mine = [row for row in rows if row["group"] == group]
         heights = [caches.index(row["cache"]) + 0.24 * (number - (len(groups) - 1) / 2) for row in mine]
         ends = [[max(0.0, s * (r[metric] - r[metric + end])) for r in mine] for s, end in ((1, "_low"), (-1, "_high"))]
-        values, color = [row[metric] for row in mine], COLORS[number % len(COLORS)]
-        panel.errorbar(values, heights, xerr=ends, fmt="o", color=color, markersize=4.5, capsize=2.5, label=group)
+        for row, height, low, high in zip(mine, heights, *ends, strict=True):
+            color = colors[row["cache"]]
+            panel.errorbar(
+                [row[metric]], [height], xerr=[[low], [high]], fmt=marker, color=color, markersize=6, capsize=2.5
+            )
     panel.grid(alpha=0.3, linewidth=0.6)
-    panel.tick_params(labelsize=9)
+    panel.tick_params(labelsize=TICK)

@@ -21,9 +21,9 @@ import psutil
 
 from lrsa_ds.directories.layout import TRAIN, check_directory, mark_directory
 from lrsa_ds.errors import LRSAError
-from lrsa_ds.labels import SMALLER, factor_name, rows_of_smallest
+from lrsa_ds.labels import SMALLER, factor_name, retention_name, rows_of_smallest
 from lrsa_ds.parallel.rendezvous import free_port
-from lrsa_ds.pictures import new_figure, save_figure
+from lrsa_ds.pictures import LABEL, OF_CACHE, PALETTE, TICK, TITLE, new_figure, save_figure
 from lrsa_ds.process.exits import Exit
 from lrsa_ds.train.output import COMPLETED
 
@@ -241,6 +241,14 @@ def sweep_table(rows: list[dict]) -> str:
     return "\n".join([*table, "", LEGEND])
 
 
+def _color_of_retention(written: str) -> str | None:
+    """That of its cache in all pictures; None: the next one, for what is no number, such as a list."""
+    try:
+        return OF_CACHE.get(retention_name(float(written)))
+    except ValueError:
+        return None
+
+
 def draw_sweep(rows: list[dict], path: Path, title: str) -> None:
     """Score and step time over each swept key, a line for each combination of the other keys.
 
@@ -248,31 +256,45 @@ def draw_sweep(rows: list[dict], path: Path, title: str) -> None:
         LRSAError: `path` cannot be written.
     """
     keys = list(dict.fromkeys(key for row in rows for key in row["swept"]))
-    figure = new_figure(max(5.2, 3.4 * len(keys)), 5.4)
-    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
-    score = f"exact %, cache {factor_name(row.get('cache_factor') for row in rows)} smaller"
+    figure = new_figure(max(6.4, 4.0 * len(keys)), 6.4)
+    figure.suptitle(title, fontsize=TITLE, x=0.01, ha="left")
+    score = f"exact answers, %\n(cache {factor_name(row.get('cache_factor') for row in rows)} smaller)"
     panels = figure.subplots(2, len(keys), squeeze=False, sharex="col", sharey="row")
     for column, key in enumerate(keys):
         values = sorted({row["swept"].get(key, "-") for row in rows}, key=_as_number)
         lines: dict[str, list[dict]] = {}
+        colors: dict[str, str | None] = {}
         for row in rows:
             others = {k: v for k, v in row["swept"].items() if k != key}
-            lines.setdefault(job_name(others) if others else "", []).append(row)
-        for line, (name, label) in zip(panels[:, column], (("score", score), ("step_seconds", "s/step")), strict=True):
+            name = job_name(others) if others else ""
+            lines.setdefault(name, []).append(row)
+            if list(others) == ["attention.retention"]:
+                colors[name] = _color_of_retention(others["attention.retention"])
+        for line, (name, label) in zip(
+            panels[:, column], (("score", score), ("step_seconds", "seconds a step")), strict=True
+        ):
+            line.set_prop_cycle(color=PALETTE)
             for other, mine in lines.items():
                 points = [(values.index(row["swept"].get(key, "-")), row.get(name, math.nan)) for row in mine]
-                line.plot(*zip(*sorted(points), strict=True), marker="o", markersize=4, linewidth=1.5, label=other)
+                line.plot(
+                    *zip(*sorted(points), strict=True),
+                    marker="o",
+                    markersize=5.5,
+                    linewidth=1.7,
+                    label=other,
+                    color=colors.get(other),
+                )
             line.grid(alpha=0.25, linewidth=0.6)
-            line.tick_params(labelsize=8)
+            line.tick_params(labelsize=TICK)
             line.spines[["top", "right"]].set_visible(False)
             if column == 0:
-                line.set_ylabel(label, fontsize=8.5)
+                line.set_ylabel(label, fontsize=LABEL)
         panels[0, column].set_ylim(-4, 104)
         # From 0, with room above: matplotlib's margin is a share of the range of the times, which may be tiny.
         slowest = max((row["step_seconds"] for row in rows if row.get("step_seconds", 0) > 0), default=1.0)
         panels[1, column].set_ylim(0, 1.1 * slowest)
         panels[1, column].set_xticks(range(len(values)), values)
-        panels[1, column].set_xlabel(key, fontsize=8.5)
+        panels[1, column].set_xlabel(key, fontsize=LABEL)
         if any(lines):
-            panels[0, column].legend(fontsize=7, frameon=False)
+            panels[0, column].legend(fontsize=TICK, frameon=False)
     save_figure(figure, path)

@@ -1,19 +1,20 @@
 """The summary of an evaluation as a table for the terminal, and as figures."""
 
 import math
+import statistics
 import textwrap
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from lrsa_ds.evaluate.results import cache_name, caches_of, measured_factor
 from lrsa_ds.labels import SMALLER, cache_of, cache_tick, caches_in_order, factor_name, retention_name
-from lrsa_ds.pictures import new_figure, save_figure
+from lrsa_ds.pictures import GREY, LABEL, TICK, TITLE, cache_colors, new_figure, save_figure
 
 CACHES_PER_BLOCK = 4
 WIDTH, TITLE_WIDTH = 18, 28  # of the columns of the table and of its first column: lines have at most 100 characters
-COLORS = {"dense": "#8a8f98", "chunked": "#1f6feb", "after": "#d97706"}
-MARKERS = {"dense": "s", "chunked": "o", "after": "^"}
+MARKERS = {"dense": "s", "chunked": "o", "after": "^"}  # of a cache by how it is filled; its colour says which it is
 
 
 CACHES = {
@@ -155,62 +156,59 @@ def _save(figure: Figure, path: Path) -> Path:
 
 
 def _figure(num_lines: int, num_columns: int, size: tuple[float, float], title: str, **shared):
-    figure = new_figure(max(5.2, size[0] * num_columns), 0.7 + size[1] * num_lines)
-    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+    figure = new_figure(max(6.4, size[0] * num_columns), 0.9 + size[1] * num_lines)
+    figure.suptitle(title, fontsize=TITLE, x=0.01, ha="left")
     return figure, figure.subplots(num_lines, num_columns, squeeze=False, **shared)
 
 
 def _scores(rows: list[dict], title: str) -> Figure:
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     num_columns = min(4, len(tasks))
-    figure, panels = _figure(-(-len(tasks) // num_columns), num_columns, (3.0, 2.8), title, sharey=True)
-    handles = {}
     # Caches are ordered by retention, however they are filled; caches that hold everything share one place.
     rows = [row | {"cache": row["layers"] or retention_name(row["retention"])} for row in rows]
     places = caches_in_order(rows)
+    size = (max(3.3, 0.95 * len(places) + 0.6), 3.0)
+    figure, panels = _figure(-(-len(tasks) // num_columns), num_columns, size, title, sharey=True)
+    handles: dict[str, Line2D] = {}
     for number, panel in enumerate(panels.flat):
         if number >= len(tasks):
             panel.set_visible(False)
             continue
         metric = next(row["metric"] for row in rows if row["task"] == tasks[number])
         mine = [row for row in rows if (row["task"], row["metric"]) == (tasks[number], metric)]
-        for prefill in COLORS:
+        for prefill in MARKERS:
             line = [row for row in mine if row["prefill"] == prefill]
             line.sort(key=lambda row: places.index(cache_of(row)))
             if line:
-                handles[prefill] = _errorbar(panel, line, [places.index(cache_of(row)) for row in line], prefill)
+                _errorbars(panel, line, places, prefill)
+                handles[prefill] = Line2D([], [], color=GREY, marker=MARKERS[prefill], linewidth=1.2)
         panel.set_xticks(range(len(places)), [cache_tick(mine, place) for place in places])
         panel.set_xlim(-0.4, len(places) - 0.6)
         panel.set_ylim(-4, 104)
-        panel.set_title(textwrap.fill(f"{tasks[number]} ({metric})", 32), fontsize=9)
-        panel.tick_params(labelsize=8)
+        panel.set_title(textwrap.fill(f"{tasks[number]} ({metric})", 32), fontsize=LABEL)
+        panel.tick_params(labelsize=TICK)
         panel.grid(alpha=0.25, linewidth=0.6)
         panel.spines[["top", "right"]].set_visible(False)
         if number + num_columns >= len(tasks):
-            panel.set_xlabel(f"cache\n({SMALLER})", fontsize=8.5)
+            panel.set_xlabel(f"cache\n({SMALLER})", fontsize=LABEL)
     for panel in panels[:, 0]:
-        panel.set_ylabel("%", fontsize=8.5)
+        panel.set_ylabel("%, 95 % intervals", fontsize=LABEL)
     names = [f"{prefill}: {CACHES[prefill]}" for prefill in handles]
-    figure.legend(handles.values(), names, loc="outside lower center", ncols=1, frameon=False, fontsize=8.5)
+    figure.legend(handles.values(), names, loc="outside lower center", ncols=1, frameon=False, fontsize=TICK)
     return figure
 
 
-def _errorbar(panel, line: list[dict], places: list[int], prefill: str):
+def _errorbars(panel, line: list[dict], places: list[str], prefill: str) -> None:
     # Points are slightly shifted, so that equal scores do not hide each other.
-    shift = 0.06 * (list(COLORS).index(prefill) - 1)
-    means = [row["mean"] for row in line]
-    errors = [[row["mean"] - row["low"] for row in line], [row["high"] - row["mean"] for row in line]]
-    return panel.errorbar(
-        [place + shift for place in places],
-        means,
-        yerr=[[max(0.0, error) for error in side] for side in errors],
-        color=COLORS[prefill],
-        marker=MARKERS[prefill],
-        markersize=4.5,
-        linewidth=1.7,
-        elinewidth=0.8,
-        capsize=2,
-    )
+    shift, colors = 0.08 * (list(MARKERS).index(prefill) - 1), cache_colors(places)
+    points = [(places.index(cache_of(row)) + shift, row["mean"]) for row in line]
+    panel.plot(*zip(*points, strict=True), color=GREY, linewidth=1.2, alpha=0.6)
+    for (place, mean), row in zip(points, line, strict=True):
+        ends = [[max(0.0, mean - row["low"])], [max(0.0, row["high"] - mean)]]
+        panel.errorbar(
+            [place], [mean], yerr=ends, color=colors[cache_of(row)], marker=MARKERS[prefill], markersize=7, capsize=3,
+            elinewidth=1.2,
+        )  # fmt: skip
 
 
 def _cache(sample: dict) -> tuple[str, float, str]:
@@ -232,25 +230,28 @@ def _needles(samples: list[dict], title: str) -> Figure:
     caches = caches_of(samples)
     lengths = sorted({sample["length"] for sample in samples})
     depths = sorted({sample["depth"] for sample in samples})
-    size = (max(2.2, 0.55 * len(lengths) + 1.2), max(1.8, 0.28 * len(depths) + 1.0))
+    size = (max(2.8, 0.7 * len(lengths) + 1.4), max(2.3, 0.36 * len(depths) + 1.3))
     figure, panels = _figure(len(tasks), len(caches), size, title, sharex=True, sharey=True)
     image = None
     for task, line in zip(tasks, panels, strict=True):
         for cache, panel in zip(caches, line, strict=True):
             grid = [[_mean(samples, task, cache, n, depth) for n in lengths] for depth in depths]
-            image = panel.imshow(grid, vmin=0, vmax=100, cmap="RdYlGn", alpha=0.65, aspect="auto")
+            image = panel.imshow(
+                grid, vmin=0, vmax=100, cmap="cividis", aspect="auto"
+            )  # by brightness: colour-blind safe
             for y, values in enumerate(grid):
                 for x, value in enumerate(values):
                     if not math.isnan(value):
-                        panel.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=7)
+                        color = "white" if value < 55 else "black"
+                        panel.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=TICK, color=color)
             title = _title([sample for sample in samples if sample["task"] == task], cache)
-            panel.set_title(f"{textwrap.fill(task, 26)}\n{textwrap.fill(title, 26)}", fontsize=8)
-            panel.set_xticks(range(len(lengths)), [_short(n) for n in lengths], fontsize=7.5)
-            panel.set_yticks(range(len(depths)), [f"{100 * depth:.0f} %" for depth in depths], fontsize=7.5)
-    figure.supxlabel("tokens", fontsize=8.5)
-    figure.supylabel("depth of the fact", fontsize=8.5)
+            panel.set_title(f"{textwrap.fill(task, 26)}\n{textwrap.fill(title, 26)}", fontsize=TICK)
+            panel.set_xticks(range(len(lengths)), [_short(n) for n in lengths], fontsize=TICK)
+            panel.set_yticks(range(len(depths)), [f"{100 * depth:.0f} %" for depth in depths], fontsize=TICK)
+    figure.supxlabel("tokens", fontsize=LABEL)
+    figure.supylabel("depth of the fact", fontsize=LABEL)
     assert image is not None  # there is a task, and a cache
-    figure.colorbar(image, ax=panels, shrink=0.8, label="%").ax.tick_params(labelsize=7.5)
+    figure.colorbar(image, ax=panels, shrink=0.8, label="%").ax.tick_params(labelsize=TICK)
     return figure
 
 
@@ -267,21 +268,29 @@ def _short(length: int) -> str:
 def _perplexity(samples: list[dict], title: str) -> Figure:
     samples = [sample for sample in samples if "nll_by_position" in sample]
     lengths = sorted({sample["length"] for sample in samples})
-    figure, panels = _figure(1, len(lengths), (3.6, 2.8), title, sharey=True)
-    styles = ["-", "--", "-.", ":"]
+    figure, panels = _figure(1, len(lengths), (4.6, 3.4), title, sharey=True)
+    styles = {"dense": "-", "chunked": "-", "after": "--"}
     for length, panel in zip(lengths, panels[0], strict=True):
         mine = [sample for sample in samples if sample["length"] == length]
-        for number, cache in enumerate(caches_of(mine)):
+        named = {cache: cache[2] or retention_name(cache[1]) for cache in caches_of(mine)}
+        colors = cache_colors(list(dict.fromkeys(named.values())))
+        for cache, name in named.items():
             curves = [s["nll_by_position"] for s in mine if _cache(s) == cache]
             mean = [sum(values) / len(values) for values in zip(*curves, strict=True)]
             ends = [length * (i + 1) / len(mean) for i in range(len(mean))]
             label = _title(mine, cache)
-            panel.plot(ends, mean, color=COLORS[cache[0]], linestyle=styles[number % 4], linewidth=1.5, label=label)
-        panel.legend(fontsize=8, frameon=False)  # each has its own: the factors depend on the length
-        panel.set_xlabel("position (tokens)", fontsize=8.5)
-        panel.set_title(f"{length:,} tokens ({len({s['index'] for s in mine})} texts)", fontsize=9)
-        panel.tick_params(labelsize=8)
+            panel.plot(ends, mean, color=colors[name], linestyle=styles[cache[0]], linewidth=1.8, label=label)
+            if len(curves) > 1:  # 95 % intervals of the mean over the texts
+                half = [
+                    1.96 * statistics.stdev(values) / math.sqrt(len(curves)) for values in zip(*curves, strict=True)
+                ]
+                low, high = ([m + sign * h for m, h in zip(mean, half, strict=True)] for sign in (-1, 1))
+                panel.fill_between(ends, low, high, color=colors[name], alpha=0.15, linewidth=0)
+        panel.legend(fontsize=TICK, frameon=False)  # each has its own: the factors depend on the length
+        panel.set_xlabel("position (tokens)", fontsize=LABEL)
+        panel.set_title(f"{length:,} tokens ({len({s['index'] for s in mine})} texts)", fontsize=LABEL)
+        panel.tick_params(labelsize=TICK)
         panel.grid(alpha=0.25, linewidth=0.6)
         panel.spines[["top", "right"]].set_visible(False)
-    panels[0, 0].set_ylabel("nats per token", fontsize=8.5)
+    panels[0, 0].set_ylabel("nats per token, 95 % intervals", fontsize=LABEL)
     return figure

@@ -5,14 +5,13 @@ import textwrap
 from pathlib import Path
 
 from lrsa_ds.labels import SMALLER, cache_of, cache_tick, caches_in_order, factor_name, is_dense_cache
-from lrsa_ds.pictures import new_figure, save_figure
+from lrsa_ds.pictures import GREY, LABEL, TICK, TITLE, cache_colors, new_figure, save_figure, share_interval
 
 COLUMNS = 100  # of a line of the table, unless the name of a task alone is longer
 PANELS_PER_LINE = 4
 TITLE_COLUMNS = 30  # of a panel's title
 METRICS = {"exact_match": "exact %", "token_accuracy": "tokens %"}
 CELL = 11  # of "100.0→100.0"
-BEFORE, AFTER = "#8a8f98", "#1f6feb"
 LEGEND = """cache: the share of each partition that is kept; dense: everything is
 smaller: {smaller} at the end of an example
 exact %: answers of which every token is right; tokens %: tokens of the answers that are right"""
@@ -107,6 +106,8 @@ def _phrase(when: str) -> str:
 def draw_evaluation(rows: list[dict], path: Path, title: str) -> None:
     """Writes a PNG of the scores in percent over the caches, one panel per task.
 
+    Exact answers have 95 % intervals; a cache has the same colour in every picture.
+
     Args:
         rows: as for `evaluation_table`.
 
@@ -117,22 +118,24 @@ def draw_evaluation(rows: list[dict], path: Path, title: str) -> None:
     num_columns = min(len(tasks), PANELS_PER_LINE)
     num_lines = -(-len(tasks) // num_columns)
     legend = _legend(_times(rows))
-    legend_columns = 4 if num_columns > 3 else 2
-    height = 0.5 + 2.65 * num_lines + 0.25 * -(-len(legend) // legend_columns)
-    figure = new_figure(max(5.2, 3.1 * num_columns), height)
+    legend_columns = 4 if num_columns > 2 else 2
+    # Labels of caches are wide; a panel has room for each.
+    width = max(3.3, 0.95 * len(caches_in_order(rows)) + 0.6)
+    height = 0.9 + 3.0 * num_lines + 0.3 * -(-len(legend) // legend_columns)
+    figure = new_figure(max(6.4, width * num_columns), height)
     panels = figure.subplots(num_lines, num_columns, sharey=True, squeeze=False)
     for number, panel in enumerate(panels.flat):
         if number < len(tasks):
             _draw_panel(panel, rows, tasks[number])
             if number + num_columns >= len(tasks):
-                panel.set_xlabel(f"cache\n({SMALLER})", fontsize=8.5)
+                panel.set_xlabel(f"cache\n({SMALLER})", fontsize=LABEL)
         else:
             panel.set_visible(False)
-    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+    figure.suptitle(title, fontsize=TITLE, x=0.01, ha="left")
     for panel in panels[:, 0]:
-        panel.set_ylabel("% right", fontsize=8.5)
+        panel.set_ylabel("% right", fontsize=LABEL)
     figure.legend(
-        handles=legend, loc="outside lower center", ncols=legend_columns, frameon=False, fontsize=8.5, handlelength=3.2
+        handles=legend, loc="outside lower center", ncols=legend_columns, frameon=False, fontsize=TICK, handlelength=2.4
     )
     save_figure(figure, path)
 
@@ -142,18 +145,19 @@ def _is_start(when: str, times: list[str]) -> bool:
 
 
 def _style(is_start: bool, metric: str) -> dict:
-    style = {"color": BEFORE if is_start else AFTER, "linestyle": "--" if is_start else "-"}
+    """Open markers for the start, filled ones for the end; their colour is that of the cache."""
+    style = {"linestyle": "--" if is_start else "-", "fillstyle": "none" if is_start else "full"}
     if metric == "exact_match":
-        return style | {"marker": "o", "markersize": 4.5, "linewidth": 1.9}
-    return style | {"marker": ".", "linewidth": 1.1, "alpha": 0.45}
+        return style | {"marker": "o", "markersize": 7.5, "linewidth": 1.3}
+    return style | {"marker": "D", "markersize": 4.5, "linewidth": 0.8}
 
 
 def _legend(times: list[str]) -> list:
     from matplotlib.lines import Line2D
 
-    names = {"exact_match": "exact answers", "token_accuracy": "answer tokens"}
+    names = {"exact_match": "exact answers (95 %)", "token_accuracy": "answer tokens"}
     return [
-        Line2D([], [], **_style(_is_start(w, times), m), label=f"{name}, {_phrase(w)}")
+        Line2D([], [], color=GREY, **_style(_is_start(w, times), m), label=f"{name}, {_phrase(w)}")
         for m, name in names.items()
         for w in times
     ]
@@ -161,22 +165,27 @@ def _legend(times: list[str]) -> list:
 
 def _draw_panel(panel, rows: list[dict], task: str) -> None:
     caches = caches_in_order(rows)  # the dense cache on the left, as in the table's first line
-    for when in _times(rows):
+    colors, times = cache_colors(caches), _times(rows)
+    for when in times:
         mine = [r for r in rows if (r["when"], r["task"]) == (when, task)]
         mine.sort(key=lambda row: caches.index(cache_of(row)))
         for metric in ("token_accuracy", "exact_match"):
-            panel.plot(
-                [caches.index(cache_of(r)) for r in mine],
-                [r[metric] for r in mine],
-                **_style(_is_start(when, _times(rows)), metric),
-            )
+            style = _style(_is_start(when, times), metric)
+            places = [caches.index(cache_of(row)) for row in mine]
+            scores = [row[metric] for row in mine]
+            panel.plot(places, scores, color=GREY, alpha=0.6, **style | {"marker": ""})
+            for place, score, row in zip(places, scores, mine, strict=True):
+                color = colors[cache_of(row)]
+                panel.plot([place], [score], color=color, **style)
+                if metric == "exact_match" and not math.isnan(score):
+                    panel.vlines(place, *share_interval(score, row["num_examples"]), color=color, linewidth=1.0)
     mine = [row for row in rows if row["task"] == task]
     panel.set_xticks(range(len(caches)), [cache_tick(mine, cache) for cache in caches])
     panel.set_xlim(-0.3, len(caches) - 0.7)  # room at both ends for the markers
     panel.set_ylim(-4, 104)
     panel.set_yticks(range(0, 101, 25))
     title = textwrap.fill(f"{task} ({_num_examples(rows, task)} examples)", TITLE_COLUMNS)
-    panel.set_title(title, fontsize=9.5)
-    panel.tick_params(labelsize=8.5)
+    panel.set_title(title, fontsize=LABEL)
+    panel.tick_params(labelsize=TICK)
     panel.grid(alpha=0.25, linewidth=0.6)
     panel.spines[["top", "right"]].set_visible(False)

@@ -10,7 +10,7 @@ from lrsa_ds.labels import retention_name
 from lrsa_ds.layer_ranges import written_layers
 from lrsa_ds.logs.journal import without_nan
 from lrsa_ds.logs.metrics import RunLogger
-from lrsa_ds.pictures import new_figure, save_figure
+from lrsa_ds.pictures import GREY, LABEL, TICK, TITLE, cache_colors, new_figure, save_figure
 from lrsa_ds.telemetry.measure import Telemetry
 
 MOST_NAMED = 5  # maximum number of layers in the sentence
@@ -97,19 +97,20 @@ def draw(found: Telemetry, path: Path, title: str) -> None:
         LRSAError: `path` cannot be written.
     """
     num_layers, num_heads = len(found.layers), len(found.layers[0].dropped_mass)
-    width = max(1.9, 0.42 * num_heads)
-    figure = new_figure(2 * width + 4.6, max(3.4, 1.5 + 0.21 * num_layers))
-    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+    width = max(2.2, 0.5 * num_heads)
+    figure = new_figure(2 * width + 5.0, max(3.8, 1.9 + 0.25 * num_layers))
+    figure.suptitle(title, fontsize=TITLE, x=0.01, ha="left")
     panels = figure.subplots(1, 3, sharey=True, width_ratios=[width, width, 2.6])
     for panel, (name, heading) in zip(panels, PANELS, strict=False):
         _draw_map(panel, [getattr(layer, name) or [math.nan] * num_heads for layer in found.layers], heading)
-    _draw_increases(panels[2], [layer.nll_increase for layer in found.layers])
+    name = retention_name(found.retention)
+    _draw_increases(panels[2], [layer.nll_increase for layer in found.layers], cache_colors([name])[name])
     every = max(1, -(-num_layers // 40))
     places = range(0, num_layers, every)
     panels[0].set_yticks(places, [str(found.layers[place].layer) for place in places])
-    panels[0].set_ylabel("layer", fontsize=8.5)
+    panels[0].set_ylabel("layer", fontsize=LABEL)
     for panel in panels:
-        panel.tick_params(labelsize=7.5)
+        panel.tick_params(labelsize=TICK)
     save_figure(figure, path)
 
 
@@ -121,17 +122,17 @@ def _draw_map(panel, shares: list[list[float]], heading: str) -> None:
         for x, value in enumerate(line):
             text = "-" if math.isnan(value) else f"{value:.0f}"
             color = "white" if value < 55 else "black"
-            panel.text(x, y, text, ha="center", va="center", fontsize=6.5, color="black" if text == "-" else color)
-    panel.set_title(heading, fontsize=8.5)
+            panel.text(x, y, text, ha="center", va="center", fontsize=9, color="black" if text == "-" else color)
+    panel.set_title(heading, fontsize=LABEL)
     panel.set_xticks(range(len(shares[0])))
-    panel.set_xlabel("KV head", fontsize=8.5)
+    panel.set_xlabel("KV head", fontsize=LABEL)
 
 
-def _draw_increases(panel, increases: list[float]) -> None:
-    panel.barh(range(len(increases)), increases, color="#1f6feb", height=0.7)
-    panel.axvline(0, color="#57606a", linewidth=0.8)
-    panel.set_title("loss if this layer alone\nis compressed", fontsize=8.5)
-    panel.set_xlabel("nats per answer token, above dense", fontsize=8.5)
+def _draw_increases(panel, increases: list[float], color: str) -> None:
+    panel.barh(range(len(increases)), increases, color=color, height=0.7)
+    panel.axvline(0, color=GREY, linewidth=0.8)
+    panel.set_title("loss if this layer alone\nis compressed", fontsize=LABEL)
+    panel.set_xlabel("nats per answer token,\nabove dense", fontsize=LABEL)
     panel.locator_params(axis="x", nbins=4)
     panel.grid(axis="x", alpha=0.25, linewidth=0.6)
     panel.spines[["top", "right"]].set_visible(False)

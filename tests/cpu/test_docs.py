@@ -73,3 +73,12 @@ def test_the_example_of_an_objective(registries):
     for smoothing, found in ((0.1, loss), (0.0, logged[0])):
         settings = dict(ignore_index=IGNORE, reduction="sum", label_smoothing=smoothing)
         assert_close(found, cross_entropy(logits, labels, **settings), 1e-5, "loss")
+
+
+def test_the_page_of_128k_tokens_has_the_figures_of_the_plan():
+    page = (ROOT / "docs" / "memory_128k.md").read_text()
+    for settings in figures.PLANS.values():
+        found = figures.estimate(*settings)
+        if settings[0] != "+recipe=step_1b5":  # the page has what was measured
+            assert f"{found.gpu_gb:.1f} GB" in page, settings
+            assert not found.host_gb or f"{found.host_gb:.3g} GB of the host" in page, settings
