@@ -151,7 +151,7 @@ def _load_in_4_bits(model: ModelConfig, config: PreTrainedConfig, dtype: torch.d
     with torch.device("meta"):
         structure = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=model.trust_remote_code)
     if model.random is not None:
-        return random_quantized(structure, model, dtype)
+        return random_quantized(structure, model)
     options = {"quantization_config": quantization_config(model, structure, dtype), "device_map": device_of_weights()}
     return as_quantized(_pretrained(auto_class(config), model, config=config, dtype=dtype, **options))
 

@@ -74,36 +74,32 @@ def quantize_matrices(model: PreTrainedModel, settings: ModelConfig) -> PreTrain
     return as_quantized(model)
 
 
-def random_quantized(structure: PreTrainedModel, settings: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
+def random_quantized(structure: PreTrainedModel, settings: ModelConfig) -> PreTrainedModel:
     """Gives a model on the meta device random weights, in place, and returns it.
 
-    They are made on the device and quantized matrix by matrix, so neither the host nor the device ever holds all of
-    them in `dtype`.
+    They are made on the device and quantized module by module, so neither the host nor the device ever holds all of
+    them in their dtype.
     """
     names = set(quantized_matrices(structure))
     with torch.no_grad():
-        _fill(structure, "", structure, names, settings, dtype)
+        _fill(structure, "", structure, names, settings)
     structure.tie_weights()
     return as_quantized(structure)
 
 
-def _fill(
-    module: nn.Module, path: str, owner: PreTrainedModel, names: set[str], settings: ModelConfig, dtype: torch.dtype
-) -> None:
-    """Initializes a module and all below it as the model that they belong to, `owner`, would."""
+def _fill(module: nn.Module, path: str, owner: PreTrainedModel, names: set[str], settings: ModelConfig) -> None:
+    """Initializes a module and all below it as the model that they belong to, `owner`, would; then packs its matrices.
+
+    In this order, since some models initialize a matrix once more with the module that it is in.
+    """
     owner = module if isinstance(module, PreTrainedModel) else owner
-    device = device_of_weights()
-    for name, child in list(module.named_children()):
-        inner = f"{path}{name}"
-        if inner not in names:
-            _fill(child, f"{inner}.", owner, names, settings, dtype)
-            continue
-        matrix: Any = child
-        whole = nn.Linear(matrix.in_features, matrix.out_features, matrix.bias is not None, device, dtype)
-        owner._init_weights(whole)
-        setattr(module, name, _in_4_bits(whole, settings))
-    module.to_empty(device=device, recurse=False)
+    for name, child in module.named_children():
+        _fill(child, f"{path}{name}.", owner, names, settings)
+    module.to_empty(device=device_of_weights(), recurse=False)
     owner._init_weights(module)
+    for name, child in list(module.named_children()):
+        if f"{path}{name}" in names:
+            setattr(module, name, _in_4_bits(child, settings))
 
 
 def _in_4_bits(matrix: Any, settings: ModelConfig) -> nn.Module:
