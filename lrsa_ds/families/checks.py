@@ -9,13 +9,16 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lrsa_ds.data.packing import IGNORE
 from lrsa_ds.errors import LRSAError
 from lrsa_ds.families.tiny import tiny_model
 from lrsa_ds.layers import AnyConfig
 from lrsa_ds.lrsa_config import LRSAConfig
+from lrsa_ds.models.decoder import Decoder
 from lrsa_ds.models.inference import prefill
+from lrsa_ds.models.keywords import unfit_for_steps
 from lrsa_ds.models.patch import PreTrainedModel, apply_lrsa, enable_checkpointing, new_cache
 from lrsa_ds.models.recurrent import check_unshared
 from lrsa_ds.objectives.objective import Batch
@@ -26,7 +29,7 @@ from lrsa_ds.registry import EXCHANGES
 
 LRSA = LRSAConfig(sink_size=2, lag_size=8, retention=0.25)
 DENSE = replace(LRSA, retention=1.0)
-NUM_TOKENS = 70
+NUM_TOKENS, NUM_PREFILLED = 70, 41
 DOCUMENTS = (37, 60, 31)  # packed; two ranks share them, in stretches that end inside of documents
 TOLERANCE = 1e-4
 CHECKS = {
@@ -156,7 +159,7 @@ def _log_likelihoods(model: PreTrainedModel, config: AnyConfig, ids: torch.Tenso
 
 @torch.no_grad()
 def _cache_error(model: PreTrainedModel, stock: torch.Tensor) -> float:
-    """The training pass at retention 1/4 against chunk-by-chunk prefill, and against decoding from the first token."""
+    """The training pass at retention 1/4 against chunk-by-chunk prefill, decoding, and steps of `lrsa_ds.generate`."""
     ids = _ids(NUM_TOKENS)
     apply_lrsa(model, LRSA)
     trained = _log_likelihoods(model, LRSA)
@@ -169,7 +172,22 @@ def _cache_error(model: PreTrainedModel, stock: torch.Tensor) -> float:
     given = {n: logits.log_softmax(-1)[ids[0, n]] for n, logits in after.items()}
     of_decoding = torch.stack(decoded).log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
     of_prefill = torch.stack(list(given.values()))
-    return max(_unlike(of_decoding, trained), _unlike(of_prefill, trained[torch.tensor(list(given)) - 1]))
+    errors = [_unlike(of_decoding, trained), _unlike(of_prefill, trained[torch.tensor(list(given)) - 1])]
+    if unfit_for_steps(model) is None:
+        errors.append(_unlike(_of_steps(model, ids), trained[NUM_PREFILLED:]))
+    return max(errors)
+
+
+def _of_steps(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """[N - 1 - NUM_PREFILLED]: the log-likelihood of each next token behind a cache of fixed storage."""
+    cache, after = new_cache(model, max_tokens=NUM_TOKENS), []
+    prefill(model, ids[:, :NUM_PREFILLED], cache)
+    decoder = Decoder(model, captures=False)
+    decoder.start(cache)
+    for token in ids[0, NUM_PREFILLED:-1]:
+        after.append(decoder(cache, token[None])[0].float().log_softmax(-1))
+        decoder.end_step(cache)
+    return torch.stack(after).gather(1, ids[0, NUM_PREFILLED + 1 :, None])[:, 0]
 
 
 @torch.no_grad()
@@ -190,14 +208,20 @@ def _packed_gradients_error(model: PreTrainedModel) -> float:
 
 
 def _sharing_error(model: PreTrainedModel, mesh: Mesh, exchange: str) -> float:
-    """Loss and every gradient of two ranks that share packed documents, against those of one rank."""
+    """Loss and every gradient of two ranks that share packed documents and recompute layers, against those of one."""
     assert mesh.sequence is not None
     mesh = replace(mesh, sequence=replace(mesh.sequence, strategy=EXCHANGES[exchange]))
     whole = _batch(_ids(sum(DOCUMENTS)), DOCUMENTS, LRSA)
     tokens = torch.cat([torch.arange(sum(DOCUMENTS))[part] for part in mesh.local_tokens(sum(DOCUMENTS))])
     parts = {name: getattr(whole, name)[:, tokens] for name in ("input_ids", "position_ids", "labels")}
     shared = replace(whole, **parts, num_slots=len(tokens), attend=attention_function(mesh.sequence))
-    expected, actual = _loss_and_gradients(model, whole), _loss_and_gradients(model, shared)
+    expected = _loss_and_gradients(model, whole)
+    if model.supports_gradient_checkpointing:
+        enable_checkpointing(model)
+    for layer in model.modules():  # of the layers alone: in training mode some routers choose experts at random
+        layer.training = isinstance(layer, GradientCheckpointingLayer)
+    actual = _loss_and_gradients(model, shared)
+    model.eval()
     for part in actual:
         dist.all_reduce(part)
     return _largest_error(actual, expected)

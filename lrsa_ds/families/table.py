@@ -20,8 +20,9 @@ INTRODUCTION = """# Models
 Made by `python launch/families.py`, which builds a tiny random model of every family that `AutoModelForCausalLM`
 knows, with every kind of layer that its default configuration has. What LRSA cannot train is refused before a run
 starts, in the sentence that is shown here. The checks: at retention 1 the model predicts what the stock model does; at
-retention 1/4 the training pass predicts what chunk-by-chunk prefill and token-by-token decoding do; packed documents
-are what each is alone; and two ranks that share packed documents get the loss and every gradient of one rank.
+retention 1/4 the training pass predicts what chunk-by-chunk prefill, token-by-token decoding and the steps of
+`lrsa_ds.generate` do; packed documents are what each is alone; and two ranks that share packed documents and recompute
+their layers get the loss and every gradient of one rank.
 """
 ALONE = (
     "Ranks cannot share the sequences of a family with recurrent layers: a run says so before it starts, and the table "

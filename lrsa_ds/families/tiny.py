@@ -83,6 +83,7 @@ def _small(key: str, given: Any) -> Any:
 # Where the sizes above do not make a consistent model, or the default is plainer than the models that are published.
 BERTS = ("bert", "bert-generation", "camembert", "data2vec-text", "electra", "ernie", "roberta", "roberta-prelayernorm")
 BERTS += ("roc_bert", "xlm-roberta", "xlm-roberta-xl", "xmod")
+QWEN4 = dict(indexer_budget=8, indexer_compress_ratio=2)
 LLAMA4 = dict(no_rope_layers=[1, 0], moe_layers=[1], floor_scale=8, intermediate_size_mlp=48)
 EXCEPTIONS: dict[str, dict[str, Any]] = {name: dict(is_decoder=True) for name in BERTS} | {
     "bamba": dict(mamba_n_heads=8, mamba_d_head=8, attn_layer_indices=[1]),
@@ -91,12 +92,22 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {name: dict(is_decoder=True) for name in
     "granitemoehybrid": dict(mamba_n_heads=8, mamba_d_head=8, layer_types=["linear_attention", "full_attention"]),
     "jamba": dict(attn_layer_period=2, attn_layer_offset=1, num_experts=4, num_experts_per_tok=2),
     "falcon_h1": dict(mamba_d_ssm=64, mamba_n_heads=8, mamba_d_head=8, mamba_d_state=16),
+    "cohere_compass_text": dict(
+        layer_types=["sliding_attention", "full_attention"],
+        rope_parameters={"full_attention": None, "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}},
+    ),
+    "dbrx": dict(attn_config=dict(kv_n_heads=2, rope_theta=500000.0, clip_qkv=8.0)),  # as it is published
+    "gemma3n_text": dict(
+        layer_types=["sliding_attention", "full_attention"] * 2, num_hidden_layers=4, num_kv_shared_layers=2
+    ),
     "gpt_neo": dict(num_layers=2, attention_types=[[["global", "local"], 1]]),
     "granite": dict(logits_scaling=8.0, attention_multiplier=0.1, embedding_multiplier=2.0, residual_multiplier=0.5),
     "granitemoe": dict(logits_scaling=8.0, attention_multiplier=0.1),
     "granitemoeshared": dict(logits_scaling=8.0, attention_multiplier=0.1),
     "hunyuan_v1_dense": dict(head_dim=8),
     "hunyuan_v1_moe": dict(head_dim=8, num_experts=4, moe_topk=2),
+    "inkling_text": dict(swa_num_key_value_heads=2, swa_head_dim=8),
+    "inkling2_text": dict(swa_num_key_value_heads=2, swa_head_dim=8),
     "kimi_linear": dict(num_experts_per_token=2, num_experts_per_tok=2, num_experts=4, num_expert_group=1),
     # Rotary positions in the layer of chunked attention alone, and queries that are scaled within few tokens.
     "llama4": LLAMA4,
@@ -111,7 +122,9 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {name: dict(is_decoder=True) for name in
     "nemotron": dict(head_dim=8, num_key_value_heads=2),
     "qwen2": dict(use_sliding_window=True, layer_types=["full_attention", "sliding_attention"]),
     "qwen3": dict(use_sliding_window=True, layer_types=["full_attention", "sliding_attention"]),
-    "reformer": dict(is_decoder=True),
+    "qwen4_exp": QWEN4,
+    "qwen4_exp_text": QWEN4,
+    "reformer": dict(is_decoder=True, axial_pos_embds_dim=[16, 16], axial_pos_shape=[8, 64]),
     "seed_oss": dict(attention_dropout=0.1),
     "xmod": dict(is_decoder=True, default_language="en_XX"),
     "zaya": dict(num_experts_per_tok=1),

@@ -4,10 +4,11 @@ Source: LagKV, arXiv 2504.04704. New tokens first attend to all entries; then ev
 complete partition is compressed to its kept KV. In training, LRSA attention computes the same function.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn, cast
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
@@ -27,10 +28,14 @@ CLOSED = (
 
 @dataclass(frozen=True)
 class _Pass:
-    """The forward pass that fills a cache: `rows` is None if no row has padding, `step` if its tokens are counted."""
+    """The forward pass that fills a cache: `rows` is None if no row has padding, `step` if its tokens are counted.
+
+    `layer_of` has the layer of the keys that the cache has given to the pass, as long as they are in use.
+    """
 
     rows: Rows | None
     step: Step | None
+    layer_of: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
 
 
 class LagKVCache(Cache):
@@ -137,7 +142,9 @@ class LagKVCache(Cache):
             raise LRSAError(CLOSED)
         if self._is_step:
             return key_states, value_states
-        return super().update(key_states, value_states, layer_idx, *args, rows=self._pass.rows, **kwargs)
+        keys, values = super().update(key_states, value_states, layer_idx, *args, rows=self._pass.rows, **kwargs)
+        self._pass.layer_of[keys] = layer_idx
+        return keys, values
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """As `Cache.get_mask_sizes`; the token of a step needs no mask, and a compiled step reads no lengths."""
@@ -151,11 +158,14 @@ class LagKVCache(Cache):
     def _is_step(self) -> bool:
         return self._pass is not None and self._pass.step is not None
 
-    def held(self, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values that a layer holds, [B, G, length, D] each, once it has seen tokens."""
-        layer = cast(LagKVLayer, self.layers[layer_idx])
-        assert layer.keys is not None and layer.values is not None
-        return layer.keys, layer.values
+    def held(self, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Keys and values that a layer holds, [B, G, length, D] each, after `update` gave it `keys` in this pass.
+
+        None for other keys, as where a model changes them behind the cache.
+        """
+        layer_idx = None if self._pass is None else self._pass.layer_of.get(keys)
+        layer = None if layer_idx is None else cast(LagKVLayer, self.layers[layer_idx])
+        return None if layer is None or layer.keys is None or layer.values is None else (layer.keys, layer.values)
 
     def get_conv_state(self, *args: Any, **kwargs: Any) -> NoReturn:
         """As `Cache.get_conv_state`, which only a recurrent layer of another attention than LRSA calls."""

@@ -12,8 +12,9 @@ import torch
 from transformers import PreTrainedModel
 
 from lrsa_ds.attention.decoding import Step
-from lrsa_ds.errors import LRSAError
+from lrsa_ds.errors import LRSAError, require
 from lrsa_ds.models.cache import LagKVCache
+from lrsa_ds.models.keywords import unfit_for_steps
 
 WARM_UPS = 2  # passes before a capture: kernels are compiled, and libraries allocate memory
 
@@ -34,9 +35,17 @@ class Decoder:
     Args:
         captures: whether steps are replayed from a CUDA graph.
         compiles: whether `torch.compile` compiles them, or the name of its backend.
+
+    Raises:
+        LRSAError: the model caches keys in a way that steps do not know.
     """
 
     def __init__(self, model: PreTrainedModel, captures: bool, compiles: bool | str = False):
+        reason = unfit_for_steps(model)
+        require(
+            reason is None,
+            f"{type(model).__name__} {reason}, so lrsa_ds.generate cannot serve it: use model.generate.",
+        )
         self.model, self.captures, self.compiles = model, captures, compiles
         self._logits_after = _compiled(compiles) if compiles else _logits_after
         self._graph: torch.cuda.CUDAGraph | None = None

@@ -10,17 +10,19 @@ import textwrap
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from math import prod
 from typing import Any, cast
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from lrsa_ds.models.parts import decoder_of, reads_encoder
 from lrsa_ds.models.passes import is_under_lrsa
 from lrsa_ds.models.temperature import scale_by_position, scales_queries
 
 # What the attention function of LRSA reads.
-OF_A_PASS = ("lrsa_config", "document_lengths", "attend", "num_seen", "rows", "step", "position_ids")
+OF_A_PASS = ("lrsa_config", "document_lengths", "attend", "num_seen", "pass_cache", "rows", "step", "position_ids")
 INTERFACE = "attention_interface"  # how every model of transformers calls the attention function
 
 
@@ -37,6 +39,19 @@ def lost_keywords(decoder: PreTrainedModel) -> str | None:
             is_mended = inside <= place < len(path) and _takes_keywords(part)
             if not is_mended and not _hands_on_keywords(type(part), INTERFACE if part is module else None):
                 return f"does not pass keywords to its attention (the forward of {type(part).__name__} drops **kwargs)"
+    return None
+
+
+def unfit_for_steps(model: PreTrainedModel) -> str | None:
+    """Why a cache of fixed storage cannot serve single tokens (`lrsa_ds.generate`); None if it can."""
+    modules: list[Any] = [module for module, _ in _ways(decoder_of(model))]
+    if len({module.layer_idx for module in modules}) < len(modules):
+        return "passes a token through its layers several times"
+    for module in modules:
+        names = ("num_heads", "num_key_value_groups", "num_key_value_heads")
+        heads, *of_keys = (getattr(module, name, 0) for name in names)
+        if heads and all(of_keys) and heads != prod(of_keys):
+            return "repeats keys behind the cache"
     return None
 
 
@@ -93,7 +108,9 @@ def _ways(decoder: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
     named = dict(decoder.named_modules())
     for path, module in named.items():
         calls = [_name(call.func) for call in _calls(type(module))]
-        if INTERFACE in calls and hasattr(module, "layer_idx"):  # encoders of images inside the decoder have none
+        if (
+            INTERFACE in calls and hasattr(module, "layer_idx") and not reads_encoder(path)
+        ):  # encoders of images inside the decoder have none
             parts = path.split(".")
             around = [named[".".join(parts[:count])] for count in range(len(parts))]
             yield module, [part for part in around if not isinstance(part, nn.ModuleList | nn.ModuleDict)]

@@ -26,3 +26,8 @@ def _ends_before(part: nn.Module, head: nn.Module | None) -> bool:
 def holds(module: nn.Module, part: nn.Module | None) -> bool:
     """Whether `part` is in `module`."""
     return any(inner is part for inner in module.modules())
+
+
+def reads_encoder(path: str) -> bool:
+    """Whether a module is attention to the output of an encoder, which a causal language model never calls."""
+    return any(name.startswith("encoder_attn") for name in path.split("."))

@@ -38,7 +38,7 @@ from lrsa_ds.models.keywords import calls_interface, hand_on_keywords
 from lrsa_ds.models.latent import cache_expanded
 from lrsa_ds.models.logits import other_logits
 from lrsa_ds.models.offload import offload_checkpoints
-from lrsa_ds.models.parts import decoder_of
+from lrsa_ds.models.parts import decoder_of, reads_encoder
 from lrsa_ds.models.passes import attend_rows, read_pass
 from lrsa_ds.models.recurrent import keep_documents_apart
 from lrsa_ds.models.rope import check_fixed
@@ -46,7 +46,6 @@ from lrsa_ds.models.structure import (
     layers_of,
     nothing_to_take,
     other_attention,
-    reads_encoder,
     unfit_decoder,
     unknown_type,
     without_dropout,
@@ -276,7 +275,7 @@ def _lrsa_attention_function(
     settings = lrsa_config or in_model(from_saved(module.config.lrsa), layers_of(module.config))
     config = settings.at_layer(module.layer_idx)
     # What a cache holds has no gradient: where one is wanted, the attention selects for itself.
-    held = None if pass_cache is None or key.requires_grad else pass_cache.held(module.layer_idx)
+    held = None if pass_cache is None or key.requires_grad else pass_cache.held(key)
     if rows is not None:
         output = ragged_attention(query, key, value, rows, config, extras, module.layer_idx, held)
         return output.transpose(1, 2).contiguous(), None

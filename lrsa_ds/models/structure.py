@@ -88,11 +88,6 @@ def _kinds() -> dict[str, Callable[[Any], OtherSettings]]:
     return found
 
 
-def reads_encoder(path: str) -> bool:
-    """Whether a module is attention to the output of an encoder, which a causal language model never calls."""
-    return any(name.startswith("encoder_attn") for name in path.split("."))
-
-
 def other_attention(module: nn.Module) -> str | None:
     """What an attention layer does that LRSA does not; None if nothing."""
     return next((reason for name, reason in KINDS.items() if hasattr(module, name)), None)

@@ -9,8 +9,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from lrsa_ds.errors import require
-from lrsa_ds.models.parts import decoder_of
-from lrsa_ds.models.structure import reads_encoder
+from lrsa_ds.models.parts import decoder_of, reads_encoder
 
 
 def auto_class(config: PreTrainedConfig) -> Any:
