@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from lrsa_ds.models.wrappers import auto_class
 
 VOCABULARY = 128
 NUM_POSITIONS = 512
@@ -83,7 +85,7 @@ def _small(key: str, given: Any) -> Any:
 # Where the sizes above do not make a consistent model, or the default is plainer than the models that are published.
 BERTS = ("bert", "bert-generation", "camembert", "data2vec-text", "electra", "ernie", "roberta", "roberta-prelayernorm")
 BERTS += ("roc_bert", "xlm-roberta", "xlm-roberta-xl", "xmod")
-QWEN4 = dict(indexer_budget=8, indexer_compress_ratio=2)
+MROPE = dict(rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]})
 LLAMA4 = dict(no_rope_layers=[1, 0], moe_layers=[1], floor_scale=8, intermediate_size_mlp=48)
 EXCEPTIONS: dict[str, dict[str, Any]] = {name: dict(is_decoder=True) for name in BERTS} | {
     "bamba": dict(mamba_n_heads=8, mamba_d_head=8, attn_layer_indices=[1]),
@@ -97,9 +99,6 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {name: dict(is_decoder=True) for name in
         rope_parameters={"full_attention": None, "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}},
     ),
     "dbrx": dict(attn_config=dict(kv_n_heads=2, rope_theta=500000.0, clip_qkv=8.0)),  # as it is published
-    "gemma3n_text": dict(
-        layer_types=["sliding_attention", "full_attention"] * 2, num_hidden_layers=4, num_kv_shared_layers=2
-    ),
     "gpt_neo": dict(num_layers=2, attention_types=[[["global", "local"], 1]]),
     "granite": dict(logits_scaling=8.0, attention_multiplier=0.1, embedding_multiplier=2.0, residual_multiplier=0.5),
     "granitemoe": dict(logits_scaling=8.0, attention_multiplier=0.1),
@@ -122,8 +121,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {name: dict(is_decoder=True) for name in
     "nemotron": dict(head_dim=8, num_key_value_heads=2),
     "qwen2": dict(use_sliding_window=True, layer_types=["full_attention", "sliding_attention"]),
     "qwen3": dict(use_sliding_window=True, layer_types=["full_attention", "sliding_attention"]),
-    "qwen4_exp": QWEN4,
-    "qwen4_exp_text": QWEN4,
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "glm4v"), MROPE),
     "reformer": dict(is_decoder=True, axial_pos_embds_dim=[16, 16], axial_pos_shape=[8, 64]),
     "seed_oss": dict(attention_dropout=0.1),
     "xmod": dict(is_decoder=True, default_language="en_XX"),
@@ -137,7 +135,8 @@ def tiny_model(family: str, **settings: Any) -> PreTrainedModel:
     transformers initializes matrices so small that a tiny model predicts nearly the same whatever it attends to.
     """
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny_config(family, **settings), dtype=torch.float32)
+    config = tiny_config(family, **settings)
+    model = auto_class(config).from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

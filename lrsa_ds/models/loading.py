@@ -22,7 +22,7 @@ from lrsa_ds.models.quantized import (
     round_matrices,
 )
 from lrsa_ds.models.rope import check_taken, restore_rope, saved_rope, set_rope
-from lrsa_ds.models.wrappers import auto_class, check_positions
+from lrsa_ds.models.wrappers import auto_class
 from lrsa_ds.settings.model import ModelConfig
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
@@ -91,7 +91,6 @@ def empty_model(model: ModelConfig) -> PreTrainedModel:
     config = model_config(model)
     with torch.device("meta"):
         structure = auto_class(config).from_config(config, trust_remote_code=model.trust_remote_code)
-    check_positions(structure)
     check_taken(structure, model.rope)
     return structure
 

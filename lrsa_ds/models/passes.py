@@ -33,6 +33,8 @@ def read_pass(inputs: dict[str, Any], new_cache: Callable[[], LagKVCache]) -> di
     if tokens is None:
         return inputs
     num_rows, num_tokens = tokens.shape[:2]
+    if (positions := inputs.get("position_ids")) is not None and positions.ndim == 3:
+        inputs = inputs | {"position_ids": _of_text(positions)}
     mask = inputs.get("attention_mask")
     if isinstance(mask, Mapping) and not any(value is not None for value in mask.values()):
         # A model around the decoder has asked for a mask of each kind of layer, and there is none.
@@ -73,6 +75,16 @@ def read_pass(inputs: dict[str, Any], new_cache: Callable[[], LagKVCache]) -> di
         _check_sum(lengths, num_rows, num_tokens)
         positions = restarting_positions(lengths, num_tokens).to(tokens.device)
     return inputs | {"attention_mask": None, "document_lengths": lengths, "position_ids": positions}
+
+
+def _of_text(positions: torch.Tensor) -> torch.Tensor:
+    """The positions [B, N] of text in a model that gives each token a time, a height and a width, [3 or 4, B, N]."""
+    require(
+        bool((positions == positions[:1]).all()),
+        f"position_ids {list(positions.shape)} give tokens a time, a height and a width that differ, as those of "
+        "images do: LRSA attention reads text alone.",
+    )
+    return positions[0]
 
 
 def is_under_lrsa(inputs: Mapping[str, Any]) -> bool:

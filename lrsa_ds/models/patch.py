@@ -50,6 +50,7 @@ from lrsa_ds.models.structure import (
     unknown_type,
     without_dropout,
 )
+from lrsa_ds.models.wrappers import refuse_images
 from lrsa_ds.notices import say_once
 
 NAME = "lrsa"
@@ -96,6 +97,8 @@ def apply_lrsa(
     place_tokens(decoder)
     keep_documents_apart(model)
     use_lrsa_cache(model, NAME, new_cache)
+    if decoder is not model:
+        refuse_images(model)
     return model
 
 

@@ -1,4 +1,4 @@
-"""Models that read images or sound beside text (Gemma 3, Mistral 3): their text model is trained, on text."""
+"""Models that read images or sound beside text (Mistral 3, Qwen2.5-VL): their text model is trained, on text."""
 
 from typing import Any
 
@@ -11,6 +11,9 @@ from transformers.models.auto.modeling_auto import (
 from lrsa_ds.errors import require
 from lrsa_ds.models.parts import decoder_of, reads_encoder
 
+# How the names of inputs begin that are no text.
+NOT_TEXT = ("pixel_values", "image_", "video_", "input_features", "input_audio", "audio_", "input_image", "input_modal")
+
 
 def auto_class(config: PreTrainedConfig) -> Any:
     """The class of transformers that makes models of `config`, with whatever they have beside their text model."""
@@ -20,12 +23,19 @@ def auto_class(config: PreTrainedConfig) -> Any:
     return AutoModelForImageTextToText
 
 
-def check_positions(model: PreTrainedModel) -> None:
-    """Raises LRSAError if a model gives its tokens other positions than single numbers (Qwen2.5-VL)."""
+def refuse_images(model: PreTrainedModel) -> None:
+    """From now on passes of `model` under LRSA take text alone: images and sound raise LRSAError."""
+    if _check_text not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(_check_text, with_kwargs=True)
+
+
+def _check_text(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Hook before the forward of a model, around that of its decoder."""
+    given = [name for name, value in kwargs.items() if value is not None and name.startswith(NOT_TEXT)]
     require(
-        not any(hasattr(module, "get_rope_index") for module in model.modules()),
-        f"{type(model).__name__} gives each token a time, a height and a width in the place of one position, which "
-        "LRSA does not support: use a model that only reads text, or one with single positions, such as mistral3.",
+        model.config._attn_implementation != "lrsa" or not given,
+        f"{', '.join(given)}: {type(model).__name__} reads text alone under LRSA attention: leave images and sound "
+        "out, or use dense attention (model.set_attn_implementation('sdpa')).",
     )
 
 
