@@ -47,7 +47,6 @@ class Decoder:
             f"{type(model).__name__} {reason}, so lrsa_ds.generate cannot serve it: use model.generate.",
         )
         self.model, self.captures, self.compiles = model, captures, compiles
-        self._logits_after = _compiled(compiles) if compiles else _logits_after
         self._graph: torch.cuda.CUDAGraph | None = None
         self._storage: list[tuple[int, torch.Size]] = []  # that the graph reads and writes
 
@@ -71,6 +70,7 @@ class Decoder:
         if storage != self._storage:
             self._storage, self._graph = storage, None
             self._step = cache.next_step()
+            self._logits_after = _compiled(self.compiles, cache.batch_size == 1) if self.compiles else _logits_after
             if self.compiles:
                 for states in self._step.storages:
                     for x in states:  # so that caches of all sizes share what is compiled
@@ -147,9 +147,12 @@ def _logits_after(model: PreTrainedModel, tokens: torch.Tensor, cache: LagKVCach
 
 
 @lru_cache
-def _compiled(backend: bool | str) -> Callable[..., torch.Tensor]:
+def _compiled(backend: bool | str, is_one_row: bool) -> Callable[..., torch.Tensor]:
     """`_logits_after`, compiled: once for a model and a number of rows, since no shape else differs between caches."""
-    return torch.compile(_logits_after, backend=backend if isinstance(backend, str) else "inductor")
+    if isinstance(backend, str):
+        return torch.compile(_logits_after, backend=backend)
+    # Inductor then makes products of one row its own kernels, which read weights faster than cuBLAS's.
+    return torch.compile(_logits_after, options={"coordinate_descent_tuning": is_one_row})
 
 
 class HostCopy:

@@ -46,14 +46,17 @@ def test_kernels_attend_to_the_entries_of_each_row(shape, size, last, dtype, bou
     assert torch.equal(k, whole[0]) and torch.equal(v, whole[1])
 
 
-@pytest.mark.parametrize("layers", [None, MIXED])
-@pytest.mark.parametrize("lengths", [(300,), (300, 300), (300, 120, 9)])
-def test_a_graph_gives_the_logits_of_training(layers, lengths):
+@pytest.mark.parametrize(
+    "layers,lengths,compiles",
+    [(layers, lengths, False) for layers in (None, MIXED) for lengths in ((300,), (300, 300), (300, 120, 9))]
+    + [(MIXED, lengths, True) for lengths in ((300,), (300, 120, 9))],
+)
+def test_a_graph_gives_the_logits_of_training(layers, lengths, compiles):
     model, ids = make(layers), tokens(500, len(lengths))
     mask = torch.arange(300, device="cuda") >= 300 - torch.tensor(lengths, device="cuda")[:, None]
     cache, found = new_cache(model, max_tokens=500), []
     prefill(model, ids[:, :300], cache, attention_mask=mask)
-    decoder = Decoder(model, captures=True)
+    decoder = Decoder(model, captures=True, compiles=compiles)
     decoder.start(cache)
     for column in ids[:, 300:].T:
         found.append(decoder(cache, column).clone())
