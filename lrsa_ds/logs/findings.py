@@ -30,10 +30,10 @@ def findings(rows: list[dict], picture: Path, model: Path | None) -> list[str]:
     # Two standard errors of a share near one half, the widest that there is.
     margin = 100 / math.sqrt(count)
     trust = (
-        f"Trust: {count} answers fix a share to about {margin:.0f} points, so smaller differences may be chance; "
-        f"{picture} shows all caches and tasks."
+        f"Trust: with {count} answers a share is known to about ±{margin:.0f} points, so smaller differences may be "
+        f"chance; {picture} shows all caches and tasks."
     )
-    more = "train longer with optim.num_steps=..., on your own rows with data=files data.path=..."
+    more = "train longer (optim.num_steps) or on your own rows (data=files data.path=FILE)"
     ask = f'ask the model with `python -m lrsa_ds chat {model} FILE "Question?"`, or ' if model else ""
     return [seen, trust, f"Next: {ask}{more}."]
 

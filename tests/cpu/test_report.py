@@ -60,10 +60,13 @@ def test_a_run_ends_with_three_sentences():
         "Seen: from the smallest cache (1/8, 4.27x smaller), 88 % (before training 88 %) of the tokens of answers are "
         "right and 100 % (before training 12 %) of the answers exact; from the largest (dense) 88 % and 100 %."
     )
-    assert trust.startswith("Trust: 24 answers fix a share to about 20 points") and "run/evaluation.png" in trust
+    assert (
+        trust.startswith("Trust: with 24 answers a share is known to about ±20 points")
+        and "run/evaluation.png" in trust
+    )
     assert "python -m lrsa_ds chat run/model FILE" in advice and "optim.num_steps" in advice
     seen, _, advice = findings(make_rows(times=("after",)), Path("evaluation.png"), None)
-    assert "before" not in seen and "chat" not in advice and advice.startswith("Next: train longer")
+    assert "before" not in seen and "chat" not in advice and advice.startswith("Next: train longer (")
 
 
 def test_table_of_one_task_before_training():
