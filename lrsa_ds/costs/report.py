@@ -129,7 +129,7 @@ def no_fit_sentence(estimates: Iterable[Estimate], job: Job, machine: Machine) -
         held = sum(reach.memory.static.values()) / 1e9
         return (
             f"{what}parallel.sp_size: weights, gradients and optimizer states alone take {held:.0f} GB of a GPU; give "
-            "more GPUs, or train adapters (model.lora.rank)."
+            "more GPUs, or train adapters (model.lora.rank), on a base in 4 bits (model.quantize)."
         )
     typed = " ".join([f"parallel.sp_size={reach.job.sp_size}", *reach.job.levers.overrides()])
     limit = ", within host_memory_gb" if machine.host_memory_gb else ""
