@@ -108,7 +108,7 @@ class _Layout:
         parts = [x[:, :, : self.lead], kept, x[:, :, : self.gap], x[:, :, self.first_key :]]
         if self.tail:
             parts.append(x.new_zeros(*x.shape[:2], self.tail, x.shape[3]))
-        return torch.cat(parts, dim=2)
+        return torch.cat([part for part in parts if part.shape[2]], dim=2)
 
 
 @lru_cache(maxsize=64)

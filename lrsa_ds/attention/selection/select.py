@@ -3,6 +3,8 @@
 Shapes: B batch, G KV heads, N tokens, D head dim, P partitions, L lag size, K kept per partition.
 """
 
+from functools import lru_cache
+
 import torch
 
 from lrsa_ds.attention.selection.rule import Candidates, Partitions
@@ -61,9 +63,15 @@ def fast_select_partitions(
     if len(partitions) == 0 or not has_fused_path(k, v, config):
         return select_partitions(k, v, partitions, config, layer)
     kept = torch.empty(*k.shape[:2], len(partitions), config.num_kept, dtype=torch.int64, device=k.device)
-    slots = config.num_kept * torch.arange(len(partitions), device=k.device)
+    slots = _slots(len(partitions), config.num_kept, k.device)
     SELECTION_RULES[config.selection].fused(kept.flatten(2), k, v, partitions, slots, config, layer)
     return kept
+
+
+@lru_cache(maxsize=64)
+def _slots(num_partitions: int, num_kept: int, device: torch.device) -> torch.Tensor:
+    """The first slot of the kept KV of each partition, made once for all layers."""
+    return num_kept * torch.arange(num_partitions, device=device)
 
 
 def has_fused_path(k: torch.Tensor, v: torch.Tensor, config: LRSAConfig) -> bool:
