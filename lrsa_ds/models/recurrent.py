@@ -113,14 +113,16 @@ class _Limited:
         self.module = module
 
     def __call__(self, projection: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
-        """Limits the last channels, one for each head, such that softplus(x + bias) is within the limits."""
+        """Limits the last channels, one for each head, such that softplus(x * scale + bias) is within the limits."""
         tokens: _Tokens | None = getattr(self.module, TOKENS)
         if tokens is None or output.shape[1] > 1:
             return None
         bias, limits = self.module.dt_bias, self.module.time_step_limit
         least, most = (_before_softplus(limit) - bias.float() for limit in limits)
+        vector = getattr(self.module, "mup_vector", None)  # FalconH1 multiplies the projection with it
+        scale = 1.0 if vector is None else vector[..., -len(bias) :].float()
         steps = output[..., -len(bias) :]
-        limited = steps.float().clamp(least, most).to(steps.dtype)
+        limited = ((steps.float() * scale).clamp(least, most) / scale).to(steps.dtype)
         return torch.cat([output[..., : -len(bias)], limited], dim=-1)
 
 
