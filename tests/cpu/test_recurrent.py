@@ -67,14 +67,18 @@ def test_logits_are_those_of_training(model, steps):
     assert cache.num_bytes == 4 * (of_states + 2 * 2 * 2 * 8 * cache.num_held)  # keys and values, 2 rows and KV heads
 
 
-# Mamba-1, which a state is followed in token by token; Mamba-2 with limited time steps, beside layers that only have an
-# MLP; and Mamba-2 in the same layer as attention.
-@pytest.mark.parametrize("family", ["jamba", "nemotron_h", "falcon_h1"])
-def test_logits_of_other_families(family):
-    limited = (
-        {"time_step_limit": (0.5, 0.9), "ssm_multipliers": [1.0, 1.0, 1.0, 1.0, 0.3]} if family == "falcon_h1" else {}
-    )
-    model, ids = make(family, **limited), tokens(57)
+# Mamba-1, which follows a state token by token; Mamba-2 with limited time steps, beside layers that only have an MLP; and
+# in the same layer as attention, with time steps that are scaled too.
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("jamba", {}),
+        ("nemotron_h", {}),
+        ("falcon_h1", dict(time_step_limit=(0.5, 0.9), ssm_multipliers=[1.0, 1.0, 1.0, 1.0, 0.3])),
+    ],
+)
+def test_logits_of_other_families(family, settings):
+    model, ids = make(family, **settings), tokens(57)
     steps = iter([13, 1, 1, 20, 1, 30])
     actual = logits_with_cache(model, ids, LagKVCache(CONFIG), lambda done: next(steps))
     assert (actual - logits_of_training(model, ids)).abs().max() <= 1e-4
