@@ -67,8 +67,8 @@ def test_logits_are_those_of_training(model, steps):
     assert cache.num_bytes == 4 * (of_states + 2 * 2 * 2 * 8 * cache.num_held)  # keys and values, 2 rows and KV heads
 
 
-# Mamba-1, which follows a state token by token; Mamba-2 with limited time steps, beside layers that only have an MLP; and
-# in the same layer as attention, with time steps that are scaled too.
+# Mamba-1, which follows a state token by token; Mamba-2 with limited time steps, beside layers that only have an MLP;
+# and in the same layer as attention, with time steps that are scaled too.
 @pytest.mark.parametrize(
     ("family", "settings"),
     [
