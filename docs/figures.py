@@ -24,7 +24,7 @@ from lrsa_ds import comparison
 from lrsa_ds.attention.partition import num_held, partition_table
 from lrsa_ds.attention.selection.lagkv import lag_scores
 from lrsa_ds.attention.selection.select import select_kept
-from lrsa_ds.config import typed_config
+from lrsa_ds.config import TrainConfig, typed_config
 from lrsa_ds.costs.plan import Estimate
 from lrsa_ds.costs.settings import PlanConfig
 from lrsa_ds.costs.traffic import pass_bytes
@@ -256,8 +256,11 @@ def estimate(*overrides: str) -> Estimate:
     register_resolver()
     register_checkout()
     register_schema("train", PlanConfig)
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = typed_config(compose("train", list(overrides)), PlanConfig)
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            config = typed_config(compose("train", list(overrides)), PlanConfig)
+    finally:
+        register_schema("train", TrainConfig)  # what composes here afterwards is a run again
     job, sizes, *_ = job_and_sizes(config, config.machine, config.itemsize, config.num_targets)
     return Estimate(sizes, job, config.machine)
 

@@ -1,5 +1,6 @@
 """The pages: the site builds with every link checked, and the figures are those that the code draws."""
 
+import re
 import subprocess
 import sys
 
@@ -77,8 +78,7 @@ def test_the_example_of_an_objective(registries):
 
 def test_the_page_of_128k_tokens_has_the_figures_of_the_plan():
     page = (ROOT / "docs" / "memory_128k.md").read_text()
-    for settings in figures.PLANS.values():
-        found = figures.estimate(*settings)
-        if settings[0] != "+recipe=step_1b5":  # the page has what was measured
-            assert f"{found.gpu_gb:.1f} GB" in page, settings
-            assert not found.host_gb or f"{found.host_gb:.3g} GB of the host" in page, settings
+    written = [float(gb) for gb in re.findall(r"\| ([\d.]+) GB[^|]*\| estimated \|", page)]
+    # Those of the 1.5B model are measured.
+    planned = [figures.estimate(*s).gpu_gb for s in figures.PLANS.values() if s[0] != "+recipe=step_1b5"]
+    assert written == pytest.approx(planned, rel=0.03)
