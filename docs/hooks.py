@@ -1,4 +1,4 @@
-"""Hooks of MkDocs: links from the pages to files of the repository outside of docs/, such as ../conf/train.yaml.
+"""Hooks of MkDocs: the page of all error sentences, and links to files outside of docs/, such as ../conf/train.yaml.
 
 On a code host these links work as they are. On the site they become links to `repo_url` if mkdocs.yml sets it, else the
 name of the file alone. A file that does not exist ends the build.
@@ -7,7 +7,9 @@ name of the file alone. A file that does not exist ends the build.
 import re
 from pathlib import Path
 
+import errors  # MkDocs puts the folder of a hook on the path
 from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parent.parent
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(\.\./([^)#]+)(#[^)]*)?\)")
@@ -23,3 +25,8 @@ def on_page_markdown(markdown: str, page, config, files) -> str:
         return text if path in text else f"{text} (`{path}`)"
 
     return LINK.sub(outside, markdown)
+
+
+def on_files(files, config):
+    files.append(File.generated(config, "errors.md", content=errors.page()))
+    return files

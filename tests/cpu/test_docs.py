@@ -10,7 +10,7 @@ import torch
 from matplotlib.image import imread
 from torch.nn.functional import cross_entropy
 
-from docs import figures
+from docs import errors, figures
 from lrsa_ds import LagKVCache, LRSAConfig, apply_lrsa, select_kept
 from lrsa_ds.data.packing import IGNORE
 from lrsa_ds.objectives import OBJECTIVES
@@ -26,6 +26,7 @@ def test_the_site_builds_strictly(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "GB" in (tmp_path / "memory_128k.html").read_text()
+    assert "is too short for anything to be compressed" in (tmp_path / "errors.html").read_text()
 
 
 def test_the_figures_are_those_that_the_code_draws(tmp_path):
@@ -82,3 +83,19 @@ def test_the_page_of_128k_tokens_has_the_figures_of_the_plan():
     # Those of the 1.5B model are measured.
     planned = [figures.estimate(*s).gpu_gb for s in figures.PLANS.values() if s[0] != "+recipe=step_1b5"]
     assert written == pytest.approx(planned, rel=0.03)
+
+
+def test_the_sentences_of_troubleshooting_are_in_the_code():
+    written = [sentence for sentences in errors.all_sentences().values() for sentence in sentences]
+    assert len(written) > 300
+    page = (ROOT / "docs" / "troubleshooting.md").read_text().split("## The run ends")[0]
+    fragments = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
+    assert len(fragments) > 6
+    assert [f for f in fragments if not any(f in sentence for sentence in written)] == []
+
+
+def test_commands_that_need_a_gpu_say_when_they_were_run():
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL):
+            for line in block.splitlines():
+                assert "launch/benchmark" not in line or re.search(r"# GPU, run 20\d\d-\d\d-\d\d", line), line
