@@ -1,6 +1,7 @@
 """Extensions from outside the repository, as users start them: from a directory and with columns of their own."""
 
 import json
+import sys
 
 import pytest
 
@@ -27,7 +28,7 @@ lrsa_ds.register_selection("nearest", lrsa_ds.SelectionRule(score=score, reads=(
 
 
 def test_a_procedure_from_another_directory(tmp_path):
-    """Under the launcher, with a worker process for the data, and with a path relative to where one stands."""
+    """Under the launcher that `python -m lrsa_ds` starts, with a worker process for the data and a relative path."""
     (tmp_path / "tasks.py").write_text(OWN_COLUMNS)
     with open(tmp_path / "rows.jsonl", "w") as file:
         for i in range(40):
@@ -39,9 +40,8 @@ def test_a_procedure_from_another_directory(tmp_path):
         "data.num_workers=1", "optim.num_steps=3", "eval.before=false", "eval.num_examples=8", "log.wandb=disabled",
         "checkpoint.export=false",
     )  # fmt: skip
-    script = command.index("launch/train.py")
-    command[script] = str(ROOT / "launch" / "train.py")
-    done = run(command, cwd=tmp_path)
+    command.remove("launch/train.py")
+    done = run([sys.executable, "-m", "lrsa_ds", "train", *command[1:]], cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert [row["step"] for row in rows_of(tmp_path / "run", "train")] == [1, 2, 3]
     assert {row["task"] for row in rows_of(tmp_path / "run", "eval")} == {"kind 0", "kind 1"}
