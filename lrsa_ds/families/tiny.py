@@ -100,6 +100,9 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {name: dict(is_decoder=True) for name in
         rope_parameters={"full_attention": None, "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}},
     ),
     "dbrx": dict(attn_config=dict(kv_n_heads=2, rope_theta=500000.0, clip_qkv=8.0)),  # as it is published
+    "gemma3n_text": dict(
+        layer_types=["sliding_attention", "full_attention"] * 2, num_hidden_layers=4, num_kv_shared_layers=2
+    ),
     "gpt_neo": dict(num_layers=2, attention_types=[[["global", "local"], 1]]),
     "granite": dict(logits_scaling=8.0, attention_multiplier=0.1, embedding_multiplier=2.0, residual_multiplier=0.5),
     "granitemoe": dict(logits_scaling=8.0, attention_multiplier=0.1),

@@ -102,6 +102,9 @@ def unfit_decoder(model: PreTrainedModel) -> str | None:
     for layer, layer_type in enumerate(_named_types(decoder.config) or ()):
         if layer_type in CARRY_A_STATE and layer not in recurrent:
             return f"keeps the state of layer {layer} ({layer_type}) elsewhere than in a cache of transformers"
+    modes = getattr(decoder.config, "kv_sharing_modes", None) or ()
+    if "reuse" in modes:
+        return f"has {list(modes).count('reuse')} layers that attend to the keys and values of earlier ones"
     return lost_keywords(decoder)
 
 
