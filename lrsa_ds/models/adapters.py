@@ -13,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from lrsa_ds.errors import LRSAError, require
 from lrsa_ds.hub import looks_local
+from lrsa_ds.models.parts import beside_decoder
 from lrsa_ds.models.rope import saved_rope
 from lrsa_ds.models.wrappers import auto_class
 from lrsa_ds.notices import quiet_bitsandbytes
@@ -67,7 +68,7 @@ def add_adapters(model: PreTrainedModel, lora: LoraConfig) -> None:
     from peft import inject_adapter_in_model
 
     try:
-        inject_adapter_in_model(_peft_config(lora), model, ADAPTER)
+        inject_adapter_in_model(_peft_config(lora, model), model, ADAPTER)
     except ValueError as error:
         raise LRSAError(f"model.lora.targets={lora.targets!r}: {str(error).splitlines()[0]}") from error
     # On packed weights PEFT leaves them in fp32.
@@ -92,12 +93,17 @@ def adapters_disabled(model: PreTrainedModel) -> Iterator[None]:
             layer.unscale_layer()
 
 
-def _peft_config(lora: LoraConfig) -> Any:
+def _peft_config(lora: LoraConfig, model: PreTrainedModel) -> Any:
+    """PEFT's settings: what text never reaches, such as the encoder of images, gets no adapters."""
     from peft import LoraConfig as PeftConfig
 
     targets = lora.targets if lora.targets == "all-linear" else list(lora.targets.split(","))
     alpha: Any = lora.alpha  # PEFT takes any number, and is annotated with int
-    return PeftConfig(r=lora.rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM")
+    beside = "|".join(re.escape(path) for path in beside_decoder(model))
+    excluded = rf"({beside})(\..*)?" if beside else None
+    return PeftConfig(
+        r=lora.rank, lora_alpha=alpha, target_modules=targets, exclude_modules=excluded, task_type="CAUSAL_LM"
+    )
 
 
 def merge_adapters(model: PreTrainedModel, weights: dict[str, torch.Tensor], lora: LoraConfig) -> dict:
@@ -106,7 +112,7 @@ def merge_adapters(model: PreTrainedModel, weights: dict[str, torch.Tensor], lor
 
     with torch.device("meta"):
         plain = auto_class(model.config).from_config(model.config)
-        tuned = LoraModel(plain, _peft_config(lora), ADAPTER)
+        tuned = LoraModel(plain, _peft_config(lora, plain), ADAPTER)
     plain.load_state_dict(weights, strict=False, assign=True)
     plain.tie_weights()
     return tuned.merge_and_unload().state_dict()
@@ -147,7 +153,7 @@ def save_adapters(
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
-    config = _peft_config(lora)
+    config = _peft_config(lora, model)
     config.base_model_name_or_path, config.revision = base, revision
     config.inference_mode = True
     model.peft_config = {ADAPTER: config}

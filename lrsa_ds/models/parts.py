@@ -1,5 +1,6 @@
 """The parts of a causal language model: the decoder, which makes hidden states."""
 
+from collections.abc import Iterator
 from typing import cast
 
 from torch import nn
@@ -26,6 +27,20 @@ def _ends_before(part: nn.Module, head: nn.Module | None) -> bool:
 def holds(module: nn.Module, part: nn.Module | None) -> bool:
     """Whether `part` is in `module`."""
     return any(inner is part for inner in module.modules())
+
+
+def beside_decoder(model: PreTrainedModel) -> list[str]:
+    """The paths of the parts that are beside the decoder and the output layer, such as the encoder of images."""
+    decoder, head = decoder_of(model), model.get_output_embeddings()
+
+    def found(module: nn.Module, prefix: str) -> Iterator[str]:
+        for name, child in module.named_children():
+            if holds(child, decoder):
+                yield from found(child, f"{prefix}{name}.") if child is not decoder else ()
+            elif head is None or not holds(child, head):
+                yield prefix + name
+
+    return [] if decoder is model else list(found(model, ""))
 
 
 def reads_encoder(path: str) -> bool:

@@ -1,5 +1,7 @@
 """Models that read images beside text train on text, and come back from where they were saved."""
 
+import copy
+
 import pytest
 import torch
 
@@ -8,10 +10,11 @@ from lrsa_ds import LRSAConfig, apply_lrsa, prefill
 from lrsa_ds.errors import LRSAError
 from lrsa_ds.families.checks import measure
 from lrsa_ds.families.tiny import tiny_config, tiny_model
+from lrsa_ds.models.adapters import add_adapters
 from lrsa_ds.models.loading import empty_model, load_model
 from lrsa_ds.models.logits import logits_of
 from lrsa_ds.models.patch import check_supported, new_cache
-from lrsa_ds.settings.model import ModelConfig
+from lrsa_ds.settings.model import LoraConfig, ModelConfig
 from lrsa_ds.train.trainable import make_trainable
 from tests.cpu.test_config import composed
 
@@ -28,6 +31,10 @@ def test_the_text_model_is_trained_and_saved_with_the_rest(family, encoder, tmp_
     check_supported(empty_model(settings))
     torch.manual_seed(0)
     model = apply_lrsa(load_model(settings, torch.float32), LRSA)
+    tuned = copy.deepcopy(model)
+    add_adapters(tuned, LoraConfig(rank=2, targets="all-linear"))
+    adapted = {name.split(".lora_")[0] for name, _ in tuned.named_parameters() if ".lora_" in name}
+    assert adapted and all("language_model.layers" in name for name in adapted)
     make_trainable(model, composed("+recipe=smoke"))
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert not any(encoder in name or "projector" in name for name in trained)
