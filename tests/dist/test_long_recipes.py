@@ -32,7 +32,7 @@ def test_adapters_on_4_bits_with_all_levers_and_other_positions(tmp_path):
     before, weights = training_rows(output), weights_of(output)
     assert len(before) == 3 and all(row["loss"] > 0 for row in before)
     saved = json.loads((output / "model" / "config.json").read_text())
-    assert saved["rope_parameters"]["rope_theta"] == 2.43e6 and saved["max_position_embeddings"] == 1024
+    assert saved["rope_parameters"]["rope_theta"] == 2.24e6 and saved["max_position_embeddings"] == 1024
     assert "quantization_config" not in saved and {x.dtype for x in weights.values()} == {torch.float32}
     model, tokenizer, new_cache = load(str(output / "model"), device="cpu")
     ids = torch.tensor([tokenizer("What is the pass key? " * 20).input_ids])
