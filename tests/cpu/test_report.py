@@ -8,6 +8,7 @@ from matplotlib.image import imread
 from lrsa_ds.errors import LRSAError
 from lrsa_ds.logs.findings import findings
 from lrsa_ds.logs.report import draw_evaluation, evaluation_table
+from lrsa_ds.pictures import cache_colors, share_interval
 
 TASKS = ("signature", "passkey", "lookup")
 FACTORS = {1.0: 1.0, 0.5: 1.88, 0.3: 2.5, 0.25: 2.906, 0.125: 4.267}
@@ -131,3 +132,17 @@ def test_of_many_evaluations_the_first_and_the_last_are_shown(tmp_path):
     draw_evaluation(rows, tmp_path / "picture.png", "title")
     assert imread(tmp_path / "picture.png").shape[0] > 300
     assert "before training → at step 100" in evaluation_table([*make_rows(times=("before",)), *rows])
+
+
+def test_a_cache_has_one_colour_in_every_picture():
+    layered = ["9 dense + 21 window", "6 dense + 24 window", "3 dense + 27 window"]
+    several = cache_colors(["dense", "1/4", layered[0], "1/8", *layered[1:]])
+    assert len(set(several.values())) == 6 and several["dense"] == "#000000"
+    assert cache_colors(["dense", *layered]) == {name: several[name] for name in ("dense", *layered)}
+    assert cache_colors(["1/8"]) == {"1/8": several["1/8"]}
+
+
+def test_the_interval_of_a_share_is_wilsons():
+    low, high = share_interval(50, 100)
+    assert (low, high) == (pytest.approx(40.38, abs=0.01), pytest.approx(59.62, abs=0.01))
+    assert share_interval(0, 48)[0] == pytest.approx(0) and share_interval(100, 48)[1] == pytest.approx(100)

@@ -143,7 +143,7 @@ def tiny_model(tmp_path) -> Path:
     return tmp_path / "start"
 
 
-def test_training_evaluating_and_asking_as_the_readme_has_it(tmp_path, tiny_model):
+def test_training_evaluating_and_asking_as_the_readme_has_it(tmp_path, tiny_model, monkeypatch):
     """On data of one's own, from a directory of one's own, with a few overrides behind the README's words."""
     (tmp_path / "my").mkdir()
     with open(tmp_path / "my" / "rows.jsonl", "w") as file:
@@ -163,6 +163,14 @@ def test_training_evaluating_and_asking_as_the_readme_has_it(tmp_path, tiny_mode
     done = run([*readme_command("tasks=[passkey,needle,signature]"), *few], cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert len((tmp_path / "evaluated" / "results.jsonl").read_text().splitlines()) == 3 * 3
+
+    monkeypatch.chdir(tmp_path)
+    for page, made in (("README.md", "output"), ("docs/inference.md", "answer")):  # use in Python
+        code = (ROOT / page).read_text().split("```python\n")[1].split("```")[0]
+        code = code.replace("outputs/.../model", "run/model").replace("=100)", "=4)")
+        names = {"document": "Some words. " * 100, "question": "Which?"}
+        exec(code, names)
+        assert names[made].shape[1] <= names["ids"].shape[1] + 4, page
 
     (tmp_path / "long.txt").write_text("Some words. " * 100)
     words = [word.replace("outputs/.../model", "run/model") for word in readme_command("chat.py")]
