@@ -237,6 +237,9 @@ def test_a_saved_model_is_loaded_with_its_settings(tmp_path):
     tiny("qwen2").save_pretrained(tmp_path / "other")
     with pytest.raises(LRSAError, match="saved without LRSA settings"):
         load(tmp_path / "other")
+    if not torch.cuda.is_available():
+        with pytest.raises(LRSAError, match="liger_kernel=true needs a CUDA device"):
+            load(tmp_path, liger_kernel=True)
 
 
 def test_mistakes():
