@@ -86,6 +86,7 @@ def _small(key: str, given: Any) -> Any:
 BERTS = ("bert", "bert-generation", "camembert", "data2vec-text", "electra", "ernie", "roberta", "roberta-prelayernorm")
 BERTS += ("roc_bert", "xlm-roberta", "xlm-roberta-xl", "xmod")
 MROPE = dict(rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]})
+QWEN4 = dict(indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=8, indexer_budget=8, indexer_compress_ratio=2)
 LLAMA4 = dict(no_rope_layers=[1, 0], moe_layers=[1], floor_scale=8, intermediate_size_mlp=48)
 EXCEPTIONS: dict[str, dict[str, Any]] = {name: dict(is_decoder=True) for name in BERTS} | {
     "bailing_hybrid": dict(num_experts_per_token=2, num_experts=4, num_expert_group=1),
@@ -126,6 +127,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {name: dict(is_decoder=True) for name in
     "qwen2": dict(use_sliding_window=True, layer_types=["full_attention", "sliding_attention"]),
     "qwen3": dict(use_sliding_window=True, layer_types=["full_attention", "sliding_attention"]),
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "glm4v"), MROPE),
+    **dict.fromkeys(("qwen4_exp", "qwen4_exp_text"), QWEN4),
     "reformer": dict(is_decoder=True, axial_pos_embds_dim=[16, 16], axial_pos_shape=[8, 64]),
     "seed_oss": dict(attention_dropout=0.1),
     "xmod": dict(is_decoder=True, default_language="en_XX"),
