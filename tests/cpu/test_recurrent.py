@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,9 +21,13 @@ from lrsa_ds.models.patch import enable_checkpointing
 from lrsa_ds.models.recurrent import check_unshared, recurrent_modules
 from lrsa_ds.models.structure import layers_of
 from lrsa_ds.notices import say_once
+from lrsa_ds.settings.model import ModelConfig
+from lrsa_ds.settings.run import ParallelConfig
+from lrsa_ds.train.checks import check_model
 from tests.cpu.test_cache import STEPS, logits_of_training, logits_with_cache
 from tests.cpu.test_decoding import Calls, cache_of_padded_rows
 from tests.cpu.test_evaluate import TOKENIZER, make_evaluator, make_sample
+from tests.cpu.test_memory import config_with
 from tests.cpu.test_telemetry import CONFIG as TELEMETRY
 from tests.cpu.test_telemetry import measurement
 from tests.helpers import assert_close, relative_error
@@ -30,6 +35,7 @@ from tests.helpers import assert_close, relative_error
 CONFIG = LRSAConfig(sink_size=3, lag_size=8, retention=0.3)
 # A gated delta rule and a short convolution.
 FAMILIES = ("qwen3_next", "lfm2")
+SHAPE = {"model_type": "qwen3_next", "num_hidden_layers": 4, "vocab_size": 400, "num_experts": 4}
 
 
 def make(family="qwen3_next", config=CONFIG, **settings):
@@ -219,6 +225,10 @@ def test_what_is_said_and_refused():
     sentence = r"parallel.sp_size=2 .* layer 0 of Qwen3NextForCausalLM \(Qwen3NextGatedDeltaNet\) .* parallel.sp_size=1"
     with pytest.raises(LRSAError, match=sentence):
         check_unshared(model, 2)
+    shared = replace(config_with(seq_len=8192), model=ModelConfig(random=SHAPE, tokenizer="bytes"))
+    assert layers_of(check_model(shared)[1].config).taken == [3]
+    with pytest.raises(LRSAError, match=sentence.replace("layer 0", "layers 0-2")):
+        check_model(replace(shared, parallel=ParallelConfig(sp_size=2)), 2)
     with pytest.raises(LRSAError, match="ranks cannot share a sequence there"):  # in a loop without that check
         model(tokens(20), position_ids=torch.arange(20)[None], use_cache=False, document_lengths=(25, 15))
     with pytest.raises(LRSAError, match=r"no layer of full attention.*: layers 0-1 keep linear attention"):
