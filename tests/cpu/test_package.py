@@ -123,6 +123,8 @@ def test_the_version_is_the_same_everywhere():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert project["version"] == citation["version"] == lrsa_ds.__version__
+    dated = rf"^## {re.escape(project['version'])} - {citation['date-released']}$"
+    assert re.search(dated, (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     minors = re.findall(r"Python :: (3\.\d+)", " ".join(project["classifiers"]))
     workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
     assert workflow["jobs"]["install"]["strategy"]["matrix"]["python"] == minors
