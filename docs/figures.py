@@ -282,7 +282,8 @@ def draw_memory() -> "Figure":
         for (label, size), color in zip(named.items(), (*PALETTE, GREY), strict=False):
             panel.barh(row, size / 1e9, left=left, color=color, height=0.62, label=label if row == 0 else None)
             left += size / 1e9
-        panel.text(left + 0.8, row, f"{left:.1f}", va="center", fontsize=TICK)
+        total = panel.text(left + 0.8, row, f"{left:.1f}", va="center", fontsize=TICK)
+        total.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1.0})  # above the line at 80 GB
     panel.axvline(80, color=BLACK, linewidth=1.0, linestyle=":")
     panel.invert_yaxis()
     panel.set_xlim(0, 90)
