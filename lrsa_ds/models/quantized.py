@@ -13,6 +13,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from lrsa_ds.dtypes import dtype_setting
 from lrsa_ds.errors import require
+from lrsa_ds.models.parts import decoder_of
 from lrsa_ds.notices import quiet_bitsandbytes
 from lrsa_ds.settings.model import ModelConfig
 
@@ -33,8 +34,7 @@ def check_quantizable(model: ModelConfig, structure: PreTrainedModel) -> None:
     """
     if model.quantize is None:
         return
-    decoder = structure.get_decoder()
-    has_experts = any(p.dim() == 3 and min(p.shape[1:]) > 1 for p in decoder.parameters())
+    has_experts = any(p.dim() == 3 and min(p.shape[1:]) > 1 for p in decoder_of(structure).parameters())
     require(
         bool(quantized_matrices(structure)) and not has_experts,
         f"model.quantize={model.quantize} quantizes matrices that are torch.nn.Linear, and {type(structure).__name__} "
@@ -44,7 +44,7 @@ def check_quantizable(model: ModelConfig, structure: PreTrainedModel) -> None:
 
 def quantized_matrices(model: PreTrainedModel) -> list[str]:
     """The names of the modules whose matrices are stored in 4 bits: all of the text model but the output layer."""
-    inside = {id(module) for module in model.get_decoder().modules()}
+    inside = {id(module) for module in decoder_of(model).modules()}
     return [name for name, m in model.named_modules() if type(m) is nn.Linear and id(m) in inside]
 
 
