@@ -114,9 +114,8 @@ def rows(config: TrainConfig, options: argparse.Namespace, engine: Engine, plan:
             row = {"num_tokens": num_tokens, "attention": kind, "retention": retention}
             sequences = [random_sequence(num_tokens, vocabulary)] * per_step
             first = sequences
-            if (
-                kind == "dense" and options.dense_warm_up_tokens
-            ):  # cuDNN compiles little, and long dense steps take long
+            # cuDNN compiles little, and long dense steps take long.
+            if kind == "dense" and options.dense_warm_up_tokens:
                 first = [random_sequence(options.dense_warm_up_tokens, vocabulary)] * per_step
             try:
                 with sdpa_kernel(FASTEST_FIRST, set_priority=True) if kind == "dense" else nullcontext():

@@ -19,7 +19,7 @@ def findings(rows: list[dict], picture: Path, model: Path | None) -> list[str]:
     first = [row for row in smallest if row["when"] == "before"]
     largest = caches_in_order(rows)[0]
     dense = [row for row in rows if row["when"] == "after" and cache_of(row) == largest]
-    count = _num_answers(last)
+    count = sum(_num_answers(last))
     cache = f"{cache_of(last[0])}, {factor_name(row.get('cache_factor') for row in last)} smaller"
     change = _change(first, last, "token_accuracy"), _change(first, last, "exact_match")
     seen = (
@@ -38,13 +38,14 @@ def findings(rows: list[dict], picture: Path, model: Path | None) -> list[str]:
     return [seen, trust, f"Next: {ask}{more}."]
 
 
-def _num_answers(rows: list[dict]) -> int:
-    return sum(row.get("num_answers", row["num_examples"]) for row in rows)
+def _num_answers(rows: list[dict]) -> list[int]:
+    """Of each row."""
+    return [row.get("num_answers", row["num_examples"]) for row in rows]
 
 
 def _mean(rows: list[dict], name: str) -> float:
     """Over all answers of all tasks, in percent."""
-    counts = [row.get("num_answers", row["num_examples"]) for row in rows]
+    counts = _num_answers(rows)
     return sum(row[name] * count for row, count in zip(rows, counts, strict=True)) / sum(counts)
 
 

@@ -108,9 +108,8 @@ def _ways(decoder: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
     named = dict(decoder.named_modules())
     for path, module in named.items():
         calls = [_name(call.func) for call in _calls(type(module))]
-        if (
-            INTERFACE in calls and hasattr(module, "layer_idx") and not reads_encoder(path)
-        ):  # encoders of images inside the decoder have none
+        # Encoders of images inside the decoder have no layer_idx.
+        if INTERFACE in calls and hasattr(module, "layer_idx") and not reads_encoder(path):
             parts = path.split(".")
             around = [named[".".join(parts[:count])] for count in range(len(parts))]
             yield module, [part for part in around if not isinstance(part, nn.ModuleList | nn.ModuleDict)]

@@ -25,6 +25,7 @@ from lrsa_ds.layer_ranges import ranges_of
 from lrsa_ds.models.cache import LagKVCache
 from lrsa_ds.models.keywords import keywords_of
 from lrsa_ds.models.parts import decoder_of
+from lrsa_ds.models.passes import is_under_lrsa
 from lrsa_ds.models.states import State, as_cache, new_state, tensors_of
 
 CACHES = ("cache_params", "past_key_values")  # how modules call their cache
@@ -136,8 +137,8 @@ def _tell(layer: Any, args: tuple, kwargs: dict[str, Any]) -> None:
     A pass under another attention than LRSA is that of the stock model.
     """
     tokens = None
-    is_step = kwargs.get("step") is not None
-    if is_step or "lrsa_config" in kwargs:
+    if is_under_lrsa(kwargs):
+        is_step = kwargs.get("step") is not None
         tokens = _Tokens(kwargs.get("document_lengths"), kwargs.get("rows"), is_step)
     _set_tokens(layer, tokens)
     checkpoint = getattr(layer, CHECKPOINT, None)
