@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
@@ -30,14 +29,6 @@ def cache_colors(names: Sequence[str]) -> dict[str, str]:
     order = dict.fromkeys((VERMILION, SKY, PURPLE, *PALETTE))
     free = cycle([color for color in order if color not in fixed.values()] or [GREY])
     return {name: fixed[name] if name in fixed else next(free) for name in names}
-
-
-def share_interval(percent: float, count: int) -> tuple[float, float]:
-    """The 95 % interval, in percent, of a share that was `percent` of `count` answers (Wilson 1927)."""
-    z, p = 1.96, percent / 100
-    middle = (p + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count))
-    return 100 * (middle - half), 100 * (middle + half)
 
 
 def new_figure(width: float, height: float) -> Figure:

@@ -1,7 +1,6 @@
 """The summary of an evaluation as a table for the terminal, and as figures."""
 
 import math
-import statistics
 import textwrap
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from lrsa_ds.evaluate.results import cache_name, caches_of, measured_factor
+from lrsa_ds.intervals import mean_interval
 from lrsa_ds.labels import SMALLER, cache_of, cache_tick, caches_in_order, factor_name, retention_name
 from lrsa_ds.pictures import GREY, LABEL, TICK, TITLE, cache_colors, new_figure, save_figure
 
@@ -236,9 +236,8 @@ def _needles(samples: list[dict], title: str) -> Figure:
     for task, line in zip(tasks, panels, strict=True):
         for cache, panel in zip(caches, line, strict=True):
             grid = [[_mean(samples, task, cache, n, depth) for n in lengths] for depth in depths]
-            image = panel.imshow(
-                grid, vmin=0, vmax=100, cmap="cividis", aspect="auto"
-            )  # by brightness: colour-blind safe
+            # Told apart by brightness, so by colour-blind readers too.
+            image = panel.imshow(grid, vmin=0, vmax=100, cmap="cividis", aspect="auto")
             for y, values in enumerate(grid):
                 for x, value in enumerate(values):
                     if not math.isnan(value):
@@ -276,15 +275,11 @@ def _perplexity(samples: list[dict], title: str) -> Figure:
         colors = cache_colors(list(dict.fromkeys(named.values())))
         for cache, name in named.items():
             curves = [s["nll_by_position"] for s in mine if _cache(s) == cache]
-            mean = [sum(values) / len(values) for values in zip(*curves, strict=True)]
+            mean, low, high = zip(*(mean_interval(values) for values in zip(*curves, strict=True)), strict=True)
             ends = [length * (i + 1) / len(mean) for i in range(len(mean))]
             label = _title(mine, cache)
             panel.plot(ends, mean, color=colors[name], linestyle=styles[cache[0]], linewidth=1.8, label=label)
             if len(curves) > 1:  # 95 % intervals of the mean over the texts
-                half = [
-                    1.96 * statistics.stdev(values) / math.sqrt(len(curves)) for values in zip(*curves, strict=True)
-                ]
-                low, high = ([m + sign * h for m, h in zip(mean, half, strict=True)] for sign in (-1, 1))
                 panel.fill_between(ends, low, high, color=colors[name], alpha=0.15, linewidth=0)
         panel.legend(fontsize=TICK, frameon=False)  # each has its own: the factors depend on the length
         panel.set_xlabel("position (tokens)", fontsize=LABEL)

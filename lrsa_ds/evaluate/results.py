@@ -1,20 +1,19 @@
 """The results of an evaluation on disk, which allow it to resume, and their means with intervals."""
 
 import json
-import math
 import os
 from collections import defaultdict
 from pathlib import Path
 
 from lrsa_ds.errors import LRSAError
 from lrsa_ds.evaluate.config import OLD_SPELLINGS, PREFILLS
+from lrsa_ds.intervals import mean_interval, share_interval
 from lrsa_ds.labels import retention_name
 
 RESULTS = "results.jsonl"
 PARTS = "results.rank*.jsonl"
 KEY = ("task", "length", "index", "prefill", "retention", "layers")
 NUM_SHOWN = 3  # samples of each task, length and cache whose answers W&B shows
-Z = 1.96  # of a 95 % interval
 
 
 def part_of(directory: Path, rank: int) -> Path:
@@ -83,7 +82,7 @@ def summary(rows: list[dict]) -> list[dict]:
     found = []
     for (task, length, prefill, retention, layers, metric), mine in groups.items():
         scores = [row["scores"][metric] for row in mine]
-        mean, low, high = interval(scores) if metric == "nll" else wilson(scores)
+        mean, low, high = mean_interval(scores) if metric == "nll" else wilson(scores)
         row = {"task": task, "length": length, "prefill": prefill, "retention": retention, "layers": layers}
         row |= {"cache": cache_name(prefill, retention, layers), "metric": metric, "num_samples": len(scores)}
         row |= {"cache_factor": measured_factor(mine), "cache_bytes": _ratio(mine, "cache_bytes")}
@@ -115,19 +114,8 @@ def _ratio(rows: list[dict], name: str, over: str | None = None) -> float | None
 
 def wilson(scores: list[float]) -> tuple[float, float, float]:
     """Mean and Wilson's score interval of scores from 0 to 100."""
-    n, share = len(scores), sum(scores) / len(scores) / 100
-    center = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
-    half = Z * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2)) / (1 + Z**2 / n)
-    return 100 * share, 100 * max(0.0, center - half), 100 * min(1.0, center + half)
-
-
-def interval(values: list[float]) -> tuple[float, float, float]:
-    """Mean, and the interval of the normal distribution; a single value has none."""
-    n, mean = len(values), sum(values) / len(values)
-    if n == 1:
-        return mean, math.nan, math.nan
-    half = Z * math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n)
-    return mean, mean - half, mean + half
+    mean = sum(scores) / len(scores)
+    return mean, *share_interval(mean, len(scores))
 
 
 def cache_name(prefill: str, retention: float, layers: str = "") -> str:

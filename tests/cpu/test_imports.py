@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Who may import whom inside lrsa_ds: a module imports from its own layer and from those before it, never from a later
 # one. A new module gets a place here.
 LAYERS = (
-    ("dtypes", "errors", "labels", "notices", "pictures", "registry", "process"),
+    ("dtypes", "errors", "intervals", "labels", "notices", "pictures", "registry", "process"),
     ("layer_ranges", "layer_settings", "layers", "lrsa_config"),
     ("settings",),
     ("config", "hub"),

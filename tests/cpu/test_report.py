@@ -6,9 +6,10 @@ import pytest
 from matplotlib.image import imread
 
 from lrsa_ds.errors import LRSAError
+from lrsa_ds.intervals import share_interval
 from lrsa_ds.logs.findings import findings
 from lrsa_ds.logs.report import draw_evaluation, evaluation_table
-from lrsa_ds.pictures import cache_colors, share_interval
+from lrsa_ds.pictures import cache_colors
 
 TASKS = ("signature", "passkey", "lookup")
 FACTORS = {1.0: 1.0, 0.5: 1.88, 0.3: 2.5, 0.25: 2.906, 0.125: 4.267}
