@@ -6,7 +6,6 @@ when every rank has written its part, so a kill at any moment leaves earlier che
 
 import copy
 import json
-import os
 import shutil
 import threading
 import time
@@ -25,6 +24,7 @@ from lrsa_ds.errors import LRSAError
 from lrsa_ds.models.logits import output_layer
 from lrsa_ds.objectives import objective_of
 from lrsa_ds.parallel.mesh import Mesh
+from lrsa_ds.process.launcher import ranks_of_host
 from lrsa_ds.train.checkpoint import DIRECTORY, PARTIAL, SAVED, TRAINER, remove_partial, whole_checkpoints
 
 # Parts of the error that torch's archive writer raises, a RuntimeError, if the disk is full.
@@ -134,7 +134,7 @@ class CheckpointSaver:
     def _in_background(self) -> bool:
         if self.write != "auto":
             return self.write == "background"
-        share = self.num_bytes * int(os.environ.get("LOCAL_SIZE", self.mesh.world_size)) / self.mesh.world_size
+        share = self.num_bytes * ranks_of_host(otherwise=self.mesh.world_size) / self.mesh.world_size
         lacks_room = self.mesh.device.type == "cpu" or psutil.virtual_memory().available < ROOM_FOR_COPY * share
         return self.mesh.max([float(lacks_room)])[0] == 0
 
