@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Costs and savings of the settings in docs/memory.md, and the longest sequences. Each part ends within ten minutes, writes
 # a CSV file, and leaves a mark when it is done: the same command runs the missing parts. Names select parts:
-#     benchmarks/memory.sh [none] [offload] [tiled] [long] [host] [half] [million] [lora] [full] [two_8bit] [two] [yarn] [plain]
+#     benchmarks/memory.sh [none] [offload] [tiled] [long] [host] [half] [million] [lora] [lora_128k] \
+#         [qlora_128k] [full] [two_8bit] [two] [yarn] [plain]
 # One GPU of 80 GB and 128 GiB of host memory are enough for most; `lora` and `full` need 256 GiB, `two_8bit` and `two`
 # two GPUs, `yarn` and `plain` the small model of `make setup` (MODEL: another folder that has it). On several GPUs, parts
 # run at once with a CUDA_VISIBLE_DEVICES and a MASTER_PORT each. TINY=1 runs all on a CPU, with a tiny model.
@@ -62,6 +63,10 @@ part() {
         half) steps half 1 512 1 "0.125 1" "${SMALL[@]}" memory=long ;;
         million) steps million 1 1024 1 0.125 "${SMALL[@]}" "${AUTO[@]}" ;;
         lora) steps lora 1 512 1 0.125 "${LARGE[@]}" memory=long model.lora.rank=16 ;;
+        # 131,072 tokens of 8B with adapters on a base in bf16 and in 4 bits
+        lora_128k) steps lora_128k 1 128 3 0.125 "${LARGE[@]}" memory.offload_checkpoints=true model.lora.rank=16 ;;
+        qlora_128k) steps qlora_128k 1 128 3 0.125 "${LARGE[@]}" memory.offload_checkpoints=true model.lora.rank=16 \
+            model.quantize=nf4 ;;
         full) steps full 1 384 1 0.125 "${LARGE[@]}" memory=long "${HOST[@]}" ;;
         two_8bit) steps two_8bit 2 128 3 0.125 "${LARGE[@]}" parallel.sp_size=2 optim=adamw_8bit ;;
         two) steps two 2 128 3 0.125 "${LARGE[@]}" parallel.sp_size=2 "${HOST[@]}" ;;
@@ -72,7 +77,7 @@ part() {
     esac
 }
 
-for name in ${@:-none offload tiled long host half million lora full two_8bit two yarn plain}; do
+for name in ${@:-none offload tiled long host half million lora lora_128k qlora_128k full two_8bit two yarn plain}; do
     echo "== $name"
     part "$name" 2>&1 | tee -a "$OUT/$name.log"
 done
