@@ -7,12 +7,12 @@
 `attention`: forward, and forward with backward, against torch's dense kernels, and against flash-attn-4 and
 native-sparse-attention-pytorch (NSA) if they are installed. LRSA's times include selection and gather; NSA's do not
 include the choice of blocks. `generation`: prefilling, decoding and the memory of the cache, against the dense cache of
-transformers. Several caches decode in turn, token by token. `gpu_ms` is the time that the GPU works for a token; it is
-less than the elapsed time if the host cannot keep the GPU busy. "replay" is the same token from a CUDA graph, without
-the host. `decoding`: the time from token to token as a streamer of `lrsa_ds.generate` sees it, with the dense cache
-under the same function and under transformers' `generate`, after caches of random keys and values. Every row has the
-median, 20th and 80th percentile of the repetitions. Absolute times mean little without the dense rows: compare within
-one run.
+transformers; with `--compile`, which is of `lrsa_ds.prefill`, also against the dense cache that it fills ("dense too").
+Several caches decode in turn, token by token. `gpu_ms` is the time that the GPU works for a token; it is less than the
+elapsed time if the host cannot keep the GPU busy. "replay" is the same token from a CUDA graph, without the host.
+`decoding`: the time from token to token as a streamer of `lrsa_ds.generate` sees it, with the dense cache under the
+same function and under transformers' `generate`, after caches of random keys and values. Every row has the median, 20th
+and 80th percentile of the repetitions. Absolute times mean little without the dense rows: compare within one run.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 8], help="of decoding: rows of a batch")
     parser.add_argument("--prefill-only", action="store_true", help="of generation: no decoding")
     parser.add_argument("--liger", action="store_true", help="of generation and decoding: Liger's kernels in the model")
-    parser.add_argument("--compile", action="store_true", help="of decoding: lrsa_ds.generate(..., compile=True)")
+    parser.add_argument("--compile", action="store_true", help="of prefilling and decoding: compile=True")
     parser.add_argument(
         "--compiled", action="store_true", help="of decoding: also transformers' static cache, compiled (minutes)"
     )

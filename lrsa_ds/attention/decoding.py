@@ -48,6 +48,10 @@ class Step:
         """To the token after, if no row of any layer was compressed."""
         self._moving += 1
 
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, extras: Extras) -> torch.Tensor:
+        """See `attend_step`."""
+        return attend_step(q, k, v, self, layer, extras)
+
 
 def attend_step(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, layer: int, extras: Extras

@@ -67,6 +67,23 @@ def row_of(x: torch.Tensor, row: int, length: int) -> torch.Tensor:
     return x[row : row + 1, :, x.shape[2] - length :]
 
 
+def attention_behind(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    num_seen: int,
+    rows: Rows | None,
+    config: LayerSettings,
+    extras: Extras,
+    layer: int,
+    held: KeysAndValues | None,
+) -> torch.Tensor:
+    """Attention of new tokens behind a cache: `ragged_attention` if rows differ, else `attend_cached` of the kind."""
+    if rows is not None:
+        return ragged_attention(q, k, v, rows, config, extras, layer, held)
+    return kind_of(config).attend_cached(q, k, v, num_seen, config, extras, layer, held)
+
+
 def ragged_attention(
     q: torch.Tensor,
     k: torch.Tensor,

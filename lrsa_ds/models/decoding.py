@@ -21,10 +21,10 @@ from transformers.generation.streamers import BaseStreamer
 from lrsa_ds.errors import LRSAError, require
 from lrsa_ds.models import generation
 from lrsa_ds.models.cache import LagKVCache
+from lrsa_ds.models.compiled import check_compiled
 from lrsa_ds.models.decoder import Decoder, HostCopy, can_capture
 from lrsa_ds.models.inference import prefill
 from lrsa_ds.models.patch import check_applied
-from lrsa_ds.models.recurrent import recurrent_modules
 
 
 def generate(
@@ -62,7 +62,7 @@ def generate(
             `model.generate` has.
     """
     check_applied(model)
-    _check_compiled(model, compile)
+    check_compiled(model, compile)
     require(input_ids.ndim == 2 and input_ids.numel() > 0, f"input_ids {list(input_ids.shape)} has no tokens.")
     _check_cache(cache, input_ids)
     criteria = StoppingCriteriaList(stopping_criteria)
@@ -86,13 +86,6 @@ def generate(
     options |= {"attention_mask": attention_mask, "streamer": streamer, "custom_generate": decode}
     options |= {"cache_implementation": generation.STATIC} if cache is None else {"past_key_values": cache}
     return generation.generate(model, input_ids, stopping_criteria=criteria, **options)
-
-
-def _check_compiled(model: PreTrainedModel, compile: bool | str) -> None:
-    require(
-        not compile or not recurrent_modules(model),
-        f"compile={compile!r} compiles no recurrent layers, and {type(model).__name__} has some: leave compile out.",
-    )
 
 
 def _check_cache(cache: LagKVCache | None, input_ids: torch.Tensor) -> None:

@@ -12,6 +12,7 @@ from lrsa_ds.data.tokenizer import load_tokenizer
 from lrsa_ds.errors import LRSAError, require, require_whole
 from lrsa_ds.layers import from_saved, trained_turns
 from lrsa_ds.models.cache import LagKVCache
+from lrsa_ds.models.compiled import check_compiled, compiled_logits
 from lrsa_ds.models.liger import apply_liger, check_liger
 from lrsa_ds.models.loading import load_model, model_config
 from lrsa_ds.models.patch import apply_lrsa, new_cache, to_device
@@ -80,6 +81,7 @@ def prefill(
     chunks_at_once: int | None = None,
     attention_mask: torch.Tensor | None = None,
     max_tokens_at_once: int = MAX_TOKENS_AT_ONCE,
+    compile: bool | str = False,
 ) -> torch.Tensor:
     """Runs the tokens that `cache` has not seen through the model, many chunks in one pass, on the kernels of training.
 
@@ -94,13 +96,17 @@ def prefill(
             or end with the padding token are refused.
         max_tokens_at_once: tokens of each row in one pass, and the sink in the first: more are faster, take more
             memory, and give the same result. The passes have about the same size.
+        compile: whether `torch.compile` fuses the small kernels between matrix products and attention. Passes are then
+            faster, and the first call for a model and a number of rows takes longer; other lengths and caches need no
+            compilation. Or the name of another backend than Inductor.
 
     Returns:
         The logits of the last token of each row, [B, vocabulary].
 
     Raises:
-        LRSAError: a row has no tokens, or padding is not marked.
+        LRSAError: a row has no tokens, padding is not marked, or the model cannot be compiled.
     """
+    check_compiled(model, compile)
     if chunks_at_once is not None:
         require_whole("chunks_at_once", chunks_at_once, 1)
     require_whole("max_tokens_at_once", max_tokens_at_once, 1)
@@ -109,12 +115,12 @@ def prefill(
     if cache.row_lengths is not None or not bool(mask.all()):
         step = _even_step(input_ids.shape[1], max_tokens_at_once)
         step = step if chunks_at_once is None else chunks_at_once * cache.config.lag_size
-        return _prefill_rows(model, input_ids, cache, step, mask)
+        return _prefill_rows(model, input_ids, cache, step, mask, compile)
     logits, done = None, 0
     while done < input_ids.shape[1]:
         step = _step(cache, input_ids.shape[1] - done, chunks_at_once, max_tokens_at_once)
         part = input_ids[:, done : done + step]
-        logits = model(part, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits = _pass(model, part, cache, None, 1, compile)
         done += part.shape[1]
     assert logits is not None  # there is a token
     return logits[:, -1]
@@ -142,8 +148,28 @@ def _even_step(num_left: int, max_tokens: int) -> int:
     return -(-num_left // -(-num_left // max_tokens))
 
 
+def _pass(
+    model: PreTrainedModel,
+    tokens: torch.Tensor,
+    cache: LagKVCache,
+    mask: torch.Tensor | None,
+    keep: int | torch.Tensor,
+    compile: bool | str,
+) -> torch.Tensor:
+    """Logits of the columns to keep, of a pass that fills the cache: [B, kept, vocabulary]."""
+    if compile and tokens.shape[1] > 1:  # a single token would be compiled apart
+        return compiled_logits(model, tokens, cache, mask, keep, compile)
+    options = dict(past_key_values=cache, use_cache=True, logits_to_keep=keep)
+    return model(tokens, attention_mask=mask, **options).logits
+
+
 def _prefill_rows(
-    model: PreTrainedModel, input_ids: torch.Tensor, cache: LagKVCache, step: int, mask: torch.Tensor
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    cache: LagKVCache,
+    step: int,
+    mask: torch.Tensor,
+    compile: bool | str,
 ) -> torch.Tensor:
     """`prefill` of rows with padding, `step` columns per pass: the logits of the last token of each row."""
     last = [row.nonzero()[-1, 0].item() for row in mask]
@@ -153,12 +179,11 @@ def _prefill_rows(
     mask = torch.cat([torch.arange(cache.get_seq_length()) < lengths[:, None], mask.cpu()], dim=1)
     for done in range(0, input_ids.shape[1], step):
         part = input_ids[:, done : done + step]
-        ends = [(row, place - done) for row, place in enumerate(last) if done <= place < done + part.shape[1]]
-        keep = torch.tensor([place for _, place in ends] or [0], device=part.device)
+        ends = {row: place - done for row, place in enumerate(last) if done <= place < done + part.shape[1]}
+        keep = torch.tensor([ends.get(row, 0) for row in range(len(last))], device=part.device)
         total = cache.get_seq_length() + part.shape[1]
-        options = dict(past_key_values=cache, use_cache=True, logits_to_keep=keep)
-        logits = model(part, attention_mask=mask[:, :total], **options).logits
-        found |= {row: logits[row, number] for number, (row, _) in enumerate(ends)}
+        logits = _pass(model, part, cache, mask[:, :total], keep, compile)
+        found |= {row: logits[row, row] for row in ends}
     return torch.stack([found[row] for row in range(len(mask))])
 
 

@@ -14,10 +14,11 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from lrsa_ds.attention import AttentionFunction
-from lrsa_ds.attention.decoding import Step, attend_step
+from lrsa_ds.attention.decoding import Step
 from lrsa_ds.attention.extras import Extras
-from lrsa_ds.attention.kinds.kind import kind_of, layer_attention
-from lrsa_ds.attention.ragged import Rows, ragged_attention
+from lrsa_ds.attention.kinds.kind import layer_attention
+from lrsa_ds.attention.opaque import OpaquePass
+from lrsa_ds.attention.ragged import Rows, attention_behind
 from lrsa_ds.errors import LRSAError, require
 from lrsa_ds.layer_ranges import said_of_kinds
 from lrsa_ds.layers import (
@@ -163,8 +164,7 @@ def _begin_pass(model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tupl
     inputs = read_pass({"lrsa_config": model_settings(model)} | named | kwargs, lambda: new_cache(model))
     cache = inputs.get("past_key_values")
     if isinstance(cache, LagKVCache):
-        _check_cache(model, cache)
-        cache.begin_pass(inputs.get("rows"))
+        open_cache(model, cache, inputs.get("rows"))
         inputs |= {"num_seen": cache.get_seq_length(), "lrsa_config": cache.config, "pass_cache": cache}
     elif given := inputs.get("lrsa_config"):
         inputs["lrsa_config"] = in_model(given, layers_of(model.config))
@@ -177,8 +177,12 @@ def _end_pass(model: PreTrainedModel, args: tuple, kwargs: dict, output) -> None
         cache.end_pass()
 
 
-def _check_cache(model: PreTrainedModel, cache: LagKVCache) -> None:
-    """Raises LRSAError if the cache cannot serve `model`; warns if training did not use its settings."""
+def open_cache(model: PreTrainedModel, cache: LagKVCache, rows: Rows | None) -> None:
+    """Opens a cache for a pass of `model`; warns if training did not use its settings.
+
+    Raises:
+        LRSAError: the cache cannot serve the model.
+    """
     _check_layers(cache, num_layers(model))
     cache.config = in_model(cache.config, layers_of(model.config))
     if cache.config != model_settings(model):
@@ -188,6 +192,7 @@ def _check_cache(model: PreTrainedModel, cache: LagKVCache) -> None:
             warnings.warn(
                 f"the cache keeps {kept}, and the model was trained with {said}: its answers may suffer.", stacklevel=4
             )
+    cache.begin_pass(rows)
 
 
 def _check_layers(cache: LagKVCache, count: int) -> None:
@@ -255,7 +260,7 @@ def _lrsa_attention_function(
     num_seen: int | None = None,
     pass_cache: LagKVCache | None = None,
     rows: Rows | None = None,
-    step: Step | None = None,
+    step: Step | OpaquePass | None = None,
     expanded_cache: LagKVCache | None = None,
     query_scale: torch.Tensor | None = None,
     **kwargs,
@@ -274,17 +279,13 @@ def _lrsa_attention_function(
     if expanded_cache is not None:
         key, value = expanded_cache.update(key, value, module.layer_idx)
     if step is not None:  # before the settings are read, for which a compiler would compile again
-        return attend_step(query, key, value, step, module.layer_idx, extras).transpose(1, 2).contiguous(), None
+        return step.attend(query, key, value, module.layer_idx, extras).transpose(1, 2).contiguous(), None
     settings = lrsa_config or in_model(from_saved(module.config.lrsa), layers_of(module.config))
     config = settings.at_layer(module.layer_idx)
     # What a cache holds has no gradient: where one is wanted, the attention selects for itself.
     held = None if pass_cache is None or key.requires_grad else pass_cache.held(key)
-    if rows is not None:
-        output = ragged_attention(query, key, value, rows, config, extras, module.layer_idx, held)
-        return output.transpose(1, 2).contiguous(), None
     if num_seen is not None:
-        given = query, key, value, num_seen, config, extras, module.layer_idx, held
-        output = kind_of(config).attend_cached(*given)
+        output = attention_behind(query, key, value, num_seen, rows, config, extras, module.layer_idx, held)
         return output.transpose(1, 2).contiguous(), None
     require(
         query.shape[2] == key.shape[2],

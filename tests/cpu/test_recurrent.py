@@ -145,6 +145,8 @@ def test_fixed_storage(model):
     assert growing.get_seq_length() == 29
     with pytest.raises(LRSAError, match="compiles no recurrent layers"):
         lrsa_ds.generate(model, ids, compile=True)
+    with pytest.raises(LRSAError, match="compiles no recurrent layers"):
+        prefill(model, ids, growing, compile=True)
 
 
 def test_a_step_that_is_not_counted_changes_nothing(model):
