@@ -48,7 +48,8 @@ from lrsa_ds.errors import LRSAError, require  # noqa: E402
 from lrsa_ds.inputs import check_inputs  # noqa: E402
 from lrsa_ds.process.exits import Exit  # noqa: E402
 from lrsa_ds.process.launcher import is_one_of_several  # noqa: E402
-from lrsa_ds.sweep import Job, Runner, draw_sweep, job_directory, job_name, result, results, sweep_table  # noqa: E402
+from lrsa_ds.sweep import Job, Runner, job_directory, job_name, result, results, sweep_table  # noqa: E402
+from lrsa_ds.sweep_picture import draw_sweep  # noqa: E402
 
 BASIC = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 # Set by the sweep for every job.

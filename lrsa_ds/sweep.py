@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import os
 import re
 import signal
@@ -21,9 +20,9 @@ import psutil
 
 from lrsa_ds.directories.layout import TRAIN, check_directory, mark_directory
 from lrsa_ds.errors import LRSAError
-from lrsa_ds.labels import SMALLER, factor_name, retention_name, rows_of_smallest
+from lrsa_ds.intervals import combined_interval, interval_of, median_interval
+from lrsa_ds.labels import SMALLER, rows_of_smallest
 from lrsa_ds.parallel.rendezvous import free_port
-from lrsa_ds.pictures import LABEL, OF_CACHE, PALETTE, TICK, TITLE, new_figure, save_figure
 from lrsa_ds.process.exits import Exit
 from lrsa_ds.train.output import COMPLETED
 
@@ -188,7 +187,8 @@ def result(directory: Path) -> dict:
 
     `score` is the mean over tasks of exact match under the smallest cache and `tokens` that of token accuracy, in
     percent; `cache_factor` is the mean of how many times smaller that cache is; `loss` is that of the last step,
-    `step_seconds` the median of all steps except the first.
+    `step_seconds` the median of all steps except the first. `score` and `step_seconds` have 95 % intervals, such as
+    `score_low` to `score_high`; those of a median of fewer than six steps are NaN.
     """
     swept = json.loads((directory / JOB).read_text())["swept"]
     row = {"job": job_name(swept), "swept": swept, "directory": str(directory)}
@@ -199,13 +199,16 @@ def result(directory: Path) -> dict:
     after = [r for r in rows if r["kind"] == "eval" and r["when"] == "after"]
     if steps:
         row["loss"] = steps[-1]["loss"]
-        row["step_seconds"] = statistics.median(r["step_seconds"] for r in (steps[1:] or steps))
+        seconds = [r["step_seconds"] for r in (steps[1:] or steps)]
+        row["step_seconds"] = statistics.median(seconds)
+        row["step_seconds_low"], row["step_seconds_high"] = median_interval(seconds)
         row["peak_memory_gb"] = max(r["peak_memory_gb"] for r in steps)
     if after:
         smallest = rows_of_smallest(after)
         factors = [r["cache_factor"] for r in smallest if "cache_factor" in r]  # jobs of an earlier version have none
         row["cache_factor"] = statistics.mean(factors) if factors else None
-        row["score"] = statistics.mean(r["exact_match"] for r in smallest)
+        scores, ends = [r["exact_match"] for r in smallest], [interval_of(r, "exact_match") for r in smallest]
+        row["score"], row["score_low"], row["score_high"] = combined_interval(scores, ends, [1] * len(scores))
         row["tokens"] = statistics.mean(r["token_accuracy"] for r in smallest)
     return row
 
@@ -213,10 +216,11 @@ def result(directory: Path) -> dict:
 def results(root: Path) -> list[dict]:
     """All jobs of a sweep's directory, in the order of their values."""
     found = [result(path.parent) for path in root.glob(f"*/{JOB}")]
-    return sorted(found, key=lambda row: [_as_number(value) for value in row["swept"].values()])
+    return sorted(found, key=lambda row: [as_number(value) for value in row["swept"].values()])
 
 
-def _as_number(value: str) -> tuple:
+def as_number(value: str) -> tuple:
+    """Orders the values of a key: numbers by size, then words."""
     try:
         return (0, float(value), "")
     except ValueError:
@@ -239,62 +243,3 @@ def sweep_table(rows: list[dict]) -> str:
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     table = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
     return "\n".join([*table, "", LEGEND])
-
-
-def _color_of_retention(written: str) -> str | None:
-    """That of its cache in all pictures; None: the next one, for what is no number, such as a list."""
-    try:
-        return OF_CACHE.get(retention_name(float(written)))
-    except ValueError:
-        return None
-
-
-def draw_sweep(rows: list[dict], path: Path, title: str) -> None:
-    """Score and step time over each swept key, a line for each combination of the other keys.
-
-    Raises:
-        LRSAError: `path` cannot be written.
-    """
-    keys = list(dict.fromkeys(key for row in rows for key in row["swept"]))
-    figure = new_figure(max(6.4, 4.0 * len(keys)), 6.4)
-    figure.suptitle(title, fontsize=TITLE, x=0.01, ha="left")
-    score = f"exact answers, %\n(cache {factor_name(row.get('cache_factor') for row in rows)} smaller)"
-    panels = figure.subplots(2, len(keys), squeeze=False, sharex="col", sharey="row")
-    for column, key in enumerate(keys):
-        values = sorted({row["swept"].get(key, "-") for row in rows}, key=_as_number)
-        lines: dict[str, list[dict]] = {}
-        colors: dict[str, str | None] = {}
-        for row in rows:
-            others = {k: v for k, v in row["swept"].items() if k != key}
-            name = job_name(others) if others else ""
-            lines.setdefault(name, []).append(row)
-            if list(others) == ["attention.retention"]:
-                colors[name] = _color_of_retention(others["attention.retention"])
-        for line, (name, label) in zip(
-            panels[:, column], (("score", score), ("step_seconds", "seconds a step")), strict=True
-        ):
-            line.set_prop_cycle(color=PALETTE)
-            for other, mine in lines.items():
-                points = [(values.index(row["swept"].get(key, "-")), row.get(name, math.nan)) for row in mine]
-                line.plot(
-                    *zip(*sorted(points), strict=True),
-                    marker="o",
-                    markersize=5.5,
-                    linewidth=1.7,
-                    label=other,
-                    color=colors.get(other),
-                )
-            line.grid(alpha=0.25, linewidth=0.6)
-            line.tick_params(labelsize=TICK)
-            line.spines[["top", "right"]].set_visible(False)
-            if column == 0:
-                line.set_ylabel(label, fontsize=LABEL)
-        panels[0, column].set_ylim(-4, 104)
-        # From 0, with room above: matplotlib's margin is a share of the range of the times, which may be tiny.
-        slowest = max((row["step_seconds"] for row in rows if row.get("step_seconds", 0) > 0), default=1.0)
-        panels[1, column].set_ylim(0, 1.1 * slowest)
-        panels[1, column].set_xticks(range(len(values)), values)
-        panels[1, column].set_xlabel(key, fontsize=LABEL)
-        if any(lines):
-            panels[0, column].legend(fontsize=TICK, frameon=False)
-    save_figure(figure, path)

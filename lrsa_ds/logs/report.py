@@ -4,7 +4,7 @@ import math
 import textwrap
 from pathlib import Path
 
-from lrsa_ds.intervals import share_interval
+from lrsa_ds.intervals import interval_of
 from lrsa_ds.labels import SMALLER, cache_of, cache_tick, caches_in_order, factor_name, is_dense_cache
 from lrsa_ds.pictures import GREY, LABEL, TICK, TITLE, cache_colors, new_figure, save_figure
 
@@ -107,7 +107,7 @@ def _phrase(when: str) -> str:
 def draw_evaluation(rows: list[dict], path: Path, title: str) -> None:
     """Writes a PNG of the scores in percent over the caches, one panel per task.
 
-    Exact answers have 95 % intervals; a cache has the same colour in every picture.
+    All shares have 95 % intervals, whose unit is the example; a cache has the same colour in every picture.
 
     Args:
         rows: as for `evaluation_table`.
@@ -134,7 +134,7 @@ def draw_evaluation(rows: list[dict], path: Path, title: str) -> None:
             panel.set_visible(False)
     figure.suptitle(title, fontsize=TITLE, x=0.01, ha="left")
     for panel in panels[:, 0]:
-        panel.set_ylabel("% right", fontsize=LABEL)
+        panel.set_ylabel("% right, 95 % intervals", fontsize=LABEL)
     figure.legend(
         handles=legend, loc="outside lower center", ncols=legend_columns, frameon=False, fontsize=TICK, handlelength=2.4
     )
@@ -156,7 +156,7 @@ def _style(is_start: bool, metric: str) -> dict:
 def _legend(times: list[str]) -> list:
     from matplotlib.lines import Line2D
 
-    names = {"exact_match": "exact answers (95 %)", "token_accuracy": "answer tokens"}
+    names = {"exact_match": "exact answers", "token_accuracy": "answer tokens"}
     return [
         Line2D([], [], color=GREY, **_style(_is_start(w, times), m), label=f"{name}, {_phrase(w)}")
         for m, name in names.items()
@@ -172,14 +172,17 @@ def _draw_panel(panel, rows: list[dict], task: str) -> None:
         mine.sort(key=lambda row: caches.index(cache_of(row)))
         for metric in ("token_accuracy", "exact_match"):
             style = _style(_is_start(when, times), metric)
-            places = [caches.index(cache_of(row)) for row in mine]
+            # Slightly beside each other, so that intervals do not hide each other.
+            shift = (0.09 if metric == "token_accuracy" else -0.09) + (0.03 if when == times[-1] else -0.03)
+            places = [caches.index(cache_of(row)) + shift for row in mine]
             scores = [row[metric] for row in mine]
             panel.plot(places, scores, color=GREY, alpha=0.6, **style | {"marker": ""})
             for place, score, row in zip(places, scores, mine, strict=True):
                 color = colors[cache_of(row)]
                 panel.plot([place], [score], color=color, **style)
-                if metric == "exact_match" and not math.isnan(score):
-                    panel.vlines(place, *share_interval(score, row["num_examples"]), color=color, linewidth=1.0)
+                if not math.isnan(score):
+                    ends = interval_of(row, metric)
+                    panel.vlines(place, *ends, color=color, linewidth=1.0, linestyle=style["linestyle"])
     mine = [row for row in rows if row["task"] == task]
     panel.set_xticks(range(len(caches)), [cache_tick(mine, cache) for cache in caches])
     panel.set_xlim(-0.3, len(caches) - 0.7)  # room at both ends for the markers

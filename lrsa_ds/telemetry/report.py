@@ -10,8 +10,8 @@ from lrsa_ds.labels import retention_name
 from lrsa_ds.layer_ranges import written_layers
 from lrsa_ds.logs.journal import without_nan
 from lrsa_ds.logs.metrics import RunLogger
-from lrsa_ds.pictures import GREY, LABEL, TICK, TITLE, cache_colors, new_figure, save_figure
-from lrsa_ds.telemetry.measure import Telemetry
+from lrsa_ds.pictures import BLACK, GREY, LABEL, TICK, TITLE, cache_colors, new_figure, save_figure
+from lrsa_ds.telemetry.measure import LayerLoss, Telemetry
 
 MOST_NAMED = 5  # maximum number of layers in the sentence
 PANELS = (  # of the figure: the name of the field, and the title
@@ -91,7 +91,7 @@ def rows(found: Telemetry) -> list[dict]:
 
 
 def draw(found: Telemetry, path: Path, title: str) -> None:
-    """Writes a PNG: two heat maps of layers and KV heads, and the loss of each layer next to them.
+    """Writes a PNG: two heat maps of layers and KV heads, and the loss of each layer, with its interval, next to them.
 
     Raises:
         LRSAError: `path` cannot be written.
@@ -104,7 +104,7 @@ def draw(found: Telemetry, path: Path, title: str) -> None:
     for panel, (name, heading) in zip(panels, PANELS, strict=False):
         _draw_map(panel, [getattr(layer, name) or [math.nan] * num_heads for layer in found.layers], heading)
     name = retention_name(found.retention)
-    _draw_increases(panels[2], [layer.nll_increase for layer in found.layers], cache_colors([name])[name])
+    _draw_increases(panels[2], found.layers, cache_colors([name])[name])
     every = max(1, -(-num_layers // 40))
     places = range(0, num_layers, every)
     panels[0].set_yticks(places, [str(found.layers[place].layer) for place in places])
@@ -128,11 +128,15 @@ def _draw_map(panel, shares: list[list[float]], heading: str) -> None:
     panel.set_xlabel("KV head", fontsize=LABEL)
 
 
-def _draw_increases(panel, increases: list[float], color: str) -> None:
-    panel.barh(range(len(increases)), increases, color=color, height=0.7)
+def _draw_increases(panel, layers: list[LayerLoss], color: str) -> None:
+    increases = [layer.nll_increase for layer in layers]
+    panel.barh(range(len(layers)), increases, color=color, height=0.7)
+    ends = [(layer.nll_increase_low, layer.nll_increase_high) for layer in layers]
+    lengths = [[abs(end[side] - mean) for mean, end in zip(increases, ends, strict=True)] for side in (0, 1)]
+    panel.errorbar(increases, range(len(layers)), xerr=lengths, fmt="none", ecolor=BLACK, elinewidth=1.0, capsize=2)
     panel.axvline(0, color=GREY, linewidth=0.8)
     panel.set_title("loss if this layer alone\nis compressed", fontsize=LABEL)
-    panel.set_xlabel("nats per answer token,\nabove dense", fontsize=LABEL)
+    panel.set_xlabel("nats per answer token above\ndense, 95 % intervals", fontsize=LABEL)
     panel.locator_params(axis="x", nbins=4)
     panel.grid(axis="x", alpha=0.25, linewidth=0.6)
     panel.spines[["top", "right"]].set_visible(False)

@@ -15,6 +15,7 @@ from lrsa_ds.attention.partition import cache_factor
 from lrsa_ds.config import TrainConfig
 from lrsa_ds.data.packing import IGNORE, Example, PackedSequence, collate, pack, padding_sequence
 from lrsa_ds.data.tokenizer import Tokenizer
+from lrsa_ds.intervals import share_of_contexts
 from lrsa_ds.layers import AnyConfig
 from lrsa_ds.models.structure import layers_of
 from lrsa_ds.objectives import objective_of
@@ -42,8 +43,9 @@ class Evaluation:
     Args:
         scores: a row for each task and cache, with `when`, `step`, `task`, `cache` (its name), `retention` (or the mean
             share kept), `cache_factor` (tokens seen / entries held, at the end of the examples), `exact_match` and
-            `token_accuracy` in percent, `nll` per answer token in nats, `num_examples`, and `num_answers`, the basis of
-            `exact_match`.
+            `token_accuracy` in percent with the ends of their 95 % intervals, whose unit is the example
+            (`exact_match_low`, `exact_match_high` and so on), `nll` per answer token in nats, `num_examples`, and
+            `num_answers`, the basis of `exact_match`.
         predictions: a row for each of a few examples and each cache, with the same names and `exact`, `prompt`,
             `answer` and `prediction`; see `lrsa_ds.train.predictions`.
         answers: a row for each answer and cache, with `when`, `step` and the columns of `lrsa_ds.train.answers`.
@@ -188,22 +190,34 @@ def _score_rows(
     for task in sorted({example.task for example in examples}):
         is_mine = torch.tensor([example.task == task for example in examples])
         mine = totals_A3[is_mine.repeat_interleave(num_answers_E)]
-        num_tokens, num_correct, nll = mine.sum(dim=0).tolist()
-        exact = (mine[:, 0] == mine[:, 1]).double().mean().item()
+        num_tokens, _, nll = mine.sum(dim=0).tolist()
+        of_contexts = _sums_of_contexts(mine, num_answers_E[is_mine])
         rows.append(
             {
                 "task": task,
                 "cache": cache.name,
                 "retention": cache.retention,
                 "cache_factor": cache_factor((len(e.input_ids) for e in examples if e.task == task), cache.config),
-                "exact_match": 100 * exact,
-                "token_accuracy": 100 * num_correct / num_tokens,
+                **_share("exact_match", of_contexts[:, 1], of_contexts[:, 0]),
+                **_share("token_accuracy", of_contexts[:, 3], of_contexts[:, 2]),
                 "nll": nll / num_tokens,
                 "num_examples": int(is_mine.sum()),
                 "num_answers": len(mine),
             }
         )
     return rows
+
+
+def _sums_of_contexts(totals_A3: torch.Tensor, num_answers_E: torch.Tensor) -> torch.Tensor:
+    """[E, 4] for the E examples of these answers: answers, exact answers, tokens, correct tokens."""
+    num_tokens, num_correct, _ = totals_A3.unbind(dim=1)
+    of_answers = torch.stack([torch.ones_like(num_tokens), num_tokens == num_correct, num_tokens, num_correct], dim=1)
+    return torch.stack([answers.sum(dim=0) for answers in of_answers.split(num_answers_E.tolist())])
+
+
+def _share(name: str, right_E: torch.Tensor, counts_E: torch.Tensor) -> dict[str, float]:
+    share, low, high = share_of_contexts(right_E.tolist(), counts_E.tolist())
+    return {name: share, f"{name}_low": low, f"{name}_high": high}
 
 
 def _prediction_rows(

@@ -1,7 +1,6 @@
 """The evaluation under compressed caches: its samples, its rows, what it writes, and what it continues."""
 
 import json
-import math
 import re
 from dataclasses import replace
 
@@ -18,7 +17,6 @@ from lrsa_ds.evaluate.page import predictions_page
 from lrsa_ds.evaluate.report import METRICS as LEGEND
 from lrsa_ds.evaluate.report import draw_results, results_table
 from lrsa_ds.evaluate.results import collect, part_of, read_results, summary, wilson
-from lrsa_ds.intervals import mean_interval
 from lrsa_ds.settings.data import DataConfig
 from lrsa_ds.settings.model import ModelConfig
 from recipes import benchmarks
@@ -194,8 +192,6 @@ def test_parts_are_merged_and_a_torn_last_line_is_dropped(tmp_path):
 def test_intervals():
     assert wilson([100.0] * 10) == (100.0, pytest.approx(72.2, abs=0.1), 100.0)
     assert wilson([100.0, 0.0] * 10) == (50.0, pytest.approx(29.9, abs=0.1), pytest.approx(70.1, abs=0.1))
-    assert mean_interval([1.0, 3.0]) == (2.0, pytest.approx(2 - 1.96), pytest.approx(2 + 1.96))
-    assert math.isnan(mean_interval([1.0])[1])
 
 
 def test_table_and_pictures(tmp_path):

@@ -27,7 +27,7 @@ LAYERS = (
     ("telemetry",),
     ("evaluate",),
     ("train",),
-    ("sweep", "comparison"),
+    ("sweep", "sweep_picture", "comparison"),
     ("__main__",),
 )
 

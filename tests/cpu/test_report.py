@@ -6,7 +6,6 @@ import pytest
 from matplotlib.image import imread
 
 from lrsa_ds.errors import LRSAError
-from lrsa_ds.intervals import share_interval
 from lrsa_ds.logs.findings import findings
 from lrsa_ds.logs.report import draw_evaluation, evaluation_table
 from lrsa_ds.pictures import cache_colors
@@ -56,16 +55,15 @@ def test_table_shows_how_much_smaller_the_caches_were():
 
 
 def test_a_run_ends_with_three_sentences():
-    rows = [row | {"num_answers": 8} for row in make_rows()]
+    rows = [row | {"num_examples": 4, "num_answers": 8} for row in make_rows()]
     seen, trust, advice = findings(rows, Path("run/evaluation.png"), Path("run/model"))
     assert seen == (
         "Seen: from the smallest cache (1/8, 4.27x smaller), 88 % (before training 88 %) of the tokens of answers are "
         "right and 100 % (before training 12 %) of the answers exact; from the largest (dense) 88 % and 100 %."
     )
-    assert (
-        trust.startswith("Trust: with 24 answers a share is known to about ±20 points")
-        and "run/evaluation.png" in trust
-    )
+    # Three tasks of four contexts, all right: 51 to 100 % each.
+    assert trust.startswith("Trust: exact answers from that cache lie between 72 and 100 %")
+    assert "(95 % interval of 24 answers about 12 contexts;" in trust and "run/evaluation.png" in trust
     assert "python -m lrsa_ds chat run/model FILE" in advice and "optim.num_steps" in advice
     seen, _, advice = findings(make_rows(times=("after",)), Path("evaluation.png"), None)
     assert "before" not in seen and "chat" not in advice and advice.startswith("Next: train longer (")
@@ -141,9 +139,3 @@ def test_a_cache_has_one_colour_in_every_picture():
     assert len(set(several.values())) == 6 and several["dense"] == "#000000"
     assert cache_colors(["dense", *layered]) == {name: several[name] for name in ("dense", *layered)}
     assert cache_colors(["1/8"]) == {"1/8": several["1/8"]}
-
-
-def test_the_interval_of_a_share_is_wilsons():
-    low, high = share_interval(50, 100)
-    assert (low, high) == (pytest.approx(40.38, abs=0.01), pytest.approx(59.62, abs=0.01))
-    assert share_interval(0, 48)[0] == pytest.approx(0) and share_interval(100, 48)[1] == pytest.approx(100)

@@ -1,5 +1,6 @@
 """Telemetry against plain torch: what is dropped, what is kept, and the loss without it."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from lrsa_ds.data.packing import IGNORE, Example, packed
 from lrsa_ds.data.tokenizer import byte_tokenizer
 from lrsa_ds.errors import LRSAError
 from lrsa_ds.evaluate.telemetry import measure_samples
+from lrsa_ds.intervals import ratio_interval
 from lrsa_ds.layers import resolve
 from lrsa_ds.objectives import TargetLoss
 from lrsa_ds.parallel.mesh import Mesh
@@ -175,14 +177,18 @@ def test_the_probe_against_whole_attention_matrices(selection, at_once, monkeypa
     assert (sums[:, :2] > 0.1).all() and (sums[:, 4] == 3).all()  # "Blue" is in a short document, "on Mars" nowhere
 
 
-def nll_of(model, layers):
+def nll_of_examples(model, layers):
     """From the logits of a model whose layers are set by `apply_lrsa`."""
     apply_lrsa(model, CONFIG, layers)
-    total = 0.0
+    found = []
     for made in EXAMPLES:
         logits = model(torch.tensor([made.input_ids]), use_cache=False).logits[0, :-1]
-        total += cross_entropy(logits, torch.tensor(made.labels[1:]), ignore_index=IGNORE, reduction="sum").item()
-    return total / ROW.num_target_tokens
+        found.append(cross_entropy(logits, torch.tensor(made.labels[1:]), ignore_index=IGNORE, reduction="sum").item())
+    return found
+
+
+def nll_of(model, layers):
+    return sum(nll_of_examples(model, layers)) / ROW.num_target_tokens
 
 
 @torch.no_grad()
@@ -201,6 +207,11 @@ def test_the_ablation_is_that_of_separate_passes():
     for loss in found.layers:
         assert loss.nll_increase == pytest.approx(nll(loss.layer) - nll(), abs=1e-5)
         assert abs(loss.nll_increase) > 1e-4  # the layers make a difference
+    alone, dense = (nll_of_examples(model, {i: 0.3 if i in layers else 1.0 for i in range(3)}) for layers in ([1], []))
+    counts = [sum(label != IGNORE for label in made.labels) for made in EXAMPLES]
+    _, low, high = ratio_interval([a - b for a, b in zip(alone, dense, strict=True)], counts)
+    assert found.layers[1].nll_increase_low == pytest.approx(low, abs=1e-5) and low < high
+    assert found.layers[1].nll_increase_high == pytest.approx(high, abs=1e-5)
     first = min(range(3), key=lambda i: nll(*{0, 1, 2} - {i}))
     second = min({0, 1, 2} - {first}, key=lambda i: nll(*{0, 1, 2} - {first, i}))
     assert [step.layer for step in found.greedy] == [first, second]
@@ -279,7 +290,8 @@ def test_rows_sentences_and_the_picture(tmp_path):
     assert f"when they alone are compressed: {worst.layer} (+{worst.nll_increase:.3f})" in said
     assert f"with dense layers {chosen.layer}: 'attention.layers={layers_setting([chosen.layer], 3, 0.3)}'" in setting
     assert f"'attention.layers=[{{0-: 1.0}}, {{{chosen.layer}: 1.0, rest: 0.3}}]'" in turns
-    none = replace(found, layers=[replace(layer, nll_increase=-0.1, answer_kept=None) for layer in found.layers])
+    nothing = dict(nll_increase=-0.1, nll_increase_low=math.nan, nll_increase_high=math.nan, answer_kept=None)
+    none = replace(found, layers=[replace(layer, **nothing) for layer in found.layers])
     assert "no layer alone loses anything" in sentences(none)[0]
     for name, shown in (("some", found), ("none", none)):
         draw(shown, tmp_path / f"{name}.png", "a title")

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from lrsa_ds.intervals import share_interval
 from lrsa_ds.logs.report import evaluation_table
 from tests.dist.launcher import rows_of, train_alone
 from tests.dist.test_launch import refused
@@ -51,6 +52,10 @@ def test_a_run_over_contexts_and_its_resume(tmp_path):
     scores = rows_of(output, "eval")
     assert {row["retention"] for row in scores} == {1.0, 0.5, 0.25, 0.125}
     assert {(row["num_examples"], row["num_answers"]) for row in scores} == {(2, 4)}
+    for row in scores:  # three answers about one context and one about the other: 16/10 independent ones
+        ends = row["exact_match_low"], row["exact_match_high"]
+        assert ends == pytest.approx(share_interval(row["exact_match"], 4**2 / (3**2 + 1)))
+        assert row["token_accuracy_low"] <= row["token_accuracy"] <= row["token_accuracy_high"]
     (data,) = rows_of(output, "data")
     assert data["num_bad_rows"] == data["num_cut_tokens"] == 0
     # As after a kill between the checkpoints.

@@ -10,7 +10,8 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from matplotlib.image import imread
 
-from lrsa_ds.sweep import draw_sweep, job_directory, job_name, sweep_table
+from lrsa_ds.sweep import job_directory, job_name, sweep_table
+from lrsa_ds.sweep_picture import draw_sweep
 from tests.dist.launcher import Job, processes_of, run
 
 pytestmark = pytest.mark.dist
