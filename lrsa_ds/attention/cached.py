@@ -1,6 +1,6 @@
 """LRSA attention of new tokens after a compressed cache: the same function as one pass over the complete sequence."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -59,6 +59,25 @@ def cached_attention(
     chunks, missing = _chunks(num_seen, num_new, config)
     kept_k, kept_v = _kept(k, v, num_seen, num_new, config, layer, held)
     return attend_chunks(q, k, v, kept_k, kept_v, chunks, extras, first_query=num_seen, first_key=missing)
+
+
+def cached_attention_of_last(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    num_seen: int,
+    config: LRSAConfig,
+    extras: Extras = PLAIN,
+    layer: int = 0,
+    held: KeysAndValues | None = None,
+) -> torch.Tensor:
+    """`cached_attention` of the last new token; zeros for the others."""
+    q, k, v = in_one_dtype(q, k, v)
+    chunks, missing = _chunks(num_seen, q.shape[2], config)
+    kept = _kept(k, v, num_seen, q.shape[2], config, layer, held)
+    last = replace(chunks[-1], q_lo=chunks[-1].q_hi - 1)
+    found = attend_chunks(q, k, v, *kept, [last], extras, first_query=num_seen, first_key=missing)
+    return pad(found, (0, 0, q.shape[2] - 1, 0))
 
 
 def cached_attention_on(

@@ -77,11 +77,17 @@ def attention_behind(
     extras: Extras,
     layer: int,
     held: KeysAndValues | None,
+    only_last: bool = False,
 ) -> torch.Tensor:
-    """Attention of new tokens behind a cache: `ragged_attention` if rows differ, else `attend_cached` of the kind."""
+    """Attention of new tokens behind a cache: `ragged_attention` if rows differ, else that of the kind of the layer.
+
+    Args:
+        only_last: whether the output of the last token is all that is needed; not where rows differ.
+    """
     if rows is not None:
         return ragged_attention(q, k, v, rows, config, extras, layer, held)
-    return kind_of(config).attend_cached(q, k, v, num_seen, config, extras, layer, held)
+    attend = kind_of(config).attend_last if only_last else kind_of(config).attend_cached
+    return attend(q, k, v, num_seen, config, extras, layer, held)
 
 
 def ragged_attention(

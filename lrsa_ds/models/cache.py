@@ -70,6 +70,7 @@ class LagKVCache(Cache):
         self.config, self.max_tokens = config, max_tokens
         self._pass: _Pass | None = None  # None between passes
         self.states = States(is_fixed=max_tokens is not None)  # of recurrent layers
+        self.answering_layer: int | None = None  # which computes the last token of a pass alone; see `last_token.py`
         self.decoder: object = None  # the state of `lrsa_ds.generate` for this storage
 
     def begin_pass(self, rows: Rows | None, step: Step | None = None) -> None:

@@ -80,7 +80,8 @@ def _attend(
 ) -> torch.Tensor:
     keys, values = cache.update(k, v, layer)
     config, held = cache.config.at_layer(layer), cache.held(keys)
-    return attention_behind(q, keys, values, num_seen, rows, config, extras, layer, held)
+    only_last = cache.answering_layer == layer
+    return attention_behind(q, keys, values, num_seen, rows, config, extras, layer, held, only_last)
 
 
 def _logits_of(

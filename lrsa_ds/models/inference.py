@@ -13,6 +13,7 @@ from lrsa_ds.errors import LRSAError, require, require_whole
 from lrsa_ds.layers import from_saved, trained_turns
 from lrsa_ds.models.cache import LagKVCache
 from lrsa_ds.models.compiled import check_compiled, compiled_logits
+from lrsa_ds.models.last_token import last_token_alone
 from lrsa_ds.models.liger import apply_liger, check_liger
 from lrsa_ds.models.loading import load_model, model_config
 from lrsa_ds.models.patch import apply_lrsa, new_cache, to_device
@@ -120,7 +121,8 @@ def prefill(
     while done < input_ids.shape[1]:
         step = _step(cache, input_ids.shape[1] - done, chunks_at_once, max_tokens_at_once)
         part = input_ids[:, done : done + step]
-        logits = _pass(model, part, cache, None, 1, compile)
+        with last_token_alone(model, cache):
+            logits = _pass(model, part, cache, None, 1, compile)
         done += part.shape[1]
     assert logits is not None  # there is a token
     return logits[:, -1]

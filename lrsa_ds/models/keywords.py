@@ -28,12 +28,12 @@ INTERFACE = "attention_interface"  # how every model of transformers calls the a
 
 def calls_interface(decoder: PreTrainedModel, layers: Iterable[int]) -> bool:
     """Whether the attention of each of these layers is a call of transformers' attention interface."""
-    return set(layers) <= {getattr(module, "layer_idx", None) for module, _ in _ways(decoder)}
+    return set(layers) <= {getattr(module, "layer_idx", None) for module, _ in attention_modules(decoder)}
 
 
 def lost_keywords(decoder: PreTrainedModel) -> str | None:
     """Where keywords are lost on their way, and cannot be handed on; None if they reach the attention."""
-    for module, path in _ways(decoder):
+    for module, path in attention_modules(decoder):
         inside = next((i for i, part in enumerate(path) if isinstance(part, GradientCheckpointingLayer)), len(path))
         for place, part in enumerate([*path, module]):
             is_mended = inside <= place < len(path) and _takes_keywords(part)
@@ -44,7 +44,7 @@ def lost_keywords(decoder: PreTrainedModel) -> str | None:
 
 def unfit_for_steps(model: PreTrainedModel) -> str | None:
     """Why a cache of fixed storage cannot serve single tokens (`lrsa_ds.generate`); None if it can."""
-    modules: list[Any] = [module for module, _ in _ways(decoder_of(model))]
+    modules: list[Any] = [module for module, _ in attention_modules(decoder_of(model))]
     if len({module.layer_idx for module in modules}) < len(modules):
         return "passes a token through its layers several times"
     for module in modules:
@@ -57,7 +57,7 @@ def unfit_for_steps(model: PreTrainedModel) -> str | None:
 
 def hand_on_keywords(decoder: PreTrainedModel) -> None:
     """Layers that keep keywords to themselves hand those of a pass on to their attention, from now on."""
-    for module, path in _ways(decoder):
+    for module, path in attention_modules(decoder):
         for layer in path:
             is_needed = scales_queries(module) or not _hands_on_keywords(type(layer))
             if isinstance(layer, GradientCheckpointingLayer) and is_needed and not hasattr(layer, "keeper"):
@@ -103,7 +103,7 @@ def _keeping(kind: type[nn.Module]) -> type[nn.Module]:
     return type(kind.__name__, (kind,), {"forward": forward})  # of the same name, by which transformers knows layers
 
 
-def _ways(decoder: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
+def attention_modules(decoder: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
     """Every layer's module that calls the attention function, and the modules around it, from the decoder on."""
     named = dict(decoder.named_modules())
     for path, module in named.items():

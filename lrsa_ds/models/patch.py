@@ -285,7 +285,8 @@ def _lrsa_attention_function(
     # What a cache holds has no gradient: where one is wanted, the attention selects for itself.
     held = None if pass_cache is None or key.requires_grad else pass_cache.held(key)
     if num_seen is not None:
-        output = attention_behind(query, key, value, num_seen, rows, config, extras, module.layer_idx, held)
+        only_last = pass_cache is not None and pass_cache.answering_layer == module.layer_idx
+        output = attention_behind(query, key, value, num_seen, rows, config, extras, module.layer_idx, held, only_last)
         return output.transpose(1, 2).contiguous(), None
     require(
         query.shape[2] == key.shape[2],

@@ -45,3 +45,19 @@ def test_compiled_prefill_is_a_training_pass(model):
         for row, length in enumerate(lengths.tolist()):
             assert (found[row] - last_logits(model, ids[row : row + 1, 80 - length :])[0]).abs().max() <= 1e-4
     assert COUNTERS["stats"]["unique_graphs"] == 2 and not COUNTERS["graph_break"]
+
+
+@pytest.mark.parametrize("family,is_skipped", [("qwen3", True), ("mixtral", False)])
+def test_the_last_layer_computes_one_token(family, is_skipped):
+    """If its MLP has the form of Llama's. Logits and cache are as ever, and so is a pass outside of `prefill`."""
+    model, ids, sizes = apply_lrsa(tiny(family), CONFIG), torch.randint(1, 101, (1, 90)), []
+    cache, expected = new_cache(model), new_cache(model)
+    with torch.no_grad():
+        logits = model(ids, past_key_values=expected).logits[:, -1]
+    if is_skipped:
+        model.model.layers[-1].mlp.down_proj.register_forward_pre_hook(lambda _, args: sizes.append(args[0].shape[1]))
+    assert (prefill(model, ids, cache, max_tokens_at_once=30) - logits).abs().max() <= 1e-4
+    assert set(sizes) == ({1} if is_skipped else set()) and cache.answering_layer is None
+    for found, layer in zip(cache.layers, expected.layers, strict=True):
+        assert (found.keys - layer.keys).abs().max() <= 1e-4
+    assert model(ids[:, :2], past_key_values=cache).logits.shape[1] == 2 and sizes[-1:] == [2] * is_skipped

@@ -5,7 +5,7 @@ tokens that ends with itself needs little more than where the run begins, see `l
 has no functions, see `keyless.py`.
 """
 
-from lrsa_ds.attention.cached import cached_attention, compress
+from lrsa_ds.attention.cached import cached_attention, cached_attention_of_last, compress
 from lrsa_ds.attention.kinds.chunked_attention import CHUNKED_ATTENTION, ChunkedAttention
 from lrsa_ds.attention.kinds.keyless import KEYLESS, Keyless
 from lrsa_ds.attention.kinds.kind import LayerKind
@@ -18,6 +18,7 @@ from lrsa_ds.registry import LAYER_KINDS
 LRSA = LayerKind(
     attend=lrsa_attention,
     attend_cached=cached_attention,
+    attend_last=cached_attention_of_last,
     compress=compress,
     num_pairs=lambda lengths, config: partition_table(lengths, config).num_pairs,
 )

@@ -100,6 +100,22 @@ def cached_local_attention(
     return _attend_document(q, k, v, config, num_seen + q.shape[2] - k.shape[2], extras)
 
 
+def last_local_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    num_seen: int,
+    config: LocalSettings,
+    extras: Extras = PLAIN,
+    layer: int = 0,
+    held: KeysAndValues | None = None,
+) -> torch.Tensor:
+    """`cached_local_attention` of the last new token; zeros for the others."""
+    q, k, v = in_one_dtype(q, k, v)
+    found = _attend_document(q[:, :, -1:], k, v, config, num_seen + q.shape[2] - k.shape[2], extras)
+    return pad(found, (0, 0, q.shape[2] - 1, 0))
+
+
 def compress_local(
     keys: torch.Tensor, values: torch.Tensor, seen_before: int, seen: int, config: LocalSettings, layer: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -123,6 +139,7 @@ def local_kind(layer_type: str, read: Callable[[Any], LocalSettings]) -> LayerKi
     return LayerKind(
         attend=local_attention,
         attend_cached=cached_local_attention,
+        attend_last=last_local_attention,
         compress=compress_local,
         num_pairs=local_pairs,
         layer_type=layer_type,
