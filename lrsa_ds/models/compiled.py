@@ -6,8 +6,10 @@ The attention, with the cache behind it, is one operator that the compiler does 
 from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any, cast
+from weakref import ref
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 
 from lrsa_ds.attention.extras import Extras
@@ -50,14 +52,13 @@ def compiled_logits(
         LRSAError: the model cannot be compiled, or mask or cache do not fit.
     """
     check_applied(model)
-    reason = unfit_for_steps(model)
-    require(reason is None, f"{type(model).__name__} {reason}, so it cannot be compiled: leave compile out.")
+    decoder = _decoder_of(model)
     # A part of the columns has the strides of all columns, for which it would be compiled again.
     tokens = tokens.clone(memory_format=torch.contiguous_format)
     given = {"input_ids": tokens, "attention_mask": mask, "past_key_values": cache}
     inputs = read_pass(given, lambda: cache)
     rows, num_seen = inputs.get("rows"), cache.get_seq_length()
-    open_cache(decoder_of(model), cache, rows)
+    open_cache(decoder, cache, rows)
     opaque = OpaquePass(inputs["position_ids"], partial(_attend, cache, num_seen, rows))
     for x in (tokens, opaque.positions):
         torch._dynamo.maybe_mark_dynamic(x, 1)
@@ -66,6 +67,20 @@ def compiled_logits(
             return _compiled(backend)(model, tokens, opaque, keep)
     finally:
         cache.end_pass()
+
+
+_DECODERS = WeakIdKeyDictionary()  # of models that can be compiled, as weak references
+
+
+def _decoder_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The decoder, found once for a model: that takes milliseconds, in which the device waits."""
+    found = _DECODERS[model]() if model in _DECODERS else None
+    if found is None:
+        reason = unfit_for_steps(model)
+        require(reason is None, f"{type(model).__name__} {reason}, so it cannot be compiled: leave compile out.")
+        found = decoder_of(model)
+        _DECODERS[model] = ref(found)
+    return found
 
 
 def _attend(
@@ -93,4 +108,6 @@ def _logits_of(
 @lru_cache
 def _compiled(backend: bool | str) -> Callable[..., torch.Tensor]:
     """`_logits_of`, compiled: once for a model and a number of rows, since the number of tokens is dynamic."""
+    # Beyond its limit of compilations dynamo would run passes uncompiled, without a word.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     return torch.compile(_logits_of, backend="inductor" if backend is True else cast(str, backend))

@@ -65,3 +65,25 @@ def test_prefill_on_the_kernels_of_training(backend, dtype, bound, count, max_to
         assert_close(found[-1], cached_attention(q[:, :, part], keys, values, start, config), 1e-3, "selected again")
     expected = lrsa_attention(q.float(), k.float(), v.float(), replace(config, backend="chunked"))
     assert_close(torch.cat(found, dim=2).float(), expected, bound, backend)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_compiled_prefill_is_the_training_pass(family):
+    """Through Inductor, which may use the memory of keys and values again, for several lengths and for padded rows."""
+    config = LRSAConfig(sink_size=5, lag_size=128, retention=0.25)
+    model = apply_lrsa(tiny(family, head_dim=64), config).cuda()
+    for count, most, room in ((3000, 16384, None), (1700, 700, None), (100, 16384, None), (2200, 1000, 2300)):
+        ids, cache = torch.randint(1, 101, (1, count), device="cuda"), LagKVCache(config, room)
+        logits = prefill(model, ids, cache, max_tokens_at_once=most, compile=True)
+        token = torch.randint(1, 101, (1, 1), device="cuda")
+        with torch.no_grad():
+            expected = model(torch.cat([ids, token], dim=1), use_cache=False).logits[0, -2:]
+            logits = torch.cat([logits, model(token, past_key_values=cache).logits[0]])
+        assert_close(logits, expected, 1e-4, "logits")
+    ids, lengths = torch.randint(1, 101, (2, 900), device="cuda"), (900, 500)
+    mask = torch.arange(900, device="cuda") >= 900 - torch.tensor(lengths, device="cuda")[:, None]
+    found = prefill(model, ids, LagKVCache(config), attention_mask=mask, compile=True)
+    for row, length in enumerate(lengths):
+        with torch.no_grad():
+            expected = model(ids[row : row + 1, 900 - length :], use_cache=False).logits[0, -1]
+        assert_close(found[row], expected, 1e-4, "logits")
