@@ -264,15 +264,20 @@ def test_estimates_are_near_what_was_measured(qwen):
 
 
 @pytest.mark.parametrize(
-    "shape, num_gpus, rank, num_rows",
-    [("1b5", 1, 0, 10), ("8b", 1, 16, 4), ("8b", 2, 0, 1)],
-    ids=["1b5", "lora", "two"],
+    "shape, num_gpus, rank, more, num_rows, within",
+    [
+        ("1b5", 1, 0, [], 12, 0.04),
+        ("8b", 1, 0, ["zero=stage3_offload"], 1, 0.04),
+        ("8b", 1, 16, [], 5, 0.04),
+        ("8b", 1, 16, ["model.quantize=nf4"], 1, 0.1),
+        ("8b", 2, 0, ["optim=adamw_8bit"], 1, 0.04),
+    ],
+    ids=["1b5", "full", "lora", "qlora", "two"],
 )
-def test_estimates_of_levers_and_adapters_are_near_what_was_measured(shape, num_gpus, rank, num_rows):
-    """Rows of a 1.5B and an 8B shape with Liger's kernels: levers, LoRA, 32,768 to 1,048,576 tokens."""
-    optimizer = ["optim=adamw_8bit"] if num_gpus == 2 else []
+def test_estimates_of_levers_and_adapters_are_near_what_was_measured(shape, num_gpus, rank, more, num_rows, within):
+    """Rows of a 1.5B and an 8B shape with Liger's kernels: levers, LoRA, QLoRA, 32,768 to 1,048,576 tokens."""
     config = composed(
-        f"+recipe=step_{shape}", "model.liger_kernel=true", "parallel.sp_size=1", f"model.lora.rank={rank}", *optimizer
+        f"+recipe=step_{shape}", "model.liger_kernel=true", "parallel.sp_size=1", f"model.lora.rank={rank}", *more
     )
     model = empty_model(config.model)
     if rank:
@@ -282,7 +287,7 @@ def test_estimates_of_levers_and_adapters_are_near_what_was_measured(shape, num_
     rows = [row for row in rows if row.job.num_gpus == num_gpus]
     assert len(rows) == num_rows
     for row in rows:
-        assert row.estimated_peak == pytest.approx(row.peak, rel=0.04), row.line()
+        assert row.estimated_peak == pytest.approx(row.peak, rel=within), row.line()
         assert row.estimated_seconds == pytest.approx(row.seconds, rel=0.2), row.line()
 
 
