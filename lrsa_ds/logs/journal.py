@@ -69,14 +69,20 @@ class Progress:
     Args:
         unit: what is counted, in front of the numbers.
         leave: whether the bar stays on the terminal when it is closed.
-        later: the seconds of a run after this, from those of a step.
+        later: the seconds of a run after this, from those of a step and the number of steps done.
+        expected: the seconds of a step, until steps are timed; None: not known.
     """
 
     def __init__(
-        self, num_steps: int, unit: str = "step", leave: bool = True, later: Callable[[float], float] | None = None
+        self,
+        num_steps: int,
+        unit: str = "step",
+        leave: bool = True,
+        later: Callable[[float, int], float] | None = None,
+        expected: float | None = None,
     ):
         self._num_steps = num_steps
-        self.later = later
+        self.later, self.expected = later, expected
         self._unit = unit
         self._first = None  # step and time of the first row: later steps are timed against it, as it has the warm-up
         self._last_line = -math.inf
@@ -85,6 +91,14 @@ class Progress:
             # The bar comes last: it is what a narrow terminal may cut off.
             self._bar = tqdm(total=num_steps, dynamic_ncols=True, bar_format="{desc}  {bar:20}", leave=leave)
             self._bar.set_description_str("starting")
+
+    def announce(self, what: str, seconds: float) -> None:
+        """Shows what the run does before the first step, and about how long all of it will take."""
+        text = f"{what}  about {tqdm.format_interval(seconds)} left of the run"
+        if self._bar is not None:
+            self._bar.set_description_str(text)
+        else:
+            print(text, file=sys.stderr, flush=True)
 
     def show(self, row: dict) -> None:
         step, now = row["step"], time.monotonic()
@@ -101,17 +115,17 @@ class Progress:
     def _text(self, row: dict, now: float) -> str:
         step = row["step"]
         self._first = self._first or (step, now)
-        if step == 0:
-            return f"{self._unit} 0/{self._num_steps}"
         num_timed, seconds = step - self._first[0], now - self._first[1]
-        per_step = seconds / num_timed if num_timed else row.get("step_seconds", 0.0)
+        per_step = seconds / num_timed if num_timed else row.get("step_seconds") or self.expected
+        if per_step is None:
+            return f"{self._unit} {step}/{self._num_steps}"
         parts = [f"{self._unit} {step}/{self._num_steps}"]
         formats = {"loss": "loss {:.3f}", "lr": "lr {:.1e}", "tokens_per_second": "{:,.0f} tokens/s"}
         formats |= {"tflops_executed": "{:.1f} TFLOPS", "mfu": "{:.0%} MFU"}
         formats |= {"peak_memory_gb": "{:.1f} GB", "host_memory_gb": "host {:.1f} GB"}
         parts += [shape.format(row[name]) for name, shape in formats.items() if row.get(name) is not None]
         left = max(0, self._num_steps - step) * per_step
-        later = self.later(per_step) if self.later and per_step else 0.0
+        later = self.later(per_step, step) if self.later and per_step else 0.0
         of_run = f", {tqdm.format_interval(left + later)} of the run" if later else ""
         return "  ".join([*parts, f"{tqdm.format_interval(left)} left{of_run}"])
 

@@ -5,11 +5,12 @@ missing server neither stops nor slows the training.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from lrsa_ds.labels import cache_of
 from lrsa_ds.logs.journal import JSONLines, Progress, print_above, read_rows
-from lrsa_ds.logs.remaining import Remaining
+from lrsa_ds.logs.remaining import BEFORE, TELEMETRY, Remaining
 from lrsa_ds.logs.tracker import Entry, Identity, Tracker
 from lrsa_ds.logs.trackers import check_trackers, start_trackers
 from lrsa_ds.settings.run import LogConfig
@@ -48,6 +49,7 @@ class RunLogger:
         self._progress: Progress | None = None
         self._evaluation: Progress | None = None
         self._remaining: Remaining | None = None
+        self._last_step = 0
         self._trackers: list[Tracker] = []
         if not enabled:
             return
@@ -69,9 +71,10 @@ class RunLogger:
 
     def expect(self, remaining: Remaining) -> None:
         """From here on, progress also shows the time that is left of the whole run."""
-        self._remaining = remaining
+        self._remaining, self._last_step = remaining, remaining.first_step
         if self._enabled and self._progress:
-            self._progress.later = remaining.after_training
+            self._progress.announce("loading the model", remaining.of_run())
+            self._progress.later = self._beside_steps
 
     def summary(self, row: dict) -> None:
         """Records values of the whole run.
@@ -89,6 +92,7 @@ class RunLogger:
             LRSAError: the disk is full, or the file is not writable any more.
         """
         self._write("train", [row])
+        self._last_step = row["step"]
         if self._progress:
             self._progress.show(row)
         values = {f"train/{k}": v for k, v in row.items() if isinstance(v, (int, float)) and k != "step"}
@@ -99,13 +103,30 @@ class RunLogger:
         if not self._enabled or not self._shows_progress:
             return
         if self._evaluation is None:
-            remaining = self._remaining if when == "before" else None
-            later = (lambda seconds: remaining.after_evaluation(total * seconds)) if remaining else None
-            self._evaluation = Progress(total, unit=f"evaluation ({when}): {unit}", leave=False, later=later)
+            expected = self._remaining.of_phase(when) / total if self._remaining else None
+            unit = f"evaluation ({when}): {unit}"
+            self._evaluation = Progress(total, unit, leave=False, expected=expected)
+            self._evaluation.later = partial(self._after_phase, when, total)
         self._evaluation.show({"step": done})
         if done == total:
             self._evaluation.close()
             self._evaluation = None
+            if self._progress and self._remaining and when in (BEFORE, TELEMETRY + BEFORE):
+                self._progress.announce("training", self._remaining.after_phase(when, self._last_step))
+
+    def _after_phase(self, when: str, total: int, seconds_of_unit: float, done: int) -> float:
+        """What is left of the run after an evaluation, which takes so long for each unit."""
+        if self._remaining is None:
+            return 0.0
+        if done:
+            self._remaining.measure_phase(when, total * seconds_of_unit)
+        return self._remaining.after_phase(when, self._last_step)
+
+    def _beside_steps(self, seconds_of_step: float, step: int) -> float:
+        if self._remaining is None:
+            return 0.0
+        self._remaining.measure_step(seconds_of_step)
+        return self._remaining.beside_steps(step)
 
     def evaluation(
         self, rows: list[dict], predictions: list[dict], picture: Path | None, answers: Sequence[dict] = ()

@@ -87,6 +87,8 @@ def _train_in(
         for note in [*notes, *describe(config, plan, mesh, directory)] if mesh.is_main else []:
             logger.message(note)
         logger.data(plan.report.row())
+        if mesh.is_main and config.log.progress:
+            logger.expect(remaining(config, plan, mesh))
         scores = [row for row in earlier if row["kind"] == "eval"]
         setup = _Setup(config=config, plan=plan, mesh=mesh, directory=directory, logger=logger, watch=watch, stop=stop)
         _Run(setup, scores).all()
@@ -240,8 +242,6 @@ class _Run:
 
         def on_batch(done: int, total: int) -> None:
             self.watch.doing(f"evaluation ({when})")
-            if when == "before" and done == 0:
-                self.logger.expect(remaining(config, self.mesh, examples, total // len(examples)))
             self.logger.evaluating(when, done, total)
             if when == "after":
                 self.stop_if_asked()

@@ -13,10 +13,12 @@ from lrsa_ds.logs.report import draw_evaluation, evaluation_table
 from lrsa_ds.models.tiling import describe_levers
 from lrsa_ds.objectives import check_objective
 from lrsa_ds.parallel.mesh import Mesh
+from lrsa_ds.settings.caches import caches_of
+from lrsa_ds.telemetry.measure import num_passes, some_of_each_task
 from lrsa_ds.train import output
 from lrsa_ds.train.plan import Plan
 from lrsa_ds.train.scoring import Evaluation
-from lrsa_ds.train.throughput import describe_peak
+from lrsa_ds.train.throughput import describe_peak, guessed_seconds
 
 PICTURE = "evaluation.png"
 
@@ -57,18 +59,35 @@ def describe(config: TrainConfig, plan: Plan, mesh: Mesh, directory: Path) -> li
     return lines
 
 
-def remaining(config: TrainConfig, mesh: Mesh, examples: list[Example], num_caches: int) -> Remaining:
-    """What follows each phase of a run that evaluates `examples` under so many caches."""
+def remaining(config: TrainConfig, plan: Plan, mesh: Mesh) -> Remaining:
+    """The phases of a run before the first of them, with a guess of their time; it takes a fraction of a second."""
     optim = config.optim
     # A backward pass costs two forward passes, and layers under checkpointing run once more.
     of_sequence = 4 if config.activation_checkpointing else 3
-    num_sequences = max(1.0, sum(len(example.input_ids) for example in examples) / config.seq_len) / mesh.dp_size
+    examples = plan.data.validation_examples()
+    num_caches = len(caches_of(config.attention, config.eval, plan.layers))
+    evaluated, measured = _num_sequences(examples, config, mesh), 0.0
+    if config.eval.telemetry:
+        chosen = some_of_each_task(examples, config.eval.telemetry_examples)
+        of_example = num_passes(len(plan.layers.taken), config.eval.telemetry_greedy)
+        measured = _num_sequences(chosen, config, mesh) * of_example
+    flops_of_pass = 2 * plan.num_parameters * config.seq_len / mesh.sp_size
     return Remaining(
         num_steps=optim.num_steps,
         passes_of_step=of_sequence * optim.micro_batch * optim.grad_accum,
-        passes_of_evaluation=num_sequences * num_caches,
+        passes_of_evaluation=evaluated * num_caches,
+        is_evaluated_before=config.eval.before and plan.resume is None,
         is_evaluated_after=config.eval.after,
+        seconds_of_pass=guessed_seconds(flops_of_pass, plan.dtype, mesh.device),
+        evaluated_every=config.eval.every,
+        passes_of_telemetry=measured,
+        first_step=plan.resume.step if plan.resume else 0,
     )
+
+
+def _num_sequences(examples: list[Example], config: TrainConfig, mesh: Mesh) -> float:
+    """Sequences that the examples fill, for each replica."""
+    return max(1.0, sum(len(example.input_ids) for example in examples) / config.seq_len) / mesh.dp_size
 
 
 def conclusion(config: TrainConfig, rows: list[dict], directory: Path) -> list[str]:

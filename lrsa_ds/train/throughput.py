@@ -17,6 +17,9 @@ from lrsa_ds.models.tiling import num_tiles
 from lrsa_ds.objectives.objective import Objective
 from lrsa_ds.process.launcher import ranks_of_host
 
+PRODUCT = 1024  # of two square matrices, which is timed for a guess before the first step
+SHARE_OF_PRODUCT = 0.5  # of its speed, that a model reaches
+
 
 def passes_of(config: TrainConfig, retentions: Sequence[float], model: Layers) -> Passes:
     """The passes of a step through the model; `retentions` are those of the objective's passes without gradients."""
@@ -76,6 +79,18 @@ class Throughput:
         executed, dense = (flops / seconds / self._world_size / 1e12 for flops in (self._executed, self._dense))
         share = {} if self._peak is None else {"mfu": executed / self._peak}
         return {"tflops_executed": executed, "tflops_dense": dense, **share}
+
+
+def guessed_seconds(flops: float, dtype: torch.dtype, device: torch.device) -> float:
+    """A guess of how long so many operations of a model take on a device, by the speed of one of its products."""
+    a, b = (torch.ones(PRODUCT, PRODUCT, dtype=dtype, device=device) for _ in range(2))
+    clock = PhaseClock(device)
+    for phase in ("first", "product"):  # the first one is slower
+        clock.start()
+        a @ b
+        clock.lap(phase)
+    (seconds,) = clock.seconds(["product"])
+    return flops / (2 * PRODUCT**3) * seconds / SHARE_OF_PRODUCT
 
 
 class PhaseClock:

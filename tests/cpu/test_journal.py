@@ -13,7 +13,9 @@ import pytest
 from lrsa_ds.errors import LRSAError
 from lrsa_ds.logs import journal
 from lrsa_ds.logs.journal import JSONLines, Progress, print_above
+from lrsa_ds.logs.metrics import RunLogger
 from lrsa_ds.logs.remaining import Remaining
+from lrsa_ds.settings.run import LogConfig
 
 
 def make_row(step, **other):
@@ -81,26 +83,51 @@ def test_progress_of_an_evaluation_begins_at_zero(capsys, monkeypatch):
     assert lines[-1] == "answer 100/100  00:00 left"
 
 
-def test_progress_shows_what_is_left_of_the_run(capsys, monkeypatch):
-    """An evaluation of 4 passes that take 10 s, 6 steps of 3 passes each, and the evaluation again: 10 + 45 + 10 s."""
+def left(**other):
+    """An evaluation of 4 passes, 6 steps of 3 passes each, and the evaluation again; a pass is guessed as 2 s."""
+    phases = dict(num_steps=6, passes_of_step=3, passes_of_evaluation=4, seconds_of_pass=2.0)
+    return Remaining(**phases | dict(is_evaluated_before=True, is_evaluated_after=True) | other)
+
+
+def test_progress_shows_what_is_left_of_the_run_from_its_first_second_to_its_end(tmp_path, capsys, monkeypatch):
+    """The evaluation takes 10 s instead of 8, a step 10 s instead of 7.5."""
     now = [100.0]
     monkeypatch.setattr(journal.time, "monotonic", lambda: now[0])
-    remaining = Remaining(num_steps=6, passes_of_step=3, passes_of_evaluation=4, is_evaluated_after=True)
-    progress = Progress(20, unit="answer", later=lambda seconds: remaining.after_evaluation(20 * seconds))
-    for done in (0, 20):
-        progress.show({"step": done})
+    logger = RunLogger(tmp_path, LogConfig(wandb="disabled"), {}, {"step": 0}, "run", 6)
+    logger.expect(left())
+    for when in ("before", "after"):
+        for done in (0, 10, 20):
+            logger.evaluating(when, done, 20)
+            now[0] += 5 if done < 20 else 0
         now[0] += 10
-    progress = Progress(6, later=remaining.after_training)
-    progress.show({"step": 1, "step_seconds": 8.0})
-    now[0] += 10
-    progress.show({"step": 2, "step_seconds": 10.0})
-    assert capsys.readouterr().err.splitlines() == [
-        "answer 0/20",
-        "answer 20/20  00:00 left, 00:55 of the run",
-        "step 1/6  00:40 left, 00:50 of the run",
-        "step 2/6  00:40 left, 00:50 of the run",
-    ]
-    assert Remaining(6, 3, 4, is_evaluated_after=False).after_training(9.0) == 0
+        if when == "before":
+            logger.step(make_row(1, step_seconds=10.0))
+            for step in range(2, 7):
+                now[0] += 10
+                logger.step(make_row(step))
+    logger.close()
+    lines = [line.split("  ")[0] + "  " + line.split("  ")[-1] for line in capsys.readouterr().err.splitlines()]
+    assert lines == [
+        "loading the model  about 00:52 left of the run",  # 8 + 6 * 6 + 8
+        "evaluation (before): answer 0/20  00:08 left, 00:52 of the run",
+        "evaluation (before): answer 20/20  00:00 left, 00:55 of the run",  # 6 * 7.5 + 10
+        "training  about 00:55 left of the run",
+        "step 1/6  00:50 left, 01:00 of the run",
+        *(f"step {step}/6  00:{10 * (6 - step):02} left, {journal.tqdm.format_interval(70 - 10 * step)} of the run"
+          for step in range(2, 7)),
+        "evaluation (after): answer 0/20  00:10 left",
+        "evaluation (after): answer 20/20  00:00 left",
+    ]  # fmt: skip
+
+
+def test_the_time_left_of_other_runs():
+    assert left(is_evaluated_before=False, first_step=4).of_run() == 2 * 6 + 8
+    assert left(is_evaluated_after=False).from_step(5) == 6
+    assert left(evaluated_every=2).from_step(0) == 6 * 6 + 2 * 8 + 8
+    with_telemetry = left(passes_of_telemetry=10.0)
+    assert with_telemetry.of_run() == 8 + 20 + 6 * 6 + 8 + 20
+    assert with_telemetry.after_phase("telemetry before", 0) == 6 * 6 + 8 + 20
+    assert with_telemetry.after_phase("after", 6) == 20 and with_telemetry.after_phase("telemetry after", 6) == 0
 
 
 def test_progress_on_a_terminal_is_one_live_line(monkeypatch):
