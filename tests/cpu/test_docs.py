@@ -94,8 +94,35 @@ def test_the_sentences_of_troubleshooting_are_in_the_code():
     assert [f for f in fragments if not any(f in sentence for sentence in written)] == []
 
 
-def test_commands_that_need_a_gpu_say_when_they_were_run():
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+# What runs the commands of shell blocks, with a smaller model, fewer steps or other names of files.
+RUN = {
+    "make (setup|test)": ".ci/run: make test",
+    "make smoke": "tests/dist/test_launch.py: def smoke",
+    "deepspeed launch/train.py model=hub model.name=.* data=files": "tests/dist/test_readme.py: data.path=my/*.jsonl",
+    "deepspeed launch/train.py .*data=mixture": "tests/dist/test_contexts.py: data=mixture",
+    "deepspeed --num_gpus 1 launch/train.py .*plugins=": "tests/dist/test_extensions.py: plugins=",
+    "deepspeed --num_gpus 2 launch/selftest.py": 'tests/dist/test_launch.py: script="selftest"',
+    "(python|deepspeed) launch/evaluate.py model.name=": "tests/dist/test_readme.py: tasks=[passkey,needle,signature]",
+    "python launch/chat.py": "tests/dist/test_readme.py: chat.py",
+    "python launch/sweep.py --multirun \\+recipe=smoke": "tests/dist/test_sweep.py: --multirun",
+    "python launch/compare.py": "tests/cpu/test_comparison.py: compare.py",
+    "python launch/plan.py": "tests/dist/test_readme.py: plan.action",
+    "pip install 'lrsa-ds\\[lm-eval\\]'": "pyproject.toml: lm-eval,",
+}
+BY_HAND = re.compile(r"# .*\b(GPU|two CPU cores), run 20\d\d-\d\d-\d\d|# .*composed only, not run$")
+
+
+def test_every_command_of_a_shell_block_is_run_or_says_that_it_is_not():
+    """tests/dist/test_readme.py composes and types all of them, also those in the text."""
+    unused = set(RUN)
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL):
-            for line in block.splitlines():
-                assert "launch/benchmark" not in line or re.search(r"# GPU, run 20\d\d-\d\d-\d\d", line), line
+            for command in re.findall(r"(?:'[^']*'|\"[^\"]*\"|[^\n])+", block.replace("\\\n", " ")):
+                found = next((pattern for pattern in RUN if re.match(pattern, command)), None)
+                assert BY_HAND.search(command) or found, f"{page.name}: {command}"
+                if not BY_HAND.search(command):
+                    unused.discard(found)
+    assert not unused, "no page has such a command any more"
+    for by in RUN.values():
+        file, part = by.split(": ", 1)
+        assert part in (ROOT / file).read_text(), by

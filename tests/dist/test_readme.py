@@ -165,12 +165,11 @@ def test_training_evaluating_and_asking_as_the_readme_has_it(tmp_path, tiny_mode
     assert len((tmp_path / "evaluated" / "results.jsonl").read_text().splitlines()) == 3 * 3
 
     monkeypatch.chdir(tmp_path)
-    for page, made in (("README.md", "output"), ("docs/inference.md", "answer")):  # use in Python
-        code = (ROOT / page).read_text().split("```python\n")[1].split("```")[0]
-        code = code.replace("outputs/.../model", "run/model").replace("=100)", "=4)")
-        names = {"document": "Some words. " * 100, "question": "Which?"}
-        exec(code, names)
-        assert names[made].shape[1] <= names["ids"].shape[1] + 4, page
+    for page, made in (("README.md", "output"), ("docs/inference.md", "answer")):  # use in Python, block by block
+        names = {"document": "Some words. " * 100, "question": "Which?", "questions": ["Which?", "Why?"]}
+        for code in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL):
+            exec(code.replace("outputs/.../model", "run/model").replace("=100)", "=4)"), names)
+            assert names[made].shape[1] <= names["ids"].shape[1] + 4, page
 
     (tmp_path / "long.txt").write_text("Some words. " * 100)
     words = [word.replace("outputs/.../model", "run/model") for word in readme_command("chat.py")]
