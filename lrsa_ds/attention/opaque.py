@@ -64,3 +64,14 @@ def _attend_pass(
 @_attend_pass.register_fake
 def _(q, k, v, layer, scale, softcap, sinks):
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
+
+
+@torch.library.custom_op("lrsa_ds::stored", mutates_args=())
+def stored(x: torch.Tensor) -> torch.Tensor:
+    """A copy, which a compiler stores and reads instead of computing `x` again wherever it is used."""
+    return x.clone()
+
+
+@stored.register_fake
+def _(x):
+    return torch.empty_like(x)

@@ -9,11 +9,12 @@ from typing import Any, cast
 from weakref import ref
 
 import torch
+from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 
 from lrsa_ds.attention.extras import Extras
-from lrsa_ds.attention.opaque import OpaquePass
+from lrsa_ds.attention.opaque import OpaquePass, stored
 from lrsa_ds.attention.ragged import Rows, attention_behind
 from lrsa_ds.errors import require
 from lrsa_ds.models.cache import LagKVCache
@@ -52,7 +53,7 @@ def compiled_logits(
         LRSAError: the model cannot be compiled, or mask or cache do not fit.
     """
     check_applied(model)
-    decoder = _decoder_of(model)
+    decoder, rotary = _parts_of(model)
     # A part of the columns has the strides of all columns, for which it would be compiled again.
     tokens = tokens.clone(memory_format=torch.contiguous_format)
     given = {"input_ids": tokens, "attention_mask": mask, "past_key_values": cache}
@@ -62,25 +63,35 @@ def compiled_logits(
     opaque = OpaquePass(inputs["position_ids"], partial(_attend, cache, num_seen, rows))
     for x in (tokens, opaque.positions):
         torch._dynamo.maybe_mark_dynamic(x, 1)
+    # Sines and cosines of positions would be computed again for each head of each layer.
+    hooks = [module.register_forward_hook(_stored) for module in rotary]
     try:
         with opaque.under_way():
             return _compiled(backend)(model, tokens, opaque, keep)
     finally:
         cache.end_pass()
+        for hook in hooks:
+            hook.remove()
 
 
-_DECODERS = WeakIdKeyDictionary()  # of models that can be compiled, as weak references
+_PARTS = WeakIdKeyDictionary()  # of models that can be compiled, as weak references: a decoder may be the model
 
 
-def _decoder_of(model: PreTrainedModel) -> PreTrainedModel:
-    """The decoder, found once for a model: that takes milliseconds, in which the device waits."""
-    found = _DECODERS[model]() if model in _DECODERS else None
-    if found is None:
+def _parts_of(model: PreTrainedModel) -> tuple[PreTrainedModel, list[nn.Module]]:
+    """The decoder and its rotary embeddings, found once for a model: it takes milliseconds, and the device waits."""
+    if model not in _PARTS:
         reason = unfit_for_steps(model)
         require(reason is None, f"{type(model).__name__} {reason}, so it cannot be compiled: leave compile out.")
-        found = decoder_of(model)
-        _DECODERS[model] = ref(found)
-    return found
+        decoder = decoder_of(model)
+        rotary = [module for module in decoder.modules() if "RotaryEmbedding" in type(module).__name__]
+        _PARTS[model] = [ref(part) for part in (decoder, *rotary)]
+    decoder, *rotary = (part() for part in _PARTS[model])
+    return decoder, rotary
+
+
+def _stored(module: nn.Module, args: tuple, output: Any) -> Any:
+    """Hook after the forward of a rotary embedding, which returns cosines and sines [B or 1, n, D]."""
+    return tuple(map(stored, output)) if isinstance(output, tuple) else output
 
 
 def _attend(
