@@ -169,14 +169,18 @@ class Loop:
     def _decode(self, ids: torch.Tensor, logits: torch.Tensor, decoder: Decoder, cache: LagKVCache) -> torch.Tensor:
         """Step by step from the logits [B, vocabulary] of the last tokens of the prompts on."""
         unfinished = torch.ones(len(ids), dtype=torch.int64, device=ids.device)
+        text, length = ids.new_empty(len(ids), max(self.settings.max_length, ids.shape[1] + 1)), ids.shape[1]
+        text[:, :length] = ids
         while True:
-            tokens = self._choose(ids, logits, unfinished)
-            ids = torch.cat([ids, tokens[:, None]], dim=1)
+            tokens = self._choose(text[:, :length], logits, unfinished)
+            text[:, length] = tokens
+            length += 1
+            ids = text[:, :length]
             unfinished = unfinished & ~self.criteria(ids, None)
             said = HostCopy(torch.cat([tokens, unfinished.max()[None]]))
             # A graph runs ahead of the host, which checks meanwhile whether this was the last token. Tokens that a step
             # has stored count only after `end_step`.
-            ahead = decoder.captures and ids.shape[1] < self.settings.max_length
+            ahead = decoder.captures and length < self.settings.max_length
             if ahead:
                 logits = decoder(cache, tokens)
             *_, goes_on = self._told(said)
@@ -187,11 +191,13 @@ class Loop:
             decoder.end_step(cache)
         if self.streamer is not None:
             self.streamer.end()
-        return ids
+        return ids.contiguous()
 
     def _choose(self, ids: torch.Tensor, logits: torch.Tensor, unfinished: torch.Tensor) -> torch.Tensor:
         """The next token of each row, int64 [B]; padding for rows that have ended."""
-        scores = self.processors(cast(Any, ids), logits.to(ids.device, torch.float32, copy=True))
+        scores = logits.to(ids.device)
+        if self.processors or self.settings.do_sample:
+            scores = self.processors(cast(Any, ids), scores.to(torch.float32, copy=True))
         if self.settings.do_sample:
             tokens = torch.multinomial(scores.softmax(dim=-1), num_samples=1).squeeze(1)
         else:
