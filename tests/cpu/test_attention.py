@@ -185,6 +185,19 @@ def test_blocks_may_begin_where_the_chunks_of_the_longest_document_do(lengths, a
     assert partly[longest].sum(dim=1).max() <= 2 and wholly[longest].any()
 
 
+def test_blocks_of_fewer_keys_cover_what_blocks_of_more_cover():
+    layout = buffered_layout((900, 77), LRSAConfig(sink_size=5, lag_size=64, retention=0.3), torch.device("cpu"))
+    rows, num_keys = interval_rows(layout.intervals), layout.copies.size + 977
+    a_lo, a_hi, b_lo, b_hi = rows[:, :, None]
+    keys = torch.arange(-(-num_keys // BLOCK) * BLOCK)
+    seen = ((keys >= a_lo) & (keys < a_hi)) | ((keys >= b_lo) & (keys < b_hi))
+    for size in (BLOCK, 64):
+        partly, wholly = block_cover(rows, num_keys, size)
+        blocks = seen.view(rows.shape[1] // BLOCK, BLOCK, -1, size)[:, :, : partly.shape[1]]
+        assert not blocks.any(dim=3).any(dim=1)[~(partly | wholly)].any()
+        assert blocks.all(dim=3).all(dim=1)[wholly].all() and wholly.any()
+
+
 @pytest.mark.parametrize("num_tokens,ahead", [(8192, 0), (16384, 16)])
 def test_short_sequences_have_no_queries_ahead(num_tokens, ahead):
     config = LRSAConfig(sink_size=16, lag_size=1024, retention=0.125)

@@ -52,7 +52,7 @@ def compare(backend, lengths, heads=4, kv_heads=2, dim=64, dtype=torch.bfloat16,
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 5e-3), (torch.bfloat16, 2e-2), (torch.float16, 4e-3)])
-@pytest.mark.parametrize("heads,kv_heads,dim", [(4, 2, 64), (3, 1, 64), (8, 8, 128), (12, 2, 128)])
+@pytest.mark.parametrize("heads,kv_heads,dim", [(4, 2, 64), (3, 1, 64), (8, 8, 128), (12, 2, 128), (8, 4, 256)])
 def test_kernels_equal_chunked(backend, dtype, tolerance, heads, kv_heads, dim, poison_empty):
     # TF32 in FlexAttention's fp32 dot products is why fp32 is not compared more closely.
     errors = compare(
@@ -69,7 +69,7 @@ def random_case(seed):
         lengths=[draw.randrange(2, 8 * lag_size) for _ in range(draw.randrange(1, 5))],
         heads=kv_heads * draw.choice([1, 2, 3, 4]),
         kv_heads=kv_heads,
-        dim=draw.choice([64, 128]),
+        dim=draw.choice([64, 128, 256]),
         sink_size=draw.randrange(0, 40),
         lag_size=lag_size,
         retention=draw.uniform(0.1, 0.9),

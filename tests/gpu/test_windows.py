@@ -20,7 +20,7 @@ def inputs_for(backend, dtype, dim):
     return [torch.randn(shape, device="cuda", dtype=dtype).transpose(1, 2) for shape in shapes]
 
 
-@pytest.mark.parametrize("backend,dim", [("flex", 64), ("flex", 256), ("fa4", 64), ("fa4", 128)])
+@pytest.mark.parametrize("backend,dim", [("flex", 64), ("flex", 256), ("fa4", 64), ("fa4", 128), ("fa4", 256)])
 @pytest.mark.parametrize("window", [1, 77, 128, 1024])
 def test_packed_documents(backend, dim, window, poison_empty):
     *inputs, upstream = inputs_for(backend, torch.bfloat16, dim)
@@ -34,7 +34,7 @@ def test_packed_documents(backend, dim, window, poison_empty):
     assert max(errors[:1] + errors[3:] if window == 1 else errors) < 2e-2, errors
 
 
-@pytest.mark.parametrize("backend,dim", [("flex", 256), ("fa4", 128)])
+@pytest.mark.parametrize("backend,dim", [("flex", 256), ("fa4", 128), ("fa4", 256)])
 def test_prefill_in_passes(backend, dim):
     q, k, v, _ = inputs_for(backend, torch.bfloat16, dim)
     config, found = SlidingWindow(window=300, backend=backend), []

@@ -155,11 +155,12 @@ def interval_rows(intervals: Intervals, first: int = 0) -> torch.Tensor:
     return torch.cat([rows, rows[:, -1:].expand(-1, -rows.shape[1] % BLOCK)], dim=1).contiguous()
 
 
-def block_cover(rows: torch.Tensor, num_keys: int) -> tuple[torch.Tensor, torch.Tensor]:
+def block_cover(rows: torch.Tensor, num_keys: int, keys_in_block: int = BLOCK) -> tuple[torch.Tensor, torch.Tensor]:
     """The blocks of keys that each block of queries sees in part, and those that it sees in full.
 
     Args:
         rows: as `interval_rows` gives them; an interval with hi <= lo is empty.
+        keys_in_block: size of a block of keys; a block of queries has `BLOCK`.
 
     Returns:
         Two disjoint bool tensors [query blocks, key blocks]: seen in part, seen in full. Where a block of queries spans
@@ -167,8 +168,8 @@ def block_cover(rows: torch.Tensor, num_keys: int) -> tuple[torch.Tensor, torch.
         block of keys is never in the second, so blocks of the second need no check for the end of the keys.
     """
     a_lo, a_hi, b_lo, b_hi = rows.view(4, -1, BLOCK).unbind()
-    first = torch.arange(0, num_keys, BLOCK, device=rows.device)[None]
-    last = first + BLOCK
+    first = torch.arange(0, num_keys, keys_in_block, device=rows.device)[None]
+    last = first + keys_in_block
     some, whole = torch.zeros(2, len(a_lo), first.shape[1], dtype=torch.bool, device=rows.device)
     for lo, hi in ((a_lo, a_hi), (b_lo, b_hi)):
         # An empty interval does not extend the union, and makes the intersection empty.

@@ -18,6 +18,9 @@ from lrsa_ds.attention.kernels.interval import Intervals, sees
 if TYPE_CHECKING:
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
 
+# Keys in a block, for each head dim that is supported: those in a tile of flash-attn-4's kernels, whose shared memory
+# has no room for more at head dim 256.
+KEYS_IN_BLOCK = {64: BLOCK, 128: BLOCK, 256: 64}
 RELEASE = "4.0.0b36"  # pinned, also in pyproject.toml: functions below the public interface are called
 
 
@@ -59,7 +62,7 @@ class _Attention(torch.autograd.Function):
 
         from lrsa_ds.attention.kernels.fa4_mask import forward_mask, interval_kernels
 
-        layout = _block_layout(intervals, k.shape[2])
+        layout = _block_layout(intervals, k.shape[2], KEYS_IN_BLOCK[q.shape[3]])
         scale = q.shape[3] ** -0.5 if scale is None else scale
         out = q.new_empty(q.shape[0], q.shape[2], *q.shape[1::2]).transpose(1, 2)
         lse = q.new_empty(q.shape[:3], dtype=torch.float32)
@@ -155,16 +158,16 @@ class _BlockLayout:
 
 
 @lru_cache(maxsize=64)
-def _block_layout(intervals: Intervals, num_keys: int) -> _BlockLayout:
+def _block_layout(intervals: Intervals, num_keys: int, keys_in_block: int) -> _BlockLayout:
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
 
     count, first_key, window = intervals.ahead.count, intervals.ahead.first_key, intervals.also
     rows = interval_rows(intervals, count)
-    partly, wholly = block_cover(rows, num_keys)
+    partly, wholly = block_cover(rows, num_keys, keys_in_block)
 
     def table(partly: torch.Tensor, wholly: torch.Tensor, descending: bool) -> BlockSparseTensorsTorch:
         lists = (*_short(partly, descending), *_short(wholly, descending))
-        return BlockSparseTensorsTorch(*lists, block_size=(BLOCK, BLOCK))
+        return BlockSparseTensorsTorch(*lists, block_size=(BLOCK, keys_in_block))
 
     keys, visible_ahead = slice(first_key, first_key + count), None
     if count:
