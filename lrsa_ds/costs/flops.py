@@ -3,8 +3,9 @@
 A product of a matrix with a token is 2 operations for each of its elements, and the gradients of its input and of the
 matrix are as much again each, where they are needed. Attention takes 4 operations for each pair of a query and a key
 that it sees (`LayerKind.num_pairs`), head and channel; its backward pass 10, since flash attention makes the
-scores anew. Layers that are recomputed take their forward pass twice. What costs little is left out: norms, rotary
-embedding, activation functions, softmax, selection and optimizer.
+scores anew. Layers that are recomputed take their forward pass twice. A recurrence counts as attention, since it
+stands in its place: see `lrsa_ds.costs.recurrence`. What costs little is left out: norms, rotary embedding, short
+convolutions, activation functions, softmax, selection and optimizer.
 """
 
 from collections.abc import Sequence
@@ -76,12 +77,15 @@ def step_flops(
         num_slots: positions whose logits are computed, see `Batch.num_slots`.
     """
     num_layers, num_tokens = len(shape.layers), sum(document_lengths)
-    work = Flops(trained_matrix_flops(shape, passes, num_tokens, num_slots))
+    work = Flops(
+        trained_matrix_flops(shape, passes, num_tokens, num_slots), recurrence_flops(shape, passes, num_tokens)
+    )
     for other in passes.without_gradient:
         # Its logits, in a function that is recomputed, are computed twice.
         products = num_tokens * sum(m.size for layer in shape.layers for m in layer.matrices)
         pairs = sum(seen_pairs(document_lengths, other, num_layers))
         attention = PRODUCT * pairs * shape.num_heads * _channels(shape, ATTENTION_FORWARD)
+        attention += num_tokens * sum(r.forward for r in shape.recurrences)
         work += Flops(PRODUCT * (products + 2 * num_slots * shape.output.size), attention)
     executed, in_full = (
         Flops(0, attention_flops(shape, passes, seen_pairs(document_lengths, settings, num_layers)))
@@ -120,6 +124,16 @@ def attention_flops(shape: ModelShape, passes: Passes, pairs: Sequence[int]) -> 
     backward = _channels(shape, ATTENTION_BACKWARD) + forward * passes.checkpointing
     each = [forward + backward * layer.attention_has_gradient for layer in shape.layers]
     return PRODUCT * sum(map(mul, each, pairs)) * shape.num_heads
+
+
+def recurrence_flops(shape: ModelShape, passes: Passes, num_tokens: int) -> float:
+    """Operations of recurrent modules beside their matrices, forward and backward."""
+    each = 0.0
+    for layer in shape.layers:
+        if layer.recurrence is not None:
+            backward = layer.recurrence.backward + layer.recurrence.forward * passes.checkpointing
+            each += layer.recurrence.forward + backward * layer.attention_has_gradient
+    return num_tokens * each
 
 
 def _channels(shape: ModelShape, products: HeadDims) -> int:

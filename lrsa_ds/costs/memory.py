@@ -42,7 +42,8 @@ class GPUMemory:
 
 def gpu_memory(sizes: Sizes, job: Job) -> GPUMemory:
     checkpoints = {"activation checkpoints": checkpoint_bytes(sizes, job)}
-    layer = max((layer_bytes(sizes, job, config) for config in _different(job)), key=lambda parts: sum(parts.values()))
+    layers = [layer_bytes(sizes, job, *each) for each in _different(sizes, job)]
+    layer = max(layers, key=lambda parts: sum(parts.values()))
     layer["one layer: a dequantized matrix"] = dequantized_bytes(sizes, job)
     final_norm = job.num_tokens * sizes.hidden_size * _norm_saved(job)
     loss = {"final norm": final_norm, "logits": logits_bytes(sizes, job)}
@@ -56,9 +57,11 @@ def gpu_memory(sizes: Sizes, job: Job) -> GPUMemory:
     )
 
 
-def _different(job: Job) -> list[LayerSettings]:
-    """The settings of all layers and turns, each once."""
-    return list(dict.fromkeys(layer for turn in [*job.turns, *job.taught] for layer in turn.layers))
+def _different(sizes: Sizes, job: Job) -> list[tuple[LayerSettings, float]]:
+    """The settings of all layers and turns, with what their recurrences save of a token, in bytes; each once."""
+    saved = [0 if layer.recurrence is None else layer.recurrence.saved[job.itemsize] for layer in sizes.shape.layers]
+    turns = [*job.turns, *job.taught]
+    return list(dict.fromkeys((turn.at_layer(i), own) for turn in turns for i, own in enumerate(saved)))
 
 
 def static_bytes(sizes: Sizes, job: Job) -> dict[str, int]:
@@ -98,7 +101,9 @@ def checkpoint_bytes(sizes: Sizes, job: Job) -> int:
     """
     row = job.num_tokens * sizes.hidden_size * job.itemsize
     if not job.checkpointing:
-        return (sizes.num_layers - 1) * max(sum(saved_bytes(sizes, job, c).values()) for c in _different(job))
+        return (sizes.num_layers - 1) * max(
+            sum(saved_bytes(sizes, job, *each).values()) for each in _different(sizes, job)
+        )
     return row * (2 if job.levers.offload_checkpoints else sizes.num_layers)
 
 
@@ -111,8 +116,12 @@ def _norm_saved(job: Job) -> int:
     return 2 * job.itemsize if job.fused else FP32 + 2 * job.itemsize
 
 
-def saved_bytes(sizes: Sizes, job: Job, config: LayerSettings) -> dict[str, int]:
-    """What the forward pass of a layer saves for its backward pass, beside the input of the layer."""
+def saved_bytes(sizes: Sizes, job: Job, config: LayerSettings, of_recurrence: float = 0) -> dict[str, int]:
+    """What the forward pass of a layer saves for its backward pass, beside the input of the layer.
+
+    Args:
+        of_recurrence: bytes that the recurrent module of the layer saves of a token.
+    """
     n, b, c = job.num_tokens, job.itemsize, sizes.hidden_size
     width = sizes.num_heads * sizes.head_dim + sizes.num_kv_heads * sizes.head_dim
     norms = n * c * _norm_saved(job) * sizes.num_norms - (n * c * b if job.fused else 0)  # the first reads a checkpoint
@@ -121,7 +130,8 @@ def saved_bytes(sizes: Sizes, job: Job, config: LayerSettings) -> dict[str, int]
     tokens = min(n, job.tile_size) if job.levers.tiled_mlp else n
     # Gate, its activation, the other half and their product; Liger's kernel recomputes the activation.
     mlp = tokens * sizes.mlp_width * b * (3 if job.fused else 4)
-    return {"norms": norms, "attention": attention_bytes(sizes, job, config), "MLP": mlp}
+    attention = attention_bytes(sizes, job, config) if config.has_keys else 0
+    return {"norms": norms, "attention": attention + int(n * of_recurrence), "MLP": mlp}
 
 
 def attention_bytes(sizes: Sizes, job: Job, config: LayerSettings) -> int:
@@ -145,14 +155,14 @@ def attention_bytes(sizes: Sizes, job: Job, config: LayerSettings) -> int:
     return n * (2 * queries + lse) + (keys.copied + keys.halo + n) * kv + places + received
 
 
-def layer_bytes(sizes: Sizes, job: Job, config: LayerSettings) -> dict[str, int]:
+def layer_bytes(sizes: Sizes, job: Job, config: LayerSettings, of_recurrence: float = 0) -> dict[str, int]:
     """The most that a layer holds in its backward pass: saved by its forward pass, and gradients.
 
     Going back, each of three steps may hold most. What a step has used is freed. The gradient of the output of the
     layer is there all along, for the residual connection, and measured peaks hold one row more: two in all.
     """
     n, b, c = job.num_tokens, job.itemsize, sizes.hidden_size
-    row, saved = n * c * b, saved_bytes(sizes, job, config)
+    row, saved = n * c * b, saved_bytes(sizes, job, config, of_recurrence)
     norms, attention, mlp = saved["norms"], saved["attention"], saved["MLP"]
     tiled = job.levers.tiled_mlp
     # The product of both halves: without Liger its two gradients and its own beside three saved tensors, with it the
@@ -167,6 +177,7 @@ def layer_bytes(sizes: Sizes, job: Job, config: LayerSettings) -> dict[str, int]
     queries, kv = sizes.num_heads * sizes.head_dim, 2 * sizes.num_kv_heads * sizes.head_dim
     keys = keys_of(job, config)
     in_attention = n * queries * (2 * b + FP32) + (n + keys.copied + keys.halo) * kv * (b + FP32)
+    in_attention *= config.has_keys
     first = norms // max(1, sizes.num_norms)
     steps = {
         "MLP": {"norms": norms, "attention and kept KV": attention, "MLP": in_mlp},

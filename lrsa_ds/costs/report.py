@@ -27,6 +27,18 @@ def describe(sizes: Sizes, found: Estimate, machine: Machine) -> list[str]:
         *_sent(sizes, job),
         *_flops(sizes, job),
         *_time(found),
+        *_not_counted(sizes),
+    ]
+
+
+def _not_counted(sizes: Sizes) -> list[str]:
+    """What an estimate leaves out, in a sentence."""
+    if not sizes.shape.recurrences:
+        return []
+    return [
+        "",
+        "recurrent layers: the operations of transformers' PyTorch code and what it saves are counted; the gradients "
+        "inside a recurrence and the time of its small kernels are not.",
     ]
 
 

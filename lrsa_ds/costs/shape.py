@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from lrsa_ds.costs.recurrence import Recurrence, recurrences_of
 from lrsa_ds.models.heads import HeadDims, head_dims
 from lrsa_ds.models.logits import output_head, output_layer
 from lrsa_ds.models.patch import PreTrainedModel, layer_classes
-from lrsa_ds.models.recurrent import recurrent_modules
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Matrix:
         size: multiplications for each token: inputs × outputs, of experts those of the chosen ones.
         is_trained: whether it gets a gradient.
         passes_gradient: whether the gradient of its input is needed, for something that is trained before it.
-        in_mlp: whether it is outside the attention.
+        in_mlp: whether it is outside the attention, or the recurrent module in its place.
     """
 
     size: int
@@ -38,14 +39,16 @@ class LayerShape:
 
     Args:
         matrices: in the order in which they are used.
-        attention_has_gradient: whether the backward pass reaches its attention.
+        attention_has_gradient: whether the backward pass reaches its attention, or its recurrent module.
         ends_in_matrix: whether the last matrix is the last to save anything for the backward pass: a recomputed layer
             then stops in front of it.
+        recurrence: what its recurrent module costs beside its matrices; None without one.
     """
 
     matrices: tuple[Matrix, ...]
     attention_has_gradient: bool
     ends_in_matrix: bool
+    recurrence: Recurrence | None = None
 
     @property
     def has_gradient(self) -> bool:
@@ -61,17 +64,20 @@ class ModelShape:
     num_heads: int
     head_dims: HeadDims
 
+    @property
+    def recurrences(self) -> list[Recurrence]:
+        return [layer.recurrence for layer in self.layers if layer.recurrence is not None]
+
 
 def model_shape(model: PreTrainedModel) -> ModelShape | None:
     """The shape of a model as it will be trained: with its adapters, frozen parameters and activation checkpointing.
 
     None for a model whose matrices are not found where those of most families are: layers or output layer without
-    `torch.nn.Linear`, experts of which the configuration does not say how many a token takes, or recurrent layers.
+    `torch.nn.Linear`, experts of which the configuration does not say how many a token takes, or recurrent modules that
+    do not run alone.
     """
     config = model.config.get_text_config()
     has_experts = any(hasattr(module, "num_experts") for module in model.modules())
-    if recurrent_modules(model):
-        return None
     if len(decoder_layers(model)) != config.num_hidden_layers or not isinstance(output_head(model), nn.Linear):
         return None
     if has_experts and not isinstance(getattr(config, "num_experts_per_tok", None), int):
@@ -79,34 +85,42 @@ def model_shape(model: PreTrainedModel) -> ModelShape | None:
     # transformers asks for the gradient of the embeddings of a model with adapters whose layers are recomputed.
     asked = bool(getattr(model, "_require_grads_hooks", None))
     before = asked or _is_trained(cast(nn.Module, model.get_input_embeddings()))
+    recurrences = recurrences_of(decoder_layers(model), config)
+    if recurrences is None:
+        return None
     layers = []
-    for layer in decoder_layers(model):
-        shape = _layer_shape(layer, config, before)
-        layers.append(shape)
+    for layer, recurrence in zip(decoder_layers(model), recurrences, strict=True):
+        layers.append(_layer_shape(layer, config, before, recurrence))
         before = before or any(p.requires_grad for p in layer.parameters())
+    if not all(layer.matrices for layer in layers):
+        return None
     output = cast(Any, output_layer(model))
     matrix = Matrix(output.in_features * output.out_features, _is_trained(output), before)
     return ModelShape(tuple(layers), matrix, config.num_attention_heads, head_dims(config))
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The layers of a model that hold attention, in their order."""
+    """The layers of a model, in their order."""
     kinds = set(layer_classes(model))
-    return [m for m in model.modules() if type(m).__name__ in kinds and attention_of(m) is not None]
+    own = [m for m in model.modules() if type(m).__name__ in kinds]
+    return [m for m in own if mixers_of(m) or isinstance(m, GradientCheckpointingLayer)]
 
 
-def attention_of(layer: nn.Module) -> nn.Module | None:
-    """The attention of a decoder layer."""
-    return next((m for m in layer.modules() if hasattr(m, "layer_idx") and _matrices_below(m)), None)
+def mixers_of(layer: nn.Module) -> list[nn.Module]:
+    """Attention and recurrent module of a decoder layer, whichever it has; a layer may have only an MLP."""
+    found = [m for m in layer.modules() if m is not layer and hasattr(m, "layer_idx") and _matrices_below(m)]
+    children = {id(child) for child in layer.children()}
+    return [m for m in found if id(m) in children] or found[:1]
 
 
-def _layer_shape(layer: nn.Module, config: Any, before: bool) -> LayerShape:
+def _layer_shape(layer: nn.Module, config: Any, before: bool, recurrence: Recurrence | None) -> LayerShape:
     """The shape of a layer; `before`: whether anything in front of it is trained."""
-    attention = cast(nn.Module, attention_of(layer))
-    # All children of the attention that hold a matrix read the layer's input, but the last, which makes its output.
-    *readers, _ = [child for child in attention.children() if _matrices_below(child)]
+    mixers, readers = mixers_of(layer), list[nn.Module]()
+    for mixer in mixers:
+        # All children of attention that hold a matrix read the layer's input, but the last, which makes its output.
+        readers += [child for child in mixer.children() if _matrices_below(child)][:-1]
     reading = {id(m) for child in readers for m in _matrices_below(child)}
-    inside = {id(m) for m in attention.modules()}
+    inside = {id(m) for mixer in mixers for m in mixer.modules()}
     norms = [child for child in layer.children() if not list(child.children())]
     input_has_gradient = before or any(_is_trained(norm) for norm in norms)
     seen = input_has_gradient  # whether something is trained before the module at hand
@@ -121,7 +135,7 @@ def _layer_shape(layer: nn.Module, config: Any, before: bool) -> LayerShape:
     attention_has_gradient = input_has_gradient or any(_is_trained(m) for child in readers for m in child.modules())
     # A norm behind the last matrix saves its output, and so does the weighted sum of experts.
     ends_in_matrix = isinstance(last, nn.Linear) and not hasattr(layer, "post_feedforward_layernorm")
-    return LayerShape(tuple(matrices), attention_has_gradient, ends_in_matrix)
+    return LayerShape(tuple(matrices), attention_has_gradient, ends_in_matrix, recurrence)
 
 
 def matrix_sizes(module: nn.Module, config: Any) -> Iterator[tuple[int, bool]]:

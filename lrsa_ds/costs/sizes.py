@@ -5,12 +5,12 @@ from typing import Any, cast
 
 from torch import nn
 
-from lrsa_ds.costs.shape import ModelShape, attention_of, decoder_layers, matrix_sizes, model_shape
+from lrsa_ds.costs.shape import ModelShape, decoder_layers, matrix_sizes, mixers_of, model_shape
 from lrsa_ds.errors import LRSAError, require
 from lrsa_ds.models.heads import num_kv_heads
 from lrsa_ds.models.logits import output_layer
 from lrsa_ds.models.patch import PreTrainedModel
-from lrsa_ds.models.recurrent import recurrent_modules
+from lrsa_ds.models.recurrent import is_recurrent, recurrent_modules
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +57,9 @@ def sizes_of(model: PreTrainedModel) -> Sizes:
     shape, config = model_shape(model), cast(Any, model.config.get_text_config())
     recurrent = sorted({type(module).__name__ for module in recurrent_modules(model)})
     require(
-        not recurrent,
-        f"model: {type(model).__name__} has recurrent layers ({', '.join(recurrent)}), whose cost is not known: choose "
-        "a model without them, or measure a few steps, with memory.auto=false.",
+        not recurrent or shape is not None,
+        f"model: {type(model).__name__} has recurrent layers ({', '.join(recurrent)}), whose cost is not known, since "
+        "their code does not run without a GPU: measure a few steps, with memory.auto=false.",
     )
     if shape is None:
         raise LRSAError(
@@ -67,28 +67,28 @@ def sizes_of(model: PreTrainedModel) -> Sizes:
             "not say how many experts a token takes, so what a step costs cannot be counted: choose another model."
         )
     layers, output = decoder_layers(model), cast(nn.Linear, output_layer(model))
-    attentions = [cast(nn.Module, attention_of(layer)) for layer in layers]
+    mixers = [mixers_of(layer) for layer in layers]
     embeddings = cast(nn.Embedding, model.get_input_embeddings())
     return Sizes(
         num_parameters=sum(p.numel() for p in model.parameters()),
         num_trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
         num_layers=len(layers),
         hidden_size=config.hidden_size,
-        mlp_width=max(_mlp_width(*both, config) for both in zip(layers, attentions, strict=True)),
+        mlp_width=max(_mlp_width(*both, config) for both in zip(layers, mixers, strict=True)),
         num_heads=shape.num_heads,
         num_kv_heads=num_kv_heads(config),
         head_dim=max(shape.head_dims),
         vocabulary=output.out_features,
         num_norms=max(len(_norms(layer)) for layer in layers),
-        has_head_norms=any(_norms(attention) for attention in attentions),
+        has_head_norms=any(_norms(m) for own in mixers for m in own if not is_recurrent(m)),
         is_tied=output.weight is embeddings.weight,
         shape=shape,
     )
 
 
-def _mlp_width(layer: nn.Module, attention: nn.Module, config: Any) -> int:
+def _mlp_width(layer: nn.Module, mixers: list[nn.Module], config: Any) -> int:
     """The width of a gated MLP, whose three matrices have C × width elements each."""
-    inside = {id(module) for module in attention.modules()}
+    inside = {id(module) for mixer in mixers for module in mixer.modules()}
     outside = [m for name, m in layer.named_modules() if id(m) not in inside and "lora_" not in name]
     return sum(size for module in outside for size, _ in matrix_sizes(module, config)) // (3 * config.hidden_size)
 

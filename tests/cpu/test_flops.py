@@ -6,12 +6,14 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from lrsa_ds import LRSAConfig, apply_lrsa
 from lrsa_ds.attention.partition import partition_table
-from lrsa_ds.costs.flops import Passes, attention_flops, seen_pairs, step_flops, trained_matrix_flops
+from lrsa_ds.costs.flops import Passes, attention_flops, recurrence_flops, seen_pairs, step_flops, trained_matrix_flops
 from lrsa_ds.costs.shape import model_shape
 from lrsa_ds.data.packing import IGNORE
-from lrsa_ds.layers import LayeredConfig
+from lrsa_ds.families.tiny import tiny_model
+from lrsa_ds.layers import LayeredConfig, in_model
 from lrsa_ds.models.adapters import add_adapters, freeze
 from lrsa_ds.models.patch import enable_checkpointing
+from lrsa_ds.models.structure import layers_of
 from lrsa_ds.models.tiling import tile_mlps
 from lrsa_ds.objectives.objective import Batch
 from lrsa_ds.objectives.target_loss import TargetLoss
@@ -102,6 +104,23 @@ def test_experts_count_as_often_as_they_are_chosen():
     matrices, _ = counted(model, LRSA, LENGTHS, 12)
     passes = Passes(checkpointing=False)
     assert trained_matrix_flops(model_shape(model), passes, sum(LENGTHS), 12) == matrices
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", ["qwen3_next", "nemotron_h", "falcon_h1"])
+def test_recurrences_count_beside_their_matrices(family, checkpointing):
+    """A gated delta rule, layers of experts or an MLP alone, and a state space beside attention."""
+    model = apply_lrsa(tiny_model(family, experts_implementation="eager"), LRSA).train()
+    if checkpointing:
+        enable_checkpointing(model)
+    # Whole blocks of every recurrence, of which the first is cheaper: it follows no state.
+    length, passes = 512, Passes(checkpointing=checkpointing)
+    model.config.vocab_size = 101
+    matrices, others = counted(model, in_model(LRSA, layers_of(model.config)), (length,), 12)
+    own = sum(n for name, n in others.items() if "conv" not in name and "attention" not in name)
+    shape = model_shape(model)
+    expected = trained_matrix_flops(shape, passes, length, 12) + recurrence_flops(shape, passes, length)
+    assert shape.recurrences and expected == pytest.approx(matrices + own, rel=0.05)
 
 
 def test_pairs_are_those_of_the_mask():

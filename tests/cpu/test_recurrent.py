@@ -204,6 +204,16 @@ def test_what_counts_and_what_does_not():
     settings = in_model(CONFIG, layers_of(model.config))
     assert num_held(83, settings) == num_held(83, CONFIG)
     assert describe(settings) == "layers 0 linear attention or a state space, 1 retention 0.3"
+    assert [layer.recurrence is None for layer in model_shape(model).layers] == [False, True]
+    assert sizes_of(model).num_layers == 2
+
+
+def test_a_recurrence_that_needs_a_gpu_has_no_cost(monkeypatch):
+    def needs_gpu(self, *_, **__):
+        raise RuntimeError("no kernel for meta")
+
+    model = tiny_model("qwen3_next")
+    monkeypatch.setattr("lrsa_ds.costs.recurrence.FlopCounterMode", needs_gpu)
     assert model_shape(model) is None
     with pytest.raises(LRSAError, match=r"recurrent layers \(Qwen3NextGatedDeltaNet\), whose cost is not known"):
         sizes_of(model)
