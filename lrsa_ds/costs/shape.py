@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from torch import nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lrsa_ds.costs.recurrence import Recurrence, recurrences_of
 from lrsa_ds.models.heads import HeadDims, head_dims
 from lrsa_ds.models.logits import output_head, output_layer
 from lrsa_ds.models.patch import PreTrainedModel, layer_classes
+from lrsa_ds.models.recurrent import GradientCheckpointingLayer
 
 
 @dataclass(frozen=True)
