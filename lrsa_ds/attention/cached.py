@@ -8,6 +8,7 @@ from torch.nn.functional import pad
 
 from lrsa_ds.attention.chunked import attend_causally, attend_chunks
 from lrsa_ds.attention.extras import PLAIN, Extras
+from lrsa_ds.attention.joining import join
 from lrsa_ds.attention.kept_buffer import gather_kept
 from lrsa_ds.attention.kernels.blocks import BLOCK, LEAST_TOKENS_AHEAD, power_of_two
 from lrsa_ds.attention.kernels.interval import Ahead, Intervals
@@ -127,7 +128,7 @@ class _Layout:
         parts = [x[:, :, : self.lead], kept, x[:, :, : self.gap], x[:, :, self.first_key :]]
         if self.tail:
             parts.append(x.new_zeros(*x.shape[:2], self.tail, x.shape[3]))
-        return torch.cat([part for part in parts if part.shape[2]], dim=2)
+        return join(parts)
 
 
 @lru_cache(maxsize=64)
@@ -177,9 +178,7 @@ def compress(
     partitions = _partitions(first, after - before, config.lag_size, keys.device, before)
     kept = fast_select_partitions(keys, values, partitions, config, layer)
     since = first + (after - before) * config.lag_size
-    keys, values = (
-        torch.cat([x[:, :, :first], gather_kept(x, kept.flatten(2)), x[:, :, since:]], dim=2) for x in (keys, values)
-    )
+    keys, values = (join([x[:, :, :first], gather_kept(x, kept.flatten(2)), x[:, :, since:]]) for x in (keys, values))
     return keys, values
 
 
@@ -218,7 +217,7 @@ def _kept(
     count = max(0, _num_partitions(num_seen, num_new, config) - num_compressed)
     partitions = _partitions(before, count, config.lag_size, k.device, num_compressed)
     kept = fast_select_partitions(k, v, partitions, config, layer).flatten(2)
-    kept_k, kept_v = (torch.cat([x[:, :, :before], gather_kept(x, kept)], dim=2)[:, :, :size] for x in (k, v))
+    kept_k, kept_v = (join([x[:, :, :before], gather_kept(x, kept)])[:, :, :size] for x in (k, v))
     return kept_k, kept_v
 
 

@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from transformers.cache_utils import DynamicLayer
 
+from lrsa_ds.attention.joining import join
 from lrsa_ds.attention.kinds.kind import kind_of
 from lrsa_ds.attention.partition import mean_of
 from lrsa_ds.attention.ragged import Rows, pack_rows, row_of
@@ -72,7 +73,11 @@ class LagKVLayer(DynamicLayer):
 
     def _joined(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The cached keys and values, followed by those of the new tokens."""
-        return DynamicLayer.update(self, key_states, value_states)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if self.keys is None or self.values is None or not self.keys.numel():
+            return join([key_states]), join([value_states])
+        return join([self.keys, key_states]), join([self.values, value_states])
 
     def _hold(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Replaces the keys and values of the cache."""

@@ -50,8 +50,9 @@ def generate(
             for the answer. A CUDA graph is captured once for each cache, and is used again after `reset`.
         attention_mask: [B, N], 1 for tokens and 0 for padding.
         graph: whether steps are replayed from a CUDA graph; by default, if the model is on one CUDA device.
-        compile: whether `torch.compile` first fuses the small kernels of a step. Tokens are then faster, and the first
-            call for a model and a number of rows takes longer. Or the name of another backend than Inductor.
+        compile: whether `torch.compile` first fuses the small kernels of a step, and those of the passes over the
+            prompt. Both are then faster, and the first call for a model and a number of rows takes longer. Or the name
+            of another backend than Inductor.
         streamer: receives the tokens as they are generated, such as `transformers.TextStreamer(tokenizer)`.
         tokenizer: needed for `stop_strings`, which end a row.
         options: those of `model.generate` for greedy decoding and sampling, such as `max_new_tokens`, `do_sample`,
@@ -159,7 +160,7 @@ class Loop:
         """
         seen = cache.get_seq_length()
         new = torch.ones_like(ids[:, seen:]) if mask is None else mask[:, seen:]
-        logits = prefill(decoder.model, ids[:, seen:], cache, attention_mask=new)
+        logits = prefill(decoder.model, ids[:, seen:], cache, attention_mask=new, compile=decoder.compiles)
         decoder.start(cache)
         try:
             return self._decode(ids, logits, decoder, cache)

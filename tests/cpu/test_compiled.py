@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lrsa_ds import LRSAConfig, apply_lrsa, new_cache, prefill
+from lrsa_ds.attention.joining import join
 from lrsa_ds.attention.partition import num_held
 from tests.cpu.test_decoding import MIXED
 from tests.cpu.test_model import tiny
@@ -55,3 +56,14 @@ def test_the_last_layer_computes_one_token(family, is_skipped):
     for found, layer in zip(cache.layers, expected.layers, strict=True):
         assert (found.keys - layer.keys).abs().max() <= 1e-4
     assert model(ids[:, :2], past_key_values=cache).logits.shape[1] == 2 and sizes[-1:] == [2] * is_skipped
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dim", [6, 8, 64])
+def test_wide_copies(dtype, dim):
+    """Of slices and of rows that are no whole number of 16 bytes; nothing is shared, and gradients flow."""
+    x = torch.randn(2, 9, 3, dim, dtype=dtype).transpose(1, 2)
+    for parts in ([x[:, :, 2:5], x[:, :, :0], x], [x[:, :1, 1:]], [x[:, :, 4:4]], [x[..., 1:], x[..., :-1]]):
+        found = join(parts)
+        assert torch.equal(found, torch.cat(parts, dim=2)) and found.untyped_storage() != x.untyped_storage()
+    assert join([x.requires_grad_(), x]).requires_grad
