@@ -57,10 +57,10 @@ def cache_gb(cache: Cache) -> float:
     return sum(x.untyped_storage().nbytes() for x in states) / 1e9
 
 
-def use(model: PreTrainedModel, config: LRSAConfig | None) -> None:
-    """LRSA attention with these settings, or dense attention."""
+def use(model: PreTrainedModel, config: LRSAConfig | None, dense: str = "sdpa") -> None:
+    """LRSA attention with these settings, or dense attention as transformers names it."""
     if config is None:
-        model.set_attn_implementation("sdpa")
+        model.set_attn_implementation(dense)
     else:
         apply_lrsa(model, config)
 
@@ -88,7 +88,7 @@ def generation_rows(options: argparse.Namespace, num_tokens: int, device: torch.
 
     caches: list[Cache] = []
     for config in [*configs[:1], *filled_alike, *configs[1:]]:
-        use(model, config)
+        use(model, config, options.dense_attention)
         first = timed(lambda config=config: fill(config), device) / 1e3
         peak = peak_gb(lambda config=config: fill(config), device)
         filled = [timed(lambda config=config: caches.append(fill(config)), device) for _ in range(3)]

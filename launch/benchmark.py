@@ -55,6 +55,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--max-tokens-at-once", type=int, default=MAX_TOKENS_AT_ONCE, help="of prefilling")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 8], help="of decoding: rows of a batch")
     parser.add_argument("--prefill-only", action="store_true", help="of generation: no decoding")
+    parser.add_argument(
+        "--dense-attention", default="sdpa", help="of prefilling, as transformers names it, such as flash_attention_4"
+    )
     parser.add_argument("--liger", action="store_true", help="of generation and decoding: Liger's kernels in the model")
     parser.add_argument("--compile", action="store_true", help="of prefilling and decoding: compile=True")
     parser.add_argument(
