@@ -130,10 +130,41 @@ def test_the_version_is_the_same_everywhere():
     assert workflow["jobs"]["install"]["strategy"]["matrix"]["python"] == minors
 
 
-def test_the_images_have_what_a_wheel_is_built_from():
-    copied = [set(stage.split("COPY ")[1:]) for stage in (ROOT / "Dockerfile").read_text().split("\nFROM ")[1:]]
-    names = [{word for line in stage for word in line.splitlines()[0].split()} for stage in copied]
-    assert len(names) == 2 and all(stage >= {"setup.py", "pyproject.toml", *FOLDERS} for stage in names)
+def instructions(text: str) -> list[tuple[str, str]]:
+    """The instructions of a Dockerfile with their arguments, without comments and line breaks."""
+    lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
+    joined = "\n".join(lines).replace("\\\n", " ")
+    return [(line.split()[0], line.split(maxsplit=1)[1]) for line in joined.splitlines() if line.strip()]
+
+
+def test_the_images_install_what_is_there():
+    """There is no daemon in the tests: what can be read off the Dockerfile, for each image."""
+    text = (ROOT / "Dockerfile").read_text()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    ignored = (ROOT / ".dockerignore").read_text().split()
+    images: dict[str, list[tuple[str, str]]] = {}
+    for name, value in instructions(text):
+        if name == "FROM":
+            source, _, target = value.partition(" AS ")
+            assert ":" in source and not source.endswith(":latest"), value
+            images[target] = []
+        elif images:
+            images[target].append((name, value))
+    workflow = (ROOT / ".github/workflows/ci.yml").read_text()
+    assert set(images) == {"cpu", "cuda"} == set(re.findall(r"--target (\w+)", workflow + text))
+    for image in images.values():
+        values = {name: [value for n, value in image if n == name] for name, _ in image}
+        sources = {word for value in values["COPY"] for word in value.split()[:-1]}
+        assert sources >= {"setup.py", "pyproject.toml", "constraints.txt", *FOLDERS}
+        assert all((ROOT / source).exists() and source not in ignored for source in sources)
+        assert project["readme"] in sources and set(project["license-files"]) <= sources
+        assert values["ENTRYPOINT"] == ['["python", "-m", "lrsa_ds"]'] and all(w[0] == "/" for w in values["WORKDIR"])
+        extras = re.search(r"pip install '\.\[([\w,]+)\]'", " ".join(values["RUN"]))[1]
+        assert set(extras.split(",")) <= set(project["optional-dependencies"])
+        for run in values["RUN"]:
+            assert subprocess.run(["sh", "-n", "-c", run]).returncode == 0, run
+            assert run.count("pip install") == run.count("PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=")
+            assert "apt-get install" not in run or ("--no-install-recommends" in run and "rm -rf /var/lib/apt" in run)
 
 
 def test_the_small_model_is_not_in_a_wheel(tmp_path, monkeypatch):
