@@ -147,6 +147,7 @@ def benchmark(config: TrainConfig, options: argparse.Namespace) -> bool:
     where |= {"lag_size": config.attention.lag_size, "lora_rank": config.model.lora.rank}
     where |= {"quantize": config.model.quantize or ""}
     where |= {"offload_checkpoints": config.memory.offload_checkpoints, "tiled_mlp": config.memory.tiled_mlp}
+    where |= {"save_attention": config.memory.save_attention}
     where |= {"offload_optimizer": config.zero.offload_optimizer, "offload_param": config.zero.offload_param}
     if mesh.is_main:
         print(", ".join(f"{key} {value}" for key, value in where.items()), flush=True)

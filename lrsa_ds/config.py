@@ -87,6 +87,11 @@ class TrainConfig:
             "is false: set it to true, or the lever to false.",
         )
         require(
+            self.activation_checkpointing or not self.memory.save_attention,
+            "memory.save_attention=true saves what activation checkpointing recomputes, and activation_checkpointing "
+            "is false: set it to true, or the lever to false.",
+        )
+        require(
             not self.eval.telemetry or self.parallel.sp_size == 1,
             f"eval.telemetry=true needs whole sequences on each rank, and parallel.sp_size is {self.parallel.sp_size}: "
             "leave it at 1, or measure the exported model with launch/evaluate.py telemetry=true.",

@@ -30,7 +30,7 @@ def buffered_attention(
     """The same function as `chunked_attention`, on a kernel of interval attention."""
     layout = buffered_layout(document_lengths, config, q.device, kernel.skips_queries_ahead)
     k, v = select_and_gather(k, v, layout, layer)
-    return extras.with_sinks(*kernel.attend(q, k, v, layout.intervals, extras))[0]
+    return extras.with_sinks(*kernel(q, k, v, layout.intervals, extras))[0]
 
 
 @dataclass(frozen=True, eq=False)

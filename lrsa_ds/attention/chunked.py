@@ -1,6 +1,7 @@
 """LRSA attention as a plain loop over chunks: the readable definition, and the oracle for all faster backends."""
 
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -9,6 +10,7 @@ from lrsa_ds.attention.extras import PLAIN, Extras
 from lrsa_ds.attention.kept_buffer import buffer_positions, gather_kept
 from lrsa_ds.attention.kernels.interval import attend_visible
 from lrsa_ds.attention.partition import Chunk, PartitionTable
+from lrsa_ds.attention.saved_outputs import attend_once
 
 
 def chunked_attention(
@@ -61,7 +63,8 @@ def attend_causally(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extras: E
     square = num_keys == num_queries
     if extras.is_plain and (square or num_queries == 1):
         gqa = q.shape[1] != k.shape[1]
-        return scaled_dot_product_attention(q, k, v, is_causal=square, scale=extras.scale, enable_gqa=gqa)
+        attend = partial(scaled_dot_product_attention, is_causal=square, scale=extras.scale, enable_gqa=gqa)
+        return attend_once(attend, q, k, v)
     visible = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q.device).tril(num_keys - num_queries)
     return attend_masked(q, k, v, visible, extras)
 
@@ -77,4 +80,6 @@ def attend_masked(
         # No fused kernel of SDPA takes both a mask and grouped heads, and the unfused one stores all scores.
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
         gqa = False
-    return scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=extras.scale, enable_gqa=gqa)
+    # Torch would make this of a mask of bools, and save it for the backward pass.
+    bias = torch.zeros_like(visible, dtype=q.dtype).masked_fill_(~visible, -torch.inf)
+    return attend_once(partial(scaled_dot_product_attention, scale=extras.scale, enable_gqa=gqa), q, k, v, bias)

@@ -3,9 +3,9 @@
 A product of a matrix with a token is 2 operations for each of its elements, and the gradients of its input and of the
 matrix are as much again each, where they are needed. Attention takes 4 operations for each pair of a query and a key
 that it sees (`LayerKind.num_pairs`), head and channel; its backward pass 10, since flash attention makes the
-scores anew. Layers that are recomputed take their forward pass twice. A recurrence counts as attention, since it
-stands in its place: see `lrsa_ds.costs.recurrence`. What costs little is left out: norms, rotary embedding, short
-convolutions, activation functions, softmax, selection and optimizer.
+scores anew. Layers that are recomputed take their forward pass twice, but for attention that is saved. A recurrence
+counts as attention, since it stands in its place: see `lrsa_ds.costs.recurrence`. What costs little is left out: norms,
+rotary embedding, short convolutions, activation functions, softmax, selection and optimizer.
 """
 
 from collections.abc import Sequence
@@ -43,12 +43,14 @@ class Passes:
 
     Args:
         checkpointing: whether layers are recomputed in the backward pass.
-        tiled_mlp: whether the MLPs, recomputed tile by tile, are computed once more than that.
+        tiled_mlp: whether the MLPs are recomputed tile by tile, and not with their layers.
+        save_attention: whether recomputed layers take the outputs of their attention from the forward pass.
         without_gradient: settings of further passes, without gradients, such as those of a teacher.
     """
 
     checkpointing: bool = True
     tiled_mlp: bool = False
+    save_attention: bool = False
     without_gradient: tuple[AnyConfig, ...] = ()
 
 
@@ -107,11 +109,12 @@ def _products(layer: LayerShape, passes: Passes) -> int:
     total = sum(m.size * (1 + _gradients(m)) for m in layer.matrices)
     if not layer.has_gradient:
         return total
+    # The last matrix of a recomputed MLP is left out: nothing is saved behind it.
+    tiles = sum(m.size for m in layer.matrices if m.in_mlp) - layer.matrices[-1].size if passes.tiled_mlp else 0
     if passes.checkpointing:
-        total += sum(m.size for m in layer.matrices) - layer.matrices[-1].size * layer.ends_in_matrix
-    if passes.tiled_mlp:
-        total += sum(m.size for m in layer.matrices if m.in_mlp)
-    return total
+        again = [m.size for m in layer.matrices if not (passes.tiled_mlp and m.in_mlp and layer.ends_in_matrix)]
+        total += sum(again) - layer.matrices[-1].size * (layer.ends_in_matrix and not passes.tiled_mlp)
+    return total + tiles
 
 
 def _gradients(matrix: Matrix) -> int:
@@ -121,7 +124,7 @@ def _gradients(matrix: Matrix) -> int:
 def attention_flops(shape: ModelShape, passes: Passes, pairs: Sequence[int]) -> float:
     """Operations of attention, forward and backward, over so many pairs in each layer."""
     forward = _channels(shape, ATTENTION_FORWARD)
-    backward = _channels(shape, ATTENTION_BACKWARD) + forward * passes.checkpointing
+    backward = _channels(shape, ATTENTION_BACKWARD) + forward * (passes.checkpointing and not passes.save_attention)
     each = [forward + backward * layer.attention_has_gradient for layer in shape.layers]
     return PRODUCT * sum(map(mul, each, pairs)) * shape.num_heads
 

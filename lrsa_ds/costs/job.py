@@ -11,8 +11,9 @@ from lrsa_ds.layers import AnyConfig, each_in_model
 
 @dataclass(frozen=True, kw_only=True)
 class Levers:
-    """What is given in time for memory."""
+    """What is given in time for memory, and `save_attention`, which is given in memory for time."""
 
+    save_attention: bool = False
     offload_checkpoints: bool = False
     tiled_mlp: bool = False
     offload_optimizer: bool = False
@@ -27,6 +28,7 @@ class Levers:
         """The same on the command line, those that are off too."""
         flags = {True: "true", False: "false"}, {True: "cpu", False: "none"}
         return [
+            f"memory.save_attention={flags[0][self.save_attention]}",
             f"memory.offload_checkpoints={flags[0][self.offload_checkpoints]}",
             f"memory.tiled_mlp={flags[0][self.tiled_mlp]}",
             f"zero.offload_optimizer={flags[1][self.offload_optimizer]}",
@@ -100,6 +102,7 @@ class Job:
         return Passes(
             checkpointing=self.checkpointing,
             tiled_mlp=self.levers.tiled_mlp and self.num_tokens > self.tile_size,
+            save_attention=self.levers.save_attention,
             without_gradient=self.taught,
         )
 
@@ -163,7 +166,12 @@ def job_of(
 def with_levers(config: TrainConfig, levers: Levers) -> TrainConfig:
     """The configuration with these levers on, and the others off."""
     devices = {False: "none", True: "cpu"}
-    memory = replace(config.memory, offload_checkpoints=levers.offload_checkpoints, tiled_mlp=levers.tiled_mlp)
+    memory = replace(
+        config.memory,
+        save_attention=levers.save_attention,
+        offload_checkpoints=levers.offload_checkpoints,
+        tiled_mlp=levers.tiled_mlp,
+    )
     zero = replace(
         config.zero,
         offload_optimizer=devices[levers.offload_optimizer],
@@ -177,6 +185,7 @@ def levers_of(config: TrainConfig) -> Levers:
     return Levers.by_devices(
         config.zero.offload_optimizer,
         config.zero.offload_param,
+        save_attention=config.memory.save_attention,
         offload_checkpoints=config.memory.offload_checkpoints,
         tiled_mlp=config.memory.tiled_mlp,
     )

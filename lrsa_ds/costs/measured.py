@@ -92,6 +92,7 @@ def _comparison(row: dict[str, str], config: TrainConfig, job: Job, sizes: Sizes
         levers=Levers.by_devices(
             row.get("offload_optimizer"),
             row.get("offload_param"),
+            save_attention=row.get("save_attention") == "True",
             offload_checkpoints=row.get("offload_checkpoints") == "True",
             tiled_mlp=row.get("tiled_mlp") == "True",
         ),

@@ -16,6 +16,7 @@ from lrsa_ds.costs.sizes import Sizes
 from lrsa_ds.costs.weights import dequantized_bytes, gathered_bytes, scale_bytes, weight_bytes
 from lrsa_ds.layer_settings import LayerSettings
 from lrsa_ds.lrsa_config import LRSAConfig
+from lrsa_ds.models.offload import attention_width
 from lrsa_ds.registry import EXCHANGES
 
 FP32 = 4
@@ -97,14 +98,25 @@ def optimizer_step_bytes(sizes: Sizes, job: Job) -> int:
 def checkpoint_bytes(sizes: Sizes, job: Job) -> int:
     """The inputs of all layers; from host memory that of the layer at hand, and of the one that is fetched meanwhile.
 
+    With them the outputs of attention, if these are saved; those of the layer at hand are counted in `layer_bytes`.
     Without activation checkpointing, all that the layers but one save.
     """
-    row = job.num_tokens * sizes.hidden_size * job.itemsize
+    row, attention = job.num_tokens * sizes.hidden_size * job.itemsize, saved_attention_bytes(sizes, job)
     if not job.checkpointing:
         return (sizes.num_layers - 1) * max(
             sum(saved_bytes(sizes, job, *each).values()) for each in _different(sizes, job)
         )
-    return row * (2 if job.levers.offload_checkpoints else sizes.num_layers)
+    layers = 2 if job.levers.offload_checkpoints else sizes.num_layers
+    return layers * row + (layers - 1) * attention
+
+
+def saved_attention_bytes(sizes: Sizes, job: Job) -> int:
+    """What `memory.save_attention` saves of a layer that has attention: output and log-sum-exp."""
+    if not job.levers.save_attention:
+        return 0
+    # Under an exchange that merges them, those of window and history.
+    parts = 2 if job.sp_size > 1 and EXCHANGES[job.exchange].merges_parts else 1
+    return parts * job.num_tokens * attention_width(sizes.num_heads, sizes.head_dim, job.itemsize)
 
 
 def _norm_saved(job: Job) -> int:
@@ -204,9 +216,9 @@ def host_memory(sizes: Sizes, job: Job) -> dict[str, int]:
     """
     ranks, levers = min(job.num_gpus, job.gpus_per_node), job.levers
     b, shard = job.itemsize, sizes.num_trained // job.num_gpus
-    row = job.num_tokens * sizes.hidden_size * b
+    layer = job.num_tokens * sizes.hidden_size * b + saved_attention_bytes(sizes, job)
     return {
         "optimizer states": ranks * (2 * FP32 + job.state_bytes + b) * shard * levers.offload_optimizer,
         "weights": ranks * weight_bytes(sizes, job) // job.num_gpus * levers.offload_param,
-        "activation checkpoints": ranks * row * sizes.num_layers * levers.offload_checkpoints,
+        "activation checkpoints": ranks * layer * sizes.num_layers * levers.offload_checkpoints,
     }

@@ -114,7 +114,7 @@ def longest(sizes: Sizes, job: Job, machine: Machine) -> int:
 
 
 def alternatives(job: Job, sp_sizes: Iterable[int], can_tile: bool, can_offload: bool) -> list[Job]:
-    """The job with every SP size and set of levers that go with it.
+    """The job with every SP size and set of levers that go with it; `save_attention` as it is set.
 
     Args:
         can_tile: whether the MLPs of the model can be tiled.
@@ -129,7 +129,9 @@ def alternatives(job: Job, sp_sizes: Iterable[int], can_tile: bool, can_offload:
             and (job.stage == 3 or not levers.offload_param)
         )
 
-    return [replace(job, sp_size=size, levers=levers) for size in sp_sizes for levers in LEVERS if possible(levers)]
+    saved = job.levers.save_attention
+    sets = [replace(levers, save_attention=saved) for levers in LEVERS if possible(levers)]
+    return [replace(job, sp_size=size, levers=levers) for size in sp_sizes for levers in sets]
 
 
 def cheapest(estimates: Iterable[Estimate], chosen: Estimate) -> Estimate | None:

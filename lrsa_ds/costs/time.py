@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from lrsa_ds.costs.flops import step_flops
 from lrsa_ds.costs.gpus import GPU
 from lrsa_ds.costs.job import Job
+from lrsa_ds.costs.memory import saved_attention_bytes
 from lrsa_ds.costs.sizes import Sizes
 from lrsa_ds.costs.traffic import traffic_of
 from lrsa_ds.costs.weights import dequantizing_bytes
@@ -110,8 +111,8 @@ def _waiting_for_copies(sizes: Sizes, job: Job, gpu: GPU, computing: float) -> f
     """Checkpoints leave behind the forward pass, about a quarter of the computation, and come back behind the rest."""
     if not job.levers.offload_checkpoints:
         return 0.0
-    row = job.num_tokens * sizes.hidden_size * job.itemsize
-    copy = job.grad_accum * row * sizes.num_layers / (gpu.host_gb_s * 1e9 * HOST_SHARE)
+    layer = job.num_tokens * sizes.hidden_size * job.itemsize + saved_attention_bytes(sizes, job)
+    copy = job.grad_accum * layer * sizes.num_layers / (gpu.host_gb_s * 1e9 * HOST_SHARE)
     return max(0.0, copy - computing / 4) + max(0.0, copy - computing * 3 / 4)
 
 

@@ -48,7 +48,7 @@ def dequantizing_bytes(sizes: Sizes, job: Job) -> float:
     """Bytes that are read and written in a micro-batch to dequantize matrices.
 
     Once for the forward pass, when it is repeated, and for the backward pass; for a tiled MLP in each of its tiles,
-    which are computed once more.
+    which alone repeat it.
     """
     if not job.quantized:
         return 0.0
@@ -59,5 +59,6 @@ def dequantizing_bytes(sizes: Sizes, job: Job) -> float:
         times = 1 + len(job.taught) + layer.has_gradient * (1 + job.checkpointing)
         for matrix in (m for m in layer.matrices if not m.is_trained):
             is_tiled = matrix.in_mlp and job.passes.tiled_mlp
-            total += matrix.size * each * ((times + layer.has_gradient) * tiles if is_tiled else times)
+            of_tiles = 1 + len(job.taught) + layer.has_gradient * (2 + job.checkpointing * (not layer.ends_in_matrix))
+            total += matrix.size * each * (of_tiles * tiles if is_tiled else times)
     return total

@@ -6,6 +6,7 @@ attention function that is registered here as "lrsa". Hooks on the decoder read 
 
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from inspect import signature
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ from lrsa_ds.attention.extras import Extras
 from lrsa_ds.attention.kinds.kind import layer_attention
 from lrsa_ds.attention.opaque import OpaquePass
 from lrsa_ds.attention.ragged import Rows, attention_behind
+from lrsa_ds.attention.saved_outputs import checkpoint_contexts, put_nowhere
 from lrsa_ds.errors import LRSAError, require
 from lrsa_ds.layer_ranges import said_of_kinds
 from lrsa_ds.layers import (
@@ -38,7 +40,7 @@ from lrsa_ds.models.generation import use_lrsa_cache
 from lrsa_ds.models.keywords import calls_interface, hand_on_keywords
 from lrsa_ds.models.latent import cache_expanded
 from lrsa_ds.models.logits import other_logits
-from lrsa_ds.models.offload import offload_checkpoints
+from lrsa_ds.models.offload import HostStore, offload_checkpoints
 from lrsa_ds.models.parts import decoder_of, reads_encoder
 from lrsa_ds.models.passes import attend_rows, read_pass
 from lrsa_ds.models.recurrent import keep_documents_apart
@@ -321,16 +323,25 @@ def layer_classes(model: PreTrainedModel) -> list[str]:
     return sorted(present & set(model._no_split_modules or ()))
 
 
-def enable_checkpointing(model: PreTrainedModel, offload: bool = False) -> None:
+def enable_checkpointing(
+    model: PreTrainedModel, offload: bool = False, save_attention: bool = False
+) -> HostStore | None:
     """Recomputes the activations of each decoder layer in the backward pass instead of storing them.
 
     Args:
         offload: whether the inputs of the layers are stored in host memory.
+        save_attention: whether the outputs of attention are stored too, in the same place, instead of recomputed.
+
+    Returns:
+        What stores them in host memory, or None.
     """
-    kwargs = {"use_reentrant": False}
+    store = HostStore() if offload else None
+    put = (store.put if store else put_nowhere) if save_attention else None
+    kwargs = {"use_reentrant": False, "context_fn": partial(checkpoint_contexts, put)}
     if hasattr(model, "activation_checkpointing_enable"):  # the name since transformers 5.2x; the older one warns there
         model.activation_checkpointing_enable(kwargs)
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
-    if offload:
-        offload_checkpoints(model)
+    if store is not None:
+        offload_checkpoints(model, store)
+    return store

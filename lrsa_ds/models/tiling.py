@@ -1,11 +1,11 @@
 """Runs the gated MLP of every layer over tiles of tokens, so that only the activations of one tile are stored.
 
 An MLP processes each token alone, so its output is the same in tiles. Each tile is checkpointed: its activations, as
-wide as the MLP, are recomputed in its backward pass. Autograd sums the gradients of the tiles before a parameter
-receives them, so ZeRO reduces each gradient once, as without tiles.
+wide as the MLP, are recomputed in its backward pass, and not once more when its layer is recomputed. Autograd sums the
+gradients of the tiles before a parameter receives them, so ZeRO reduces each gradient once, as without tiles.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from lrsa_ds.attention.saved_outputs import is_recomputing
 from lrsa_ds.config import TrainConfig
 from lrsa_ds.errors import LRSAError
 
@@ -40,6 +41,7 @@ def describe_levers(config: TrainConfig) -> str:
     """The line about `memory` at the start of a run; empty if nothing is enabled."""
     count, offload = num_tiles(config), config.memory.offload_checkpoints
     levers = [
+        *(["outputs of attention saved"] if config.memory.save_attention else []),
         *(["checkpointed activations in host memory"] if offload else []),
         *([f"MLPs in {count} tiles"] if count > 1 else []),
     ]
@@ -53,17 +55,36 @@ def describe_levers(config: TrainConfig) -> str:
 def tile_mlps(model: PreTrainedModel, count: int) -> PreTrainedModel:
     """Runs every MLP of `model` in `count` tiles, in place, and returns the model; with one tile nothing changes."""
     for mlp in gated_mlps(model) if count > 1 else []:
-        mlp.forward = _tiled(mlp.forward, count)
+        mlp.forward = _tiled(mlp, mlp.forward, count)
     return model
 
 
-def _tiled(forward: Callable[[torch.Tensor], torch.Tensor], count: int) -> Callable[[torch.Tensor], torch.Tensor]:
+def _tiled(
+    mlp: nn.Module, forward: Callable[[torch.Tensor], torch.Tensor], count: int
+) -> Callable[[torch.Tensor], torch.Tensor]:
     def tiled(x: torch.Tensor) -> torch.Tensor:
         # [..., N, C]. There are always `count` tiles; a row with fewer tokens has empty ones.
         tiles = x.tensor_split(count, dim=-2)
+        if is_recomputing():
+            return _recomputed(forward, tiles, x.requires_grad or any(p.requires_grad for p in mlp.parameters()))
         return torch.cat([checkpoint(forward, tile, use_reentrant=False) for tile in tiles], dim=-2)
 
     return tiled
+
+
+def _recomputed(
+    forward: Callable[[torch.Tensor], torch.Tensor], tiles: Sequence[torch.Tensor], has_gradient: bool
+) -> torch.Tensor:
+    """The output of the MLP in the recomputation of its layer.
+
+    The backward pass of a tile takes nothing of the layer but its input, and computes the rest of the tile itself. So
+    all inputs are saved first: where nothing behind the MLP is saved, torch ends the recomputation with the last one.
+    """
+    for tile in tiles:
+        checkpoint(lambda _: None, tile, use_reentrant=False)
+    with torch.no_grad():
+        output = torch.cat([forward(tile) for tile in tiles], dim=-2)
+    return output.requires_grad_(has_gradient)
 
 
 def gated_mlps(model: PreTrainedModel) -> list[nn.Module]:

@@ -1,4 +1,4 @@
-"""Settings of the group `memory`, which trade time for GPU memory."""
+"""Settings of the group `memory`, which trade time and GPU memory."""
 
 from dataclasses import dataclass
 
@@ -11,12 +11,15 @@ class MemoryConfig:
 
     Args:
         auto: whether to choose these settings, and those of `zero`, for the present GPU: the cheapest that fit.
+        save_attention: whether the outputs of attention are saved beside the checkpointed activations, and not
+            recomputed.
         offload_checkpoints: whether checkpointed activations are offloaded to host memory until the backward pass.
         tiled_mlp: whether the MLPs run over tiles of tokens.
         tile_size: tokens of a tile.
     """
 
     auto: bool = False
+    save_attention: bool = False
     offload_checkpoints: bool = False
     tiled_mlp: bool = False
     tile_size: int = 8192

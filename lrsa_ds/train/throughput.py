@@ -26,6 +26,7 @@ def passes_of(config: TrainConfig, retentions: Sequence[float], model: Layers) -
     return Passes(
         checkpointing=config.activation_checkpointing,
         tiled_mlp=num_tiles(config) > 1,
+        save_attention=config.memory.save_attention,
         without_gradient=tuple(in_model(config.attention.with_retention(r), model) for r in retentions),
     )
 

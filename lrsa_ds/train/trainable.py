@@ -13,4 +13,4 @@ def make_trainable(model: PreTrainedModel, config: TrainConfig) -> None:
         add_adapters(model, config.model.lora)
     freeze(model, config.model.freeze)
     if config.activation_checkpointing:
-        enable_checkpointing(model, config.memory.offload_checkpoints)
+        enable_checkpointing(model, config.memory.offload_checkpoints, config.memory.save_attention)

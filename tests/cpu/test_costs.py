@@ -342,8 +342,8 @@ def test_levers_are_chosen_for_a_gpu(qwen):
     assert choose_levers(config, H100, 2) == config
     small = replace(H100, gpu=replace(H100.gpu, memory_gb=50.0))
     chosen = choose_levers(config, small, 2)
-    assert (chosen.memory.tiled_mlp, chosen.memory.offload_checkpoints) == (False, True)
-    assert chosen.zero == config.zero and "checkpointed activations" in describe_levers(chosen)
+    assert (chosen.memory.tiled_mlp, chosen.memory.offload_checkpoints) == (True, False)
+    assert chosen.zero == config.zero and "MLPs in 16 tiles" in describe_levers(chosen)
     typed = replace(config, memory=MemoryConfig(auto=True, tiled_mlp=True))
     chosen = choose_levers(typed, small, 2)
     assert chosen.memory.tiled_mlp and "memory=auto" in describe_levers(chosen)

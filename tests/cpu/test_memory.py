@@ -1,6 +1,7 @@
 """The levers of `memory`: they change no gradient, keep what they promise to keep, and refuse what they cannot do."""
 
 import gc
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lrsa_ds import LRSAConfig, apply_lrsa
+from lrsa_ds.attention.saved_outputs import CheckpointedLayer
 from lrsa_ds.config import TrainConfig
 from lrsa_ds.errors import LRSAError
 from lrsa_ds.models.adapters import add_adapters
@@ -17,11 +19,17 @@ from lrsa_ds.models.tiling import check_tiling, gated_mlps, num_tiles, tile_mlps
 from lrsa_ds.settings.memory import MemoryConfig
 from lrsa_ds.settings.model import LoraConfig, ModelConfig
 from lrsa_ds.settings.run import OptimConfig, ParallelConfig
+from tests import fused
 from tests.cpu.test_model import FAMILIES, SIZES, tiny
 from tests.helpers import assert_close
 
 LRSA = LRSAConfig(sink_size=2, lag_size=8, retention=0.25)
-LEVERS = {"tiles": (7, False), "offload": (1, True), "both": (7, True)}
+LEVERS = {
+    "tiles": (7, False, False),
+    "offload": (1, True, False),
+    "attention": (1, False, True),
+    "all": (7, True, True),
+}
 
 
 def config_with(seq_len=4096, memory=None, **settings):
@@ -42,18 +50,42 @@ def gradients(model, ids):
 def test_gradients_are_those_without_levers(family, lever):
     ids = torch.randint(0, 101, (2, 70))
     models = []
-    for count, offload in ((1, False), LEVERS[lever]):
+    for count, offload, save_attention in ((1, False, False), LEVERS[lever]):
         torch.manual_seed(0)
         model = apply_lrsa(tiny("llama" if family == "lora" else family), LRSA).train()
         tile_mlps(model, count)
         if family == "lora":
             add_adapters(model, LoraConfig(rank=2))
-        enable_checkpointing(model, offload)
+        enable_checkpointing(model, offload, save_attention)
         models.append(model)
     expected, found = (gradients(model, ids) for model in models)
     assert expected.keys() == found.keys()
     for name, gradient in expected.items():
         assert_close(found[name], gradient, 1e-5, name)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("retention", [0.25, 1.0])
+def test_a_kernel_runs_forward_once_if_its_outputs_are_saved(retention, offload):
+    """Gradients are the same to the bit, nothing is held when the backward pass is over, and a pass may be repeated."""
+    torch.manual_seed(0)
+    config = replace(LRSA, backend=fused.register(), retention=retention)
+    model = apply_lrsa(tiny("qwen3", num_hidden_layers=3), config).train()
+    ids, found = torch.randint(0, 101, (2, 70)), []
+    for save_attention in (False, True):
+        enable_checkpointing(model, offload, save_attention)
+        model.zero_grad()
+        before = fused.counts()
+        loss = sum(model(row, use_cache=False).logits.float().square().mean() for row in ids.split(1))
+        loss.backward(retain_graph=True)
+        loss.backward()
+        found.append({name: p.grad for name, p in model.named_parameters()})
+        ran = [after - number for after, number in zip(fused.counts(), before, strict=True)]
+        assert ran == [6 if save_attention else 18, 12]
+    gc.collect()
+    assert not [x for x in gc.get_objects() if type(x) is CheckpointedLayer]
+    for name, gradient in found[0].items():
+        assert torch.equal(found[1][name], gradient), name
 
 
 def test_tiles_hold_no_more_than_one_tile_of_the_width():
@@ -157,5 +189,7 @@ def test_what_is_not_held_cannot_be_moved():
     )
     with pytest.raises(LRSAError, match="activation_checkpointing is false: set it to true, or the lever to false"):
         TrainConfig(model=model, activation_checkpointing=False, memory=memory)
+    with pytest.raises(LRSAError, match=r"memory\.save_attention=true saves .* to true, or the lever to false"):
+        TrainConfig(model=model, activation_checkpointing=False, memory=MemoryConfig(save_attention=True))
     with pytest.raises(LRSAError, match=r"memory\.tile_size=0 is not valid: give a whole number of at least 1"):
         MemoryConfig(tile_size=0)

@@ -20,6 +20,7 @@ from lrsa_ds.config import TrainConfig
 from lrsa_ds.data.packing import IGNORE, Example, collate, pack
 from lrsa_ds.data.stream import StepData
 from lrsa_ds.layers import resolve
+from lrsa_ds.lrsa_config import AUTO
 from lrsa_ds.models.adapters import add_adapters, freeze
 from lrsa_ds.models.patch import enable_checkpointing, layer_classes
 from lrsa_ds.models.quantized import quantize_matrices, round_matrices
@@ -34,6 +35,7 @@ from lrsa_ds.settings.model import LoraConfig, ModelConfig
 from lrsa_ds.settings.run import ObjectiveConfig, OptimConfig, ParallelConfig, ZeroConfig
 from lrsa_ds.train.selftest import keep_gradients
 from lrsa_ds.train.trainer import Trainer, cosine_schedule
+from tests import fused
 from tests.helpers import relative_error
 
 SEQ_LEN, NUM_SEQUENCES = 160, 4
@@ -237,6 +239,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--tied", action="store_true")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--offload", action="store_true")
+    parser.add_argument("--save-attention", action="store_true")
     parser.add_argument("--tile-size", type=int, default=0)
     parser.add_argument("--aux", type=float, default=0.0)
     parser.add_argument("--list-experts", action="store_true")
@@ -254,16 +257,19 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def check(options: argparse.Namespace) -> dict:
     mesh = start_mesh(options.sp_size, exchange=options.exchange)
+    backend = fused.register() if options.save_attention else AUTO
     grad_accum = NUM_SEQUENCES // (mesh.dp_size * options.micro_batch)
     config = TrainConfig(
         seq_len=SEQ_LEN,
         loss_chunk_size=7,
         objective=objective_of(options),
         model=ModelConfig(random={"model_type": options.family}, tokenizer="bytes", router_aux_loss_coef=options.aux),
-        attention=AttentionConfig(**settings_of(options), layers=options.layers),
+        attention=AttentionConfig(**settings_of(options), backend=backend, layers=options.layers),
         parallel=ParallelConfig(sp_size=options.sp_size, exchange=options.exchange),
         zero=ZeroConfig(stage=options.stage, gather_layers=not options.by_module),
-        memory=MemoryConfig(tiled_mlp=options.tile_size > 0, tile_size=options.tile_size or 1),
+        memory=MemoryConfig(
+            tiled_mlp=options.tile_size > 0, tile_size=options.tile_size or 1, save_attention=options.save_attention
+        ),
         optim=OptimConfig(
             num_steps=2,
             warmup_steps=0,
@@ -278,7 +284,7 @@ def check(options: argparse.Namespace) -> dict:
         with torch.no_grad():
             model.get_input_embeddings().weight[BAD_TOKEN] = torch.nan
     if options.checkpointing:
-        enable_checkpointing(model, options.offload)
+        enable_checkpointing(model, options.offload, options.save_attention)
     objective = make_objective(config, model, load_start=lambda: make_model(options))
     engine = make_engine(config, objective, torch.float32, cosine_schedule(config.optim), layer_classes(model))
     gradients = keep_gradients(engine, deepspeed.utils.safe_get_full_grad)
@@ -290,10 +296,11 @@ def check(options: argparse.Namespace) -> dict:
     trainer = Trainer(config, mesh, engine, itertools.repeat(mine))
     if options.break_scale:
         trainer.scale = 1.0
-    rows = []
+    rows, ran = [], fused.counts()
     with without_halo() if options.break_halo else nullcontext():
         trainer.fit(lambda row, position: rows.append(row))
     engine.destroy()
+    ran = [after - before for after, before in zip(fused.counts(), ran, strict=True)]
     loss, aux_loss, expected, second = reference(options, config.optim)
     norm = torch.stack([g.norm() for g in expected.values()]).norm().item()
     return {
@@ -307,6 +314,7 @@ def check(options: argparse.Namespace) -> dict:
         "num_skipped_rows": [row.get("num_skipped_rows", 0) for row in rows],
         "second_loss_error": abs(rows[1]["loss"] - second) / second,
         "logged": {name: rows[0].get(name) for name in ("target_loss", "divergence")},
+        "kernel_ran": ran,
         "traffic": {name: value for name, value in rows[0].items() if "_bytes_" in name},
     }
 

@@ -9,6 +9,7 @@ from tests.helpers import ROOT, run_ranks
 
 pytestmark = pytest.mark.dist
 EXCHANGES = ["gather_kept", "head_groups"]
+SAVED = ["--save-attention", "--checkpointing"]
 LENGTHS = [160, 70, 50, 31, 110, 45, 155]  # of the worker's documents
 
 SHARED = [
@@ -88,14 +89,15 @@ PARITY = [
     # Dense attention under sequence parallelism is DeepSpeed's Ulysses.
     (2, ["--sp-size", 2, "--retention", 1.0]),
     (2, ["--sp-size", 2, "--retention", 1.0, "--kv-heads", 1]),
-    (4, ["--sp-size", 4, "--retention", 1.0, "--micro-batch", 2, "--checkpointing"]),
+    (4, ["--sp-size", 4, "--retention", 1.0, "--micro-batch", 2, *SAVED]),
 ]
-# Tiles of the MLPs, and checkpoints in host memory: several tiles a rank, the last one shorter.
+# Tiles of the MLPs, checkpoints in host memory, attention that is saved: several tiles a rank, the last one shorter.
 LEVERS = [
-    (2, ["--tile-size", 48, "--offload", "--checkpointing", "--tied"]),
+    (2, ["--tile-size", 48, "--offload", "--tied", *SAVED]),
     (2, ["--tile-size", 48, "--offload", "--checkpointing", "--by-module", "--family", "llama"]),
-    (2, ["--tile-size", 30, "--offload", "--checkpointing", "--sp-size", 2]),
-    (2, ["--tile-size", 30, "--offload", "--checkpointing", "--sp-size", 2, "--lora"]),
+    (2, ["--tile-size", 30, "--offload", "--sp-size", 2, *SAVED]),
+    (2, ["--tile-size", 30, "--sp-size", 2, "--lora", "--exchange", "head_groups", *SAVED]),
+    (2, ["--family", "olmo3", "--micro-batch", 2, "--sp-size", 2, "--tile-size", 30, *SAVED]),
     (2, ["--tile-size", 100, "--micro-batch", 2, "--stage", 2, "--tied"]),
     (2, ["--tile-size", 48, "--stage", 1, "--offload", "--checkpointing", "--lora"]),
     (2, ["--tile-size", 48, "--offload", "--checkpointing", "--bad-loss"]),
@@ -151,6 +153,8 @@ def test_loss_and_gradients(world_size, options):
     assert result["norm_error"] < 1e-5
     assert result["second_loss_error"] < 1e-5
     assert result["aux_loss_error"] < 1e-5
+    if "--save-attention" in options:  # once for each layer, part and micro-batch, as its backward pass
+        assert result["kernel_ran"][0] == result["kernel_ran"][1] >= 2 * 2
     # However many ranks share a sequence, each of its tokens counts once.
     assert result["num_tokens"] == sum(LENGTHS)
     assert result["num_target_tokens"] == 100

@@ -1,11 +1,13 @@
-"""Checkpoints in host memory on a GPU: the same gradients, less memory, and buffers that are pinned once."""
+"""Settings of memory on a GPU: the same gradients, less memory or less work, and buffers that are pinned once."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 
 from lrsa_ds import LRSAConfig, apply_lrsa
-from lrsa_ds.models.offload import offload_checkpoints
 from lrsa_ds.models.patch import enable_checkpointing, to_device
+from lrsa_ds.registry import KERNELS
 from tests.cpu.test_model import tiny
 from tests.helpers import assert_close
 
@@ -13,14 +15,13 @@ pytestmark = pytest.mark.gpu
 LAYERS, TOKENS, SIZE = 8, 8192, 512
 
 
-def measured(offload):
+def measured(offload, save_attention=False, **settings):
     """Gradients of the third of three passes, the peak memory beyond the weights, and the store."""
     torch.manual_seed(0)
     sizes = dict(num_hidden_layers=LAYERS, hidden_size=SIZE, intermediate_size=SIZE, head_dim=64)
-    model = apply_lrsa(tiny("llama", num_attention_heads=8, **sizes), LRSAConfig(lag_size=512))
+    model = apply_lrsa(tiny("llama", num_attention_heads=8, **sizes), LRSAConfig(lag_size=512, **settings))
     model = to_device(model, "cuda").to(torch.bfloat16).train()
-    enable_checkpointing(model)
-    store = offload_checkpoints(model) if offload else None
+    store = enable_checkpointing(model, offload, save_attention)
     ids = torch.randint(0, 101, (1, TOKENS), device="cuda")
     before = torch.cuda.memory_allocated()
     for _ in range(3):
@@ -40,3 +41,25 @@ def test_checkpoints_in_host_memory():
     assert store.num_bytes == LAYERS * TOKENS * SIZE * 2
     assert all(buffer.is_pinned() for buffer in store._free) and len(store._free) == LAYERS
     assert peak - less > (LAYERS - 3) * TOKENS * SIZE * 2
+
+
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("backend,retention", [("flex", 0.25), ("fa4", 0.25), ("auto", 1.0)])
+def test_saved_attention_runs_forward_once(monkeypatch, backend, retention, offload):
+    """What a kernel saves is found among its inputs and outputs; on the GPU only the outputs stay, one row a layer."""
+    if backend != "auto":
+        kernel, ran = KERNELS[backend], []
+        if reason := kernel.why_not(torch.device("cuda"), torch.bfloat16, 64):
+            pytest.skip(reason)
+        counted = replace(kernel, attend=lambda *args: ran.append(1) or kernel.attend(*args))
+        monkeypatch.setitem(KERNELS._entries, backend, counted)
+    settings = dict(backend=backend, retention=retention)
+    expected, less, _ = measured(offload, **settings)
+    found, peak, store = measured(offload, True, **settings)
+    for name, gradient in expected.items():
+        assert_close(found[name], gradient, 1e-2, name)
+    if backend != "auto":
+        assert len(ran) == 3 * (2 * LAYERS + LAYERS)
+    assert peak - less < (3 if offload else LAYERS + 1) * TOKENS * SIZE * 2
+    if store is not None:
+        assert LAYERS * TOKENS * SIZE * 4 < store.num_bytes < LAYERS * TOKENS * SIZE * 4 * 1.1

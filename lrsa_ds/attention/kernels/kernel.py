@@ -7,6 +7,7 @@ import torch
 
 from lrsa_ds.attention.extras import PLAIN, Extras
 from lrsa_ds.attention.kernels.interval import Intervals
+from lrsa_ds.attention.saved_outputs import attend_once
 from lrsa_ds.dtypes import dtype_name
 from lrsa_ds.errors import require
 from lrsa_ds.layer_settings import LayerSettings
@@ -54,6 +55,14 @@ class Kernel:
     takes_other_value_dims: bool = False
     caps_scores: bool = False
     what_is_missing: Callable[[torch.device], str | None] = lambda device: None
+
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, intervals: Intervals, extras: Extras
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`attend`; a recomputed layer takes what the forward pass has saved of it, see `attend_once`."""
+        if self.is_readable:  # what it saves is as large as the scores
+            return self.attend(q, k, v, intervals, extras)
+        return attend_once(lambda q, k, v: self.attend(q, k, v, intervals, extras), q, k, v)
 
     def runs_on(self, device: torch.device) -> bool:
         return self.devices is None or device.type in self.devices

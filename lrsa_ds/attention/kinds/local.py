@@ -67,7 +67,7 @@ def local_attention(
     kernel = choose_kernel(config, q.device, q.dtype, q.shape[3], is_local, value_dim=v.shape[3], extras=extras)
     if not kernel.is_readable:
         intervals = document_intervals(lengths, config, q.device)
-        return extras.with_sinks(*kernel.attend(q, k, v, intervals, extras))[0]
+        return extras.with_sinks(*kernel(q, k, v, intervals, extras))[0]
     documents = zip(*(x.split(lengths, dim=2) for x in (q, k, v)), strict=True)
     return torch.cat([_attend_document(q, k, v, config, 0, extras) for q, k, v in documents], dim=2)
 

@@ -70,7 +70,7 @@ def kept_attention(
         shapes = [pair.shape(count) for count in buffer.num_sent]
         history = pair.unstack(buffer.history(start_to_all(group, "kept", both, shapes).finish()))
         k, v = (torch.cat(pieces, dim=2) for pieces in zip(history, (k, v), strict=True))
-    return extras.with_sinks(*kernel.attend(q, k, v, layout.intervals, extras))[0]
+    return extras.with_sinks(*kernel(q, k, v, layout.intervals, extras))[0]
 
 
 @dataclass(frozen=True, eq=False)

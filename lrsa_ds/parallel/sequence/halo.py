@@ -47,7 +47,7 @@ def halo_attention(
     layout = halo_layout(group.strategy.owners(group.size), q.shape[2] * group.size, size, group.index)
     k, v = with_halos(k, v, layout, group)
     intervals = _local_intervals(tuple(document_lengths), config, halo, layout, q.device)
-    return extras.with_sinks(*kernel.attend(q, k, v, intervals, extras))[0]
+    return extras.with_sinks(*kernel(q, k, v, intervals, extras))[0]
 
 
 @dataclass(frozen=True, eq=False)

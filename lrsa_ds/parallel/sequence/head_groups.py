@@ -65,17 +65,17 @@ def heads_attention(
     kernel = choose_kernel(
         config, q.device, q.dtype, q.shape[3], needs_lse_gradient=True, value_dim=v.shape[3], extras=extras
     )
-    attend, by_blocks = kernel.attend, kernel.wants_whole_blocks
+    by_blocks = kernel.wants_whole_blocks
     layout = shard_layout(tuple(document_lengths), config, group.size, group.index, by_blocks, q.device)
     heads = HeadGroups(q.shape[1], KeysAndValues.of(k, v), group)
     k, v = with_halos(k, v, layout.halos, group)
     if not any(layout.buffer.num_sent):  # no document is long enough for a history: attend to the window only
-        return extras.with_sinks(*attend(q, k, v, layout.window, extras))[0]
+        return extras.with_sinks(*kernel(q, k, v, layout.window, extras))[0]
     queries = heads.send_queries(q)
     kept = heads.send_kept(*select_pieces(k, v, layout.buffer.own, config, layer, fast=not kernel.is_readable), layout)
     # Every query sees itself in the window, so the sinks take their share there.
-    window = extras.with_sinks(*attend(q, k, v, layout.window, extras))
-    history = attend(heads.receive_queries(queries), *heads.receive_kept(kept, layout), layout.history, extras)
+    window = extras.with_sinks(*kernel(q, k, v, layout.window, extras))
+    history = kernel(heads.receive_queries(queries), *heads.receive_kept(kept, layout), layout.history, extras)
     return heads.merge(window, heads.return_outputs(*history), q.dtype)
 
 
