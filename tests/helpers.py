@@ -3,15 +3,18 @@
 import json
 import math
 import os
+import random
+import socket
 import struct
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
-from lrsa_ds.parallel.rendezvous import free_port
 from tests.forked import run_forked
 
 ROOT = Path(__file__).resolve().parent.parent
+PORTS = range(20_000, 32_000)  # below those that systems give to sockets which ask for any
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -49,6 +52,21 @@ def all_examples(data, epoch: int = 0) -> list:
     return [example for examples in data.examples_of_rows(epoch) for example in examples]
 
 
+def free_port() -> int:
+    """A port of this machine for a process that opens it seconds later.
+
+    Until then no other process is given it: not as any port, since it is below those, and not by a test that runs
+    beside this one, since workers of pytest-xdist draw from ports of their own.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    mine = PORTS[worker :: int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))]
+    while True:
+        port = random.SystemRandom().choice(mine)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
 def rank_environments(world_size: int) -> list[dict[str, str]]:
     """The environment of each rank on this machine, as a launcher would set it."""
     common = {
@@ -65,7 +83,7 @@ def rank_environments(world_size: int) -> list[dict[str, str]]:
     return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
 
 
-def run_ranks(script, world_size: int, *args, timeout: float = 240) -> list[str]:
+def run_ranks(script, world_size: int, *args, timeout: float = 400) -> list[str]:
     """Runs `python script *args` once per rank, as a launcher would, and returns what each rank wrote to stdout.
 
     A rank that fails, or the timeout in seconds, ends all of them and raises with the end of their output.

@@ -23,6 +23,9 @@ WITHOUT_MLFLOW = {
 }
 
 
+PATIENCE = 400  # seconds for what takes a tenth of that on an idle machine
+
+
 class Job:
     """A command in a session of its own; without MLflow unless `env` says where it is."""
 
@@ -38,7 +41,7 @@ class Job:
             start_new_session=True,
         )
 
-    def finish(self, timeout: float = 240) -> subprocess.CompletedProcess:
+    def finish(self, timeout: float = PATIENCE) -> subprocess.CompletedProcess:
         """Waits for its end; nothing survives the timeout."""
         try:
             out, err = self.process.communicate(timeout=timeout)
@@ -65,7 +68,7 @@ class Job:
         everyone = psutil.Process(self.process.pid).children(recursive=True)
         return [p for p in everyone if script in command_of(p)[1:3] and "python" in p.name()]
 
-    def wait_for(self, condition, timeout: float = 120) -> None:
+    def wait_for(self, condition, timeout: float = PATIENCE) -> None:
         """Until `condition()` holds; the job must not end before."""
         deadline = time.monotonic() + timeout
         while not condition():
@@ -85,7 +88,7 @@ def command_of(process: psutil.Process) -> list[str]:
 
 
 def run(
-    command: list[str], timeout: float = 240, cwd: Path = ROOT, env: dict[str, str] | None = None
+    command: list[str], timeout: float = PATIENCE, cwd: Path = ROOT, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess:
     return Job(command, cwd, env).finish(timeout)
 
@@ -112,18 +115,20 @@ def sentences(stderr: str) -> list[str]:
 
 def run_alone(script: str, *arguments: str) -> subprocess.CompletedProcess:
     """A command without a launcher: one process."""
-    return run_forked(f"launch/{script}.py", [(list(arguments), ENV)], ROOT, 240)[0]
+    return run_forked(f"launch/{script}.py", [(list(arguments), ENV)], ROOT, PATIENCE)[0]
 
 
 def train_alone(*arguments: str) -> subprocess.CompletedProcess:
     return run_alone("train", *arguments)
 
 
-def run_as_ranks(*arguments: str, script: str = "train", num_ranks: int = 2) -> subprocess.CompletedProcess:
+def run_as_ranks(
+    *arguments: str, script: str = "train", num_ranks: int = 2, cwd: Path = ROOT
+) -> subprocess.CompletedProcess:
     """A command on several ranks, with what the deepspeed launcher gives to each, but without its own start."""
     environments = [environment | ENV for environment in rank_environments(num_ranks)]
     ranks = [([f"--local_rank={rank}", *arguments], environment) for rank, environment in enumerate(environments)]
-    done = run_forked(f"launch/{script}.py", ranks, ROOT, 240)
+    done = run_forked(str(ROOT / f"launch/{script}.py"), ranks, cwd, PATIENCE)
     code = next((rank.returncode for rank in done if rank.returncode), 0)
     stdout, stderr = ("".join(texts) for texts in zip(*((rank.stdout, rank.stderr) for rank in done)))
     return subprocess.CompletedProcess([script, *arguments], code, stdout, stderr)

@@ -290,12 +290,13 @@ def test_an_export_that_does_not_fit_is_said_and_the_run_not_marked_as_complete(
 def test_evaluation_is_shared_by_ranks_and_goes_on_where_it_stopped(smoke, tmp_path, capfd, monkeypatch):
     model = f"model.name={smoke[0] / 'model'}"
     fixed = [model, "lengths=[512]", "cache.prefill=[dense,chunked,full]", "tasks=[needle,perplexity]"]
-    shared, elsewhere = tmp_path / "shared", set(ROOT.glob("outputs/*"))
-    done = run_as_ranks(*fixed, "num_samples=2", f"output_dir={shared}", "log.wandb=offline", script="evaluate")
+    shared = tmp_path / "shared"
+    more = ["num_samples=2", f"output_dir={shared}", "log.wandb=offline"]
+    done = run_as_ranks(*fixed, *more, script="evaluate", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "4 samples, 0 of them done before" in done.stdout and "lag 64" in done.stdout
     assert (shared / "results.txt").read_text() in done.stdout
-    assert set(ROOT.glob("outputs/*")) == elsewhere
+    assert list(tmp_path.iterdir()) == [shared]  # nothing in outputs/, where it writes by itself
     first = (shared / "results.jsonl").read_text().splitlines()
     assert len(first) == 2 * 5 + 2 * 3
     logged = wandb_history(wandb_records(shared))[-1]

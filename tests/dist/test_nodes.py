@@ -58,7 +58,7 @@ def test_the_slurm_script_goes_on_after_its_time_is_up(tmp_path, monkeypatch):
     }
     monkeypatch.setattr(launcher, "ENV", launcher.ENV | slurm)
     output = tmp_path / "run"
-    command = ["bash", str(ROOT / "launch/slurm.sh"), *SHORT, "optim.num_steps=9", f"output_dir={output}"]
+    command = ["bash", str(ROOT / "launch/slurm.sh"), *SHORT, "optim.num_steps=20", f"output_dir={output}"]
     job = Job(command)
     job.wait_for(lambda: last_step(output) >= 2)
     for process in job.processes("launch/train.py"):
@@ -68,4 +68,4 @@ def test_the_slurm_script_goes_on_after_its_time_is_up(tmp_path, monkeypatch):
     assert (tmp_path / "requeued").read_text().startswith("requeue ")
     done = run(command)
     assert done.returncode == 0, done.stderr
-    assert [row["step"] for row in rows_of(output, "train")] == list(range(1, 10))
+    assert [row["step"] for row in rows_of(output, "train")] == list(range(1, 21))

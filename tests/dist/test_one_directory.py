@@ -14,7 +14,7 @@ import pytest
 from lrsa_ds.directories.layout import MARK
 from lrsa_ds.directories.lock import check_lock
 from lrsa_ds.errors import LRSAError
-from tests.dist.launcher import Job, last_step, launch_command, processes_of, rows_of
+from tests.dist.launcher import PATIENCE, Job, last_step, launch_command, processes_of, rows_of
 from tests.dist.test_directory import FOREIGN, put, tree
 
 pytestmark = pytest.mark.dist
@@ -25,7 +25,7 @@ SETTINGS = [
     *["eval.before=false", "eval.after=false", "eval.num_examples=1", "log.wandb=disabled"],
     *["checkpoint.every=3", "checkpoint.keep=2", "attention.lag_size=32"],
 ]
-SETTLED_SECONDS = 30  # until no process of an ended job is left
+SETTLED_SECONDS = 100  # until no process of an ended job is left
 
 
 class Story:
@@ -57,7 +57,7 @@ class Story:
             ]
         )
         self.events.append(f"at {name}")
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + PATIENCE
         while job.process.poll() is None and not has_come():
             assert time.monotonic() < deadline, "it did not come to that"
             time.sleep(0.005)

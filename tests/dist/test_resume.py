@@ -86,8 +86,8 @@ def test_killed_at_random_steps_it_ends_as_if_undisturbed(whole, tmp_path, num_k
         started = time.time()
         # The rows of the run before stay in the file until this one has started.
         job.wait_for(lambda since=started: wrote.exists() and wrote.stat().st_mtime > since)
-        job.wait_for(lambda at=target: last_step(output) >= at)
         victim = draw.choice(job.ranks())
+        job.wait_for(lambda at=target: last_step(output) >= at)
         victim.kill()
         done = job.finish()
         assert done.returncode != 0
@@ -190,7 +190,7 @@ def test_a_kill_during_a_save_leaves_the_earlier_checkpoint(whole, tmp_path, wri
 
 def test_a_rank_that_hangs_is_named(tmp_path):
     output = tmp_path / "run"
-    job = Job(launch_command(*settings(output, "parallel.timeout=4")))
+    job = Job(launch_command(*settings(output, "parallel.timeout=8", "optim.num_steps=5000")))
     job.wait_for(lambda: last_step(output) >= 4)
     other, victim = job.ranks()
     victim.suspend()
@@ -201,7 +201,7 @@ def test_a_rank_that_hangs_is_named(tmp_path):
     (sentence,) = sentences(done.stderr)
     assert "rank 1 gives no sign of life" in sentence
     assert processes_of(output) == []
-    assert find_checkpoint(output).step == 3
+    assert last_step(output) - 3 <= find_checkpoint(output).step <= last_step(output)
 
 
 def test_written_in_the_background_it_is_the_state_of_its_step(whole, tmp_path):

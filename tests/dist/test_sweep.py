@@ -27,7 +27,7 @@ def test_a_sweep_goes_on_after_a_failed_job_and_after_a_stop(tmp_path):
     """Two jobs at once; one has a value that is not valid."""
     command = sweep(tmp_path, "--multirun", "--at-once", "2", "attention.retention=0.125,7", "optim.lr=1e-3,3e-3")
     first = Job(command)
-    first.wait_for(lambda: any(tmp_path.glob("*/COMPLETED")), timeout=120)
+    first.wait_for(lambda: any(tmp_path.glob("*/COMPLETED")))
     first.process.send_signal(signal.SIGINT)
     done = first.finish()
     assert done.returncode == 130 and "the same command resumes the sweep" in done.stderr
