@@ -29,7 +29,7 @@ LIBRARIES = [
     "transformers.models.auto.tokenization_auto",
     "transformers.models.qwen2.modeling_qwen2",
 ]
-GRACE_SECONDS = 20  # for the others to end by themselves when one has failed
+GRACE_SECONDS = 60  # for the others to end by themselves when one has failed
 
 
 @cache

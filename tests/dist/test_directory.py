@@ -3,14 +3,13 @@
 import json
 import os
 import shutil
-import sys
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lrsa_ds.directories.layout import MARK, TRAIN, marked_by, remove_run
-from tests.dist.launcher import run, train_alone
+from tests.dist.launcher import run_alone, train_alone
 from tests.dist.test_launch import SHORT, refused
 
 pytestmark = pytest.mark.dist
@@ -226,6 +225,6 @@ def test_other_commands_keep_to_their_own_directories(capfd, monkeypatch, finish
     assert "holds notes.txt and is not marked" in said
     for place, reason in (("run", "belongs to a run of launch/train.py"), ("other", "holds notes.txt and is not")):
         arguments = ["--multirun", "+recipe=smoke", "seed=1,2", f"output_dir={tmp_path / place}"]
-        done = run([sys.executable, "launch/sweep.py", *arguments])
+        done = run_alone("sweep", *arguments)
         assert done.returncode == 2 and reason in done.stderr
     assert tree(tmp_path) == before

@@ -13,7 +13,7 @@ from lrsa_ds.data.tokenizer import byte_tokenizer
 from lrsa_ds.evaluate.config import EvaluateConfig
 from lrsa_ds.settings.data import DataConfig
 from lrsa_ds.settings.model import ModelConfig
-from tests.dist.launcher import run, sentences
+from tests.dist.launcher import run, run_alone, sentences
 from tests.dist.test_launch import refused
 from tests.helpers import ROOT
 
@@ -38,7 +38,7 @@ def test_other_arguments_that_cannot_be_read(capfd, monkeypatch, tmp_path):
     said = refused(capfd, monkeypatch, "model.name=a(b", "data.columns={context: a", command="evaluate")
     assert "model.name: the value a(b cannot be read" in said
     assert "close every bracket" in refused(capfd, monkeypatch, *TRAIN, "data.columns={context: a=b}")
-    done = run([sys.executable, "launch/sweep.py", "--multirun", *TRAIN, "seed=1,2", f"output_dir={tmp_path}/a=b"])
+    done = run_alone("sweep", "--multirun", *TRAIN, "seed=1,2", f"output_dir={tmp_path}/a=b")
     (sentence,) = sentences(done.stderr)
     assert done.returncode == 2 and f"\"output_dir='{tmp_path}/a=b'\"" in sentence
 

@@ -12,7 +12,7 @@ from matplotlib.image import imread
 
 from lrsa_ds.sweep import job_directory, job_name, sweep_table
 from lrsa_ds.sweep_picture import draw_sweep
-from tests.dist.launcher import Job, processes_of, run
+from tests.dist.launcher import Job, processes_of, run, run_alone
 
 pytestmark = pytest.mark.dist
 SHORT = ["+recipe=smoke", "log.wandb=disabled", "eval.before=false", "eval.num_examples=1", "optim.num_steps=3"]
@@ -77,15 +77,15 @@ def test_submitit_starts_the_jobs_elsewhere(tmp_path):
 @pytest.mark.parametrize(
     "command,said",
     [
-        (["launch/sweep.py", "+recipe=smoke"], "a sweep needs --multirun with values such as optim.lr=1e-5,2e-5"),
-        (["launch/sweep.py", "-m", "+recipe=smoke", "optim.lr=1,2", "seed=s", "optim.betaa=1"], "(2) "),
-        (["launch/sweep.py", "-m", "+recipe=nope", "optim.lr=1,2"], "there is no recipe/nope; valid here: "),
-        (["launch/sweep.py", "-m", "+recipe=smoke", "seed=1,2", "--at-once", "0"], "--at-once=0 is not valid"),
-        (["launch/train.py", "-m", "+recipe=smoke", "seed=1,2"], "python launch/sweep.py --multirun"),
+        (["sweep", "+recipe=smoke"], "a sweep needs --multirun with values such as optim.lr=1e-5,2e-5"),
+        (["sweep", "-m", "+recipe=smoke", "optim.lr=1,2", "seed=s", "optim.betaa=1"], "(2) "),
+        (["sweep", "-m", "+recipe=nope", "optim.lr=1,2"], "there is no recipe/nope; valid here: "),
+        (["sweep", "-m", "+recipe=smoke", "seed=1,2", "--at-once", "0"], "--at-once=0 is not valid"),
+        (["train", "-m", "+recipe=smoke", "seed=1,2"], "python launch/sweep.py --multirun"),
     ],
 )
 def test_mistakes(command, said):
-    done = run([sys.executable, *command])
+    done = run_alone(*command)
     assert done.returncode == 2
     (sentence,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert said in sentence
