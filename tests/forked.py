@@ -58,47 +58,60 @@ def _become(script: str, arguments: list[str], environment: dict[str, str], cwd:
     runpy.run_path(script, run_name="__main__")
 
 
+class Forked:
+    """A script that runs once with each of these arguments and environments, all at a time."""
+
+    def __init__(self, script: str, ranks: list[tuple[list[str], dict[str, str]]], cwd: Path):
+        self._commands = [[script, *arguments] for arguments, _ in ranks]
+        self._folder = tempfile.TemporaryDirectory()
+        self._outputs = [str(Path(self._folder.name) / str(number)) for number in range(len(ranks))]
+        self._processes = [
+            _context().Process(target=_become, args=(script, *rank, str(cwd), output))
+            for rank, output in zip(ranks, self._outputs)
+        ]
+        for process in self._processes:
+            process.start()
+
+    def _kill(self) -> None:
+        """Ends them and those that they have started."""
+        for process in self._processes:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.kill()  # it may not have a session yet
+        for process in self._processes:
+            process.join()
+
+    def has_ended(self) -> bool:
+        return all(process.exitcode is not None for process in self._processes)
+
+    def finish(self, timeout: float) -> list[subprocess.CompletedProcess]:
+        """Waits for their end; one that fails, or the timeout in seconds, ends all: 0 kills them at once.
+
+        The exit code of one that was ended is negative.
+        """
+        try:
+            self._wait(timeout)
+        finally:
+            self._kill()
+        done = [
+            subprocess.CompletedProcess(command, process.exitcode, _text(f"{output}.out"), _text(f"{output}.err"))
+            for command, process, output in zip(self._commands, self._processes, self._outputs)
+        ]
+        self._folder.cleanup()
+        return done
+
+    def _wait(self, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        while not self.has_ended() and time.monotonic() < deadline:
+            if any(process.exitcode for process in self._processes):
+                deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+            time.sleep(0.02)
+
+
 def run_forked(
     script: str, ranks: list[tuple[list[str], dict[str, str]]], cwd: Path, timeout: float
 ) -> list[subprocess.CompletedProcess]:
-    """Runs a script once with each of these arguments and environments, all at a time.
-
-    One that fails, or the timeout in seconds, ends all. The exit code of one that was ended is negative.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        outputs = [str(Path(folder) / str(number)) for number in range(len(ranks))]
-        processes = [
-            _context().Process(target=_become, args=(script, *rank, str(cwd), output))
-            for rank, output in zip(ranks, outputs)
-        ]
-        for process in processes:
-            process.start()
-        try:
-            _wait(processes, timeout)
-        finally:
-            for process in processes:
-                _kill(process)
-        texts = [[_text(f"{output}.{stream}") for stream in ("out", "err")] for output in outputs]
-    return [
-        subprocess.CompletedProcess([script, *arguments], process.exitcode, *text)
-        for (arguments, _), process, text in zip(ranks, processes, texts)
-    ]
-
-
-def _wait(processes, timeout: float) -> None:
-    deadline = time.monotonic() + timeout
-    while (codes := [process.exitcode for process in processes]).count(None) and time.monotonic() < deadline:
-        if any(codes):
-            deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
-        time.sleep(0.02)
-
-
-def _kill(process) -> None:
-    """Ends a process and those that it has started."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.kill()  # it may not have a session yet
-    process.join()
+    return Forked(script, ranks, cwd).finish(timeout)
 
 
 def _text(path: str) -> str:

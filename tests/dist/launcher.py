@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.forked import run_forked
+from tests.forked import Forked, run_forked
 from tests.helpers import ROOT, free_port, metrics_of, rank_environments
 
 ENV = {
@@ -70,13 +70,20 @@ class Job:
 
     def wait_for(self, condition, timeout: float = PATIENCE) -> None:
         """Until `condition()` holds; the job must not end before."""
-        deadline = time.monotonic() + timeout
-        while not condition():
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                self.signal_all(signal.SIGKILL) if self.process.poll() is None else None
-                done = self.finish()
-                raise AssertionError(f"it did not come to that: {done.returncode}\n{done.stdout}\n{done.stderr}")
-            time.sleep(0.002)
+        if not comes_true(condition, lambda: self.process.poll() is not None, timeout):
+            self.signal_all(signal.SIGKILL) if self.process.poll() is None else None
+            done = self.finish()
+            raise AssertionError(f"it did not come to that: {done.returncode}\n{done.stdout}\n{done.stderr}")
+
+
+def comes_true(condition, has_ended, timeout: float = PATIENCE) -> bool:
+    """Waits until `condition()` holds, and whether it does before `has_ended()` or the timeout in seconds."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if has_ended() or time.monotonic() > deadline:
+            return False
+        time.sleep(0.002)
+    return True
 
 
 def command_of(process: psutil.Process) -> list[str]:
@@ -122,16 +129,19 @@ def train_alone(*arguments: str) -> subprocess.CompletedProcess:
     return run_alone("train", *arguments)
 
 
-def run_as_ranks(
-    *arguments: str, script: str = "train", num_ranks: int = 2, cwd: Path = ROOT
-) -> subprocess.CompletedProcess:
-    """A command on several ranks, with what the deepspeed launcher gives to each, but without its own start."""
+def start_as_ranks(*arguments: str, script: str = "train", num_ranks: int = 2, cwd: Path = ROOT) -> Forked:
+    """Starts a command on several ranks, with what the deepspeed launcher gives to each, but without its own start."""
     environments = [environment | ENV for environment in rank_environments(num_ranks)]
     ranks = [([f"--local_rank={rank}", *arguments], environment) for rank, environment in enumerate(environments)]
-    done = run_forked(str(ROOT / f"launch/{script}.py"), ranks, cwd, PATIENCE)
+    return Forked(str(ROOT / f"launch/{script}.py"), ranks, cwd)
+
+
+def run_as_ranks(*arguments: str, **how) -> subprocess.CompletedProcess:
+    """What a command started so leaves behind: the first exit code that is not 0, and the outputs of all ranks."""
+    done = start_as_ranks(*arguments, **how).finish(PATIENCE)
     code = next((rank.returncode for rank in done if rank.returncode), 0)
     stdout, stderr = ("".join(texts) for texts in zip(*((rank.stdout, rank.stderr) for rank in done)))
-    return subprocess.CompletedProcess([script, *arguments], code, stdout, stderr)
+    return subprocess.CompletedProcess(list(arguments), code, stdout, stderr)
 
 
 def rows_of(output: Path, kind: str) -> list[dict]:

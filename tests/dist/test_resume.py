@@ -14,6 +14,7 @@ import torch
 from lrsa_ds.train.checkpoint import find_checkpoint
 from tests.dist.launcher import (
     Job,
+    comes_true,
     last_step,
     launch_command,
     processes_of,
@@ -21,6 +22,7 @@ from tests.dist.launcher import (
     run,
     run_as_ranks,
     sentences,
+    start_as_ranks,
     train_alone,
 )
 from tests.dist.test_launch import refused
@@ -168,10 +170,10 @@ def killed_during_a_save(directory, *changes, tries=5):
     """The directory of a run that was killed while it wrote its second checkpoint."""
     for number in range(tries):
         output = directory / f"run_{number}"
-        job = Job(launch_command(*settings(output, *changes)))
-        job.wait_for((output / "checkpoints" / "step_000006.partial").exists)
-        job.signal_all(signal.SIGKILL)
-        job.finish()
+        ranks = start_as_ranks(*settings(output, *changes))
+        begun = comes_true((output / "checkpoints" / "step_000006.partial").exists, ranks.has_ended)
+        done = ranks.finish(timeout=0)
+        assert begun, done
         if not (output / "checkpoints" / "step_000006").exists():  # on a busy machine the kill may come too late
             return output
     raise AssertionError(f"each of {tries} kills came after the checkpoint was whole")
