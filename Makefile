@@ -31,7 +31,8 @@ ifdef ARGS
 else
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cpu -n auto --maxprocesses 8 --cov --cov-report= --durations=15
 	@$(BIN)/python -m coverage report --format=total | sed 's/.*/coverage of tests\/cpu: & %/'
-	$(BIN)/python -m pytest tests/dist tests/gpu tests/multi_gpu --durations=15
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/dist -n auto --maxprocesses 4 --dist loadfile --durations=15
+	$(BIN)/python -m pytest tests/gpu tests/multi_gpu
 endif
 
 smoke: setup ## a few training steps in two processes (CPU, or two GPUs)
