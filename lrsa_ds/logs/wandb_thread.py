@@ -111,12 +111,14 @@ class WandbThread(Tracker):
         threading.Thread(target=_import_wandb().teardown, daemon=True).start()
 
     def _start_run(self, wandb: ModuleType):
-        # A run that resumes is the same run there.
-        known = self.output_dir / RUN_ID_FILE
-        if known.exists():
-            self._settings |= {"id": known.read_text().strip(), "resume": "allow"}
+        # A run that resumes is the same run there, also if it was killed while W&B started.
+        file = self.output_dir / RUN_ID_FILE
+        known = file.read_text().strip() if file.exists() else ""
+        if known:
+            self._settings |= {"id": known, "resume": "allow"}
         else:
             self._settings["id"] = uuid.uuid4().hex[:8]
+            file.write_text(self._settings["id"] + "\n")
         attempts = f"wandb/run-*-{self._settings['id']}"
         earlier, problem = set(self.output_dir.glob(attempts)), None
         try:
@@ -151,9 +153,7 @@ class WandbThread(Tracker):
             disable_code=True,
             save_code=False,
         )
-        run = wandb.init(mode=mode, dir=self.output_dir, reinit="create_new", settings=settings, **self._settings)
-        (self.output_dir / RUN_ID_FILE).write_text(run.id + "\n")
-        return run
+        return wandb.init(mode=mode, dir=self.output_dir, reinit="create_new", settings=settings, **self._settings)
 
 
 def _table(wandb: ModuleType, rows: list[dict]):

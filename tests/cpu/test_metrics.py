@@ -136,10 +136,13 @@ def test_tables_of_a_resumed_run_hold_what_was_found_before(tmp_path):
     before = make_logger(tmp_path)
     before.evaluation([eval_row("before")], [prediction_row("before", "?")], None)
     before.close()
+    (tmp_path / "wandb_run.txt").write_text("abcd1234\n")  # as if killed while W&B started: its files are not there yet
     after = make_logger(tmp_path, wandb="offline")
     after.evaluation([eval_row("after", step=3)], [prediction_row("after", "42")], None)
     after.close()
-    row = wandb_history(wandb_records(tmp_path))[-1]
+    records = wandb_records(tmp_path)
+    assert [record.run.run_id for record in records if record.HasField("run")] == ["abcd1234"]
+    row = wandb_history(records)[-1]
     files = next(tmp_path.glob("wandb/offline-run-*")) / "files"
     for name in ("evaluation", "predictions"):
         table = json.loads((files / row[f"{name}/path"]).read_text())
