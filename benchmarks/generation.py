@@ -89,8 +89,9 @@ def generation_rows(options: argparse.Namespace, num_tokens: int, device: torch.
     caches: list[Cache] = []
     for config in [*configs[:1], *filled_alike, *configs[1:]]:
         use(model, config, options.dense_attention)
-        first = timed(lambda config=config: fill(config), device) / 1e3
+        started = time.perf_counter()
         peak = peak_gb(lambda config=config: fill(config), device)
+        first = time.perf_counter() - started
         filled = [timed(lambda config=config: caches.append(fill(config)), device) for _ in range(3)]
         del caches[-3:-1]
         values = percentiles(filled) | {"cache_gb": cache_gb(caches[-1]), "peak_gb": peak, "first_call_s": first}
@@ -98,7 +99,8 @@ def generation_rows(options: argparse.Namespace, num_tokens: int, device: torch.
             add("dense too", None, "prefill" + _kernels(options), values)
             caches.pop()
         else:
-            add("dense" if config is None else "LRSA", config, "prefill" + _kernels(options), values)
+            name = "dense" + f" {options.dense_attention}" * (options.dense_attention != "sdpa")
+            add(name if config is None else "LRSA", config, "prefill" + _kernels(options), values)
     if not options.prefill_only:
         _eager_rows(model, configs, caches, add)
 

@@ -65,8 +65,9 @@ class LagKVCache(Cache):
     def __init__(self, config: AnyConfig, max_tokens: int | None = None):
         if max_tokens is not None:
             require_whole("max_tokens", max_tokens, 1)
-        # The argument is annotated as a class, but only called without arguments.
-        super().__init__(layer_class_to_replicate=cast(Any, self._next_layer))
+        # `update` makes the layers. A function of this object here would refer back to it, and the memory of caches
+        # that nobody uses would be free only after a garbage collection.
+        super().__init__(layer_class_to_replicate=LagKVLayer)
         self.config, self.max_tokens = config, max_tokens
         self._pass: _Pass | None = None  # None between passes
         self.states = States(is_fixed=max_tokens is not None)  # of recurrent layers
@@ -143,6 +144,8 @@ class LagKVCache(Cache):
             raise LRSAError(CLOSED)
         if self._is_step:
             return key_states, value_states
+        while len(self.layers) <= layer_idx:
+            self.layers.append(self._next_layer())
         keys, values = super().update(key_states, value_states, layer_idx, *args, rows=self._pass.rows, **kwargs)
         self._pass.layer_of[keys] = layer_idx
         return keys, values

@@ -1,13 +1,16 @@
 """The one invariant: a training pass, chunk-by-chunk prefill and decoding with the cache are one function."""
 
 import copy
+import gc
 import warnings
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 from transformers import DynamicCache
 
+import lrsa_ds
 from lrsa_ds import LagKVCache, LRSAConfig, apply_lrsa, load, prefill, select_kept
 from lrsa_ds.attention.cached import cached_attention, cached_attention_on
 from lrsa_ds.attention.partition import cache_factor, num_held, room_in_chunk
@@ -314,6 +317,18 @@ def test_prefill_in_parts_of_any_size_keeps_the_same(max_tokens):
         assert_close(found.keys, layer.keys, 1e-5, "keys")
     with pytest.raises(LRSAError, match="max_tokens_at_once=0"):
         prefill(model, ids, cache, max_tokens_at_once=0)
+
+
+def test_memory_is_free_without_a_garbage_collection():
+    model, ids = make(), tokens(40)
+    for call in (prefill, lambda *args: lrsa_ds.generate(*args, max_new_tokens=3, do_sample=False)):
+        cache = LagKVCache(CONFIG, None if call is prefill else 60)
+        gc.disable()
+        call(model, ids, cache)
+        unused = weakref.ref(cache)
+        del cache
+        gc.enable()
+        assert unused() is None
 
 
 def test_a_cache_is_open_only_during_a_pass():

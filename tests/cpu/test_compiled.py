@@ -1,5 +1,7 @@
 """Compiled passes of `prefill`: the logits of training, without a break in the graph, and compiled once."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -32,6 +34,9 @@ def test_compiled_prefill_is_a_training_pass():
             found = compiled_prefill(model, part, cache, max_tokens_at_once=most)
         assert (found - last_logits(model, ids)).abs().max() <= 1e-4
         assert cache.num_held == num_held(sum(lengths), cache.config) and not cache.is_open
+    unused = weakref.ref(cache)
+    del cache
+    assert unused() is None, "the memory of a cache is free without a garbage collection"
     assert COUNTERS["stats"]["unique_graphs"] == 1 and not COUNTERS["graph_break"]
     ids, lengths = torch.randint(1, 101, (3, 80)), torch.tensor([80, 9, 25])
     mask = torch.arange(80) >= 80 - lengths[:, None]
