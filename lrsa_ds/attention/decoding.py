@@ -80,14 +80,26 @@ def store_and_attend(
     first: torch.Tensor,
     place: torch.Tensor,
     extras: Extras,
+    rotation: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Attention of one token of each row over the entries from `first`, [B], to `place`, [1], where it is stored."""
+    """Attention of one token of each row over the entries from `first`, [B], to `place`, [1], where it is stored.
+
+    Args:
+        rotation: cosine and sine, [B or 1, 1, 1, D], by which queries and keys are still to be rotated.
+    """
     is_one_dtype = q.dtype == k.dtype == keys.dtype and v.dtype == values.dtype
     if is_one_dtype and not torch.is_autocast_enabled(q.device.type) and can_fuse(q, keys, values, extras):
-        return fused_attend_entries(q, keys, values, first, place, extras.scale, (k, v))
+        return fused_attend_entries(q, keys, values, first, place, extras.scale, (k, v), rotation)
+    if rotation is not None:
+        q, k = rotated(q, *rotation), rotated(k, *rotation)
     keys.index_copy_(2, place, k)
     values.index_copy_(2, place, v)
     return attend_entries(q, keys, values, first, place, extras)
+
+
+def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    low, high = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat((-high, low), dim=-1) * sin).to(x.dtype)
 
 
 @torch.library.custom_op("lrsa_ds::attend_step", mutates_args=("keys", "values"))
@@ -102,13 +114,17 @@ def _attend_step(
     scale: float | None,
     softcap: float | None,
     sinks: torch.Tensor | None,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`store_and_attend` as one operator, through which a compiler neither looks nor copies the storage."""
-    return store_and_attend(q, k, v, keys, values, first, place, Extras(scale, softcap, sinks)).contiguous()
+    rotation = None if cos is None or sin is None else (cos, sin)
+    extras = Extras(scale, softcap, sinks)
+    return store_and_attend(q, k, v, keys, values, first, place, extras, rotation).contiguous()
 
 
 @_attend_step.register_fake
-def _(q, k, v, keys, values, first, place, scale, softcap, sinks):
+def _(q, k, v, keys, values, first, place, scale, softcap, sinks, cos=None, sin=None):
     return q.new_empty(*q.shape[:3], values.shape[3])
 
 

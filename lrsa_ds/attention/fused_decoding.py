@@ -5,36 +5,56 @@ One token has too few queries to fill a GPU: so each program takes some entries 
 """
 
 import importlib.util
+from functools import cache
 
 import torch
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 TILE_BYTES = 16384  # of keys, or of values, that a program reads at once
-PROGRAMS = 264  # two for each multiprocessor of an H100
+PROGRAMS = 396  # three for each multiprocessor of an H100
 JOINED_CHANNELS = 32  # that a program joins: all parts fit into its registers
 
 if HAS_TRITON:
     import triton
     import triton.language as tl
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+    @triton.jit
+    def _loaded(at, mask, cos, sin, channels, dim: tl.constexpr, ROTATE: tl.constexpr):
+        """Vectors at `at` [rows, DIM], rotated by `cos` and `sin` if ROTATE: channel c in a pair with c + dim / 2."""
+        x = tl.load(at, mask=mask, other=0.0)
+        if ROTATE:
+            is_low, is_channel = channels < dim // 2, channels < dim
+            other = tl.load(at + tl.where(is_low, dim // 2, -(dim // 2))[None, :], mask=mask, other=0.0)
+            cosine = tl.load(cos + channels, mask=is_channel, other=0.0).to(tl.float32)
+            sine = tl.load(sin + channels, mask=is_channel, other=0.0).to(tl.float32)
+            sine = tl.where(is_low, -sine, sine)
+            x = (x.to(tl.float32) * cosine[None, :] + other.to(tl.float32) * sine[None, :]).to(x.dtype)
+        return x
 
     @triton.jit
     def _part_kernel(
-        q, k, v, new_k, new_v, first, last, outputs, weights, scale, q_b, q_h, k_b, k_g, k_n, v_b, v_g, v_n,
-        new_k_b, new_k_g, new_v_b, new_v_g, num_heads, num_splits, dim: tl.constexpr, group: tl.constexpr,
-        GROUP: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr, STORE: tl.constexpr,
+        q, k, v, new_k, new_v, cos, sin, first, last, outputs, weights, scale, cos_b, sin_b, q_b, q_h, k_b, k_g, k_n,
+        v_b, v_g, v_n, new_k_b, new_k_g, new_v_b, new_v_g, num_heads, num_splits, dim: tl.constexpr,
+        group: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr, STORE: tl.constexpr,
+        ROTATE: tl.constexpr, EARLY: tl.constexpr,
     ):  # fmt: skip
         """Attention of the `group` query heads of a KV head over one part of its entries.
 
         Writes outputs fp32 [B * G, splits, group, D], and log-sum-exps fp32 [B * G, splits, group] into `weights`. With
-        STORE, the last entry is `new_k` and `new_v`; the only program that attends to it also writes it.
+        STORE, the last entry is `new_k` and `new_v`; the only program that attends to it also writes it. With
+        ROTATE, queries and `new_k` are first rotated by their positions. EARLY: see `starts_early`.
         """
         head, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
         row, kv_head = head // num_heads, head % num_heads
         members, channels, tokens = tl.arange(0, GROUP), tl.arange(0, DIM), tl.arange(0, TILE)
         is_member, is_channel = members < group, channels < dim
-        q_at = q + row * q_b + (kv_head * group + members)[:, None] * q_h + channels[None, :]
-        queries = tl.load(q_at, mask=is_member[:, None] & is_channel[None, :], other=0.0)
         start, end = tl.load(first + row).to(tl.int32), tl.load(last).to(tl.int32) + 1
+        if EARLY:
+            gdc_wait()  # what a step changes between its kernels is read after it
+        q_at = q + row * q_b + (kv_head * group + members)[:, None] * q_h + channels[None, :]
+        cos, sin = cos + row * cos_b, sin + row * sin_b
+        queries = _loaded(q_at, is_member[:, None] & is_channel[None, :], cos, sin, channels, dim, ROTATE)
         size = tl.cdiv(tl.cdiv(end - start, num_splits), 16) * 16
         place = end - 1
         start += split * size
@@ -42,10 +62,11 @@ if HAS_TRITON:
         k += row * k_b + kv_head * k_g + channels[None, :]
         v += row * v_b + kv_head * v_g + channels[None, :]
         if STORE:
-            own_k = tl.load(new_k + row * new_k_b + kv_head * new_k_g + channels, mask=is_channel, other=0.0)
+            own_k_at = new_k + row * new_k_b + kv_head * new_k_g + channels[None, :]
+            own_k = _loaded(own_k_at, is_channel[None, :], cos, sin, channels, dim, ROTATE)
             own_v = tl.load(new_v + row * new_v_b + kv_head * new_v_g + channels, mask=is_channel, other=0.0)
             writes = is_channel & (start <= place) & (place < end)
-            tl.store(k + place.to(tl.int64) * k_n, own_k[None, :], mask=writes[None, :])
+            tl.store(k + place.to(tl.int64) * k_n, own_k, mask=writes[None, :])
             tl.store(v + place.to(tl.int64) * v_n, own_v[None, :], mask=writes[None, :])
             tl.debug_barrier()  # other threads of the program read them
         largest = tl.full([GROUP], float("-inf"), tl.float32)
@@ -64,6 +85,8 @@ if HAS_TRITON:
             values = tl.load(v + entries[:, None] * v_n, mask=mask, other=0.0)
             output = output * shrink[:, None] + tl.dot(shares.to(values.dtype), values, input_precision="ieee")
             largest = new_largest
+        if EARLY:
+            gdc_launch_dependents()
         total = tl.where(total == 0.0, 1.0, total)  # a part without entries weighs exp(-inf)
         output = output / total[:, None]
         at = (head * num_splits + split) * group + members
@@ -73,12 +96,14 @@ if HAS_TRITON:
     @triton.jit
     def _join_kernel(
         outputs, weights, joined, num_splits, dim: tl.constexpr, group: tl.constexpr,
-        SPLITS: tl.constexpr, CHANNELS: tl.constexpr,
+        SPLITS: tl.constexpr, CHANNELS: tl.constexpr, EARLY: tl.constexpr,
     ):  # fmt: skip
         """The parts of one query head by their log-sum-exps, some channels of [B * H, D] in the dtype of `joined`."""
         head, member = tl.program_id(0).to(tl.int64), tl.program_id(1)
         splits, channels = tl.arange(0, SPLITS), tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
         at, is_split, is_channel = (head * num_splits + splits) * group + member, splits < num_splits, channels < dim
+        if EARLY:
+            gdc_wait()
         weight = tl.load(weights + at, mask=is_split, other=float("-inf"))
         mask = is_split[:, None] & is_channel[None, :]
         parts = tl.load(outputs + at[:, None] * dim + channels[None, :], mask=mask, other=0.0)
@@ -86,6 +111,16 @@ if HAS_TRITON:
         output = tl.sum(parts * share[:, None], axis=0) / tl.sum(share, axis=0)
         place = joined + (head * group + member) * dim + channels
         tl.store(place, output.to(joined.dtype.element_ty), mask=is_channel)
+
+
+@cache
+def starts_early(device: torch.device) -> dict[str, bool]:
+    """Options of a kernel that is launched while the kernel in front still runs, and waits for it (EARLY), if possible.
+
+    A chain of short kernels then has no gaps (programmatic dependent launch, from compute capability 9.0 on).
+    """
+    is_early = torch.cuda.get_device_capability(device)[0] >= 9
+    return {"EARLY": is_early} | ({"launch_pdl": True} if is_early else {})
 
 
 def fused_attend_entries(
@@ -96,15 +131,18 @@ def fused_attend_entries(
     last: torch.Tensor,
     scale: float | None,
     new: tuple[torch.Tensor, torch.Tensor] | None = None,
+    rotation: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """See `attend_entries`; keys and values of one shape, on a GPU.
 
     Args:
         new: key and value [B, G, 1, D] of the entry `last`, which are written into `k` and `v`.
+        rotation: cosine and sine, [B or 1, 1, 1, D], by which `q` and the new key are still to be rotated.
     """
     batch, num_heads, _, dim = q.shape
     num_kv_heads, group = k.shape[1], num_heads // k.shape[1]
     new_k, new_v = (x if x.stride(-1) == 1 else x.contiguous() for x in new or (q, q))
+    cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in rotation or (q, q))
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     width = triton.next_power_of_2(dim)
     tile = max(16, min(64, TILE_BYTES // (width * k.element_size())))
@@ -113,14 +151,17 @@ def fused_attend_entries(
     weights = torch.empty(batch * num_kv_heads, splits, group, dtype=torch.float32, device=q.device)
     joined = torch.empty_like(q, memory_format=torch.contiguous_format)
     _part_kernel[batch * num_kv_heads, splits](
-        q, k, v, new_k, new_v, first, last, outputs, weights, float(dim**-0.5 if scale is None else scale),
+        q, k, v, new_k, new_v, cos, sin, first, last, outputs, weights, float(dim**-0.5 if scale is None else scale),
+        *(x.stride(0) if len(x) > 1 else 0 for x in (cos, sin)),
         *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], *new_k.stride()[:2], *new_v.stride()[:2],
         num_kv_heads, splits, dim, group,
-        GROUP=max(16, triton.next_power_of_2(group)), DIM=width, TILE=tile, STORE=new is not None, num_warps=4,
+        GROUP=max(16, triton.next_power_of_2(group)), DIM=width, TILE=tile, STORE=new is not None,
+        ROTATE=rotation is not None, num_warps=4, num_stages=2, **starts_early(q.device),
     )  # fmt: skip
     channels = min(width, JOINED_CHANNELS)
     _join_kernel[batch * num_kv_heads, group, triton.cdiv(dim, channels)](
         outputs, weights, joined, splits, dim, group,
         SPLITS=triton.next_power_of_2(splits), CHANNELS=channels, num_warps=8 if splits > 128 else 4,
+        **starts_early(q.device),
     )  # fmt: skip
     return joined

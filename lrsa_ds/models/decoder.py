@@ -15,7 +15,9 @@ from lrsa_ds.attention.decoding import Step
 from lrsa_ds.errors import LRSAError, require
 from lrsa_ds.models.cache import LagKVCache
 from lrsa_ds.models.keywords import unfit_for_steps
+from lrsa_ds.models.step_graph import join_operators
 
+MOST_COMPILED = 64  # models and numbers of rows of one process; torch's 8 are soon reached
 WARM_UPS = 2  # passes before a capture: kernels are compiled, and libraries allocate memory
 
 
@@ -70,7 +72,7 @@ class Decoder:
         if storage != self._storage:
             self._storage, self._graph = storage, None
             self._step = cache.next_step()
-            self._logits_after = _compiled(self.compiles, cache.batch_size == 1) if self.compiles else _logits_after
+            self._logits_after = _compiled(self.compiles) if self.compiles else _logits_after
             if self.compiles:
                 for states in self._step.storages:
                     for x in states:  # so that caches of all sizes share what is compiled
@@ -147,12 +149,23 @@ def _logits_after(model: PreTrainedModel, tokens: torch.Tensor, cache: LagKVCach
 
 
 @lru_cache
-def _compiled(backend: bool | str, is_one_row: bool) -> Callable[..., torch.Tensor]:
+def _compiled(backend: bool | str) -> Callable[..., torch.Tensor]:
     """`_logits_after`, compiled: once for a model and a number of rows, since no shape else differs between caches."""
-    if isinstance(backend, str):
-        return torch.compile(_logits_after, backend=backend)
-    # Inductor then makes products of one row its own kernels, which read weights faster than cuBLAS's.
-    return torch.compile(_logits_after, options={"coordinate_descent_tuning": is_one_row})
+    compile_graph = cast(Any, torch._dynamo.lookup_backend(backend if isinstance(backend, str) else "inductor"))
+
+    def with_joined_operators(module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable:
+        join_operators(module.graph)
+        module.recompile()
+        return compile_graph(module, inputs)
+
+    # Not `dynamic`: a second number of rows would be compiled for any number, and kernels for few rows not be chosen.
+    compiled = torch.compile(_logits_after, backend=with_joined_operators, dynamic=False)
+
+    def step(*inputs: Any) -> torch.Tensor:
+        with torch._dynamo.config.patch(recompile_limit=MOST_COMPILED):
+            return compiled(*inputs)
+
+    return step
 
 
 class HostCopy:

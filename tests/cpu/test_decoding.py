@@ -16,12 +16,14 @@ from lrsa_ds.attention.extras import PLAIN
 from lrsa_ds.attention.partition import num_held
 from lrsa_ds.data.tokenizer import byte_tokenizer
 from lrsa_ds.errors import LRSAError
+from lrsa_ds.models import step_graph
 from lrsa_ds.models.decoder import Decoder
 from tests.cpu.test_model import tiny
 from tests.helpers import assert_close
 
 CONFIG = LRSAConfig(sink_size=3, lag_size=8, retention=0.3)
 MIXED = {"0": 1.0, "1": {"retention": 0.0, "lag_size": 5}, "2": {"sink_size": 0, "lag_size": 11}, "rest": 0.3}
+OPERATORS = (torch.ops.lrsa_ds.few_rows.default, torch.ops.lrsa_ds.attend_step.default, torch._C._nn.linear)
 GREEDY = dict(max_new_tokens=40, do_sample=False, pad_token_id=0)
 
 
@@ -119,8 +121,19 @@ def test_steps_of_rows_of_different_lengths(mixed):
     assert cache.num_held == sum(num_held(length, cache.config) for length in cache.row_lengths) / 3
 
 
-def test_compiled_steps(mixed):
-    """Without a break in the graph, and once for all sizes and contents of caches, as the passes over prompts."""
+def test_compiled_steps(mixed, monkeypatch):
+    """Without a break in the graph, and once for all sizes and contents of caches, as the passes over prompts.
+
+    Operators are joined as on a GPU.
+    """
+    graphs = []
+
+    def join(graph):
+        step_graph.join_operators(graph)
+        graphs.append([(node.target, node.args) for node in graph.nodes])
+
+    monkeypatch.setattr(step_graph, "can_join", lambda x, parameters: True)
+    monkeypatch.setattr("lrsa_ds.models.decoder.join_operators", join)
     torch._dynamo.utils.counters.clear()
     cache_of_padded_rows(mixed, compiles="aot_eager")
     ids = tokens(60, batch=3)
@@ -128,6 +141,18 @@ def test_compiled_steps(mixed):
     assert torch.equal(lrsa_ds.generate(mixed, ids, compile="aot_eager", **GREEDY), expected)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
     assert not torch._dynamo.utils.counters["graph_break"]
+    joined, attended, linear = ([args for target, args in graphs[0] if target is given] for given in OPERATORS)
+    # Queries, keys and values; output; gate and up; down. With a norm in front, or a residual behind.
+    layer = [
+        (3, 3, False, True, False),
+        (1, 0, False, False, True),
+        (2, 0, True, True, False),
+        (1, 0, False, False, True),
+    ]
+    found = [(len(w), len(b), gated, norm is not None, added is not None) for _, w, b, gated, norm, _, added in joined]
+    assert found == [*layer * 4, (1, 0, False, False, False)]
+    assert [len(args) for args in attended] == [12] * 4  # with cosine and sine
+    assert not linear
 
 
 class Calls(TorchDispatchMode):

@@ -7,9 +7,10 @@ import torch
 
 import lrsa_ds
 from lrsa_ds import LRSAConfig, apply_lrsa, new_cache, prefill
-from lrsa_ds.attention.decoding import attend_entries, store_and_attend
+from lrsa_ds.attention.decoding import attend_entries, rotated, store_and_attend
 from lrsa_ds.attention.extras import Extras
 from lrsa_ds.models.decoder import Decoder
+from lrsa_ds.models.few_rows import can_join, few_rows
 from tests.cpu.test_model import tiny
 from tests.helpers import assert_close
 
@@ -41,9 +42,30 @@ def test_kernels_attend_to_the_entries_of_each_row(shape, size, last, dtype, bou
     assert_close(attend_entries(q, k, v, first, place, Extras(0.2)).float(), expected, bound, "output")
     new = [x[:, :, last : last + 1].clone() for x in (k, v)]
     whole = [x.clone() for x in (k, v)]
-    k[:, :, last] = v[:, :, last] = float("nan")  # written before it is read
-    assert_close(store_and_attend(q, *new, k, v, first, place, Extras(0.2)).float(), expected, bound, "output")
-    assert torch.equal(k, whole[0]) and torch.equal(v, whole[1])
+    angles = torch.randn(batch, 1, 1, dim // 2, device="cuda").repeat(1, 1, 1, 2)
+    for rotation in (None, (angles.cos(), angles.sin())):
+        if rotation is not None:  # back by the angles, so that the kernel arrives where it was
+            q, new[0] = (rotated(x.float(), rotation[0], -rotation[1]).to(dtype) for x in (q, new[0]))
+        k[:, :, last] = v[:, :, last] = float("nan")  # written before it is read
+        found = store_and_attend(q, *new, k, v, first, place, Extras(0.2), rotation).float()
+        assert_close(found, expected, 2 * bound, "output")
+        assert_close(k[:, :, last].float(), whole[0][:, :, last].float(), 0.0 if rotation is None else bound, "key")
+        k[:, :, last] = whole[0][:, :, last]
+        assert torch.equal(k, whole[0]) and torch.equal(v, whole[1])
+
+
+@pytest.mark.parametrize("dtype,bound", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("num_rows", [1, 3, 16])
+@pytest.mark.parametrize("sizes,gated", [((16,), False), ((1536, 256, 256), False), ((8960, 8960), True)])
+def test_products_of_few_rows(num_rows, sizes, gated, dtype, bound):
+    for channels in (1536, 40):
+        x = torch.randn(num_rows, 1, channels + 8, device="cuda", dtype=dtype)[..., :channels]
+        weights = [torch.randn(size, channels, device="cuda", dtype=dtype) / channels**0.5 for size in sizes]
+        for biases in ([], [torch.randn(size, device="cuda", dtype=dtype) for size in sizes])[: 1 if gated else 2]:
+            assert can_join(x, [*weights, *biases][:: len(weights)])
+            on_host = (x.cpu().double(), [w.cpu().double() for w in weights], [b.cpu().double() for b in biases])
+            expected = few_rows(*on_host, gated)
+            assert_close(few_rows(x, weights, biases, gated).cpu().double(), expected, bound, "output")
 
 
 @pytest.mark.parametrize(
