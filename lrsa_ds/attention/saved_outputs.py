@@ -85,12 +85,12 @@ def attend_once(attend: Callable[..., Any], *inputs: torch.Tensor) -> Any:
     if layer is None or layer.put is None or not torch.is_grad_enabled() or not any(x.requires_grad for x in inputs):
         return attend(*inputs)
     # The checkpoint around the layer saves the inputs here, which its recomputation fills in again; it may end here.
-    inputs_node = _Inputs.apply(*inputs).grad_fn
+    saver = _Inputs.apply(*inputs)
     if _now.is_recomputing:
         outputs = layer.calls[layer.next_call]
         layer.next_call += 1
         return outputs.again()
-    recomputed, slots = _Recomputed(inputs_node), []
+    recomputed, slots = _Recomputed(saver), []
 
     def pack(x: torch.Tensor) -> _Slot:
         slots.append(_Slot(x))
@@ -124,13 +124,14 @@ class _Inputs(torch.autograd.Function):
 class _Recomputed:
     """The inputs of a call, from the recomputation of the layer around it."""
 
-    def __init__(self, node: Any):
-        self._node = node
+    def __init__(self, saver: torch.Tensor):
+        self._saver = saver  # the tensor, since its node alone would let go what it has saved
         self._tensors: Sequence[torch.Tensor] | None = None
 
     def __call__(self) -> Sequence[torch.Tensor]:
         if self._tensors is None:
-            self._tensors = self._node.saved_tensors  # a checkpoint gives each of them once
+            node: Any = self._saver.grad_fn
+            self._tensors = node.saved_tensors  # a checkpoint gives each of them once
         return self._tensors
 
 
