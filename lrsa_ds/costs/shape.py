@@ -3,7 +3,7 @@
 Weights are not needed: the meta device will do, and so will weights that ZeRO has sharded.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -124,10 +124,13 @@ def _layer_shape(layer: nn.Module, config: Any, before: bool, recurrence: Recurr
     norms = [child for child in layer.children() if not list(child.children())]
     input_has_gradient = before or any(_is_trained(norm) for norm in norms)
     seen = input_has_gradient  # whether something is trained before the module at hand
+    adapted, adding = _adapters_of_parameters(layer)
     matrices, last = [], None
     for name, module in layer.named_modules():
+        if id(module) in adding:
+            continue
         reads_input = id(module) in reading and "lora_B" not in name
-        for size, trained in matrix_sizes(module, config):
+        for size, trained in matrix_sizes(module, config, adapted):
             passes = input_has_gradient if reads_input else seen
             matrices.append(Matrix(size, trained, passes, in_mlp=id(module) not in inside))
             last = module
@@ -138,8 +141,23 @@ def _layer_shape(layer: nn.Module, config: Any, before: bool, recurrence: Recurr
     return LayerShape(tuple(matrices), attention_has_gradient, ends_in_matrix, recurrence)
 
 
-def matrix_sizes(module: nn.Module, config: Any) -> Iterator[tuple[int, bool]]:
-    """The matrices of a module itself: multiplications for each token, and whether they are trained."""
+def _adapters_of_parameters(layer: nn.Module) -> tuple[set[int], set[int]]:
+    """The parameters that have adapters themselves, and the modules that hold these, by their ids.
+
+    PEFT adds such an adapter to its parameter in every pass, which takes no multiplications for a token, and needs the
+    gradient of the sum.
+    """
+    wrappers = [cast(Any, m) for m in layer.modules() if hasattr(m, "parameter_name") and hasattr(m, "lora_A")]
+    adapted = {id(m.get_param()) for m in wrappers}
+    return adapted, {id(x) for m in wrappers for half in (m.lora_A, m.lora_B) for x in half.values()}
+
+
+def matrix_sizes(module: nn.Module, config: Any, adapted: Collection[int] = ()) -> Iterator[tuple[int, bool]]:
+    """The matrices of a module itself: multiplications for each token, and whether they get a gradient.
+
+    Args:
+        adapted: ids of frozen parameters that get one, for their adapters.
+    """
     if isinstance(module, nn.Linear):
         yield module.in_features * module.out_features, _is_trained(module)
     elif hasattr(module, "num_experts"):
@@ -147,7 +165,7 @@ def matrix_sizes(module: nn.Module, config: Any) -> Iterator[tuple[int, bool]]:
         for parameter in module.parameters(recurse=False):
             shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
             if len(shape) == 3:  # [experts, outputs, inputs]
-                yield used * shape[1] * shape[2], parameter.requires_grad
+                yield used * shape[1] * shape[2], parameter.requires_grad or id(parameter) in adapted
             elif len(shape) == 2:  # the router
                 yield shape[0] * shape[1], parameter.requires_grad
 

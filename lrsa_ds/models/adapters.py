@@ -13,10 +13,10 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from lrsa_ds.errors import LRSAError, require
 from lrsa_ds.hub import looks_local
-from lrsa_ds.models.parts import beside_decoder
+from lrsa_ds.models.parts import beside_decoder, decoder_of
 from lrsa_ds.models.rope import saved_rope
 from lrsa_ds.models.wrappers import auto_class
-from lrsa_ds.notices import quiet_bitsandbytes
+from lrsa_ds.notices import quiet_bitsandbytes, say_once
 from lrsa_ds.settings.model import LoraConfig, ModelConfig
 
 ADAPTER = "default"
@@ -62,11 +62,12 @@ def add_adapters(model: PreTrainedModel, lora: LoraConfig) -> None:
     """Adds LoRA adapters to the model, in place; only they are trained.
 
     Raises:
-        LRSAError: no layer fits `model.lora.targets`.
+        LRSAError: no layer fits `model.lora.targets`, or no parameter a name of `model.lora.target_parameters`.
     """
     quiet_bitsandbytes()
     from peft import inject_adapter_in_model
 
+    _check_target_parameters(model, lora)
     try:
         inject_adapter_in_model(_peft_config(lora, model), model, ADAPTER)
     except ValueError as error:
@@ -75,6 +76,34 @@ def add_adapters(model: PreTrainedModel, lora: LoraConfig) -> None:
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.to(model.dtype)
+
+
+def _check_target_parameters(model: PreTrainedModel, lora: LoraConfig) -> None:
+    """Raises LRSAError for a name that no parameter ends with; says which experts get no adapters."""
+    stacked = sorted({_of_layer(name) for name, p in decoder_of(model).named_parameters() if _is_stack(p)})
+    names = [name for name, _ in model.named_parameters()]
+    for target in lora.target_names:
+        require(
+            any(f".{name}".endswith(f".{target}") for name in names),
+            f"model.lora.target_parameters: no parameter's name ends with {target!r}; those that hold a matrix for "
+            f"each expert are {', '.join(stacked) or 'none in this model'}.",
+        )
+    left_out = [name for name in stacked if not any(f".{name}".endswith(f".{target}") for target in lora.target_names)]
+    if left_out:
+        say_once(
+            f"{', '.join(left_out)} hold{'s' * (len(left_out) == 1)} all experts in one tensor, which gets no "
+            f"adapters: set model.lora.target_parameters='{','.join(stacked)}' to train experts too."
+        )
+
+
+def _is_stack(parameter: torch.nn.Parameter) -> bool:
+    """Whether it holds a matrix for each expert; ZeRO-3 keeps the shape of what it has sharded apart."""
+    return len(getattr(parameter, "ds_shape", parameter.shape)) == 3 and parameter.is_floating_point()
+
+
+def _of_layer(name: str) -> str:
+    """The name of a parameter within its layer: what is behind the last number."""
+    return re.split(r"\.\d+\.", name)[-1]
 
 
 @contextmanager
@@ -102,7 +131,12 @@ def _peft_config(lora: LoraConfig, model: PreTrainedModel) -> Any:
     beside = "|".join(re.escape(path) for path in beside_decoder(model))
     excluded = rf"({beside})(\..*)?" if beside else None
     return PeftConfig(
-        r=lora.rank, lora_alpha=alpha, target_modules=targets, exclude_modules=excluded, task_type="CAUSAL_LM"
+        r=lora.rank,
+        lora_alpha=alpha,
+        target_modules=targets,
+        target_parameters=lora.target_names or None,
+        exclude_modules=excluded,
+        task_type="CAUSAL_LM",
     )
 
 

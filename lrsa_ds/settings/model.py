@@ -17,18 +17,26 @@ class LoraConfig:
 
     Args:
         targets: "all-linear", or the names of layers, separated by commas, such as "q_proj,v_proj".
+        target_parameters: parameters that are no layers, separated by commas, such as
+            "experts.gate_up_proj,experts.down_proj", which hold all experts in one tensor; empty: none.
         export: "merged" (an ordinary model) or "adapter" (only the adapters, in PEFT's format).
     """
 
     rank: int = 0
     alpha: float = 32.0
     targets: str = "all-linear"
+    target_parameters: str = ""
     export: str = "merged"
 
     def __post_init__(self):
         require_whole("model.lora.rank", self.rank, 0)
         require(self.alpha > 0, f"model.lora.alpha={self.alpha} is not valid: give a number above 0.")
         require_one_of("model.lora.export", self.export, ("merged", "adapter"))
+
+    @property
+    def target_names(self) -> list[str]:
+        """The names in `target_parameters`."""
+        return [name.strip() for name in self.target_parameters.split(",") if name.strip()]
 
 
 @dataclass(kw_only=True)

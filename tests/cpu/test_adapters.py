@@ -16,6 +16,7 @@ from lrsa_ds.data.tokenizer import byte_tokenizer
 from lrsa_ds.errors import LRSAError
 from lrsa_ds.models.adapters import add_adapters, base_name, freeze, merge_adapters, save_adapters
 from lrsa_ds.models.loading import load_model
+from lrsa_ds.notices import say_once
 from lrsa_ds.objectives import TargetLoss
 from lrsa_ds.settings.model import LoraConfig, ModelConfig
 from lrsa_ds.train import output
@@ -23,10 +24,12 @@ from lrsa_ds.train.output import _save_model
 from tests.cpu.test_model import FAMILIES, SIZES, tiny
 from tests.helpers import assert_close
 
+EXPERTS = dict(num_local_experts=4, num_experts_per_tok=2)
 
-def adapted(family, lora, path):
+
+def adapted(family, lora, path, **settings):
     """A saved model, and the same with adapters that do something; its logits and its weights."""
-    base = tiny(family)
+    base = tiny(family, **settings)
     base.save_pretrained(path)
     model = apply_lrsa(AutoModelForCausalLM.from_pretrained(path), LRSAConfig(sink_size=2, lag_size=8, retention=0.5))
     add_adapters(model, lora)
@@ -40,19 +43,37 @@ def adapted(family, lora, path):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("targets", ["all-linear", "q_proj,v_proj"])
 def test_merged_weights_and_saved_adapters_give_the_same_logits(tmp_path, family, targets):
-    lora = LoraConfig(rank=3, alpha=8.0, targets=targets)
-    model, ids = adapted(family, lora, tmp_path / "base"), torch.randint(0, 101, (1, 40))
+    check_export(tmp_path, family, LoraConfig(rank=3, alpha=8.0, targets=targets))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_experts_in_one_tensor_have_adapters_where_they_are_named(tmp_path, family):
+    """Without the names they have none, and a sentence says so."""
+    settings = EXPERTS | ({"sliding_window": None} if family == "mixtral" else {})
+    names = "mlp.experts.down_proj,mlp.experts.gate_up_proj"
+    say_once.cache_clear()
+    with pytest.warns(UserWarning, match=rf"hold all experts in one tensor.*model.lora.target_parameters='{names}'"):
+        add_adapters(tiny(family, **settings), LoraConfig(rank=3))
+    check_export(tmp_path, family, LoraConfig(rank=3, alpha=8.0, target_parameters=names), **settings)
+    with pytest.raises(
+        LRSAError, match=r"no parameter's name ends with 'experts.w1'; those .* are mlp.experts.down_proj"
+    ):
+        add_adapters(tiny(family, **settings), LoraConfig(rank=3, target_parameters="experts.w1"))
+
+
+def check_export(tmp_path, family, lora, **settings):
+    model, ids = adapted(family, lora, tmp_path / "base", **settings), torch.randint(0, 101, (1, 40))
     expected = model(ids, use_cache=False).logits
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     _save_model(model, merge_adapters(model, weights, lora), tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     assert set(merged.state_dict()) == set(AutoModelForCausalLM.from_pretrained(tmp_path / "base").state_dict())
-    settings = LRSAConfig(**merged.config.lrsa)
-    assert_close(apply_lrsa(merged, settings)(ids, use_cache=False).logits, expected, 1e-5, "logits")
+    lrsa = LRSAConfig(**merged.config.lrsa)
+    assert_close(apply_lrsa(merged, lrsa)(ids, use_cache=False).logits, expected, 1e-5, "logits")
 
     save_adapters(model, weights, lora, tmp_path / "adapter", str(tmp_path / "base"))
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    again = PeftModel.from_pretrained(apply_lrsa(base, settings), tmp_path / "adapter").eval()
+    again = PeftModel.from_pretrained(apply_lrsa(base, lrsa), tmp_path / "adapter").eval()
     assert_close(again(ids, use_cache=False).logits, expected, 1e-5, "logits")
 
 

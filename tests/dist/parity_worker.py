@@ -109,7 +109,7 @@ def make_model(options, is_packed=True):
         model = (quantize_matrices if is_packed else round_matrices)(model, settings)
     apply_lrsa(model, turns_of(options))
     if options.lora:
-        add_adapters(model, LoraConfig(rank=2))
+        add_adapters(model, LoraConfig(rank=2, target_parameters=options.target_parameters))
         for name, parameter in model.named_parameters():
             if "lora_B" in name:  # larger ones amplify the rounding of fp32 beyond what is asked of gradients here
                 torch.nn.init.normal_(parameter, std=0.02)
@@ -244,6 +244,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--aux", type=float, default=0.0)
     parser.add_argument("--list-experts", action="store_true")
     parser.add_argument("--lora", action="store_true")
+    parser.add_argument("--target-parameters", default="")
     parser.add_argument("--quantize")
     parser.add_argument("--double-quant", action="store_true")
     parser.add_argument("--freeze", nargs="*", default=[])

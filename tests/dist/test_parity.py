@@ -21,6 +21,8 @@ SHARED = [
     (4, ["--sp-size", 4, "--kv-heads", 2, "--micro-batch", 2, "--checkpointing"]),
     (3, ["--sp-size", 3, "--heads", 6, "--kv-heads", 2, "--micro-batch", 4, "--family", "qwen3"]),
 ]
+# Adapters on experts that lie in one tensor.
+IN_ONE = ["--target-parameters", "experts.gate_up_proj,experts.down_proj"]
 # Settings that steps take in turn: first a layer with nothing but sink and window, then dense attention.
 TURNS = '[{"1": {"retention": 0.0, "lag_size": 12}, "rest": 1.0}, {"0-": 1.0}]'
 PARITY = [
@@ -49,7 +51,7 @@ PARITY = [
     (2, ["--family", "qwen3_moe", "--by-module", "--list-experts", "--aux", 0.5]),
     (2, ["--family", "qwen3_moe", "--aux", 0.5, "--sp-size", 2, "--micro-batch", 2, "--checkpointing"]),
     (2, ["--family", "mixtral", "--aux", 0.5, "--checkpointing", "--stage", 2]),
-    (2, ["--family", "mixtral", "--aux", 0.5, "--lora", "--sp-size", 2, "--exchange", "head_groups"]),
+    (2, ["--family", "mixtral", "--aux", 0.5, "--lora", *IN_ONE, "--sp-size", 2, "--exchange", "head_groups"]),
     (2, ["--family", "gpt_oss", "--aux", 0.5, "--sp-size", 2, "--checkpointing"]),
     (2, ["--family", "glm4_moe", "--sp-size", 2, "--checkpointing"]),  # without such a loss
     (2, ["--family", "deepseek_v3", "--kv-heads", 4, "--sp-size", 2, "--checkpointing"]),
