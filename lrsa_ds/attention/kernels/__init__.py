@@ -5,7 +5,7 @@ To add a kernel, write a file with a function like `interval_attention` and add 
 
 import torch
 
-from lrsa_ds.attention.kernels.fa4 import fa4_interval_attention, what_fa4_misses
+from lrsa_ds.attention.kernels.fa4 import KEYS_IN_BLOCK, fa4_interval_attention, what_fa4_misses
 from lrsa_ds.attention.kernels.flex import flex_interval_attention
 from lrsa_ds.attention.kernels.interval import interval_attention
 from lrsa_ds.attention.kernels.kernel import Kernel
@@ -39,7 +39,7 @@ KERNELS.add(
         skips_queries_ahead=True,
         devices=("cuda",),
         dtypes=(torch.bfloat16, torch.float16),
-        head_dims=(64, 128),
+        head_dims=tuple(KEYS_IN_BLOCK),
         what_is_missing=what_fa4_misses,
     ),
 )
