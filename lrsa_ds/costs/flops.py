@@ -109,8 +109,9 @@ def _products(layer: LayerShape, passes: Passes) -> int:
     total = sum(m.size * (1 + _gradients(m)) for m in layer.matrices)
     if not layer.has_gradient:
         return total
-    # The last matrix of a recomputed MLP is left out: nothing is saved behind it.
-    tiles = sum(m.size for m in layer.matrices if m.in_mlp) - layer.matrices[-1].size if passes.tiled_mlp else 0
+    # The last matrix of a recomputed MLP is left out: nothing is saved behind it. Some layers have no MLP.
+    mlp = [m.size for m in layer.matrices if m.in_mlp]
+    tiles = sum(mlp[:-1]) if passes.tiled_mlp else 0
     if passes.checkpointing:
         again = [m.size for m in layer.matrices if not (passes.tiled_mlp and m.in_mlp and layer.ends_in_matrix)]
         total += sum(again) - layer.matrices[-1].size * (layer.ends_in_matrix and not passes.tiled_mlp)
