@@ -2,6 +2,8 @@
 
 import math
 import textwrap
+from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -232,6 +234,8 @@ def _needles(samples: list[dict], title: str) -> Figure:
     depths = sorted({sample["depth"] for sample in samples})
     size = (max(2.8, 0.7 * len(lengths) + 1.4), max(2.3, 0.36 * len(depths) + 1.3))
     figure, panels = _figure(len(tasks), len(caches), size, title, sharex=True, sharey=True)
+    counts = Counter((s["task"], _cache(s), s["length"], s["depth"]) for s in samples)
+    figure.suptitle(f"{title}, {_range(counts.values())} a cell", fontsize=TITLE, x=0.01, ha="left")
     image = None
     for task, line in zip(tasks, panels, strict=True):
         for cache, panel in zip(caches, line, strict=True):
@@ -252,6 +256,12 @@ def _needles(samples: list[dict], title: str) -> Figure:
     assert image is not None  # there is a task, and a cache
     figure.colorbar(image, ax=panels, shrink=0.8, label="%").ax.tick_params(labelsize=TICK)
     return figure
+
+
+def _range(counts: Collection[int]) -> str:
+    """Such as "1 sample" or "2–3 samples"."""
+    ends = sorted({min(counts), max(counts)})
+    return f"{'–'.join(map(str, ends))} sample{'s' * (ends != [1])}"
 
 
 def _mean(samples: list[dict], task: str, cache: tuple[str, float, str], length: int, depth: float) -> float:
