@@ -78,11 +78,13 @@ class Job:
 
 def comes_true(condition, has_ended, timeout: float = PATIENCE) -> bool:
     """Waits until `condition()` holds, and whether it does before `has_ended()` or the timeout in seconds."""
-    deadline = time.monotonic() + timeout
+    deadline, asked = time.monotonic() + timeout, time.monotonic()
     while not condition():
-        if has_ended() or time.monotonic() > deadline:
+        answered = time.monotonic()
+        if has_ended() or answered > deadline:
             return False
-        time.sleep(0.002)
+        time.sleep(min(0.02, max(0.002, 4 * (answered - asked))))  # asking takes time from what it waits for
+        asked = time.monotonic()
     return True
 
 
