@@ -144,7 +144,7 @@ def fused_attend_entries(
     new_k, new_v = (x if x.stride(-1) == 1 else x.contiguous() for x in new or (q, q))
     cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in rotation or (q, q))
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    width = triton.next_power_of_2(dim)
+    width = max(16, triton.next_power_of_2(dim))  # the least that a product in Triton sums over
     tile = max(16, min(64, TILE_BYTES // (width * k.element_size())))
     splits = max(1, min(PROGRAMS // (batch * num_kv_heads), -(-k.shape[2] // tile)))
     outputs = torch.empty(batch * num_kv_heads, splits, group, dim, dtype=torch.float32, device=q.device)
