@@ -18,15 +18,20 @@ MOST_TOKENS = 2**22  # longer sequences are not looked at
 NETWORK_GB_S = 50.0
 # Settings that are slower by less than this are as good, if they are simpler: estimates are no better than that.
 ALIKE = 0.05
-# From the least to the most that is moved to the host; within that, tiles compute more.
+# From the least to the most that is moved to the host. Tiles and saved attention are looked at with what they go with.
 LEVERS = (
     Levers(),
+    Levers(save_attention=True),
     Levers(tiled_mlp=True),
+    Levers(save_attention=True, tiled_mlp=True),
     Levers(offload_checkpoints=True),
+    Levers(save_attention=True, offload_checkpoints=True),
     Levers(offload_checkpoints=True, tiled_mlp=True),
+    Levers(save_attention=True, offload_checkpoints=True, tiled_mlp=True),
     Levers(offload_optimizer=True),
     Levers(offload_optimizer=True, offload_checkpoints=True),
     Levers(offload_optimizer=True, offload_checkpoints=True, tiled_mlp=True),
+    Levers(save_attention=True, offload_optimizer=True, offload_checkpoints=True, tiled_mlp=True),
     Levers(offload_optimizer=True, offload_checkpoints=True, tiled_mlp=True, offload_param=True),
 )
 
@@ -114,7 +119,7 @@ def longest(sizes: Sizes, job: Job, machine: Machine) -> int:
 
 
 def alternatives(job: Job, sp_sizes: Iterable[int], can_tile: bool, can_offload: bool) -> list[Job]:
-    """The job with every SP size and set of levers that go with it; `save_attention` as it is set.
+    """The job with every SP size and set of levers that go with it.
 
     Args:
         can_tile: whether the MLPs of the model can be tiled.
@@ -124,14 +129,12 @@ def alternatives(job: Job, sp_sizes: Iterable[int], can_tile: bool, can_offload:
     def possible(levers: Levers) -> bool:
         return (
             (can_tile or not levers.tiled_mlp)
-            and (job.checkpointing or not levers.offload_checkpoints)
+            and (job.checkpointing or not (levers.offload_checkpoints or levers.save_attention))
             and (can_offload or not levers.offload_optimizer)
             and (job.stage == 3 or not levers.offload_param)
         )
 
-    saved = job.levers.save_attention
-    sets = [replace(levers, save_attention=saved) for levers in LEVERS if possible(levers)]
-    return [replace(job, sp_size=size, levers=levers) for size in sp_sizes for levers in sets]
+    return [replace(job, sp_size=size, levers=levers) for size in sp_sizes for levers in LEVERS if possible(levers)]
 
 
 def cheapest(estimates: Iterable[Estimate], chosen: Estimate) -> Estimate | None:

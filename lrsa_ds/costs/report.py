@@ -109,7 +109,7 @@ def _time(found: Estimate) -> list[str]:
 def table(estimates: Iterable[Estimate]) -> list[str]:
     """One line an SP size and set of levers."""
     head = (
-        f"{'sp_size':>7}  {'levers':<66}{'GPU GB':>8}{'host GB':>9}{'s a step':>10}{'tokens/s/GPU':>14}{'longest':>12}"
+        f"{'sp_size':>7}  {'levers':<70}{'GPU GB':>8}{'host GB':>9}{'s a step':>10}{'tokens/s/GPU':>14}{'longest':>12}"
     )
     return [head, *map(_row, estimates)]
 
@@ -118,7 +118,7 @@ def _row(found: Estimate) -> str:
     seconds = f"{found.time.seconds:.2f}" if found.time else "?"
     rate = f"{found.tokens_per_second:,.0f}" if found.time else "?"
     return (
-        f"{found.job.sp_size:>7}  {found.job.levers!s:<66}{found.gpu_gb:>8.1f}{found.host_gb:>9.1f}{seconds:>10}"
+        f"{found.job.sp_size:>7}  {found.job.levers!s:<70}{found.gpu_gb:>8.1f}{found.host_gb:>9.1f}{seconds:>10}"
         f"{rate:>14}{found.longest:>12,}{'' if found.fits else '  does not fit'}"
     )
 

@@ -14,6 +14,7 @@ from lrsa_ds.attention.buffered import buffered_layout
 from lrsa_ds.attention.kinds.sliding_window import SlidingWindow
 from lrsa_ds.config import TrainConfig
 from lrsa_ds.costs.buffers import keys_of
+from lrsa_ds.costs.flops import step_flops
 from lrsa_ds.costs.gpus import GPUS, gpu_of_setting
 from lrsa_ds.costs.job import Levers, job_of
 from lrsa_ds.costs.measured import comparisons
@@ -309,23 +310,49 @@ def test_the_cheapest_keeps_what_is_as_fast(qwen):
     sizes, job, _ = qwen
     found = [Estimate(sizes, other, H100) for other in alternatives(job, (1,), True, True)]
     assert [e.job.levers for e in found if not e.fits] == []
-    assert cheapest(found, found[2]) is found[2]  # checkpoints in host memory take no time here
-    assert cheapest(found, found[-1]) is found[0]
+    saved = next(e for e in found if e.job.levers == Levers(save_attention=True))
+    moved = next(e for e in found if e.job.levers == Levers(save_attention=True, offload_checkpoints=True))
+    assert cheapest(found, found[0]) is cheapest(found, found[-1]) is saved
+    assert cheapest(found, moved) is moved  # copies to host memory take no time here
     longer = job.with_length(300_000)
     found = [Estimate(sizes, other, H100) for other in alternatives(longer, (1,), True, True)]
     best = cheapest(found, found[0])
-    assert not found[0].fits and best.fits and sum(vars(best.job.levers).values()) == 1
+    assert not found[0].fits and best.fits and sum(vars(best.job.levers).values()) == 2
+    assert best.job.levers.save_attention
+    limited = [replace(e, machine=replace(H100, host_memory_gb=1.5 * moved.host_gb)) for e in found]
+    assert not cheapest(limited, limited[0]).job.levers.offload_checkpoints  # tiles instead
     assert cheapest([], found[0]) is None
+
+
+def test_what_saved_attention_holds_is_counted(qwen):
+    """1.5B: an output of 3,072 bytes a token and layer, as wide as a checkpoint, and 48 of log-sum-exp."""
+    sizes, job, _ = qwen
+    row, attention = job.num_tokens * 3072, job.num_tokens * 3120
+    on_gpu, on_host = (
+        replace(job, levers=Levers(save_attention=True, offload_checkpoints=offload)) for offload in (False, True)
+    )
+    # Of the layer at hand it is counted with what the layer holds.
+    assert checkpoint_bytes(sizes, on_gpu) == 28 * row + 27 * attention
+    assert checkpoint_bytes(sizes, on_host) == 2 * row + attention
+    assert host_memory(sizes, on_host)["activation checkpoints"] == 28 * (row + attention)
+    merged = replace(on_host, num_gpus=2, sp_size=2, exchange="head_groups")
+    assert checkpoint_bytes(sizes, merged) == row + attention  # of half the tokens, of history and window each
+    flops = [step_flops(sizes.shape, j.passes, (131072,), 1024, j.turns[0]).executed for j in (job, on_gpu)]
+    assert flops[1].attention == pytest.approx(flops[0].attention * 3.5 / 4.5)
+    assert flops[1].matrices == flops[0].matrices
 
 
 def test_levers_that_do_not_go_with_a_run_are_no_alternatives(qwen):
     _, job, _ = qwen
     plain = alternatives(job, (1, 2), can_tile=False, can_offload=False)
     assert [(j.sp_size, j.levers) for j in plain] == [
-        (size, Levers(offload_checkpoints=moved)) for size in (1, 2) for moved in (False, True)
+        (size, Levers(offload_checkpoints=moved, save_attention=saved))
+        for size in (1, 2)
+        for moved in (False, True)
+        for saved in (False, True)
     ]
     second = alternatives(replace(job, stage=2, checkpointing=False), (1,), True, True)
-    assert not any(j.levers.offload_param or j.levers.offload_checkpoints for j in second)
+    assert not any(j.levers.offload_param or j.levers.offload_checkpoints or j.levers.save_attention for j in second)
 
 
 def test_no_time_without_the_figures_of_a_gpu(qwen):
@@ -339,11 +366,13 @@ def test_no_time_without_the_figures_of_a_gpu(qwen):
 def test_levers_are_chosen_for_a_gpu(qwen):
     """The cheapest that fit, those that are typed among them; or what to change."""
     config = replace(qwen[2], memory=MemoryConfig(auto=True))
-    assert choose_levers(config, H100, 2) == config
+    chosen = choose_levers(config, H100, 2)
+    assert chosen == replace(config, memory=replace(config.memory, save_attention=True))
+    assert describe_levers(chosen) == "memory=auto: outputs of attention saved"
     small = replace(H100, gpu=replace(H100.gpu, memory_gb=50.0))
     chosen = choose_levers(config, small, 2)
-    assert (chosen.memory.tiled_mlp, chosen.memory.offload_checkpoints) == (True, False)
-    assert chosen.zero == config.zero and "MLPs in 16 tiles" in describe_levers(chosen)
+    assert (chosen.memory.tiled_mlp, chosen.memory.offload_checkpoints) == (False, True)
+    assert chosen.zero == config.zero and "checkpointed activations" in describe_levers(chosen)
     typed = replace(config, memory=MemoryConfig(auto=True, tiled_mlp=True))
     chosen = choose_levers(typed, small, 2)
     assert chosen.memory.tiled_mlp and "memory=auto" in describe_levers(chosen)

@@ -29,7 +29,8 @@ def printed(capfd, monkeypatch, *arguments):
 
 
 def test_a_plan_says_every_part(capfd, monkeypatch):
-    out = printed(capfd, monkeypatch, "+recipe=step_8b", "gpu=H200", "gpus=8", "host_memory_gb=1000", "seq_len=65536")
+    settings = ["host_memory_gb=1000", "seq_len=65536", "memory.save_attention=true"]
+    out = printed(capfd, monkeypatch, "+recipe=step_8b", "gpu=H200", "gpus=8", *settings)
     assert "8,030.3M parameters, 8,030.3M of them trained; on 8 × h200" in out
     parts = ["weights", "gathered weights", "gradients", "optimizer states", "activation checkpoints"]
     parts += ["one layer: attention and kept KV", "peak", "longest sequence", "ZeRO: gradients"]
