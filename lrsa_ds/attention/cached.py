@@ -72,13 +72,12 @@ def cached_attention_of_last(
     layer: int = 0,
     held: KeysAndValues | None = None,
 ) -> torch.Tensor:
-    """`cached_attention` of the last new token; zeros for the others."""
+    """`cached_attention` of the last new token: [B, H, 1, D]."""
     q, k, v = in_one_dtype(q, k, v)
     chunks, missing = _chunks(num_seen, q.shape[2], config)
     kept = _kept(k, v, num_seen, q.shape[2], config, layer, held)
     last = replace(chunks[-1], q_lo=chunks[-1].q_hi - 1)
-    found = attend_chunks(q, k, v, *kept, [last], extras, first_query=num_seen, first_key=missing)
-    return pad(found, (0, 0, q.shape[2] - 1, 0))
+    return attend_chunks(q, k, v, *kept, [last], extras, first_query=num_seen, first_key=missing)
 
 
 def cached_attention_on(

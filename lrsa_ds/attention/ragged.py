@@ -82,12 +82,15 @@ def attention_behind(
     """Attention of new tokens behind a cache: `ragged_attention` if rows differ, else that of the kind of the layer.
 
     Args:
-        only_last: whether the output of the last token is all that is needed; not where rows differ.
+        only_last: whether the output of the last token is all that is needed, and the others may be zeros; not where
+            rows differ.
     """
     if rows is not None:
         return ragged_attention(q, k, v, rows, config, extras, layer, held)
-    attend = kind_of(config).attend_last if only_last else kind_of(config).attend_cached
-    return attend(q, k, v, num_seen, config, extras, layer, held)
+    given = q, k, v, num_seen, config, extras, layer, held
+    if not only_last:
+        return kind_of(config).attend_cached(*given)
+    return pad(kind_of(config).attend_last(*given), (0, 0, q.shape[2] - 1, 0))
 
 
 def ragged_attention(

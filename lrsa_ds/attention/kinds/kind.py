@@ -35,7 +35,7 @@ class LayerKind:
     Args:
         attend: attention of a whole sequence, with the signature of `lrsa_attention`.
         attend_cached: that of new tokens behind a cache, with the signature of `cached_attention`.
-        attend_last: the same for the last new token alone; zeros for the others.
+        attend_last: the same for the last new token alone: [B, H, 1, D].
         compress: from keys, values, the tokens of the document seen before and now, the settings and the layer to what
             a cache holds of the keys and values, which are what it held before and those of the new tokens.
         num_pairs: from document lengths and the settings to the pairs of a query and a key that it sees.

@@ -110,10 +110,8 @@ def last_local_attention(
     layer: int = 0,
     held: KeysAndValues | None = None,
 ) -> torch.Tensor:
-    """`cached_local_attention` of the last new token; zeros for the others."""
-    q, k, v = in_one_dtype(q, k, v)
-    found = _attend_document(q[:, :, -1:], k, v, config, num_seen + q.shape[2] - k.shape[2], extras)
-    return pad(found, (0, 0, q.shape[2] - 1, 0))
+    """`cached_local_attention` of the last new token: [B, H, 1, D]. To it, the others are tokens seen before."""
+    return cached_local_attention(q[:, :, -1:], k, v, num_seen + q.shape[2] - 1, config, extras)
 
 
 def compress_local(
