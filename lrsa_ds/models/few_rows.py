@@ -19,6 +19,7 @@ from lrsa_ds.attention.fused_decoding import HAS_TRITON
 from lrsa_ds.models.fused_few_rows import MOST_ROWS, NARROWEST, fused_few_rows
 
 
+@torch.library.custom_op("lrsa_ds::few_rows", mutates_args=())
 def few_rows(
     x: torch.Tensor,
     weights: Sequence[torch.Tensor],
@@ -49,20 +50,7 @@ def few_rows(
     return output if residual is None else residual + output
 
 
-@torch.library.custom_op("lrsa_ds::few_rows", mutates_args=())
-def _few_rows(
-    x: torch.Tensor,
-    weights: Sequence[torch.Tensor],
-    biases: Sequence[torch.Tensor],
-    gated: bool,
-    norm: torch.Tensor | None = None,
-    eps: float = 0.0,
-    residual: torch.Tensor | None = None,
-) -> torch.Tensor:
-    return few_rows(x, weights, biases, gated, norm, eps, residual)
-
-
-@_few_rows.register_fake
+@few_rows.register_fake
 def _(x, weights, biases, gated, norm=None, eps=0.0, residual=None):
     return x.new_empty(*x.shape[:-1], len(weights[0]) if gated else sum(len(weight) for weight in weights))
 
