@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from lrsa_ds.attention.extras import Extras
 from lrsa_ds.attention.opaque import OpaquePass, stored
 from lrsa_ds.attention.ragged import Rows, attention_behind
+from lrsa_ds.attention.recompiling import allow_recompiling
 from lrsa_ds.errors import require
 from lrsa_ds.models.cache import LagKVCache
 from lrsa_ds.models.keywords import unfit_for_steps
@@ -119,6 +120,5 @@ def _logits_of(
 @lru_cache
 def _compiled(backend: bool | str) -> Callable[..., torch.Tensor]:
     """`_logits_of`, compiled: once for a model and a number of rows, since the number of tokens is dynamic."""
-    # Beyond its limit of compilations dynamo would run passes uncompiled, without a word.
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    allow_recompiling()
     return torch.compile(_logits_of, backend="inductor" if backend is True else cast(str, backend))

@@ -12,12 +12,12 @@ import torch
 from transformers import PreTrainedModel
 
 from lrsa_ds.attention.decoding import Step
+from lrsa_ds.attention.recompiling import allow_recompiling
 from lrsa_ds.errors import LRSAError, require
 from lrsa_ds.models.cache import LagKVCache
 from lrsa_ds.models.keywords import unfit_for_steps
 from lrsa_ds.models.step_graph import join_operators
 
-MOST_COMPILED = 64  # models and numbers of rows of one process; torch's 8 are soon reached
 WARM_UPS = 2  # passes before a capture: kernels are compiled, and libraries allocate memory
 
 
@@ -159,13 +159,8 @@ def _compiled(backend: bool | str) -> Callable[..., torch.Tensor]:
         return compile_graph(module, inputs)
 
     # Not `dynamic`: a second number of rows would be compiled for any number, and kernels for few rows not be chosen.
-    compiled = torch.compile(_logits_after, backend=with_joined_operators, dynamic=False)
-
-    def step(*inputs: Any) -> torch.Tensor:
-        with torch._dynamo.config.patch(recompile_limit=MOST_COMPILED):
-            return compiled(*inputs)
-
-    return step
+    allow_recompiling()
+    return torch.compile(_logits_after, backend=with_joined_operators, dynamic=False)
 
 
 class HostCopy:

@@ -12,6 +12,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 from lrsa_ds.attention.extras import Extras
 from lrsa_ds.attention.kernels.blocks import BLOCK, as_lists, block_cover, interval_rows
 from lrsa_ds.attention.kernels.interval import Intervals
+from lrsa_ds.attention.recompiling import allow_recompiling
 
 
 def flex_interval_attention(
@@ -42,9 +43,8 @@ def flex_interval_attention(
 @lru_cache(maxsize=1)
 def compiled_flex_attention():
     """FlexAttention, compiled for every shape, but not again for another layout of the same shape."""
-    # Beyond its limit of compilations, dynamo falls back to the eager version, which stores all scores: fullgraph makes
-    # that an error, and the higher limit leaves room for several models, lengths and gradient modes.
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    # The eager version stores all scores: fullgraph makes it an error if dynamo falls back to it.
+    allow_recompiling()
     return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
