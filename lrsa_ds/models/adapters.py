@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from lrsa_ds.errors import LRSAError, require
 from lrsa_ds.hub import looks_local
-from lrsa_ds.models.parts import beside_decoder, decoder_of
+from lrsa_ds.models.parts import beside_decoder, decoder_of, holds_experts
 from lrsa_ds.models.rope import saved_rope
 from lrsa_ds.models.wrappers import auto_class
 from lrsa_ds.notices import quiet_bitsandbytes, say_once
@@ -80,15 +80,16 @@ def add_adapters(model: PreTrainedModel, lora: LoraConfig) -> None:
 
 def _check_target_parameters(model: PreTrainedModel, lora: LoraConfig) -> None:
     """Raises LRSAError for a name that no parameter ends with; says which experts get no adapters."""
-    stacked = sorted({_of_layer(name) for name, p in decoder_of(model).named_parameters() if _is_stack(p)})
+    experts = [n for n, p in decoder_of(model).named_parameters() if holds_experts(p) and p.is_floating_point()]
+    stacked = sorted({_of_layer(name) for name in experts})
     names = [name for name, _ in model.named_parameters()]
     for target in lora.target_names:
         require(
-            any(f".{name}".endswith(f".{target}") for name in names),
+            any(_is_meant(name, [target]) for name in names),
             f"model.lora.target_parameters: no parameter's name ends with {target!r}; those that hold a matrix for "
             f"each expert are {', '.join(stacked) or 'none in this model'}.",
         )
-    left_out = [name for name in stacked if not any(f".{name}".endswith(f".{target}") for target in lora.target_names)]
+    left_out = [name for name in stacked if not _is_meant(name, lora.target_names)]
     if left_out:
         say_once(
             f"{', '.join(left_out)} hold{'s' * (len(left_out) == 1)} all experts in one tensor, which gets no "
@@ -96,9 +97,9 @@ def _check_target_parameters(model: PreTrainedModel, lora: LoraConfig) -> None:
         )
 
 
-def _is_stack(parameter: torch.nn.Parameter) -> bool:
-    """Whether it holds a matrix for each expert; ZeRO-3 keeps the shape of what it has sharded apart."""
-    return len(getattr(parameter, "ds_shape", parameter.shape)) == 3 and parameter.is_floating_point()
+def _is_meant(name: str, targets: Sequence[str]) -> bool:
+    """Whether the name of a parameter ends with one of these."""
+    return any(f".{name}".endswith(f".{target}") for target in targets)
 
 
 def _of_layer(name: str) -> str:

@@ -46,3 +46,12 @@ def beside_decoder(model: PreTrainedModel) -> list[str]:
 def reads_encoder(path: str) -> bool:
     """Whether a module is attention to the output of an encoder, which a causal language model never calls."""
     return any(name.startswith("encoder_attn") for name in path.split("."))
+
+
+def holds_experts(parameter: nn.Parameter) -> bool:
+    """Whether it is a matrix for each expert; convolutions of single channels, [C, 1, width], have three dims too.
+
+    ZeRO-3 keeps the shape of what it has sharded apart.
+    """
+    shape = getattr(parameter, "ds_shape", parameter.shape)
+    return len(shape) == 3 and min(shape[1:]) > 1

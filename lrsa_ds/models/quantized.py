@@ -13,7 +13,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from lrsa_ds.dtypes import dtype_setting
 from lrsa_ds.errors import require
-from lrsa_ds.models.parts import decoder_of
+from lrsa_ds.models.parts import decoder_of, holds_experts
 from lrsa_ds.notices import quiet_bitsandbytes
 from lrsa_ds.settings.model import ModelConfig
 
@@ -34,7 +34,7 @@ def check_quantizable(model: ModelConfig, structure: PreTrainedModel) -> None:
     """
     if model.quantize is None:
         return
-    has_experts = any(p.dim() == 3 and min(p.shape[1:]) > 1 for p in decoder_of(structure).parameters())
+    has_experts = any(map(holds_experts, decoder_of(structure).parameters()))
     require(
         bool(quantized_matrices(structure)) and not has_experts,
         f"model.quantize={model.quantize} quantizes matrices that are torch.nn.Linear, and {type(structure).__name__} "

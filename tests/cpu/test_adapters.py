@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from lrsa_ds import LRSAConfig, apply_lrsa, load, prefill
 from lrsa_ds.data.tokenizer import byte_tokenizer
 from lrsa_ds.errors import LRSAError
+from lrsa_ds.families.tiny import tiny_model
 from lrsa_ds.models.adapters import add_adapters, base_name, freeze, merge_adapters, save_adapters
 from lrsa_ds.models.loading import load_model
 from lrsa_ds.notices import say_once
@@ -59,6 +60,13 @@ def test_experts_in_one_tensor_have_adapters_where_they_are_named(tmp_path, fami
         LRSAError, match=r"no parameter's name ends with 'experts.w1'; those .* are mlp.experts.down_proj"
     ):
         add_adapters(tiny(family, **settings), LoraConfig(rank=3, target_parameters="experts.w1"))
+
+
+def test_convolutions_are_no_experts(recwarn):
+    """Those of recurrent layers have three dims too: [C, 1, width]."""
+    say_once.cache_clear()
+    add_adapters(tiny_model("lfm2"), LoraConfig(rank=3))
+    assert not [str(warning.message) for warning in recwarn if "experts" in str(warning.message)]
 
 
 def check_export(tmp_path, family, lora, **settings):
