@@ -256,11 +256,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def check(options: argparse.Namespace) -> dict:
-    mesh = start_mesh(options.sp_size, exchange=options.exchange)
-    backend = fused.register() if options.save_attention else AUTO
-    grad_accum = NUM_SEQUENCES // (mesh.dp_size * options.micro_batch)
-    config = TrainConfig(
+def config_of(options: argparse.Namespace, backend: str, dp_size: int) -> TrainConfig:
+    grad_accum = NUM_SEQUENCES // (dp_size * options.micro_batch)
+    return TrainConfig(
         seq_len=SEQ_LEN,
         loss_chunk_size=7,
         objective=objective_of(options),
@@ -280,6 +278,12 @@ def check(options: argparse.Namespace) -> dict:
             on_nan="skip",
         ),
     )
+
+
+def check(options: argparse.Namespace) -> dict:
+    mesh = start_mesh(options.sp_size, exchange=options.exchange)
+    backend = fused.register() if options.save_attention else AUTO
+    config = config_of(options, backend, mesh.dp_size)
     model = tile_mlps(make_model(options), num_tiles(config))
     if options.bad_loss:
         with torch.no_grad():
