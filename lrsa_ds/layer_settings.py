@@ -45,6 +45,28 @@ class OtherSettings(LayerSettings):
     backend: str = "auto"
 
 
+@dataclass(frozen=True, kw_only=True)
+class SharedKeys(OtherSettings):
+    """Those of a layer that attends, as the layer `source` does, to the keys and values of that earlier layer."""
+
+    kind: ClassVar[str] = "shared_keys"
+    has_keys: ClassVar[bool] = False
+
+    source: int
+
+    def num_held(self, num_tokens: int) -> int:
+        return 0
+
+    def most_held(self, max_tokens: int) -> int:
+        return 0
+
+    def room_in_chunk(self, num_tokens: int) -> int:
+        return UNLIMITED
+
+    def said(self) -> str:
+        return f"the keys and values of layer {self.source}"
+
+
 @dataclass(frozen=True)
 class ModelLayers:
     """The layers of a model: None where LRSA takes the place of the attention, the settings of those that stay."""
@@ -60,6 +82,15 @@ class ModelLayers:
     def taken(self) -> list[int]:
         """The layers that LRSA takes."""
         return [index for index, other in enumerate(self.others) if other is None]
+
+    def source(self, layer: int) -> int:
+        """The layer whose keys and values a layer attends to: an earlier one that shares them, or itself."""
+        other = self.others[layer]
+        return other.source if isinstance(other, SharedKeys) else layer
+
+    def num_readers(self, layer: int) -> int:
+        """Layers that attend to the keys and values of a layer, itself among them."""
+        return sum(self.source(other) == layer for other in range(len(self)))
 
     def __len__(self) -> int:
         return len(self.others)

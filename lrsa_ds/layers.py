@@ -96,9 +96,14 @@ class MixedConfig:
 
     @property
     def layers(self) -> tuple[LayerSettings, ...]:
-        return tuple(self.at_layer(index) for index in range(len(self.model)))
+        """The settings of each layer; of one that attends to the keys of another, that it has none."""
+        return tuple(self._own(index) for index in range(len(self.model)))
 
     def at_layer(self, index: int) -> LayerSettings:
+        """What a layer attends by: its settings, or those of the layer whose keys and values it attends to."""
+        return self._own(self.model.source(index))
+
+    def _own(self, index: int) -> LayerSettings:
         other = self.model.others[index]
         if other is not None:
             return replace(other, backend=self.of_lrsa.at_layer(0).backend)
@@ -149,6 +154,11 @@ AnyConfig = OfLRSA | MixedConfig
 def of_lrsa(config: AnyConfig) -> OfLRSA:
     """The settings of the layers that LRSA takes, in their order."""
     return config.of_lrsa if isinstance(config, MixedConfig) else config
+
+
+def source_of(config: AnyConfig, layer: int) -> int:
+    """The layer whose keys and values a layer attends to: an earlier one that shares them, or itself."""
+    return config.model.source(layer) if isinstance(config, MixedConfig) else layer
 
 
 def in_model(config: AnyConfig, model: Layers) -> AnyConfig:

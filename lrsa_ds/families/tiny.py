@@ -88,6 +88,7 @@ BERTS += ("roc_bert", "xlm-roberta", "xlm-roberta-xl", "xmod")
 MROPE = dict(rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]})
 QWEN4 = dict(indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=8, indexer_budget=8, indexer_compress_ratio=2)
 LLAMA4 = dict(no_rope_layers=[1, 0], moe_layers=[1], floor_scale=8, intermediate_size_mlp=48)
+SHARED_KEYS = dict(layer_types=["sliding_attention", "full_attention"] * 2, num_hidden_layers=4, num_kv_shared_layers=2)
 EXCEPTIONS: dict[str, dict[str, Any]] = {name: dict(is_decoder=True) for name in BERTS} | {
     "bailing_hybrid": dict(num_experts_per_token=2, num_experts=4, num_expert_group=1),
     "bamba": dict(mamba_n_heads=8, mamba_d_head=8, attn_layer_indices=[1]),
@@ -101,9 +102,9 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {name: dict(is_decoder=True) for name in
         rope_parameters={"full_attention": None, "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}},
     ),
     "dbrx": dict(attn_config=dict(kv_n_heads=2, rope_theta=500000.0, clip_qkv=8.0)),  # as it is published
-    "gemma3n_text": dict(
-        layer_types=["sliding_attention", "full_attention"] * 2, num_hidden_layers=4, num_kv_shared_layers=2
-    ),
+    # Two layers that share the keys and values of the other two, as in Gemma 4 E2B and E4B; `gemma4` has none.
+    "gemma3n_text": SHARED_KEYS | dict(intermediate_size=48),
+    "gemma4_text": SHARED_KEYS | dict(global_head_dim=16),  # heads of full attention are wider than those of windows
     "gpt_neo": dict(num_layers=2, attention_types=[[["global", "local"], 1]]),
     "granite": dict(logits_scaling=8.0, attention_multiplier=0.1, embedding_multiplier=2.0, residual_multiplier=0.5),
     "granitemoe": dict(logits_scaling=8.0, attention_multiplier=0.1),

@@ -16,7 +16,7 @@ from lrsa_ds.attention.decoding import Step
 from lrsa_ds.attention.partition import mean_of
 from lrsa_ds.attention.ragged import Rows
 from lrsa_ds.errors import LRSAError, require_whole
-from lrsa_ds.layers import AnyConfig, MixedConfig, in_model
+from lrsa_ds.layers import AnyConfig, MixedConfig, in_model, source_of
 from lrsa_ds.models.cache_layers import FixedLagKVLayer, LagKVLayer
 from lrsa_ds.models.states import KeylessLayer, States
 
@@ -30,12 +30,14 @@ CLOSED = (
 class _Pass:
     """The forward pass that fills a cache: `rows` is None if no row has padding, `step` if its tokens are counted.
 
-    `layer_of` has the layer of the keys that the cache has given to the pass, as long as they are in use.
+    `layer_of` has the layer of the keys that the cache has given to the pass, as long as they are in use; `shared` the
+    keys and values that it has given to layers whose keys others share.
     """
 
     rows: Rows | None
     step: Step | None
     layer_of: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
+    shared: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
 
 class LagKVCache(Cache):
@@ -92,7 +94,7 @@ class LagKVCache(Cache):
     def _next_layer(self, index: int | None = None) -> Any:
         index = len(self.layers) if index is None else index
         config = self.config.at_layer(index)
-        if not config.has_keys:
+        if not config.has_keys or self._source(index) != index:
             return KeylessLayer()
         return LagKVLayer(config, index) if self.max_tokens is None else FixedLagKVLayer(config, self.max_tokens, index)
 
@@ -148,7 +150,23 @@ class LagKVCache(Cache):
             self.layers.append(self._next_layer())
         keys, values = super().update(key_states, value_states, layer_idx, *args, rows=self._pass.rows, **kwargs)
         self._pass.layer_of[keys] = layer_idx
+        if self._is_shared(layer_idx):
+            self._pass.shared[layer_idx] = keys, values
         return keys, values
+
+    def shared(self, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """What `update` has returned in this pass of the layer whose keys and values a layer shares.
+
+        None if the layer has its own.
+        """
+        source = self._source(layer_idx)
+        return None if self._pass is None or source == layer_idx else self._pass.shared[source]
+
+    def _source(self, layer_idx: int) -> int:
+        return source_of(self.config, layer_idx)
+
+    def _is_shared(self, layer_idx: int) -> bool:
+        return isinstance(self.config, MixedConfig) and self.config.model.num_readers(layer_idx) > 1
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """As `Cache.get_mask_sizes`; the token of a step needs no mask, and a compiled step reads no lengths."""
@@ -185,8 +203,8 @@ class LagKVCache(Cache):
         """The step for the next token of each row, in a cache of fixed storage that has seen tokens."""
         self.states.begin_steps()
         keyed = self._with_keys  # the others ask for no storage
-        stored = [layer.storage if isinstance(layer, FixedLagKVLayer) else keyed[0].storage for layer in self.layers]
-        step = Step(stored)
+        read = self._read_in_steps
+        step = Step([layer.storage if isinstance(layer, FixedLagKVLayer) else keyed[0].storage for layer in read])
         self.place(step)
         return step
 
@@ -203,10 +221,15 @@ class LagKVCache(Cache):
     def place(self, step: Step) -> None:
         """Sets a step to the next token of each row."""
         positions = self.row_lengths or (self.get_seq_length(),) * self.batch_size
-        layers, nothing = [cast(FixedLagKVLayer, layer) for layer in self.layers], [0] * self.batch_size
+        layers, nothing = self._read_in_steps, [0] * self.batch_size
         filled = [layer.num_filled if isinstance(layer, LagKVLayer) else 0 for layer in layers]
         firsts = [layer.first_entries if isinstance(layer, LagKVLayer) else nothing for layer in layers]
         step.set(positions, filled, firsts)
+
+    @property
+    def _read_in_steps(self) -> list[FixedLagKVLayer]:
+        """What each layer reads: one that shares keys and values writes them once more to their place in its source."""
+        return [cast(FixedLagKVLayer, self.layers[self._source(index)]) for index in range(len(self.layers))]
 
     @property
     def storage(self) -> list[tuple[int, torch.Size]]:

@@ -18,6 +18,7 @@ from lrsa_ds.attention.opaque import OpaquePass, stored
 from lrsa_ds.attention.ragged import Rows, attention_behind
 from lrsa_ds.attention.recompiling import allow_recompiling
 from lrsa_ds.errors import require
+from lrsa_ds.layers import source_of
 from lrsa_ds.models.cache import LagKVCache
 from lrsa_ds.models.keywords import unfit_for_steps
 from lrsa_ds.models.parts import decoder_of
@@ -105,10 +106,10 @@ def _attend(
     layer: int,
     extras: Extras,
 ) -> torch.Tensor:
-    keys, values = cache.update(k, v, layer)
+    keys, values = cache.shared(layer) or cache.update(k, v, layer)
     config, held = cache.config.at_layer(layer), cache.held(keys)
-    only_last = cache.answering_layer == layer
-    return attention_behind(q, keys, values, num_seen, rows, config, extras, layer, held, only_last)
+    only_last, source = cache.answering_layer == layer, source_of(cache.config, layer)
+    return attention_behind(q, keys, values, num_seen, rows, config, extras, source, held, only_last)
 
 
 def _logits_of(

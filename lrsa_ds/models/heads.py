@@ -1,6 +1,6 @@
 """What the attention heads of a model are: their number and dims, and what they do to their scores."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -16,6 +16,7 @@ class HeadDims(NamedTuple):
 
 def head_dims(config: PreTrainedConfig) -> HeadDims:
     """Those of the layers with full attention, as the attention function sees them."""
+    config = _of_full_attention(config)
     if _has_latents(config):  # where `head_dim` is only the part that RoPE turns
         keys = config.qk_nope_head_dim + config.qk_rope_head_dim
     else:
@@ -25,10 +26,19 @@ def head_dims(config: PreTrainedConfig) -> HeadDims:
 
 def num_kv_heads(config: PreTrainedConfig) -> int:
     """KV heads of the layers with full attention; latent attention makes keys and values for every query head."""
+    config = _of_full_attention(config)
     if getattr(config, "multi_query", False):  # GPTBigCode
         return 1
     own = None if _has_latents(config) else getattr(config, "num_key_value_heads", None)
     return own or config.num_attention_heads
+
+
+def _of_full_attention(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The configuration of a layer with full attention, where layers have heads of different sizes (Gemma 4)."""
+    if not getattr(config, "is_heterogeneous", False):
+        return config
+    types = list(getattr(config, "layer_types", None) or ["full_attention"])
+    return cast(Any, config).per_layer_config[types.index("full_attention")]
 
 
 def _has_latents(config: PreTrainedConfig) -> bool:

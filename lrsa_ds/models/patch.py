@@ -31,6 +31,7 @@ from lrsa_ds.layers import (
     largest_first,
     resolve,
     saved_turns,
+    source_of,
     trained_turns,
 )
 from lrsa_ds.lrsa_config import LRSAConfig
@@ -45,6 +46,7 @@ from lrsa_ds.models.parts import decoder_of, reads_encoder
 from lrsa_ds.models.passes import attend_rows, read_pass
 from lrsa_ds.models.recurrent import keep_documents_apart
 from lrsa_ds.models.rope import check_fixed
+from lrsa_ds.models.shared_keys import through_all_layers
 from lrsa_ds.models.structure import (
     layers_of,
     nothing_to_take,
@@ -161,7 +163,7 @@ def _begin_pass(model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tupl
     if model.config._attn_implementation != NAME:
         return args, kwargs
     if kwargs.get("step") is not None:  # its cache is open, and all that is known of its tokens is on the device
-        return args, kwargs | {"attention_mask": None, "position_ids": kwargs["step"].positions}
+        return args, through_all_layers(kwargs | {"attention_mask": None, "position_ids": kwargs["step"].positions})
     named = dict(zip(signature(model.forward).parameters, args, strict=False)) if args else {}
     inputs = read_pass({"lrsa_config": model_settings(model)} | named | kwargs, lambda: new_cache(model))
     cache = inputs.get("past_key_values")
@@ -170,7 +172,7 @@ def _begin_pass(model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tupl
         inputs |= {"num_seen": cache.get_seq_length(), "lrsa_config": cache.config, "pass_cache": cache}
     elif given := inputs.get("lrsa_config"):
         inputs["lrsa_config"] = in_model(given, layers_of(model.config))
-    return (), inputs
+    return (), through_all_layers(inputs)
 
 
 def _end_pass(model: PreTrainedModel, args: tuple, kwargs: dict, output) -> None:
@@ -283,12 +285,12 @@ def _lrsa_attention_function(
     if step is not None:  # before the settings are read, for which a compiler would compile again
         return step.attend(query, key, value, module.layer_idx, extras).transpose(1, 2).contiguous(), None
     settings = lrsa_config or in_model(from_saved(module.config.lrsa), layers_of(module.config))
-    config = settings.at_layer(module.layer_idx)
+    config, layer = settings.at_layer(module.layer_idx), source_of(settings, module.layer_idx)
     # What a cache holds has no gradient: where one is wanted, the attention selects for itself.
     held = None if pass_cache is None or key.requires_grad else pass_cache.held(key)
     if num_seen is not None:
         only_last = pass_cache is not None and pass_cache.answering_layer == module.layer_idx
-        output = attention_behind(query, key, value, num_seen, rows, config, extras, module.layer_idx, held, only_last)
+        output = attention_behind(query, key, value, num_seen, rows, config, extras, layer, held, only_last)
         return output.transpose(1, 2).contiguous(), None
     require(
         query.shape[2] == key.shape[2],
@@ -296,7 +298,7 @@ def _lrsa_attention_function(
         f"{key.shape[2] - query.shape[2]} tokens: use past_key_values=lrsa_ds.LagKVCache(config), or "
         "model.set_attn_implementation('sdpa') for dense attention.",
     )
-    output = attend_rows(attend, query, key, value, config, document_lengths, extras, module.layer_idx)
+    output = attend_rows(attend, query, key, value, config, document_lengths, extras, layer)
     return output.transpose(1, 2).contiguous(), None
 
 

@@ -1,17 +1,18 @@
 """Which layers of a model LRSA replaces, and what in its structure prevents that."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from lrsa_ds.attention.kinds.kind import KeylessKind
 from lrsa_ds.layer_ranges import said_of_others
-from lrsa_ds.layer_settings import ModelLayers, OtherSettings
+from lrsa_ds.layer_settings import ModelLayers, OtherSettings, SharedKeys
 from lrsa_ds.models.keywords import lost_keywords
 from lrsa_ds.models.parts import decoder_of
 from lrsa_ds.models.recurrent import recurrent_modules
+from lrsa_ds.models.shared_keys import sources_of
 from lrsa_ds.notices import say_once
 from lrsa_ds.registry import LAYER_KINDS
 
@@ -36,7 +37,10 @@ def layers_of(config: PreTrainedConfig) -> ModelLayers:
     """The layers of a model, from its configuration; `unknown_type` tells whether all are known."""
     text, known = config.get_text_config(), _kinds()
     readers = [known.get(layer_type) for layer_type in _layer_types(text)]
-    return ModelLayers(tuple(None if read is None else read(text) for read in readers))
+    others = [None if read is None else read(text) for read in readers]
+    for layer, source in sources_of(text).items():
+        others[layer] = SharedKeys(source=source)
+    return ModelLayers(tuple(others))
 
 
 def unknown_type(config: PreTrainedConfig, layer: int) -> str | None:
@@ -102,9 +106,9 @@ def unfit_decoder(model: PreTrainedModel) -> str | None:
     for layer, layer_type in enumerate(_named_types(decoder.config) or ()):
         if layer_type in CARRY_A_STATE and layer not in recurrent:
             return f"keeps the state of layer {layer} ({layer_type}) elsewhere than in a cache of transformers"
-    modes = getattr(decoder.config, "kv_sharing_modes", None) or ()
-    if "reuse" in modes:
-        return f"has {list(modes).count('reuse')} layers that attend to the keys and values of earlier ones"
+    known, modules = sources_of(decoder.config), cast(Iterator[Any], decoder.modules())
+    if any(getattr(m, "is_kv_shared_layer", False) and m.layer_idx not in known for m in modules):
+        return "has layers that attend to the keys and values of another model"
     return lost_keywords(decoder)
 
 

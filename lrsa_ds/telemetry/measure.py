@@ -156,7 +156,8 @@ class Measurement:
             num_answers += len(probe.answers)
             num_found += sum(answer.places != () for answer in probe.answers)
             self._add_nll(nll_E, row, self._attention(()), probe)
-        sums = torch.stack([probe.sums[layer] for layer in self.model.taken])
+        # A layer whose keys others share was observed with the queries of each of them.
+        sums = torch.stack([probe.sums[layer] / self.model.num_readers(layer) for layer in self.model.taken])
         num_answers, num_found, *flat = self.mesh.sum([num_answers, num_found, *sums.flatten().tolist()])
         sums = torch.tensor(flat).view_as(sums)
         return _Dense(self._over_ranks(nll_E), int(num_answers), int(num_found), sums)

@@ -123,7 +123,6 @@ def test_models_that_are_refused(family, settings, said):
     "family,said",
     [
         ("git", r"GitForCausalLM does not call transformers' attention interface"),
-        ("gemma3n_text", r"Gemma3nForCausalLM has 2 layers that attend to the keys and values of earlier ones"),
         ("mllama", r"layer 1 of Mllama.* is of type cross_attention"),
     ],
 )
