@@ -13,6 +13,24 @@ from tests.dist.test_resume import training_rows, weights_of
 pytestmark = pytest.mark.dist
 
 
+def test_eight_ranks_share_each_sequence(tmp_path):
+    """The command of the README for eight GPUs; `zero=stage3` since DeepSpeed's CPUAdam takes a minute to compile."""
+    rows = [{"messages": [{"role": "user", "content": f"{i} word " * 150}, {"role": "assistant", "content": str(i)}]}
+            for i in range(12)]  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    small = [
+        "model=tiny_qwen2", "model.random.num_attention_heads=8", "data=files", f"data.path={tmp_path}/rows.jsonl",
+        "data.name=null", "data.num_workers=0", "seq_len=1024", "attention.lag_size=16", "zero=stage3",
+        "optim.grad_accum=1", "optim.num_steps=2", "optim.warmup_steps=1", "eval.before=false", "eval.num_examples=1",
+        "eval.retentions=[0.125]", "log.wandb=disabled",
+    ]  # fmt: skip
+    output = tmp_path / "run"
+    done = run_as_ranks("+recipe=qa_128k", "parallel.sp_size=8", *small, f"output_dir={output}", num_ranks=8)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "8 × CPU, ZeRO stage 3, 8 ranks to a sequence" in done.stdout
+    assert len(rows_of(output, "train")) == 2 and (output / "model").is_dir()
+
+
 def test_adapters_on_4_bits_with_all_levers_and_other_positions(tmp_path):
     """`qlora_8b_1gpu`, which has all of `lora_8b_1gpu`, on two ranks; it resumes with the same result, and answers."""
     output = tmp_path / "run"

@@ -25,7 +25,8 @@ from lrsa_ds.data.tokenizer import load_tokenizer
 from lrsa_ds.evaluate.config import EvaluateConfig
 from lrsa_ds.families.tiny import families
 from lrsa_ds.settings.model import ModelConfig
-from tests.dist.launcher import rows_of, run
+from tests.cpu.test_benchmarks import ASKED, LIMITS, QUESTION, longbench_row, write_rows
+from tests.dist.launcher import rows_of, run, run_alone
 from tests.helpers import ROOT, example, free_port
 
 pytestmark = pytest.mark.dist
@@ -80,8 +81,19 @@ def check_arguments(program, typed: list[str], monkeypatch):
     return program.arguments()
 
 
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory) -> Path:
+    """A saved model with a tokenizer, as from the hub."""
+    start = tmp_path_factory.mktemp("model")
+    shape = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=8, vocab_size=320)
+    LlamaForCausalLM(LlamaConfig(**shape, num_key_value_heads=2)).save_pretrained(start)
+    load_tokenizer(ModelConfig(random={"model_type": "llama"}, tokenizer="bytes")).save_pretrained(start)
+    assert len(AutoTokenizer.from_pretrained(start)) <= 320
+    return start
+
+
 @pytest.mark.parametrize("command", commands())
-def test_a_command_of_the_pages_is_right(command, monkeypatch, tmp_path):
+def test_a_command_of_the_pages_is_right(command, monkeypatch, tmp_path, tiny_model):
     script, typed = split(command)
     monkeypatch.chdir(ROOT)
     for name, heading in EXAMPLES.items():  # the file that the page has above the command
@@ -96,8 +108,10 @@ def test_a_command_of_the_pages_is_right(command, monkeypatch, tmp_path):
             check_overrides("train", typed)
         case "plan.py":
             (config,) = check_overrides("train", typed, PlanConfig)
-            if config.model.random is not None:  # of the others config.json is on the hub
-                assert plan.action(config)
+            if config.model.random is None:  # of these config.json is on the hub
+                here = [word for word in typed if not word.startswith("model.name=")]
+                (config,) = check_overrides("train", [*here, f"model.name={tiny_model}"], PlanConfig)
+            assert plan.action(config)
         case "evaluate.py":
             check_overrides("evaluate", [word.replace("model.name=...", "model.name=x") for word in typed])
         case "sweep.py":
@@ -137,16 +151,6 @@ def readme_command(part: str) -> list[str]:
     return [sys.executable, *words[1:]] if words[0] == "python" else words
 
 
-@pytest.fixture
-def tiny_model(tmp_path) -> Path:
-    """A saved model with a tokenizer, as from the hub."""
-    shape = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=320)
-    LlamaForCausalLM(LlamaConfig(**shape, num_key_value_heads=2)).save_pretrained(tmp_path / "start")
-    load_tokenizer(ModelConfig(random={"model_type": "llama"}, tokenizer="bytes")).save_pretrained(tmp_path / "start")
-    assert len(AutoTokenizer.from_pretrained(tmp_path / "start")) <= 320
-    return tmp_path / "start"
-
-
 def test_training_evaluating_and_asking_as_the_readme_has_it(tmp_path, tiny_model, monkeypatch):
     """On data of one's own, from a directory of one's own, with a few overrides behind the README's words."""
     (tmp_path / "my").mkdir()
@@ -180,3 +184,23 @@ def test_training_evaluating_and_asking_as_the_readme_has_it(tmp_path, tiny_mode
     done = run([*words, "--max-new-tokens", "4"], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "A question?" in done.stdout
+
+
+def test_benchmarks_of_others_as_the_page_has_them(tmp_path, tiny_model):
+    """On folders in the layout of their authors."""
+    for length in (512, 1024):
+        write_rows(tmp_path / f"RULER_OUTPUT/{length}/data/vt/validation.jsonl", QUESTION)
+    longbench = tmp_path / "LongBench"
+    write_rows(longbench / "data/hotpotqa.jsonl", longbench_row("hotpotqa", context="Long ago. " * 40))
+    write_rows(longbench / "config/dataset2prompt.json", ASKED)
+    write_rows(longbench / "config/dataset2maxlen.json", LIMITS)
+    for task, folder, lengths, found in (
+        ("ruler", "RULER_OUTPUT", "[512,1024]", {("ruler/vt", 512), ("ruler/vt", 1024)}),
+        ("longbench", "LongBench/data", "[512]", {("longbench/hotpotqa", 512)}),
+    ):
+        output, words = tmp_path / task, readme_command(f"tasks=[{task}]")[2:]
+        here = [f"model.name={tiny_model}", f"{task}={tmp_path / folder}", f"lengths={lengths}", "cache.lag_size=32"]
+        done = run_alone("evaluate", *words, *here, "log.wandb=disabled", f"output_dir={output}")
+        assert done.returncode == 0, done.stdout + done.stderr
+        rows = [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
+        assert {(row["task"], row["length"]) for row in rows} == found and len(rows) == 3 * len(found)

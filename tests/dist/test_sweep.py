@@ -25,7 +25,8 @@ def sweep(output: Path, *arguments: str) -> list[str]:
 
 def test_a_sweep_goes_on_after_a_failed_job_and_after_a_stop(tmp_path):
     """Two jobs at once; one has a value that is not valid."""
-    command = sweep(tmp_path, "--multirun", "--at-once", "2", "attention.retention=0.125,7", "optim.lr=1e-3,3e-3")
+    swept = ["attention.retention=0.125,7", "attention.lag_size=32,64"]  # instead of the values of the sweep
+    command = sweep(tmp_path, "+sweep=retention_lag", "--at-once", "2", *swept)
     first = Job(command)
     first.wait_for(lambda: any(tmp_path.glob("*/COMPLETED")))
     first.process.send_signal(signal.SIGINT)
@@ -39,8 +40,8 @@ def test_a_sweep_goes_on_after_a_failed_job_and_after_a_stop(tmp_path):
     assert done.stdout.count(": done before") == len(finished)
     assert done.stdout.count("attention.retention=7 is not valid: give the share") == 2
     assert {p.parent.name for p in tmp_path.glob("*/COMPLETED")} == {
-        "retention-0.125_lr-0.001",
-        "retention-0.125_lr-0.003",
+        "retention-0.125_lag_size-32",
+        "retention-0.125_lag_size-64",
     }
     assert all((tmp_path / name / "COMPLETED").stat().st_mtime == time for name, time in finished.items())
     table = (tmp_path / "sweep.txt").read_text()
@@ -48,10 +49,10 @@ def test_a_sweep_goes_on_after_a_failed_job_and_after_a_stop(tmp_path):
     assert table in done.stdout + "\n" and legend.startswith("smaller: tokens seen / entries held")
     assert [line.split()[-1] for line in lines] == ["status", "done", "done", "failed", "failed"]
     assert imread(tmp_path / "sweep.png").shape[0] > 300
-    config = (tmp_path / "retention-0.125_lr-0.001" / "config.yaml").read_text()
-    assert f"group: {tmp_path.name}" in config and "lr: 0.001" in config
+    config = (tmp_path / "retention-0.125_lag_size-32" / "config.yaml").read_text()
+    assert f"group: {tmp_path.name}" in config and "lag_size: 32" in config
 
-    other = run([*command, "seed=5", "attention.retention=0.125", "optim.lr=1e-3,3e-3"])
+    other = run([*command, "seed=5", "attention.retention=0.125"])
     assert other.stdout.count("holds a finished run of other settings") == 2
 
 
@@ -68,7 +69,9 @@ def test_optuna_chooses_the_values(tmp_path):
 def test_submitit_starts_the_jobs_elsewhere(tmp_path):
     """Its local executor does what that of Slurm does, without Slurm: processes of their own, from pickles."""
     here = f"hydra.sweep.dir={tmp_path}/submitit"
-    command = sweep(tmp_path / "runs", "-m", "hydra/launcher=submitit_local", here, "attention.retention=0.125,0.5")
+    command = sweep(
+        tmp_path / "runs", "--multirun", "hydra/launcher=submitit_local", here, "attention.retention=0.125,0.5"
+    )
     done = run(command)
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "runs").glob("*/COMPLETED"))) == 2
