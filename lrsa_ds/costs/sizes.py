@@ -66,6 +66,12 @@ def sizes_of(model: PreTrainedModel) -> Sizes:
             f"model: the layers of {type(model).__name__} are not built of torch.nn.Linear, or the configuration does "
             "not say how many experts a token takes, so what a step costs cannot be counted: choose another model."
         )
+    width = getattr(config, "hidden_size_per_layer_input", None)
+    require(
+        not width,
+        f"model: {type(model).__name__} gives every layer inputs of its own (hidden_size_per_layer_input={width}), "
+        "whose memory is not counted: measure a few steps, with memory.auto=false.",
+    )
     layers, output = decoder_layers(model), cast(nn.Linear, output_layer(model))
     mixers = [mixers_of(layer) for layer in layers]
     embeddings = cast(nn.Embedding, model.get_input_embeddings())

@@ -9,6 +9,7 @@ import lrsa_ds
 from lrsa_ds import LagKVCache, LRSAConfig, apply_lrsa, new_cache, prefill
 from lrsa_ds.attention.partition import num_held
 from lrsa_ds.costs.flops import seen_pairs
+from lrsa_ds.costs.sizes import sizes_of
 from lrsa_ds.errors import LRSAError
 from lrsa_ds.families.tiny import tiny_config, tiny_model
 from lrsa_ds.layers import describe, in_model
@@ -153,12 +154,14 @@ def test_telemetry_takes_the_mean_over_the_layers_that_read_the_keys():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_run_is_checked(family):
+def test_a_run_is_checked_and_its_plan_refused(family):
     shape = {"model_type": family, "num_hidden_layers": 4, "num_kv_shared_layers": 2, "vocab_size": 400}
     shape["layer_types"] = ["sliding_attention", "full_attention"] * 2
     config = replace(config_with(seq_len=16384), model=ModelConfig(random=shape, tokenizer="bytes"))
     assert layers_of(check_model(config)[1].config).taken == [1]
     assert layers_of(check_model(replace(config, parallel=ParallelConfig(sp_size=2)), 2)[1].config).taken == [1]
+    with pytest.raises(LRSAError, match=r"gives every layer inputs of its own \(hidden_size_per_layer_input=256\)"):
+        sizes_of(tiny_model(family))
 
 
 def test_heads_are_those_of_full_attention():

@@ -13,9 +13,10 @@ TABLE = ROOT / "docs" / "models.json"
 WRITTEN_WITH, ROWS = read_rows(TABLE)
 VERDICTS = {row.family: row.verdict for row in ROWS}
 # Dense, with encoders beside the text, a mixture of experts, learned positions, scaled logits, latent attention,
-# chunked attention beside experts and layers that keep keywords, a recurrence; and three reasons of refusal.
+# chunked attention beside experts and layers that keep keywords, a recurrence, shared keys; and three reasons of
+# refusal.
 SOME = ("llama", "phi4_multimodal", "mixtral", "gpt2", "granite", "deepseek_v3", "llama4_text", "qwen3_next")
-SOME += ("doge", "diffllama", "git")
+SOME += ("gemma3n_text", "doge", "diffllama", "git")
 
 
 def check(names):
