@@ -10,7 +10,7 @@ a buffer is pinned once and reused in every pass.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
-from weakref import ReferenceType, ref
+from weakref import ReferenceType, finalize, ref
 
 import psutil
 import torch
@@ -67,6 +67,9 @@ class HostStore:
     def __init__(self) -> None:
         self.num_saved = self.num_bytes = 0
         self._free: list[torch.Tensor] = []  # flat buffers of bytes
+        self._pinned: list[torch.Tensor] = []  # those that are pinned, whether free or not
+        unpin: Any = finalize(self, _unpin, self._pinned)
+        unpin.atexit = False  # a process that ends lets go of it anyway, and may end because a GPU hangs
         self._copier: torch.cuda.Stream | None = None
         self._leaving: list[tuple[torch.cuda.Event, torch.Tensor]] = []
         self._layer = _Layer(None)
@@ -152,7 +155,11 @@ class HostStore:
             self._free = [buffer for buffer in self._free if buffer is not smallest]
             return smallest
         self.num_bytes += num_bytes
-        return _pinned(num_bytes) if x.is_cuda else torch.empty(num_bytes, dtype=torch.uint8)
+        buffer = torch.empty(num_bytes, dtype=torch.uint8)
+        if x.is_cuda:
+            _pin(buffer)
+            self._pinned.append(buffer)
+        return buffer
 
     def take_back(self, saved: "_Saved") -> None:
         """Called when the autograd graph releases `saved`: its buffer is free for the next copy."""
@@ -192,13 +199,21 @@ def _is_dense(x: torch.Tensor) -> bool:
     return x.numel() > 0 and 1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True)) == x.numel()
 
 
-def _pinned(num_bytes: int) -> torch.Tensor:
-    """Pinned host memory, which a GPU copies directly. torch's allocator would round its size up to a power of two."""
-    buffer = torch.empty(num_bytes, dtype=torch.uint8)
+def _pin(buffer: torch.Tensor) -> None:
+    """Pins host memory, which a GPU copies directly; torch's allocator would round its size up to a power of two."""
     runtime: Any = torch.cuda.cudart()
-    if int(runtime.cudaHostRegister(buffer.data_ptr(), num_bytes, 0)) != 0:
+    if int(runtime.cudaHostRegister(buffer.data_ptr(), len(buffer), 0)) != 0:
         raise LRSAError(
-            f"memory.offload_checkpoints=true could not pin {num_bytes / 1e9:.2f} GB of host memory: raise the limit "
+            f"memory.offload_checkpoints=true could not pin {len(buffer) / 1e9:.2f} GB of host memory: raise the limit "
             "of locked memory (ulimit -l), lower seq_len, or set it to false."
         )
-    return buffer
+
+
+def _unpin(buffers: list[torch.Tensor]) -> None:
+    """Ends what `_pin` began. Otherwise CUDA refuses copies of whatever uses these addresses next."""
+    if not buffers:
+        return
+    torch.cuda.synchronize()  # copies may still read or write them
+    runtime: Any = torch.cuda.cudart()
+    for buffer in buffers:
+        runtime.cudaHostUnregister(buffer.data_ptr())

@@ -43,6 +43,10 @@ def test_checkpoints_in_host_memory():
     assert store.num_bytes == LAYERS * TOKENS * SIZE * 2
     assert all(buffer.is_pinned() for buffer in store._free) and len(store._free) == LAYERS
     assert peak - less > (LAYERS - 3) * TOKENS * SIZE * 2
+    buffers = store._free
+    del store
+    gc.collect()
+    assert not any(buffer.is_pinned() for buffer in buffers)  # their addresses may be used for something else
 
 
 @pytest.mark.parametrize("offload", [False, True])
