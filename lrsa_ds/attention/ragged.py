@@ -82,9 +82,16 @@ def attention_behind(
     """Attention of new tokens behind a cache: `ragged_attention` if rows differ, else that of the kind of the layer.
 
     Args:
+        q: queries of all new tokens, or of the last ones, where a model computes no others.
         only_last: whether the output of the last token is all that is needed, and the others may be zeros; not where
             rows differ.
     """
+    num_queries = q.shape[2]
+    num_new = k.shape[2] - config.num_held(num_seen) if rows is None else rows.num_columns
+    if num_queries < num_new:  # where chunks end depends on the number of new tokens
+        only_last = num_queries == 1 and rows is None
+        q = pad(q, (0, 0, num_new - num_queries, 0))
+        return attention_behind(q, k, v, num_seen, rows, config, extras, layer, held, only_last)[:, :, -num_queries:]
     if rows is not None:
         return ragged_attention(q, k, v, rows, config, extras, layer, held)
     given = q, k, v, num_seen, config, extras, layer, held

@@ -163,14 +163,15 @@ def _begin_pass(model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tupl
     if model.config._attn_implementation != NAME:
         return args, kwargs
     if kwargs.get("step") is not None:  # its cache is open, and all that is known of its tokens is on the device
-        return args, through_all_layers(kwargs | {"attention_mask": None, "position_ids": kwargs["step"].positions})
+        return args, kwargs | {"attention_mask": None, "position_ids": kwargs["step"].positions}
     named = dict(zip(signature(model.forward).parameters, args, strict=False)) if args else {}
     inputs = read_pass({"lrsa_config": model_settings(model)} | named | kwargs, lambda: new_cache(model))
     cache = inputs.get("past_key_values")
     if isinstance(cache, LagKVCache):
         open_cache(model, cache, inputs.get("rows"))
         inputs |= {"num_seen": cache.get_seq_length(), "lrsa_config": cache.config, "pass_cache": cache}
-    elif given := inputs.get("lrsa_config"):
+        return (), inputs
+    if given := inputs.get("lrsa_config"):
         inputs["lrsa_config"] = in_model(given, layers_of(model.config))
     return (), through_all_layers(inputs)
 

@@ -22,9 +22,9 @@ def sources_of(config: PreTrainedConfig) -> dict[int, int]:
 
 
 def through_all_layers(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The inputs of a decoder that passes all tokens through all layers.
+    """The inputs of a decoder that passes all tokens through all layers, for a pass without a cache.
 
-    Gemma 4 drops the tokens without logits before its layers that share keys and values. LRSA attends chunk by chunk,
-    and needs to know how many tokens the pass has. The model cuts its hidden states once more before the logits.
+    Gemma 4 drops tokens without logits before its layers that share keys and values. Behind a cache the attention does
+    with their last queries; one of a whole sequence takes as many queries as keys. The model chooses logits later.
     """
     return inputs | {"logits_to_keep": 0} if "logits_to_keep" in inputs else inputs

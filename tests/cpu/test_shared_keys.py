@@ -119,6 +119,25 @@ def test_compiled_passes():
     assert (found - logits_of_training(model, ids)[:, -1]).abs().max() <= 1e-4
 
 
+def test_a_pass_computes_only_the_last_tokens_in_layers_without_keys():
+    """As Gemma 4 does: in several passes, of several last tokens, of padded rows."""
+    model, ids, sizes = make("gemma4_text"), tokens(83, batch=2), []
+    expected = logits_of_training(model, ids)
+    model.model.layers[2].mlp.register_forward_pre_hook(lambda _, args: sizes.append(args[0].shape[1]))
+    cache = new_cache(model)
+    found = prefill(model, ids[:, :71], cache, max_tokens_at_once=40)
+    assert (found - expected[:, 70]).abs().max() <= 1e-4
+    mask = torch.arange(83) >= torch.tensor([0, 9])[:, None]
+    with torch.no_grad():
+        last = model(ids[:, 71:], past_key_values=cache, logits_to_keep=5).logits
+        padded = model(ids, attention_mask=mask, past_key_values=new_cache(model), logits_to_keep=2).logits
+    if hasattr(model.model, "_maybe_slice_kv_shared_inputs"):  # which older versions of transformers do not have
+        assert sizes == [1, 1, 5, 2]
+    assert (last - expected[:, -5:]).abs().max() <= 1e-4
+    alone = torch.cat([expected[:1], logits_of_training(model, ids[1:, 9:])[:, -2:]], dim=1)[0, -4:]
+    assert (padded.flatten(0, 1) - alone).abs().max() <= 1e-4
+
+
 def test_generation(model):
     ids, options = tokens(40, batch=2), dict(max_new_tokens=20, do_sample=False, eos_token_id=None)
     expected = model.generate(ids, **options)
