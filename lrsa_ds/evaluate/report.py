@@ -5,11 +5,12 @@ import textwrap
 from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from lrsa_ds.evaluate.results import cache_name, caches_of, measured_factor
+from lrsa_ds.evaluate.results import cache_name, caches_of, measured_factor, wilson
 from lrsa_ds.intervals import mean_interval
 from lrsa_ds.labels import SMALLER, cache_of, cache_tick, caches_in_order, factor_name, retention_name
 from lrsa_ds.pictures import GREY, LABEL, TICK, TITLE, cache_colors, new_figure, save_figure
@@ -232,21 +233,24 @@ def _needles(samples: list[dict], title: str) -> Figure:
     caches = caches_of(samples)
     lengths = sorted({sample["length"] for sample in samples})
     depths = sorted({sample["depth"] for sample in samples})
-    size = (max(2.8, 0.7 * len(lengths) + 1.4), max(2.3, 0.36 * len(depths) + 1.3))
+    size = (max(2.8, 0.85 * len(lengths) + 1.4), max(2.3, 0.52 * len(depths) + 1.3))
     figure, panels = _figure(len(tasks), len(caches), size, title, sharex=True, sharey=True)
     counts = Counter((s["task"], _cache(s), s["length"], s["depth"]) for s in samples)
-    figure.suptitle(f"{title}, {_range(counts.values())} a cell", fontsize=TITLE, x=0.01, ha="left")
+    shown = f"{title}\nmean and 95 % interval of {_range(counts.values())} a cell"
+    figure.suptitle(shown, fontsize=TITLE, x=0.01, ha="left")
     image = None
     for task, line in zip(tasks, panels, strict=True):
         for cache, panel in zip(caches, line, strict=True):
-            grid = [[_mean(samples, task, cache, n, depth) for n in lengths] for depth in depths]
+            grid = [[_in_cell(samples, task, cache, n, depth) for n in lengths] for depth in depths]
             # Told apart by brightness, so by colour-blind readers too.
-            image = panel.imshow(grid, vmin=0, vmax=100, cmap="cividis", aspect="auto")
-            for y, values in enumerate(grid):
-                for x, value in enumerate(values):
-                    if not math.isnan(value):
-                        color = "white" if value < 55 else "black"
-                        panel.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=TICK, color=color)
+            means = [[mean for mean, *_ in line] for line in grid]
+            image = panel.imshow(means, vmin=0, vmax=100, cmap="cividis", aspect="auto")
+            for y, line_of_cells in enumerate(grid):
+                for x, (mean, low, high) in enumerate(line_of_cells):
+                    if not math.isnan(mean):
+                        look: dict[str, Any] = dict(ha="center", color="white" if mean < 55 else "black")
+                        panel.text(x, y, f"{mean:.0f}", va="bottom", fontsize=LABEL, fontweight="bold", **look)
+                        panel.text(x, y + 0.06, f"{low:.0f}–{high:.0f}", va="top", fontsize=TICK, **look)
             title = _title([sample for sample in samples if sample["task"] == task], cache)
             panel.set_title(f"{textwrap.fill(task, 26)}\n{textwrap.fill(title, 26)}", fontsize=TICK)
             panel.set_xticks(range(len(lengths)), [_short(n) for n in lengths], fontsize=TICK)
@@ -254,7 +258,7 @@ def _needles(samples: list[dict], title: str) -> Figure:
     figure.supxlabel("tokens", fontsize=LABEL)
     figure.supylabel("depth of the fact", fontsize=LABEL)
     assert image is not None  # there is a task, and a cache
-    figure.colorbar(image, ax=panels, shrink=0.8, label="%").ax.tick_params(labelsize=TICK)
+    figure.colorbar(image, ax=panels, shrink=0.8, label="score, %").ax.tick_params(labelsize=TICK)
     return figure
 
 
@@ -264,10 +268,13 @@ def _range(counts: Collection[int]) -> str:
     return f"{'–'.join(map(str, ends))} sample{'s' * (ends != [1])}"
 
 
-def _mean(samples: list[dict], task: str, cache: tuple[str, float, str], length: int, depth: float) -> float:
+def _in_cell(
+    samples: list[dict], task: str, cache: tuple[str, float, str], length: int, depth: float
+) -> tuple[float, float, float]:
+    """The mean score of a cell and its interval; NaN for a cell without samples."""
     mine = [s for s in samples if (s["task"], _cache(s), s["length"], s["depth"]) == (task, cache, length, depth)]
     scores = [next(iter(s["scores"].values())) for s in mine]
-    return sum(scores) / len(scores) if scores else math.nan
+    return wilson(scores) if scores else (math.nan, math.nan, math.nan)
 
 
 def _short(length: int) -> str:

@@ -15,7 +15,7 @@ from lrsa_ds.evaluate.config import CacheConfig, EvaluateConfig
 from lrsa_ds.evaluate.evaluator import DENSE, Evaluator, Mode, Sample, modes
 from lrsa_ds.evaluate.page import predictions_page
 from lrsa_ds.evaluate.report import METRICS as LEGEND
-from lrsa_ds.evaluate.report import draw_results, results_table
+from lrsa_ds.evaluate.report import _needles, draw_results, results_table
 from lrsa_ds.evaluate.results import collect, part_of, read_results, summary, wilson
 from lrsa_ds.settings.data import DataConfig
 from lrsa_ds.settings.model import ModelConfig
@@ -237,6 +237,9 @@ def test_table_and_pictures(tmp_path):
     pictures = draw_results(rows, samples, tmp_path, "title")
     assert set(pictures) == {"scores_1024", "needles", "perplexity"}
     assert all(imread(path).shape[0] > 300 for path in pictures.values())
+    alike = [sample | {"depth": 0.5} for sample in samples if sample["task"] == "needle"]
+    cells = {text.get_text() for panel in _needles(alike, "title").axes for text in panel.texts}
+    assert cells == {"50", "17–83"}  # the mean and its interval, as in the table
 
 
 def test_every_metric_has_a_legend():
