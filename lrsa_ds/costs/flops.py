@@ -84,16 +84,22 @@ def step_flops(
     )
     for other in passes.without_gradient:
         # Its logits, in a function that is recomputed, are computed twice.
-        products = num_tokens * sum(m.size for layer in shape.layers for m in layer.matrices)
-        pairs = sum(seen_pairs(document_lengths, other, num_layers))
-        attention = PRODUCT * pairs * shape.num_heads * _channels(shape, ATTENTION_FORWARD)
-        attention += num_tokens * sum(r.forward for r in shape.recurrences)
-        work += Flops(PRODUCT * (products + 2 * num_slots * shape.output.size), attention)
+        work += forward_flops(shape, document_lengths, 2 * num_slots, other)
     executed, in_full = (
         Flops(0, attention_flops(shape, passes, seen_pairs(document_lengths, settings, num_layers)))
         for settings in (config, config.at_retention(1.0))
     )
     return StepFlops(work + executed, work + in_full)
+
+
+def forward_flops(shape: ModelShape, document_lengths: Sequence[int], num_slots: float, config: AnyConfig) -> Flops:
+    """Operations of a pass without gradients over one packed row, with logits at `num_slots` positions."""
+    num_tokens = sum(document_lengths)
+    products = num_tokens * sum(m.size for layer in shape.layers for m in layer.matrices)
+    pairs = sum(seen_pairs(document_lengths, config, len(shape.layers)))
+    attention = PRODUCT * pairs * shape.num_heads * _channels(shape, ATTENTION_FORWARD)
+    attention += num_tokens * sum(r.forward for r in shape.recurrences)
+    return Flops(PRODUCT * (products + num_slots * shape.output.size), attention)
 
 
 def trained_matrix_flops(shape: ModelShape, passes: Passes, num_tokens: int, num_slots: int) -> float:

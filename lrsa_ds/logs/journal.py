@@ -70,7 +70,8 @@ class Progress:
         unit: what is counted, in front of the numbers.
         leave: whether the bar stays on the terminal when it is closed.
         later: the seconds of a run after this, from those of a step and the number of steps done.
-        expected: the seconds of a step, until steps are timed; None: not known.
+        expected: the seconds of a step, until steps are timed; None: not known. The first step is timed too, but has
+            the warm-up, so it counts only if it takes less.
     """
 
     def __init__(
@@ -116,7 +117,8 @@ class Progress:
         step = row["step"]
         self._first = self._first or (step, now)
         num_timed, seconds = step - self._first[0], now - self._first[1]
-        per_step = seconds / num_timed if num_timed else row.get("step_seconds") or self.expected
+        first = [known for known in (row.get("step_seconds"), self.expected) if known is not None]
+        per_step = seconds / num_timed if num_timed else min(first, default=None)
         if per_step is None:
             return f"{self._unit} {step}/{self._num_steps}"
         parts = [f"{self._unit} {step}/{self._num_steps}"]

@@ -75,6 +75,7 @@ class RunLogger:
         if self._enabled and self._progress:
             self._progress.announce("loading the model", remaining.of_run())
             self._progress.later = self._beside_steps
+            self._progress.expected = remaining.seconds_of_step
 
     def summary(self, row: dict) -> None:
         """Records values of the whole run.
@@ -113,6 +114,7 @@ class RunLogger:
             self._evaluation = None
             if self._progress and self._remaining and when in (BEFORE, TELEMETRY + BEFORE):
                 self._progress.announce("training", self._remaining.after_phase(when, self._last_step))
+                self._progress.expected = self._remaining.seconds_of_step
 
     def _after_phase(self, when: str, total: int, seconds_of_unit: float, done: int) -> float:
         """What is left of the run after an evaluation, which takes so long for each unit."""

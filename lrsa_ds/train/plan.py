@@ -9,6 +9,7 @@ import torch
 
 from lrsa_ds.attention.kernels.kernel import choose_kernel
 from lrsa_ds.config import TrainConfig
+from lrsa_ds.costs.shape import ModelShape, model_shape
 from lrsa_ds.data.procedure import Procedure, RunData, prepare_data
 from lrsa_ds.data.survey import SAMPLED_TOKENS, DataReport, steps_of_epochs, survey
 from lrsa_ds.data.tokenizer import Tokenizer, load_tokenizer
@@ -51,6 +52,7 @@ class Plan:
     resume: ResumePoint | None
     layers: ModelLayers
     num_frozen: int = 0
+    shape: ModelShape | None = None  # None: its operations cannot be counted
 
     @property
     def turns(self) -> tuple[AnyConfig, ...]:
@@ -89,7 +91,7 @@ def prepare(config: TrainConfig, procedure: Procedure) -> Plan:
         data = prepare_data(procedure, config, tokenizer)
     if architecture is None or data is None:
         problems.raise_all()
-    dtype, num_parameters, num_frozen, vocabulary, config, layers = architecture
+    dtype, num_parameters, num_frozen, vocabulary, config, layers, shape = architecture
     with problems.collect():
         check_output(config, num_parameters, dtype.itemsize)
     with problems.collect():
@@ -103,9 +105,7 @@ def prepare(config: TrainConfig, procedure: Procedure) -> Plan:
     turns = each_in_model(config.attention.turns, layers)
     short = max(0 if settings.is_dense else settings.dense_prefix_size for settings in turns)
     report = survey(data, short, None if config.data.report == "all" else SAMPLED_TOKENS)
-    plan = Plan(
-        config, dtype, num_parameters, tokenizer, data, report, resume=None, layers=layers, num_frozen=num_frozen
-    )
+    plan = Plan(config, dtype, num_parameters, tokenizer, data, report, None, layers, num_frozen, shape)
     return replace(plan, resume=find_resume(config, plan))
 
 
@@ -118,6 +118,7 @@ class _Architecture(NamedTuple):
     vocabulary: int
     config: TrainConfig  # with the settings of every layer, and the levers that memory=auto has chosen
     layers: ModelLayers
+    shape: ModelShape | None
 
 
 def _architecture(config: TrainConfig) -> _Architecture:
@@ -133,7 +134,8 @@ def _architecture(config: TrainConfig) -> _Architecture:
     num_parameters = sum(p.numel() for p in structure.parameters())
     num_frozen = num_parameters * objective.num_frozen_copies(config)
     vocabulary = cast(int, structure.get_input_embeddings().num_embeddings)
-    return _Architecture(dtype, num_parameters, num_frozen, vocabulary, config, layers_of(structure.config))
+    layers, shape = layers_of(structure.config), model_shape(structure)
+    return _Architecture(dtype, num_parameters, num_frozen, vocabulary, config, layers, shape)
 
 
 def find_resume(config: TrainConfig, plan: Plan) -> ResumePoint | None:

@@ -1,11 +1,14 @@
 """What a run says of itself: before its first step, about the time that is left, of its scores, and at its end."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from lrsa_ds.compression import cache_lines
 from lrsa_ds.config import TrainConfig
-from lrsa_ds.data.packing import Example
+from lrsa_ds.costs.flops import forward_flops
+from lrsa_ds.data.packing import IGNORE, Example
 from lrsa_ds.dtypes import dtype_name
+from lrsa_ds.layers import AnyConfig
 from lrsa_ds.logs.findings import findings
 from lrsa_ds.logs.metrics import RunLogger
 from lrsa_ds.logs.remaining import Remaining
@@ -18,9 +21,14 @@ from lrsa_ds.telemetry.measure import num_passes, some_of_each_task
 from lrsa_ds.train import output
 from lrsa_ds.train.plan import Plan
 from lrsa_ds.train.scoring import Evaluation
-from lrsa_ds.train.throughput import describe_peak, guessed_seconds
+from lrsa_ds.train.throughput import describe_peak, seconds_of_flop
 
 PICTURE = "evaluation.png"
+# Passes without gradients that take as long as a step, for each sequence. A backward pass takes as long as two. The
+# fourth is the second forward pass under activation checkpointing; without it, the memory of what is saved and the
+# optimizer take about as long (measured on two CPU cores: 3.5 to 4.2 passes in all).
+PASSES_OF_STEP = 4
+GUESSED_WIDTH = 1024  # of a model whose shape is not known
 
 
 def report(config: TrainConfig, rows: list[dict], new: Evaluation, directory: Path, logger: RunLogger) -> None:
@@ -62,27 +70,38 @@ def describe(config: TrainConfig, plan: Plan, mesh: Mesh, directory: Path) -> li
 def remaining(config: TrainConfig, plan: Plan, mesh: Mesh) -> Remaining:
     """The phases of a run before the first of them, with a guess of their time; it takes a fraction of a second."""
     optim = config.optim
-    # A backward pass costs two forward passes, and layers under checkpointing run once more.
-    of_sequence = 4 if config.activation_checkpointing else 3
     examples = plan.data.validation_examples()
-    num_caches = len(caches_of(config.attention, config.eval, plan.layers))
+    caches = [cache.config for cache in caches_of(config.attention, config.eval, plan.layers)]
+    flops_of_pass = _flops_of_pass(config, plan, examples, caches)
+    # In passes of the evaluation, whose settings of attention may be others.
+    of_sequence = PASSES_OF_STEP * _flops_of_pass(config, plan, examples, plan.turns) / flops_of_pass
     evaluated, measured = _num_sequences(examples, config, mesh), 0.0
     if config.eval.telemetry:
         chosen = some_of_each_task(examples, config.eval.telemetry_examples)
         of_example = num_passes(len(plan.layers.taken), config.eval.telemetry_greedy)
         measured = _num_sequences(chosen, config, mesh) * of_example
-    flops_of_pass = 2 * plan.num_parameters * config.seq_len / mesh.sp_size
+    width = plan.shape.num_heads * plan.shape.head_dims.keys if plan.shape else GUESSED_WIDTH
     return Remaining(
         num_steps=optim.num_steps,
         passes_of_step=of_sequence * optim.micro_batch * optim.grad_accum,
-        passes_of_evaluation=evaluated * num_caches,
+        passes_of_evaluation=evaluated * len(caches),
         is_evaluated_before=config.eval.before and plan.resume is None,
         is_evaluated_after=config.eval.after,
-        seconds_of_pass=guessed_seconds(flops_of_pass, plan.dtype, mesh.device),
+        seconds_of_pass=flops_of_pass / mesh.sp_size * seconds_of_flop(width, plan.dtype, mesh.device),
         evaluated_every=config.eval.every,
         passes_of_telemetry=measured,
         first_step=plan.resume.step if plan.resume else 0,
     )
+
+
+def _flops_of_pass(config: TrainConfig, plan: Plan, examples: list[Example], settings: Sequence[AnyConfig]) -> float:
+    """Operations of a pass over one sequence without gradients, in the mean of the settings."""
+    if plan.shape is None:
+        return 2.0 * plan.num_parameters * config.seq_len
+    labels = [label != IGNORE for example in examples for label in example.labels]
+    num_slots = config.seq_len * sum(labels) / max(1, len(labels))
+    each = [forward_flops(plan.shape, [config.seq_len], num_slots, of).total for of in settings]
+    return sum(each) / len(each)
 
 
 def _num_sequences(examples: list[Example], config: TrainConfig, mesh: Mesh) -> float:

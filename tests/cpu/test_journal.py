@@ -90,7 +90,7 @@ def left(**other):
 
 
 def test_progress_shows_what_is_left_of_the_run_from_its_first_second_to_its_end(tmp_path, capsys, monkeypatch):
-    """The evaluation takes 10 s instead of 8, a step 10 s instead of 7.5."""
+    """The evaluation takes 10 s instead of 8, a step 10 s instead of 7.5; the first one takes 12, with its warm-up."""
     now = [100.0]
     monkeypatch.setattr(journal.time, "monotonic", lambda: now[0])
     logger = RunLogger(tmp_path, LogConfig(wandb="disabled"), {}, {"step": 0}, "run", 6)
@@ -101,7 +101,7 @@ def test_progress_shows_what_is_left_of_the_run_from_its_first_second_to_its_end
             now[0] += 5 if done < 20 else 0
         now[0] += 10
         if when == "before":
-            logger.step(make_row(1, step_seconds=10.0))
+            logger.step(make_row(1, step_seconds=12.0))
             for step in range(2, 7):
                 now[0] += 10
                 logger.step(make_row(step))
@@ -112,7 +112,7 @@ def test_progress_shows_what_is_left_of_the_run_from_its_first_second_to_its_end
         "evaluation (before): answer 0/20  00:08 left, 00:52 of the run",
         "evaluation (before): answer 20/20  00:00 left, 00:55 of the run",  # 6 * 7.5 + 10
         "training  about 00:55 left of the run",
-        "step 1/6  00:50 left, 01:00 of the run",
+        "step 1/6  00:37 left, 00:47 of the run",  # 5 * 7.5 + 10
         *(f"step {step}/6  00:{10 * (6 - step):02} left, {journal.tqdm.format_interval(70 - 10 * step)} of the run"
           for step in range(2, 7)),
         "evaluation (after): answer 0/20  00:10 left",
