@@ -37,8 +37,8 @@ def _of_full_attention(config: PreTrainedConfig) -> PreTrainedConfig:
     """The configuration of a layer with full attention, where layers have heads of different sizes (Gemma 4)."""
     if not getattr(config, "is_heterogeneous", False):
         return config
-    types = list(getattr(config, "layer_types", None) or ["full_attention"])
-    return cast(Any, config).per_layer_config[types.index("full_attention")]
+    types, each = list(getattr(config, "layer_types", None) or ()), cast(Any, config).per_layer_config
+    return each[types.index("full_attention") if "full_attention" in types else 0]
 
 
 def _has_latents(config: PreTrainedConfig) -> bool:
