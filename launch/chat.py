@@ -41,7 +41,10 @@ class Reader:
 
     def __init__(self, name: str, text: str):
         self.model, self.tokenizer, self.new_cache = lrsa_ds.load(name)
-        require(self.tokenizer.chat_template is not None, f"{name} has no chat template, which frames the questions.")
+        require(
+            self.tokenizer.chat_template is not None,
+            f"{name} has no chat template, and chat needs one for its questions.",
+        )
         self.encoder = Encoder(self.tokenizer, sys.maxsize)
         self.text = text
         # The common part of the prompts of two questions is read once: the beginning and the text.

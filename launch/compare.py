@@ -32,7 +32,7 @@ def arguments() -> argparse.Namespace:
 
 def group_of(written: str, when: str) -> Group:
     name, _, directories = written.partition("=")
-    require(bool(name and directories), f"{written} is no group of runs: write NAME=RUN,RUN.")
+    require(bool(name and directories), f"{written} is not a group of runs: write NAME=RUN,RUN.")
     return read_group(name, [Path(directory) for directory in directories.split(",")], when)
 
 

@@ -114,7 +114,7 @@ def task(composed: DictConfig) -> float | None:
     if ours["at_once"] > 1:
         require(
             settings.sweeper._target_ == BASIC,
-            "--at-once works with Hydra's basic sweeper alone: another one waits for each result.",
+            "--at-once works only with Hydra's basic sweeper: other sweepers wait for each result.",
         )
         QUEUE.append(job)
         return None

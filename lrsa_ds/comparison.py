@@ -94,7 +94,7 @@ def _check_alike(one: Group, other: Group) -> None:
         require(
             asked.keys() == asked_there.keys(),
             f"{pair} were not asked the same questions under the same caches: {len(common)} answers of {len(asked)} "
-            f"and {len(asked_there)} are of both. Give them the same data, seed, tokenizer and caches.",
+            f"and {len(asked_there)} are in both. Give them the same data, seed, tokenizer and caches.",
         )
         differing = [question for question in common if not math.isclose(asked[question], asked_there[question])]
         require(

@@ -59,7 +59,7 @@ class WrittenLayers:
             not left or bool(self.rest),
             f"{self.key} leaves out {ranges_of(left)}: {has}; 'rest' means all that are not named.",
         )
-        require(bool(left) or not self.rest, f"{self.key} names every layer, so that 'rest' is none: {has}.")
+        require(bool(left) or not self.rest, f"{self.key} names every layer, so 'rest' has no layers: {has}.")
         values = {layer: found[layer] if layer in found else self.rest[0] for layer in taken}
         return [values.get(layer) for layer in range(num_layers)]
 
@@ -114,7 +114,7 @@ def _check_value(key: str, name: Any, value: Any) -> None:
     of = f"{key} (of layer {name})"
     if isinstance(value, Mapping):
         for setting in value:
-            require(setting in SETTINGS, f"{of} has {setting!r}, which is no setting: choose {', '.join(SETTINGS)}.")
+            require(setting in SETTINGS, f"{of} has {setting!r}, which is not a setting: choose {', '.join(SETTINGS)}.")
         value = value.get("retention")
     if value is not None and not isinstance(value, LRSAConfig):
         require_retention(of, value)

@@ -100,7 +100,7 @@ def _composed_and_run(action: Callable[[Any], bool], name: str, schema: type, on
     # The deepspeed launcher appends --local_rank=N, which Hydra would refuse; the environment has the same number.
     sys.argv = [plain_keys(argument) for argument in sys.argv if not argument.startswith("--local_rank")]
     if {"-m", "--multirun"} & set(sys.argv):
-        raise LRSAError("a sweep has a command of its own: python launch/sweep.py --multirun ...")
+        raise LRSAError("sweeps have their own command: python launch/sweep.py --multirun ...")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors are reported here, in one sentence
     register_resolver(on_gpu)
     register_checkout()

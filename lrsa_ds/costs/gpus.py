@@ -92,7 +92,7 @@ def gpu_of_setting(value: str | Mapping[str, Any]) -> GPU:
         return GPUS[value.lower()].gpu
     for key, figure in value.items():
         number = isinstance(figure, (int, float)) and not isinstance(figure, bool)
-        require(key in keys, f"gpu.{key} is not a figure of a GPU: give {', '.join(keys)}.")
+        require(key in keys, f"gpu.{key} is not a property of a GPU: give {', '.join(keys)}.")
         require(number and figure > 0, f"gpu.{key}={figure!r} is not valid: give a number above 0.")
     require(
         "memory_gb" in value,

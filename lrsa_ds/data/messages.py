@@ -99,7 +99,7 @@ def checked_text(text: str, name: str) -> str:
     except UnicodeEncodeError as error:
         code = ord(text[error.start])
         raise LRSAError(
-            f"{name} holds half of a surrogate pair (\\u{code:04x} at character {error.start + 1}), which is no text."
+            f"{name} holds half of a surrogate pair (\\u{code:04x} at character {error.start + 1}): not valid text."
         ) from None
     return text
 

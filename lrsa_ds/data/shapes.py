@@ -266,7 +266,7 @@ def _tokens(row: dict) -> dict[str, Any]:
         raise LRSAError("attention_mask has zeros: leave padding out of input_ids and labels.")
     for place, (token, label) in enumerate(zip(ids, labels)):
         if token < 0:
-            raise LRSAError(f"input_ids[{place}]={token} is no token.")
+            raise LRSAError(f"input_ids[{place}]={token} is not a token id: give numbers from 0 on.")
         if label not in (token, IGNORE):
             raise LRSAError(
                 f"labels[{place}]={label} is neither input_ids[{place}]={token} nor {IGNORE}: give labels that "
@@ -274,7 +274,7 @@ def _tokens(row: dict) -> dict[str, Any]:
             )
     # The first token cannot be predicted: there is nothing before it.
     if all(label == IGNORE for label in labels[1:]):
-        raise LRSAError("labels has no token to learn.")
+        raise LRSAError("labels has no target token.")
     return {"input_ids": list(ids), "labels": list(labels)}
 
 

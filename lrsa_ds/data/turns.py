@@ -186,7 +186,9 @@ class ChatTemplate:
         asked = self._generation_prompt
         head, found, _ = finished.partition(asked) if asked else ("", "", "")
         if not found:
-            raise LRSAError("its first message is the assistant's, behind no prompt: set train to false on it.")
+            raise LRSAError(
+                "its first message is from the assistant, with no prompt before it: set train to false on it."
+            )
         return head + found
 
     @cached_property

@@ -111,7 +111,7 @@ def check_directory(directory: Path, layout: Layout, may_adopt: bool = False) ->
     links = [name for name in names if layout.knows(name) and (directory / name).is_symlink()]
     require(
         not links,
-        f"output_dir={directory} has a link where a run has files of its own, {listed(links)}: remove the link, or "
+        f"output_dir={directory} has a link where a run writes its own files, {listed(links)}: remove the link, or "
         "choose another directory.",
     )
 

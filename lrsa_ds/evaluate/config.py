@@ -144,7 +144,7 @@ class EvaluateConfig:
         )
         require(
             not self.telemetry or set(self.tasks) != {"perplexity"},
-            "telemetry=true measures at answers, which perplexity has none of: add another of the tasks.",
+            "telemetry=true measures answers, and the task perplexity has none: add another task.",
         )
         require(self.tasks != [], f"tasks=[] is not valid: choose among {', '.join(TASKS)}.")
         require(self.lengths != [], "lengths=[] is not valid: give numbers of tokens.")

@@ -9,6 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from lrsa_ds.evaluate.results import cache_name, caches_of, measured_factor, wilson
 from lrsa_ds.intervals import mean_interval
@@ -300,6 +301,8 @@ def _perplexity(samples: list[dict], title: str) -> Figure:
                 panel.fill_between(ends, low, high, color=colors[name], alpha=0.15, linewidth=0)
         panel.legend(fontsize=TICK, frameon=False)  # each has its own: the factors depend on the length
         panel.set_xlabel("position (tokens)", fontsize=LABEL)
+        panel.xaxis.set_major_formatter("{x:,.0f}")
+        panel.xaxis.set_major_locator(MaxNLocator(5))  # such numbers are long
         panel.set_title(f"{length:,} tokens ({len({s['index'] for s in mine})} texts)", fontsize=LABEL)
         panel.tick_params(labelsize=TICK)
         panel.grid(alpha=0.25, linewidth=0.6)

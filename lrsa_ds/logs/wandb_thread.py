@@ -63,7 +63,9 @@ def _has_key() -> bool:
     try:
         return wandb.login(prompt=False, verify=False)
     except wandb.errors.AuthenticationError as error:
-        raise LRSAError(f"the W&B key is not valid: {first_line(error)}; mend it, or use log.wandb=offline.") from error
+        raise LRSAError(
+            f"the W&B key is not valid: {first_line(error)}; correct it, or use log.wandb=offline."
+        ) from error
 
 
 class WandbThread(Tracker):

@@ -52,7 +52,7 @@ def freeze(model: PreTrainedModel, patterns: list[str]) -> None:
     for pattern in patterns:
         found = [p for name, p in model.named_parameters() if re.search(pattern, name)]
         example = next(name for name, _ in model.named_parameters())
-        require(bool(found), f"model.freeze={pattern!r} is found in no parameter's name, such as {example}.")
+        require(bool(found), f"model.freeze={pattern!r} matches no parameter name, such as {example}.")
         for parameter in found:
             parameter.requires_grad = False
     require(any(p.requires_grad for p in model.parameters()), f"model.freeze={patterns} leaves nothing to train.")

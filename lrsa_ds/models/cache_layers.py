@@ -173,8 +173,8 @@ class LagKVLayer(DynamicLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         raise LRSAError(
-            "a LagKVCache cannot give tokens back, since it has discarded others for them: copy it (copy.deepcopy) "
-            "before tokens that may be taken back; assisted decoding does not work with it."
+            "a LagKVCache cannot be cut back, since it has discarded tokens: copy it (copy.deepcopy) "
+            "before tokens that may have to go again; assisted decoding does not work with it."
         )
 
 

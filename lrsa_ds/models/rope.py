@@ -28,7 +28,7 @@ def set_rope(config: PreTrainedConfig, rope: dict[str, Any]) -> None:
     text = config.get_text_config()
     own, name = getattr(text, PARAMETERS, None), type(text).__name__
     if not own:
-        raise LRSAError(f"{KEY} needs rotary positions of transformers (rope_parameters), which {name} has none of.")
+        raise LRSAError(f"{KEY} needs rotary positions of transformers (rope_parameters), which {name} does not have.")
     positions = getattr(text, REACH)
     if by_layers(own):
         given = rope if by_layers(rope) else {"full_attention": rope}

@@ -149,7 +149,7 @@ class KeylessLayer:
         raise LRSAError("a layer without attention was given keys and values: make a cache with lrsa_ds.new_cache.")
 
     def crop(self, tokens_to_remove: int) -> None:
-        raise LRSAError("a LagKVCache cannot give tokens back: copy it (copy.deepcopy) before.")
+        raise LRSAError("a LagKVCache cannot be cut back: copy it (copy.deepcopy) first.")
 
 
 def _is_filled(state: State) -> bool:

@@ -89,7 +89,7 @@ def _wait_for_all(store: dist.Store, rank: int, size: int, patience: float) -> N
             return
         if waited > patience:
             raise LRSAError(
-                f"{named(absent)} of {size} did not come within {patience:g} s (parallel.timeout): look for an error "
+                f"{named(absent)} of {size} did not join within {patience:g} s (parallel.timeout): look for an error "
                 f"on {'its' if len(absent) == 1 else 'their'} host, and whether it reaches "
                 f"MASTER_ADDR={os.environ['MASTER_ADDR']}, MASTER_PORT={os.environ['MASTER_PORT']}."
             )

@@ -96,7 +96,9 @@ def find_checkpoint(output: Path) -> ResumePoint | None:
     try:
         return ResumePoint(directory=whole[-1], **json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise LRSAError(f"{path} is no checkpoint's, or is damaged ({error}): choose another output_dir.") from error
+        raise LRSAError(
+            f"{path} is not from a checkpoint, or is damaged ({error}): choose another output_dir."
+        ) from error
 
 
 def check_resume(point: ResumePoint, config: TrainConfig, data: str) -> ResumePoint:

@@ -79,5 +79,5 @@ def whole_number_of(row: dict[str, Any], key: str, place: str, at_least: int | N
     is_whole = isinstance(number, int) and not isinstance(number, bool)
     if not is_whole or (at_least is not None and number < at_least):
         least = "" if at_least is None else f" of at least {at_least}"
-        raise LRSAError(f"{place}: {key} is missing or no whole number{least}.")
+        raise LRSAError(f"{place}: {key} is missing or not a whole number{least}.")
     return number

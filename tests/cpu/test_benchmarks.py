@@ -198,7 +198,7 @@ def test_ruler_from_its_folder_to_the_table(ruler):
         ("x.jsonl", KVPRESS | {"task": "riddle"}, "line 1: RULER has no task 'riddle'.* the column task"),
         ("x.jsonl", KVPRESS | {"task": None}, "line 1: task is missing"),
         ("x.jsonl", KVPRESS | {"question": None}, "line 1: question is missing"),
-        ("x.jsonl", KVPRESS | {"max_new_tokens": "9"}, "line 1: max_new_tokens is missing or no whole number"),
+        ("x.jsonl", KVPRESS | {"max_new_tokens": "9"}, "line 1: max_new_tokens is missing or not a whole number"),
         ("x.jsonl", KVPRESS | {"answer": None}, "line 1: answer has to be a list of texts"),
         ("vt.jsonl", ["q"], "row 1: a row has to be an object"),
         ("4096/data/vt/validation.jsonl", QUESTION, r"lengths=\[600\] are none of those of ruler=.*lengths=\[4096\]"),

@@ -250,7 +250,7 @@ def test_mistakes():
     prefill(model, ids, cache)
     with pytest.raises(LRSAError, match="batch of 1 and was given one of 2"):
         model(tokens(3, batch=2), past_key_values=cache)
-    with pytest.raises(LRSAError, match="cannot give tokens back"):
+    with pytest.raises(LRSAError, match="cannot be cut back"):
         cache.crop(-1)
     with pytest.raises(LRSAError, match="has no tokens"):
         prefill(model, ids[:, :0], cache)

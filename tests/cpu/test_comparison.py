@@ -88,7 +88,7 @@ def test_what_cannot_be_compared(tmp_path):
         "caches of different sizes under one name .3 dense": [
             [row | {"cache_factor": 4.0 if row["retention"] < 1 else 1.0} for row in run]
         ],
-        "0 answers of 240 and 240 are of both": [[row | {"context": "x" + row["context"]} for row in run]],
+        "0 answers of 240 and 240 are in both": [[row | {"context": "x" + row["context"]} for row in run]],
     }
     for said, runs in wrong.items():
         with pytest.raises(LRSAError, match=said):
@@ -138,7 +138,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     code, _, said = command(f"dense={tmp_path}/one", f"lrsa={tmp_path}/odd")
     assert code == 2 and "were not asked the same questions" in said
     code, _, said = command(f"dense={tmp_path}/one", "lrsa")
-    assert code == 2 and "lrsa is no group of runs: write NAME=RUN,RUN" in said
+    assert code == 2 and "lrsa is not a group of runs: write NAME=RUN,RUN" in said
 
 
 def test_rows_of_answers():

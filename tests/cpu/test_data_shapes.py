@@ -316,7 +316,7 @@ REFUSED = {
     "a preference pair": ({"prompt": "p", "chosen": "a", "rejected": "b"}, r"completion is missing"),
     "shifted labels": ({"input_ids": [5, 6, 7], "labels": [6, 7, -100]}, r"labels\[0\]=6 is neither .* not shifted"),
     "labels of another length": ({"input_ids": [5, 6], "labels": [5]}, r"labels has 1 entries and input_ids 2"),
-    "no label": ({"input_ids": [5, 6], "labels": [5, -100]}, r"labels has no token to learn"),
+    "no label": ({"input_ids": [5, 6], "labels": [5, -100]}, r"labels has no target token"),
     "padding": ({"input_ids": [5, 6, 0], "attention_mask": [1, 1, 0]}, r"attention_mask has zeros"),
     "tokens that are none": ({"input_ids": [5, 6.5]}, r"input_ids has to be a list of whole numbers"),
 }

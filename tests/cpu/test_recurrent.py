@@ -173,7 +173,7 @@ def test_beams_and_rows_that_move(model):
     cache.batch_select_indices(torch.tensor([1]))
     logits = model(tokens(1), past_key_values=copy.deepcopy(cache)).logits
     assert logits.shape[0] == 1 and all(len(x) == 1 for x in cache.states.tensors)
-    with pytest.raises(LRSAError, match="cannot give tokens back"):
+    with pytest.raises(LRSAError, match="cannot be cut back"):
         cache.crop(-1)
 
 

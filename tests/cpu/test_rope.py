@@ -191,5 +191,5 @@ def test_what_no_model_can_honour_is_one_sentence(rope, said):
 
 def test_a_model_without_rotary_positions_is_refused():
     source = ModelConfig(random={"model_type": "gpt2"}, tokenizer="bytes", rope={"rope_theta": 1e6})
-    with pytest.raises(LRSAError, match="GPT2Config has none of"):
+    with pytest.raises(LRSAError, match="GPT2Config does not have"):
         empty_model(source)

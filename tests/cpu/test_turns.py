@@ -216,7 +216,9 @@ def test_only_the_messages_that_are_to_be_trained_are():
 def test_a_conversation_that_the_assistant_opens():
     messages = [{"role": "assistant", "content": "Hello there"}, CHAT[0], CHAT[1]]
     assert said("chatml", {"messages": messages}) == ["Hello there<|im_end|>", "See you.<|im_end|>"]
-    with pytest.raises(LRSAError, match="its first message is the assistant's, behind no prompt: set train to false"):
+    with pytest.raises(
+        LRSAError, match="its first message is from the assistant, with no prompt before it: set train to false"
+    ):
         said("llama 2", {"messages": messages})
 
 

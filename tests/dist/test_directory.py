@@ -190,7 +190,7 @@ def test_a_link_in_the_place_of_a_run_s_file_is_refused(capfd, monkeypatch, fini
         (output / name).symlink_to(elsewhere)
         before = tree(tmp_path)
         said = refused(capfd, monkeypatch, *command(output, "checkpoint.overwrite=true"))
-        assert f"has a link where a run has files of its own, {name}:" in said
+        assert f"has a link where a run writes its own files, {name}:" in said
         assert tree(tmp_path) == before
         shutil.rmtree(output)
         shutil.rmtree(elsewhere) if elsewhere.is_dir() else elsewhere.unlink()

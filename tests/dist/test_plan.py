@@ -68,7 +68,7 @@ def test_a_length_that_does_not_fit_is_refused_with_what_would(capfd, monkeypatc
             "gpu.memory_gb is not a key of the configuration: gpu is one setting, written gpu=VALUE",
         ),
         (["gpu={peak_tflops: 40}"], "has no memory_gb"),
-        (["gpu={memory_gb: 48, tflops: 40}"], "gpu.tflops is not a figure of a GPU: give memory_gb, peak_tflops,"),
+        (["gpu={memory_gb: 48, tflops: 40}"], "gpu.tflops is not a property of a GPU: give memory_gb, peak_tflops,"),
         (["gpu={memory_gb: none}"], "gpu.memory_gb='none' is not valid: give a number above 0"),
         (["gpus=0"], "gpus=0 is not valid: give a whole number of at least 1"),
         (["host_memory_gb=-1"], "host_memory_gb=-1.0 is not valid: give a number above 0"),

@@ -32,7 +32,7 @@ def test_a_master_port_that_is_taken(capfd, monkeypatch, tmp_path):
 
 def test_a_rank_that_does_not_come(capfd, monkeypatch, tmp_path):
     said = refused_as(capfd, monkeypatch, tmp_path, "parallel.timeout=1", WORLD_SIZE="3")
-    assert "ranks 1, 2 of 3 did not come within 1 s (parallel.timeout)" in said
+    assert "ranks 1, 2 of 3 did not join within 1 s (parallel.timeout)" in said
     assert "MASTER_ADDR=127.0.0.1, MASTER_PORT=" in said
 
 

@@ -63,7 +63,7 @@ def test_optuna_chooses_the_values(tmp_path):
     jobs = [json.loads(path.read_text()) for path in tmp_path.glob("*/job.json")]
     assert len(jobs) == 1 and all(set(job["swept"]) == {"optim.lr", "attention.retention"} for job in jobs)
     both = run(sweep(tmp_path, "+sweep=optuna_lr", "--at-once", "2"))
-    assert both.returncode == 2 and "--at-once works with Hydra's basic sweeper alone" in both.stderr
+    assert both.returncode == 2 and "--at-once works only with Hydra's basic sweeper" in both.stderr
 
 
 def test_submitit_starts_the_jobs_elsewhere(tmp_path):

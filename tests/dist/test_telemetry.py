@@ -78,7 +78,7 @@ def test_what_only_the_model_or_the_data_show_is_refused(capfd, monkeypatch, tmp
         (["telemetry=true", "cache.retentions=[]", "cache.prefill=[dense]"], "a number below 1 in cache.retentions"),
         (["telemetry=true", "telemetry_greedy=9"], "telemetry_greedy=9 is more than the layers that LRSA takes"),
         (["telemetry=true", "lengths=[256]"], "lengths=256 is too short for anything to be compressed"),
-        (["telemetry=true", "tasks=[perplexity]"], "which perplexity has none of"),
+        (["telemetry=true", "tasks=[perplexity]"], "the task perplexity has none"),
         (["telemetry_greedy=1"], "telemetry_greedy has no effect without telemetry"),
     ],
 )

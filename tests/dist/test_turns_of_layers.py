@@ -69,10 +69,10 @@ def test_trained_exported_and_evaluated(tmp_path):
             "attention.layers names layer 7, and the model has",
         ),
         (['attention.layers=[{"0":1.0},{"0-":1.0}]'], "attention.layers leaves out layer 1: the model has 2 layers"),
-        (['attention.layers=[{"0-":1.0,"rest":0.0}]'], "attention.layers names every layer, so that 'rest' is none"),
+        (['attention.layers=[{"0-":1.0,"rest":0.0}]'], "attention.layers names every layer, so 'rest' has no layers"),
         (
             ['attention.layers=[{"0-":{"lag":3}}]'],
-            "has 'lag', which is no setting: choose retention, sink_size",
+            "has 'lag', which is not a setting: choose retention, sink_size",
         ),
         (["attention.layers=[1.0]"], "attention.layers has 1.0 where settings by layer belong"),
         (["attention.layers=4"], "attention.layers=4 is not valid: write"),

@@ -34,7 +34,7 @@ def check_heads(num_heads: int, size: int) -> None:
     require(
         num_heads % size == 0,
         f"parallel.sp_size={size} does not divide the {num_heads} query heads of the model, which "
-        f"parallel.exchange=head_groups and retention 1 (dense attention) deal out; valid here: {valid}.",
+        f"parallel.exchange=head_groups and retention 1 (dense attention) distribute; valid here: {valid}.",
     )
 
 
