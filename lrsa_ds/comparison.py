@@ -28,6 +28,7 @@ METRICS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {  # from sums [...
     "nll": lambda sums: sums[..., 4] / sums[..., 2],
 }
 HEADINGS = {"exact_match": "exact %", "token_accuracy": "tokens %", "nll": "nll"}
+AXES = {"exact_match": "exact answers, %", "token_accuracy": "correct answer tokens, %", "nll": "nats per answer token"}
 NUM_SAMPLES = 4000
 TAILS = (0.025, 0.975)  # of a 95 % interval
 MARKERS = ("o", "s", "^", "D", "v", "P")  # of the groups; colours are those of the caches
@@ -218,7 +219,7 @@ def draw(rows: list[dict], path: Path, metric: str = "token_accuracy") -> None:
         panel.set_axis_off()
     panels[0].set_yticks(range(len(caches)), labels)
     panels[0].invert_yaxis()
-    figure.supxlabel(f"{HEADINGS[metric]}, with 95 % intervals", fontsize=LABEL)
+    figure.supxlabel(f"{AXES[metric]}, with 95 % intervals", fontsize=LABEL)
     from matplotlib.lines import Line2D
 
     groups = list(dict.fromkeys(row["group"] for row in rows))
