@@ -20,8 +20,10 @@ from lrsa_ds.models.tiling import num_tiles
 from lrsa_ds.objectives.objective import Objective
 from lrsa_ds.process.launcher import ranks_of_host
 
-# Of the layer that is timed for a guess before the first step: 60 ms on two CPU cores for a width of 576.
-LAYER_TOKENS, HEAD_CHANNELS, WIDEST = 1024, 64, 1024
+# Tokens and largest width of the layer that is timed for a guess before the first step. On a GPU it is larger, so that
+# its kernels take longer than their launches; on two CPU cores it takes 60 ms for a width of 576.
+LAYER_TOKENS, WIDEST = {"cuda": 8192, "cpu": 1024}, {"cuda": 2048, "cpu": 1024}
+HEAD_CHANNELS = 64
 MOST_PASSES, LONGEST = 8, 0.5  # through it, and seconds after which no other one begins
 # Time of an operation of a model over that of the layer: rotary embedding, selection, the loss. Measured for SmolLM2 on
 # two idle CPU cores: 1.1 to 1.2.
@@ -96,12 +98,13 @@ def seconds_of_flop(width: int, dtype: torch.dtype, device: torch.device) -> flo
     A product of matrices alone is not enough: on cores that other processes use, the many short operations between the
     products lose more time than the products.
     """
-    heads = max(1, min(width, WIDEST) // HEAD_CHANNELS)
+    num_tokens = LAYER_TOKENS[device.type]
+    heads = max(1, min(width, WIDEST[device.type]) // HEAD_CHANNELS)
     width = heads * HEAD_CHANNELS
     # The activation is a function, so that torch does not take its fused layer.
     options: dict[str, Any] = dict(dropout=0.0, activation=silu, norm_first=True, batch_first=True, bias=False)
     layer = nn.TransformerEncoderLayer(width, heads, 3 * width, **options, dtype=dtype, device=device)
-    tokens = torch.ones(1, LAYER_TOKENS, width, dtype=dtype, device=device)
+    tokens = torch.ones(1, num_tokens, width, dtype=dtype, device=device)
     layer(tokens)  # the first pass is slower
     clock = PhaseClock(device)
     clock.start()
@@ -111,7 +114,7 @@ def seconds_of_flop(width: int, dtype: torch.dtype, device: torch.device) -> flo
         passes += 1
     clock.lap("layer")
     # 4 squares of the width in its attention and 6 in its MLP, and the scores of all pairs with their sums of values.
-    flops = 2 * LAYER_TOKENS * 10 * width**2 + 4 * LAYER_TOKENS**2 * width
+    flops = 2 * num_tokens * 10 * width**2 + 4 * num_tokens**2 * width
     return MODEL_OVER_LAYER * clock.seconds(["layer"])[0] / passes / flops
 
 
