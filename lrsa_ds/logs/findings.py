@@ -31,7 +31,7 @@ def findings(rows: list[dict], picture: Path, model: Path | None) -> list[str]:
     ends = [interval_of(row, "exact_match") for row in last]
     _, low, high = combined_interval([row["exact_match"] for row in last], ends, _num_answers(last))
     contexts = sum(row["num_examples"] for row in last)
-    basis = f"{count} answers"
+    basis = f"{count} answer{'s' * (count != 1)}"
     if contexts < count:
         basis += f" about {contexts} contexts; answers about one context are not independent"
     trust = (

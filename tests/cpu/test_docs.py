@@ -116,7 +116,9 @@ RUN = {
     "make (setup|test)": ".ci/run: make test",
     "make smoke": "tests/dist/test_launch.py: def smoke",
     "deepspeed launch/train.py model=hub model.name=.* data=files": "tests/dist/test_readme.py: data.path=my/*.jsonl",
-    "deepspeed (--num_gpus 8 )?launch/train.py \\+recipe=qa_128k( |$)": "tests/dist/test_long_recipes.py: qa_128k",
+    "deepspeed (--num_gpus [128] )?launch/train.py \\+recipe=qa_(128k|128k_1gpu|smollm2|passages)( |$)": (
+        "tests/dist/test_long_recipes.py: def test_recipes_as_the_pages_start_them"
+    ),
     "deepspeed launch/train.py .*data=mixture": "tests/dist/test_contexts.py: data=mixture",
     "deepspeed --num_gpus 1 launch/train.py .*plugins=": "tests/dist/test_extensions.py: plugins=",
     "deepspeed --num_gpus 2 launch/selftest.py": 'tests/dist/test_launch.py: script="selftest"',
@@ -132,9 +134,7 @@ RUN = {
     r"python -m lrsa_ds train \+recipe=smoke": 'tests/cpu/test_package.py: "-m", "lrsa_ds", "train", "+recipe=smoke"',
     "pip install 'lrsa-ds\\[lm-eval\\]'": "pyproject.toml: lm-eval,",
 }
-BY_HAND = re.compile(
-    r"# .*\b(GPU|two CPU cores), run 20\d\d-\d\d-\d\d|# .*(composed only, not run|not built yet|not run yet)$"
-)
+BY_HAND = re.compile(r"# .*\b(GPU|two CPU cores), run 20\d\d-\d\d-\d\d|# .*(not built yet|not run yet)$")
 
 
 def test_every_command_of_a_shell_block_is_run_or_says_that_it_is_not():

@@ -1,4 +1,4 @@
-"""The recipes for the longest sequences, with a tiny model on a CPU: levers, positions and adapters in one run."""
+"""The recipes for large models and long sequences, with a tiny model on a CPU."""
 
 import json
 import shutil
@@ -8,27 +8,61 @@ import torch
 
 from lrsa_ds import load
 from tests.dist.launcher import rows_of, run_as_ranks
+from tests.dist.test_contexts import squad
 from tests.dist.test_resume import training_rows, weights_of
 
 pytestmark = pytest.mark.dist
 
 
-def test_eight_ranks_share_each_sequence(tmp_path):
-    """The command of the README for eight GPUs; `zero=stage3` since DeepSpeed's CPUAdam takes a minute to compile."""
+def messages(path):
     rows = [{"messages": [{"role": "user", "content": f"{i} word " * 150}, {"role": "assistant", "content": str(i)}]}
             for i in range(12)]  # fmt: skip
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    small = [
-        "model=tiny_qwen2", "model.random.num_attention_heads=8", "data=files", f"data.path={tmp_path}/rows.jsonl",
-        "data.name=null", "data.num_workers=0", "seq_len=1024", "attention.lag_size=16", "zero=stage3",
-        "optim.grad_accum=1", "optim.num_steps=2", "optim.warmup_steps=1", "eval.before=false", "eval.num_examples=1",
-        "eval.retentions=[0.125]", "log.wandb=disabled",
-    ]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+SHORT = [
+    "data.num_workers=0", "optim.grad_accum=1", "optim.micro_batch=1", "optim.num_steps=2", "optim.warmup_steps=1",
+    "eval.before=false", "log.wandb=disabled",
+]  # fmt: skip
+# DeepSpeed's CPUAdam, for states on the host, takes a minute to compile.
+LONG = ["data=files", "data.name=null", "seq_len=1024", "attention.lag_size=16", "zero=stage3", "eval.num_examples=1"]
+# The layers of the recipe's caches need a model of 30.
+SMOLLM2 = ["model=tiny_qwen2", "model.random.num_hidden_layers=30", "data.questions_per_context=1", "seq_len=512"]
+
+
+@pytest.mark.parametrize(
+    "recipe,num_ranks,small",
+    [
+        (
+            ["+recipe=qa_128k", "parallel.sp_size=8"],
+            8,
+            [*LONG, "model=tiny_qwen2", "model.random.num_attention_heads=8", "eval.retentions=[0.125]"],
+        ),
+        (
+            ["+recipe=qa_128k_1gpu"],
+            1,
+            [*LONG, "model=tiny_qwen2", "model.name=null", "model.random.max_position_embeddings=256"],
+        ),
+        (
+            ["+recipe=qa_smollm2", "optim.lr=1e-4"],
+            2,
+            [*SMOLLM2, "data.num_examples=8", "data.tasks=[passkey]", "eval.num_examples=1"],
+        ),
+        (["+recipe=qa_passages"], 1, [*SMOLLM2, "eval.num_examples=4"]),
+    ],
+    ids=["qa_128k", "qa_128k_1gpu", "qa_smollm2", "qa_passages"],
+)
+def test_recipes_as_the_pages_start_them(tmp_path, recipe, num_ranks, small):
+    """With a tiny model, short sequences and two steps."""
+    path = squad(tmp_path / "rows.json", 16) if "qa_passages" in recipe[0] else messages(tmp_path / "rows.jsonl")
+    data = [] if "+recipe=qa_smollm2" in recipe else [f"data.path={path}"]
     output = tmp_path / "run"
-    done = run_as_ranks("+recipe=qa_128k", "parallel.sp_size=8", *small, f"output_dir={output}", num_ranks=8)
+    done = run_as_ranks(*recipe, *data, *SHORT, *small, f"output_dir={output}", num_ranks=num_ranks)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "8 × CPU, ZeRO stage 3, 8 ranks to a sequence" in done.stdout
-    assert len(rows_of(output, "train")) == 2 and (output / "model").is_dir()
+    shared = ", 8 ranks to a sequence" if num_ranks == 8 else "\n"
+    assert f"on {num_ranks} × CPU, ZeRO stage 3{shared}" in done.stdout
+    assert len(rows_of(output, "train")) == 2 and rows_of(output, "eval") and (output / "model").is_dir()
 
 
 def test_adapters_on_4_bits_with_all_levers_and_other_positions(tmp_path):

@@ -186,6 +186,15 @@ def test_training_evaluating_and_asking_as_the_readme_has_it(tmp_path, tiny_mode
     assert "A question?" in done.stdout
 
 
+def test_long_contexts_are_evaluated_as_the_page_has_it(tmp_path, tiny_model):
+    """At lengths that a CPU can take."""
+    words = readme_command("lengths=[32768,131072]")[2:]
+    here = [f"model.name={tiny_model}", "lengths=[512,1024]", "cache.lag_size=32", "num_samples=1"]
+    done = run_alone("evaluate", *words, *here, "log.wandb=disabled", f"output_dir={tmp_path / 'evaluated'}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len((tmp_path / "evaluated" / "results.jsonl").read_text().splitlines()) == 2 * 2 * 2
+
+
 def test_benchmarks_of_others_as_the_page_has_them(tmp_path, tiny_model):
     """On folders in the layout of their authors."""
     for length in (512, 1024):
