@@ -33,7 +33,7 @@ def findings(rows: list[dict], picture: Path, model: Path | None) -> list[str]:
     contexts = sum(row["num_examples"] for row in last)
     basis = f"{count} answer{'s' * (count != 1)}"
     if contexts < count:
-        basis += f" about {contexts} contexts; answers about one context are not independent"
+        basis += f" about {contexts} context{'s' * (contexts != 1)}; answers about one context are not independent"
     trust = (
         f"Trust: exact answers from that cache lie between {max(0, low):.0f} and {min(100, high):.0f} % (95 % interval "
         f"of {basis}), so smaller differences may be chance; {picture} shows all caches and tasks."
