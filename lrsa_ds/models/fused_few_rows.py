@@ -7,7 +7,7 @@ Shapes: M rows, K channels of the input, N of a product.
 """
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -53,54 +53,74 @@ if HAS_TRITON:
         tl.store(out + rows[None, :] * width + place[:, None], sums.to(out.dtype.element_ty), mask=mask)
 
     @triton.jit
+    def _fetch_ahead(w, columns, n, k: tl.constexpr, COLUMNS: tl.constexpr, AHEAD: tl.constexpr):
+        """Fetches the first `AHEAD` lines of 128 bytes of some columns of w [N, K] into the L2 cache."""
+        line: tl.constexpr = 1024 // w.dtype.element_ty.primitive_bitwidth
+        channels = tl.minimum(tl.arange(0, AHEAD) * line, k - 1)
+        at = (w + tl.minimum(columns, n - 1)[:, None].to(tl.int64) * k + channels[None, :]).to(tl.int64)
+        fetch: tl.constexpr = "prefetch.global.L2 [$1]; mov.b32 $0, 0;"
+        tl.inline_asm_elementwise(fetch, "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1)
+
+    @triton.jit
     def _rows_kernel(
         x, w0, w1, w2, b0, b1, b2, norm, residual, out, num_rows, x_m, residual_m, n0, n1, n2, eps, k: tl.constexpr,
-        ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, HAS_BIAS: tl.constexpr, GATED: tl.constexpr,
-        NORM: tl.constexpr, ADD: tl.constexpr, EARLY: tl.constexpr,
+        ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr,
+        SOON: tl.constexpr, HAS_BIAS: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr,
+        EARLY: tl.constexpr,
     ):  # fmt: skip
         """`COLUMNS` columns of x [M, K] @ w.T, of w0, w1 or w2, into [M, n0 + n1 + n2]; N of w0 and w1 are whole tiles.
 
+        Each warp sums over channels of its own, `DEPTH` at a time, so warps wait for each other once, in the end.
         GATED: of silu(x @ w0.T) * (x @ w1.T) into [M, n0]. NORM: of x / rms(x) * norm in the place of x; the root mean
-        square of a row divides its sums in the end. ADD: plus `residual`. EARLY: see `starts_early`.
+        square of a row divides its sums in the end. ADD: plus `residual`. EARLY: see `starts_early`; the kernel behind
+        is launched as SOON as this one reads x, or when it has read all.
         """
         at = tl.program_id(0) * COLUMNS
-        rows, columns, channels = tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, DEPTH)
+        rows, columns = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+        channels = (tl.arange(0, WARPS) * DEPTH)[:, None, None] + tl.arange(0, DEPTH)[None, None, :]
         w, b, start, n = _product(w0, w1, w2, b0, b1, b2, n0, n1, n2, at, GATED)
         is_row, inside = rows < num_rows, start + columns < n
-        w_at = w + (start + columns)[:, None].to(tl.int64) * k + channels[None, :]
-        up_at = w1 + (start + columns)[:, None].to(tl.int64) * k + channels[None, :]
-        x_at = x + rows[:, None] * x_m + channels[None, :]
-        sums, up = tl.zeros([COLUMNS, ROWS], tl.float32), tl.zeros([COLUMNS, ROWS], tl.float32)
-        squares = tl.zeros([ROWS], tl.float32)
+        w_at = w + (start + columns)[None, :, None].to(tl.int64) * k + channels
+        up_at = w1 + (start + columns)[None, :, None].to(tl.int64) * k + channels
+        x_at = x + rows[None, :, None] * x_m + channels
+        sums, up = tl.zeros([WARPS, COLUMNS, ROWS], tl.float32), tl.zeros([WARPS, COLUMNS, ROWS], tl.float32)
+        squares = tl.zeros([WARPS, ROWS, DEPTH], tl.float32)
         if EARLY:
+            if AHEAD > 0:  # the kernel in front, which still runs, writes x and no weights
+                _fetch_ahead(w, start + columns, n, k, COLUMNS, AHEAD)
+                if GATED:
+                    _fetch_ahead(w1, start + columns, n, k, COLUMNS, AHEAD)
             gdc_wait()
-        for first in range(0, k, DEPTH):
+            if SOON:
+                gdc_launch_dependents()
+        for first in range(0, k, WARPS * DEPTH):
             left = channels < k - first
-            part = tl.load(x_at + first, mask=is_row[:, None] & left[None, :], other=0.0)
+            part = tl.load(x_at + first, mask=is_row[None, :, None] & left, other=0.0)
             if NORM:
                 given = part.to(tl.float32)
-                squares += tl.sum(given * given, axis=1)
-                weight = tl.load(norm + first + channels, mask=left, other=0.0).to(tl.float32)
-                part = (given * weight[None, :]).to(part.dtype)
-            mask = inside[:, None] & left[None, :]
+                squares += given * given
+                part = (given * tl.load(norm + first + channels, mask=left, other=0.0).to(tl.float32)).to(part.dtype)
+            part, mask = tl.trans(part, (0, 2, 1)), inside[None, :, None] & left
             weights = tl.load(w_at + first, mask=mask, other=0.0, eviction_policy="evict_first")
-            sums = tl.dot(weights, tl.trans(part), sums, input_precision="ieee")
+            sums = tl.dot(weights, part, sums, input_precision="ieee")
             if GATED:
                 weights = tl.load(up_at + first, mask=mask, other=0.0, eviction_policy="evict_first")
-                up = tl.dot(weights, tl.trans(part), up, input_precision="ieee")
-        if EARLY:
+                up = tl.dot(weights, part, up, input_precision="ieee")
+        if EARLY and not SOON:
             gdc_launch_dependents()
         width = n0 if GATED else n0 + n1 + n2
         _finish(
-            sums, up, squares, b, residual, out, at + columns, start + columns, inside, is_row, rows, width,
-            residual_m, eps, k, HAS_BIAS, GATED, NORM, ADD,
+            tl.sum(sums, axis=0), tl.sum(up, axis=0), tl.sum(tl.sum(squares, axis=2), axis=0), b, residual, out,
+            at + columns, start + columns, inside, is_row, rows, width, residual_m, eps,
+            k, HAS_BIAS, GATED, NORM, ADD,
         )  # fmt: skip
 
     @triton.jit
     def _row_kernel(
         x, w0, w1, w2, b0, b1, b2, norm, residual, out, num_rows, x_m, residual_m, n0, n1, n2, eps, k: tl.constexpr,
-        ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, HAS_BIAS: tl.constexpr, GATED: tl.constexpr,
-        NORM: tl.constexpr, ADD: tl.constexpr, EARLY: tl.constexpr,
+        ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr,
+        SOON: tl.constexpr, HAS_BIAS: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr,
+        EARLY: tl.constexpr,
     ):  # fmt: skip
         """As `_rows_kernel`, for one row, without tensor cores: more loads are in flight."""
         at = tl.program_id(0) * COLUMNS
@@ -148,34 +168,48 @@ def fused_few_rows(
     """See `few_rows`; x [M, K] and `residual` [M, N] of at most `MOST_ROWS` rows on a GPU."""
     (num_rows, k), sizes = x.shape, [len(weight) for weight in weights]
     x, added = (y if y.stride(1) == 1 else y.contiguous() for y in (x, x if residual is None else residual))
-    columns, depth, warps, stages = _tile(num_rows, sizes, k, gated, x)
+    tile = _tile(num_rows, sizes, k, gated, x)
     out = x.new_empty(num_rows, sizes[0] if gated else sum(sizes))
     n0, n1, n2 = (*sizes, 0, 0)[:MOST_WEIGHTS]
-    programs = triton.cdiv(n0, columns) if gated else sum(triton.cdiv(n, columns) for n in sizes)
+    programs = sum(triton.cdiv(n, tile.columns) for n in (sizes[:1] if gated else sizes))
     kernel = _row_kernel if num_rows == 1 else _rows_kernel
     kernel[programs,](
         x, *_three(weights), *_three(biases or weights), x if norm is None else norm, added, out,
         num_rows, x.stride(0), added.stride(0), n0, n1, n2, eps, k,
-        ROWS=_padded(num_rows), COLUMNS=columns, DEPTH=depth, HAS_BIAS=bool(biases), GATED=gated,
-        NORM=norm is not None, ADD=residual is not None, num_warps=warps, num_stages=stages, **starts_early(x.device),
+        ROWS=_padded(num_rows), COLUMNS=tile.columns, DEPTH=tile.depth, WARPS=tile.warps, AHEAD=tile.ahead,
+        SOON=tile.soon, HAS_BIAS=bool(biases), GATED=gated, NORM=norm is not None, ADD=residual is not None,
+        num_warps=tile.warps, num_stages=tile.stages, **starts_early(x.device),
     )  # fmt: skip
     return out
 
 
-def _tile(num_rows: int, sizes: Sequence[int], k: int, gated: bool, x: torch.Tensor) -> tuple[int, int, int, int]:
-    """Columns and channels that a program takes at once, its warps, and its stages: the fastest of ten on an H100."""
+class _Tile(NamedTuple):
+    """What a program takes at once, and when it hands over; measured on an H100 (benchmarks/LOG.md)."""
+
+    columns: int
+    depth: int  # channels of a warp, or of all warps for one row
+    warps: int
+    stages: int
+    ahead: int = 0  # lines of each column that are fetched before the kernel in front has ended
+    soon: bool = True  # whether the kernel behind is launched in the beginning
+
+
+def _tile(num_rows: int, sizes: Sequence[int], k: int, gated: bool, x: torch.Tensor) -> _Tile:
+    """The tile of a product. Programs are small, so that all multiprocessors have some from beginning to end."""
     width = x.element_size()
     if num_rows == 1:
-        return 2, (1024 if gated else 2048) // width, 4, 2
-    if gated or (len(sizes) == 1 and sizes[0] > 8192):
-        columns, depth, warps, stages = 64, 256 // width, 4, 4
-    elif k > 4096:
-        columns, depth, warps, stages = 16, 1024 // width, 2, 6
+        return _Tile(2, (1024 if gated else 2048) // width, 4, 2)
+    if gated:
+        tile = _Tile(32, 128 // width, 2, 3, ahead=2, soon=False)
+    elif len(sizes) > 1:  # attention is behind it, whose programs would take the place of these
+        tile = _Tile(16, 256 // width, 2, 4, ahead=4, soon=False)
+    elif sizes[0] > 8192:
+        tile = _Tile(32, 128 // width, 4, 3)
     else:
-        columns, depth, warps, stages = 16, 512 // width, 4, 4
-    loaded = ((1 + gated) * columns + _padded(num_rows)) * depth * width  # for one stage
+        tile = _Tile(16, 128 // width, 4, 6, ahead=0 if k > 4096 else 8)
+    loaded = ((1 + gated) * tile.columns + _padded(num_rows)) * tile.depth * tile.warps * width  # for one stage
     shared = cast(Any, torch.cuda.get_device_properties(x.device)).shared_memory_per_block_optin
-    return columns, depth, warps, max(1, min(stages, 1 + (shared - 4096) // loaded))
+    return tile._replace(stages=max(1, min(tile.stages, 1 + (shared - 4096) // loaded)))
 
 
 def _padded(num_rows: int) -> int:
