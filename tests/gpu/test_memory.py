@@ -17,17 +17,17 @@ LAYERS, TOKENS, SIZE = 8, 8192, 512
 
 
 def measured(offload, save_attention=False, **settings):
-    """Gradients of the third of three passes, the peak memory beyond the weights, and the store."""
+    """Sums of gradients of three passes, the peak memory of the third beyond weights and gradients, and the store."""
     torch.manual_seed(0)
     sizes = dict(num_hidden_layers=LAYERS, hidden_size=SIZE, intermediate_size=SIZE, head_dim=64)
     model = apply_lrsa(tiny("llama", num_attention_heads=8, **sizes), LRSAConfig(lag_size=512, **settings))
     model = to_device(model, "cuda").to(torch.bfloat16).train()
     store = enable_checkpointing(model, offload, save_attention)
     ids = torch.randint(0, 101, (1, TOKENS), device="cuda")
-    before = torch.cuda.memory_allocated()
     for _ in range(3):
-        model.zero_grad()
-        gc.collect()  # cycles that hold tensors, such as those of a compiler, do not count
+        gc.collect()  # models of earlier tests, and what a compiler holds
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         model.get_decoder()(ids, use_cache=False).last_hidden_state.float().square().sum().backward()
     torch.cuda.synchronize()
