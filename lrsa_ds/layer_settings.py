@@ -46,13 +46,10 @@ class OtherSettings(LayerSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SharedKeys(OtherSettings):
-    """Those of a layer that attends, as the layer `source` does, to the keys and values of that earlier layer."""
+class WithoutKeys(OtherSettings):
+    """Those of a layer that has no keys and values of its own, and so nothing in a cache of them."""
 
-    kind: ClassVar[str] = "shared_keys"
     has_keys: ClassVar[bool] = False
-
-    source: int
 
     def num_held(self, num_tokens: int) -> int:
         return 0
@@ -62,6 +59,15 @@ class SharedKeys(OtherSettings):
 
     def room_in_chunk(self, num_tokens: int) -> int:
         return UNLIMITED
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedKeys(WithoutKeys):
+    """Those of a layer that attends, as the layer `source` does, to the keys and values of that earlier layer."""
+
+    kind: ClassVar[str] = "shared_keys"
+
+    source: int
 
     def said(self) -> str:
         return f"the keys and values of layer {self.source}"

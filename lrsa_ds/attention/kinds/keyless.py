@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from lrsa_ds.attention.kinds.kind import KeylessKind
-from lrsa_ds.layer_settings import UNLIMITED, OtherSettings
+from lrsa_ds.layer_settings import WithoutKeys
 
 
 @dataclass(frozen=True, kw_only=True)
-class Keyless(OtherSettings):
+class Keyless(WithoutKeys):
     """The settings of such a layer: none that can be set.
 
     Args:
@@ -19,18 +19,8 @@ class Keyless(OtherSettings):
     """
 
     kind: ClassVar[str] = "keyless"
-    has_keys: ClassVar[bool] = False
 
     name: str
-
-    def num_held(self, num_tokens: int) -> int:
-        return 0
-
-    def most_held(self, max_tokens: int) -> int:
-        return 0
-
-    def room_in_chunk(self, num_tokens: int) -> int:
-        return UNLIMITED
 
     def said(self) -> str:
         return self.name
