@@ -244,10 +244,10 @@ def _needles(samples: list[dict], title: str) -> Figure:
         for cache, panel in zip(caches, line, strict=True):
             grid = [[_in_cell(samples, task, cache, n, depth) for n in lengths] for depth in depths]
             # Told apart by brightness, so by colour-blind readers too.
-            means = [[mean for mean, *_ in line] for line in grid]
+            means = [[mean for mean, *_ in cells] for cells in grid]
             image = panel.imshow(means, vmin=0, vmax=100, cmap="cividis", aspect="auto")
-            for y, line_of_cells in enumerate(grid):
-                for x, (mean, low, high) in enumerate(line_of_cells):
+            for y, cells in enumerate(grid):
+                for x, (mean, low, high) in enumerate(cells):
                     if not math.isnan(mean):
                         look: dict[str, Any] = dict(ha="center", color="white" if mean < 55 else "black")
                         panel.text(x, y, f"{mean:.0f}", va="bottom", fontsize=LABEL, fontweight="bold", **look)

@@ -72,9 +72,11 @@ def remaining(config: TrainConfig, plan: Plan, mesh: Mesh) -> Remaining:
     optim = config.optim
     examples = plan.data.validation_examples()
     caches = [cache.config for cache in caches_of(config.attention, config.eval, plan.layers)]
-    flops_of_pass = _flops_of_pass(config, plan, examples, caches)
+    num_targets = sum(label != IGNORE for example in examples for label in example.labels)
+    num_slots = config.seq_len * num_targets / max(1, sum(len(example.labels) for example in examples))
+    flops_of_pass = _flops_of_pass(config, plan, num_slots, caches)
     # In passes of the evaluation, whose settings of attention may be others.
-    of_sequence = PASSES_OF_STEP * _flops_of_pass(config, plan, examples, plan.turns) / flops_of_pass
+    of_sequence = PASSES_OF_STEP * _flops_of_pass(config, plan, num_slots, plan.turns) / flops_of_pass
     evaluated, measured = _num_sequences(examples, config, mesh), 0.0
     if config.eval.telemetry:
         chosen = some_of_each_task(examples, config.eval.telemetry_examples)
@@ -94,12 +96,10 @@ def remaining(config: TrainConfig, plan: Plan, mesh: Mesh) -> Remaining:
     )
 
 
-def _flops_of_pass(config: TrainConfig, plan: Plan, examples: list[Example], settings: Sequence[AnyConfig]) -> float:
-    """Operations of a pass over one sequence without gradients, in the mean of the settings."""
+def _flops_of_pass(config: TrainConfig, plan: Plan, num_slots: float, settings: Sequence[AnyConfig]) -> float:
+    """Operations of a pass without gradients over a sequence with `num_slots` logits, in the mean of the settings."""
     if plan.shape is None:
         return 2.0 * plan.num_parameters * config.seq_len
-    labels = [label != IGNORE for example in examples for label in example.labels]
-    num_slots = config.seq_len * sum(labels) / max(1, len(labels))
     each = [forward_flops(plan.shape, [config.seq_len], num_slots, of).total for of in settings]
     return sum(each) / len(each)
 
