@@ -9,10 +9,12 @@ from lrsa_ds import LRSAConfig, apply_lrsa, new_cache, prefill
 from lrsa_ds.families.tiny import tiny_model
 from lrsa_ds.models.decoder import Decoder
 from lrsa_ds.models.patch import enable_checkpointing
+from tests.cpu.test_shared_keys import gradients
 
 pytestmark = pytest.mark.gpu
 CONFIG = LRSAConfig(sink_size=3, lag_size=16, retention=0.25, backend="chunked")
 RECURRENT = ("qwen3_next", "qwen3_5_text", "lfm2", "jamba", "bamba", "falcon_h1", "nemotron_h")
+PACKED = dict(document_lengths=(900, 148))
 # Heads and partitions of sizes that the kernels take.
 SHARED_KEYS = {
     "gemma3n_text": dict(head_dim=64, hidden_size=128, sliding_window=256, max_position_embeddings=2048),
@@ -44,19 +46,12 @@ def test_a_graph_gives_the_logits_of_training(family):
 def test_gradients_of_shared_keys_on_a_kernel(family):
     """Of packed documents, with recomputed layers and saved attention, against the readable form."""
     config, ids = replace(CONFIG, lag_size=128), torch.randint(4, 100, (1, 1048), device="cuda")
-    expected = _gradients(apply_lrsa(tiny_model(family, **SHARED_KEYS[family]), config).cuda(), ids)
+    expected = gradients(apply_lrsa(tiny_model(family, **SHARED_KEYS[family]), config).cuda(), ids, **PACKED)
     model = apply_lrsa(tiny_model(family, **SHARED_KEYS[family]), replace(config, backend="flex"))
     enable_checkpointing(model.cuda().train(), save_attention=True)
-    found = _gradients(model, ids)
+    found = gradients(model, ids, **PACKED)
     # A gradient that is nearly zero is measured against the largest one.
     largest = max(gradient.norm() for gradient in expected.values())
     for name, gradient in expected.items():
         error = (found[name] - gradient).norm() / max(gradient.norm(), 0.05 * largest)
         assert error <= 1e-3, (name, float(error))
-
-
-def _gradients(model, ids):
-    parameters = dict(model.named_parameters())
-    loss = model(ids, use_cache=False, document_lengths=(900, 148)).logits.float().square().mean()
-    found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, materialize_grads=True)
-    return {name: gradient.float() for name, gradient in zip(parameters, found, strict=True)}
