@@ -168,12 +168,24 @@ class HostCopy:
 
     def __init__(self, x: torch.Tensor):
         self._copy = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
-        self._copy.copy_(x, non_blocking=True)
         self._arrival = torch.cuda.Event() if x.is_cuda else None
-        if self._arrival is not None:
+        if self._arrival is None:
+            self._copy.copy_(x)
+            return
+        # On the stream of the kernels, the next one would wait until the copy has been made.
+        stream = _copy_stream(x.device)
+        stream.wait_stream(torch.cuda.current_stream(x.device))
+        with torch.cuda.stream(stream):
+            self._copy.copy_(x, non_blocking=True)
             self._arrival.record()
+        x.record_stream(stream)
 
     def wait(self) -> torch.Tensor:
         if self._arrival is not None:
             self._arrival.synchronize()
         return self._copy
+
+
+@lru_cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)

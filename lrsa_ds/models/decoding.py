@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.generation import (
     GenerationMode,
     LogitsProcessorList,
+    MaxLengthCriteria,
     StoppingCriteria,
     StoppingCriteriaList,
     StopStringCriteria,
@@ -148,7 +149,11 @@ class Loop:
         criteria: StoppingCriteriaList,
         streamer: BaseStreamer | None,
     ):
-        self.settings, self.processors, self.criteria, self.streamer = settings, processors, criteria, streamer
+        self.settings, self.processors, self.streamer = settings, processors, streamer
+        # The host knows the lengths, so that the device is not asked for them.
+        limits = [criterion.max_length for criterion in criteria if isinstance(criterion, MaxLengthCriteria)]
+        self.max_length = min([settings.max_length, *limits])
+        self.criteria = StoppingCriteriaList(c for c in criteria if not isinstance(c, MaxLengthCriteria))
         # As in transformers, rows that end by another criterion continue until all rows have ended.
         self.pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
 
@@ -176,16 +181,17 @@ class Loop:
             tokens = self._choose(text[:, :length], logits, unfinished)
             text[:, length] = tokens
             length += 1
-            ids = text[:, :length]
-            unfinished = unfinished & ~self.criteria(ids, None)
-            said = HostCopy(torch.cat([tokens, unfinished.max()[None]]))
+            ids, has_room = text[:, :length], length < self.max_length
+            if self.criteria:
+                unfinished = unfinished & ~self.criteria(ids, None)
+            said = HostCopy(torch.cat([tokens, unfinished.max()[None]]) if self.criteria else tokens)
             # A graph runs ahead of the host, which checks meanwhile whether this was the last token. Tokens that a step
             # has stored count only after `end_step`.
-            ahead = decoder.captures and length < self.settings.max_length
+            ahead = decoder.captures and has_room
             if ahead:
                 logits = decoder(cache, tokens)
-            *_, goes_on = self._told(said)
-            if not goes_on:
+            is_unfinished = self._told(said, len(tokens))
+            if not (has_room and is_unfinished):
                 break
             if not ahead:
                 logits = decoder(cache, tokens)
@@ -208,8 +214,9 @@ class Loop:
             tokens = torch.where(unfinished == 1, tokens, pad.to(ids.device))
         return tokens
 
-    def _told(self, said: HostCopy) -> list[int]:
+    def _told(self, said: HostCopy, num_rows: int) -> bool:
+        """Gives the streamer the tokens of the rows; whether a row is unfinished, if the device was asked for that."""
         copy = said.wait()
         if self.streamer is not None:
-            self.streamer.put(copy[:-1])
-        return copy.tolist()
+            self.streamer.put(copy[:num_rows])
+        return bool(copy[num_rows:].all())
