@@ -81,15 +81,17 @@ def store_and_attend(
     place: torch.Tensor,
     extras: Extras,
     rotation: tuple[torch.Tensor, torch.Tensor] | None = None,
+    is_known: bool = False,
 ) -> torch.Tensor:
     """Attention of one token of each row over the entries from `first`, [B], to `place`, [1], where it is stored.
 
     Args:
         rotation: cosine and sine, [B or 1, 1, 1, D], by which queries and keys are still to be rotated.
+        is_known: whether an earlier layer of the step has already used this rotation.
     """
     is_one_dtype = q.dtype == k.dtype == keys.dtype and v.dtype == values.dtype
     if is_one_dtype and not torch.is_autocast_enabled(q.device.type) and can_fuse(q, keys, values, extras):
-        return fused_attend_entries(q, keys, values, first, place, extras.scale, (k, v), rotation)
+        return fused_attend_entries(q, keys, values, first, place, extras.scale, (k, v), rotation, is_known)
     if rotation is not None:
         q, k = rotated(q, *rotation), rotated(k, *rotation)
     keys.index_copy_(2, place, k)
@@ -116,15 +118,16 @@ def _attend_step(
     sinks: torch.Tensor | None,
     cos: torch.Tensor | None = None,
     sin: torch.Tensor | None = None,
+    is_known: bool = False,
 ) -> torch.Tensor:
     """`store_and_attend` as one operator, through which a compiler neither looks nor copies the storage."""
     rotation = None if cos is None or sin is None else (cos, sin)
     extras = Extras(scale, softcap, sinks)
-    return store_and_attend(q, k, v, keys, values, first, place, extras, rotation).contiguous()
+    return store_and_attend(q, k, v, keys, values, first, place, extras, rotation, is_known).contiguous()
 
 
 @_attend_step.register_fake
-def _(q, k, v, keys, values, first, place, scale, softcap, sinks, cos=None, sin=None):
+def _(q, k, v, keys, values, first, place, scale, softcap, sinks, cos=None, sin=None, is_known=False):
     return q.new_empty(*q.shape[:3], values.shape[3])
 
 

@@ -20,15 +20,19 @@ if HAS_TRITON:
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
     @triton.jit
-    def _loaded(at, mask, cos, sin, channels, dim: tl.constexpr, ROTATE: tl.constexpr):
-        """Vectors at `at` [rows, DIM], rotated by `cos` and `sin` if ROTATE: channel c in a pair with c + dim / 2."""
+    def _angles(cos, sin, channels, dim: tl.constexpr):
+        """Cosine and sine fp32 [DIM] by which channel c is rotated in a pair with c + dim / 2."""
+        is_low, is_channel = channels < dim // 2, channels < dim
+        cosine = tl.load(cos + channels, mask=is_channel, other=0.0).to(tl.float32)
+        sine = tl.load(sin + channels, mask=is_channel, other=0.0).to(tl.float32)
+        return cosine, tl.where(is_low, -sine, sine)
+
+    @triton.jit
+    def _loaded(at, mask, cosine, sine, channels, dim: tl.constexpr, ROTATE: tl.constexpr):
+        """Vectors at `at` [rows, DIM], rotated if ROTATE: see `_angles`."""
         x = tl.load(at, mask=mask, other=0.0)
         if ROTATE:
-            is_low, is_channel = channels < dim // 2, channels < dim
-            other = tl.load(at + tl.where(is_low, dim // 2, -(dim // 2))[None, :], mask=mask, other=0.0)
-            cosine = tl.load(cos + channels, mask=is_channel, other=0.0).to(tl.float32)
-            sine = tl.load(sin + channels, mask=is_channel, other=0.0).to(tl.float32)
-            sine = tl.where(is_low, -sine, sine)
+            other = tl.load(at + tl.where(channels < dim // 2, dim // 2, -(dim // 2))[None, :], mask=mask, other=0.0)
             x = (x.to(tl.float32) * cosine[None, :] + other.to(tl.float32) * sine[None, :]).to(x.dtype)
         return x
 
@@ -37,25 +41,34 @@ if HAS_TRITON:
         q, k, v, new_k, new_v, cos, sin, first, last, outputs, weights, scale, cos_b, sin_b, q_b, q_h, k_b, k_g, k_n,
         v_b, v_g, v_n, new_k_b, new_k_g, new_v_b, new_v_g, num_heads, num_splits, dim: tl.constexpr,
         group: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr, STORE: tl.constexpr,
-        ROTATE: tl.constexpr, EARLY: tl.constexpr,
+        ROTATE: tl.constexpr, KNOWN: tl.constexpr, EARLY: tl.constexpr,
     ):  # fmt: skip
         """Attention of the `group` query heads of a KV head over one part of its entries.
 
         Writes outputs fp32 [B * G, splits, group, D], and log-sum-exps fp32 [B * G, splits, group] into `weights`. With
         STORE, the last entry is `new_k` and `new_v`; the only program that attends to it also writes it. With
-        ROTATE, queries and `new_k` are first rotated by their positions. EARLY: see `starts_early`.
+        ROTATE, queries and `new_k` are first rotated by their positions. KNOWN: the rotation was there before the
+        kernel in front began. EARLY: see `starts_early`.
         """
         head, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
         row, kv_head = head // num_heads, head % num_heads
         members, channels, tokens = tl.arange(0, GROUP), tl.arange(0, DIM), tl.arange(0, TILE)
         is_member, is_channel = members < group, channels < dim
         start, end = tl.load(first + row).to(tl.int32), tl.load(last).to(tl.int32) + 1
+        cosine, sine = 0.0, 0.0
         if EARLY:
-            gdc_wait()  # what a step changes between its kernels is read after it
+            gdc_launch_dependents()
+            if not KNOWN:
+                gdc_wait()  # what a step changes between its kernels is read after it
+        if ROTATE:
+            cosine, sine = _angles(cos + row * cos_b, sin + row * sin_b, channels, dim)
+        if EARLY and KNOWN:
+            gdc_wait()
         q_at = q + row * q_b + (kv_head * group + members)[:, None] * q_h + channels[None, :]
-        cos, sin = cos + row * cos_b, sin + row * sin_b
-        queries = _loaded(q_at, is_member[:, None] & is_channel[None, :], cos, sin, channels, dim, ROTATE)
-        size = tl.cdiv(tl.cdiv(end - start, num_splits), 16) * 16
+        queries = _loaded(q_at, is_member[:, None] & is_channel[None, :], cosine, sine, channels, dim, ROTATE)
+        size = tl.cdiv(end - start, num_splits)
+        if size <= 2 * TILE:  # whole tiles, of which each costs the same
+            size = tl.cdiv(size, TILE) * TILE
         place = end - 1
         start += split * size
         end = tl.minimum(end, start + size)
@@ -63,7 +76,7 @@ if HAS_TRITON:
         v += row * v_b + kv_head * v_g + channels[None, :]
         if STORE:
             own_k_at = new_k + row * new_k_b + kv_head * new_k_g + channels[None, :]
-            own_k = _loaded(own_k_at, is_channel[None, :], cos, sin, channels, dim, ROTATE)
+            own_k = _loaded(own_k_at, is_channel[None, :], cosine, sine, channels, dim, ROTATE)
             own_v = tl.load(new_v + row * new_v_b + kv_head * new_v_g + channels, mask=is_channel, other=0.0)
             writes = is_channel & (start <= place) & (place < end)
             tl.store(k + place.to(tl.int64) * k_n, own_k, mask=writes[None, :])
@@ -85,8 +98,6 @@ if HAS_TRITON:
             values = tl.load(v + entries[:, None] * v_n, mask=mask, other=0.0)
             output = output * shrink[:, None] + tl.dot(shares.to(values.dtype), values, input_precision="ieee")
             largest = new_largest
-        if EARLY:
-            gdc_launch_dependents()
         total = tl.where(total == 0.0, 1.0, total)  # a part without entries weighs exp(-inf)
         output = output / total[:, None]
         at = (head * num_splits + split) * group + members
@@ -132,12 +143,14 @@ def fused_attend_entries(
     scale: float | None,
     new: tuple[torch.Tensor, torch.Tensor] | None = None,
     rotation: tuple[torch.Tensor, torch.Tensor] | None = None,
+    is_known: bool = False,
 ) -> torch.Tensor:
     """See `attend_entries`; keys and values of one shape, on a GPU.
 
     Args:
         new: key and value [B, G, 1, D] of the entry `last`, which are written into `k` and `v`.
         rotation: cosine and sine, [B or 1, 1, 1, D], by which `q` and the new key are still to be rotated.
+        is_known: whether the rotation was there before the kernel in front of this one began.
     """
     batch, num_heads, _, dim = q.shape
     num_kv_heads, group = k.shape[1], num_heads // k.shape[1]
@@ -156,12 +169,12 @@ def fused_attend_entries(
         *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], *new_k.stride()[:2], *new_v.stride()[:2],
         num_kv_heads, splits, dim, group,
         GROUP=max(16, triton.next_power_of_2(group)), DIM=width, TILE=tile, STORE=new is not None,
-        ROTATE=rotation is not None, num_warps=4, num_stages=2, **starts_early(q.device),
+        ROTATE=rotation is not None, KNOWN=is_known, num_warps=4, num_stages=2, **starts_early(q.device),
     )  # fmt: skip
     channels = min(width, JOINED_CHANNELS)
     _join_kernel[batch * num_kv_heads, group, triton.cdiv(dim, channels)](
         outputs, weights, joined, splits, dim, group,
-        SPLITS=triton.next_power_of_2(splits), CHANNELS=channels, num_warps=8 if splits > 128 else 4,
-        **starts_early(q.device),
+        SPLITS=triton.next_power_of_2(splits), CHANNELS=channels,
+        num_warps=8 if splits > 128 else 4 if splits > 32 else 2, **starts_early(q.device),
     )  # fmt: skip
     return joined

@@ -28,6 +28,7 @@ def few_rows(
     norm: torch.Tensor | None = None,
     eps: float = 0.0,
     residual: torch.Tensor | None = None,
+    behind: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Linear layers of one input x [..., K], with weights [N, K] each: their outputs one after the other, [..., N].
 
@@ -36,11 +37,12 @@ def few_rows(
         gated: two products give silu(first) * second.
         norm: weight [K] of the normalisation in front, x / sqrt(mean(x ** 2) + eps) * norm.
         residual: [..., N], added to the result.
+        behind: the weight that is read next, of which a first part is fetched. It does not change the result.
     """
     if x.is_cuda and HAS_TRITON:
         rows, added = (None if y is None else y.reshape(-1, y.shape[-1]) for y in (x, residual))
         assert rows is not None
-        return fused_few_rows(rows, weights, biases, gated, norm, eps, added).view(*x.shape[:-1], -1)
+        return fused_few_rows(rows, weights, biases, gated, norm, eps, added, behind).view(*x.shape[:-1], -1)
     if norm is not None:
         scale = torch.rsqrt(x.float().square().mean(dim=-1, keepdim=True) + eps)
         x = norm * (x.float() * scale).to(x.dtype)
@@ -51,7 +53,7 @@ def few_rows(
 
 
 @few_rows.register_fake
-def _(x, weights, biases, gated, norm=None, eps=0.0, residual=None):
+def _(x, weights, biases, gated, norm=None, eps=0.0, residual=None, behind=None):
     return x.new_empty(*x.shape[:-1], len(weights[0]) if gated else sum(len(weight) for weight in weights))
 
 

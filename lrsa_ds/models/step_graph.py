@@ -6,7 +6,7 @@ and up of an MLP, and the residual that is added. The rotation of queries and ke
 """
 
 import operator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.fx import Graph, Node
@@ -22,15 +22,17 @@ PARAMETERS = ("placeholder", "get_attr")  # operations that give them
 def join_operators(graph: Graph) -> None:
     """Changes the graph of a step as `torch.compile` traces it."""
     groups: dict[Any, list[Node]] = {}
+    rotations: dict[Any, tuple[Node, Node]] = {}
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target in LINEAR and _fits(node):
             x, _, bias = _inputs(node)
             groups.setdefault((x, bias is None), []).append(node)
         elif node.target is torch.ops.lrsa_ds.attend_step.default:
-            _rotate_within(node)
+            _rotate_within(node, rotations)
     for layers in groups.values():
         for start in range(0, len(layers), MOST_WEIGHTS):
             _join(graph, layers[start : start + MOST_WEIGHTS])
+    _name_weights_behind(graph)
     graph.eliminate_dead_code()
 
 
@@ -57,7 +59,7 @@ def _join(graph: Graph, layers: list[Node]) -> None:
     """Puts one product in the place of linear layers of one input."""
     layers, output, residual = _with_what_follows(layers)
     inputs = [_inputs(layer) for layer in layers]
-    x, weights, biases = inputs[0][0], [w for _, w, _ in inputs], [b for *_, b in inputs if b is not None]
+    x, weights, biases = _whole(inputs[0][0]), [w for _, w, _ in inputs], [b for *_, b in inputs if b is not None]
     x, norm, eps = _norm(x) or (x, None, 0.0)
     is_gated = len(layers) == 2 and output is not None
     with graph.inserting_before(output or layers[0]):
@@ -76,6 +78,19 @@ def _join(graph: Graph, layers: list[Node]) -> None:
 def _replace(old: Node, new: Node) -> None:
     new.meta["example_value"] = _value(old)
     old.replace_all_uses_with(new)
+
+
+def _whole(node: Node) -> Node:
+    """What a node takes a slice of, if the slice is all of it, as that of the last tokens of a step is."""
+    if node.target is operator.getitem and isinstance(node.args[0], Node) and isinstance(node.args[1], tuple):
+        x = _value(node.args[0])
+        if (
+            isinstance(x, torch.Tensor)
+            and x.shape == _value(node).shape
+            and all(type(at) is slice for at in node.args[1])
+        ):
+            return node.args[0]
+    return node
 
 
 def _with_what_follows(layers: list[Node]) -> tuple[list[Node], Node | None, Node | None]:
@@ -125,11 +140,38 @@ def _norm(node: Node) -> tuple[Node, Node, float] | None:
     return (x, weight, eps) if is_norm and is_one_dtype else None
 
 
-def _rotate_within(attend: Node) -> None:
-    """Moves the rotation of the queries and of the key of a step into its attention."""
+def _name_weights_behind(graph: Graph) -> None:
+    """Names to gate and up of an MLP the weight that is read behind them. They read for so long that it pays."""
+    gated = None
+    for node in graph.nodes:
+        if node.target is torch.ops.lrsa_ds.few_rows.default:
+            _, weights, _, is_gated, *_ = node.args
+            if gated is not None and len(weights) == 1 and weights[0].op == "placeholder":
+                gated.args = (*gated.args, weights[0])
+            gated = node if is_gated else None
+
+
+def _rotate_within(attend: Node, known: dict[Any, tuple[Node, Node]]) -> None:
+    """Moves the rotation of the queries and of the key of a step into its attention.
+
+    Args:
+        known: cosine and sine of the rotations of earlier layers, to which those of this one are added.
+    """
     q, k = _rotation(attend.args[0]), _rotation(attend.args[1])
     if q is not None and k is not None and q[1:] == k[1:]:
-        attend.args = (q[0], k[0], *attend.args[2:], *q[1:])
+        # Each layer adds the dim of the heads to the same cosine and sine, and a compiler would write them for each.
+        given = tuple(x.args if x.target == "unsqueeze" else x for x in q[1:])
+        is_known = given in known
+        if not is_known:
+            with attend.graph.inserting_before(attend):
+                known[given] = cast(Any, tuple(_stored(attend.graph, x) for x in q[1:]))
+        attend.args = (q[0], k[0], *attend.args[2:], *known[given], is_known)
+
+
+def _stored(graph: Graph, x: Node) -> Node:
+    node = graph.call_function(torch.ops.lrsa_ds.stored.default, (x,))
+    node.meta["example_value"] = _value(x)
+    return node
 
 
 def _rotation(node: Any) -> tuple[Node, Node, Node] | None:

@@ -3,6 +3,7 @@
 import copy
 import warnings
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -149,9 +150,15 @@ def test_compiled_steps(mixed, monkeypatch):
         (2, 0, True, True, False),
         (1, 0, False, False, True),
     ]
-    found = [(len(w), len(b), gated, norm is not None, added is not None) for _, w, b, gated, norm, _, added in joined]
-    assert found == [*layer * 4, (1, 0, False, False, False)]
-    assert [len(args) for args in attended] == [12] * 4  # with cosine and sine
+    found = [
+        (len(w), len(b), gated, norm is not None, added is not None) for _, w, b, gated, norm, _, added, *_ in joined
+    ]
+    assert found == [*layer * 4, (1, 0, False, True, False)]
+    # Gate and up fetch a part of what is read behind them.
+    behind = [after[1][0] if args[3] else None for args, after in pairwise(joined)]
+    assert [args[7] if len(args) > 7 else None for args in joined] == [*behind, None]
+    # With cosine and sine, which all layers but the first find where they are.
+    assert [(len(args), args[-1]) for args in attended] == [(13, False)] + [(13, True)] * 3
     assert not linear
 
 

@@ -43,11 +43,13 @@ def test_kernels_attend_to_the_entries_of_each_row(shape, size, last, dtype, bou
     new = [x[:, :, last : last + 1].clone() for x in (k, v)]
     whole = [x.clone() for x in (k, v)]
     angles = torch.randn(batch, 1, 1, dim // 2, device="cuda").repeat(1, 1, 1, 2)
-    for rotation in (None, (angles.cos(), angles.sin())):
-        if rotation is not None:  # back by the angles, so that the kernel arrives where it was
-            q, new[0] = (rotated(x.float(), rotation[0], -rotation[1]).to(dtype) for x in (q, new[0]))
+    cos, sin = angles.cos(), angles.sin()
+    # Without a rotation; with that of a first layer, then of one behind it.
+    for rotation, is_known in ((None, False), ((cos, sin), False), ((cos, sin), True)):
+        if rotation is not None and not is_known:  # back by the angles, so that the kernel arrives where it was
+            q, new[0] = (rotated(x.float(), cos, -sin).to(dtype) for x in (q, new[0]))
         k[:, :, last] = v[:, :, last] = float("nan")  # written before it is read
-        found = store_and_attend(q, *new, k, v, first, place, Extras(0.2), rotation).float()
+        found = store_and_attend(q, *new, k, v, first, place, Extras(0.2), rotation, is_known).float()
         assert_close(found, expected, 2 * bound, "output")
         assert_close(k[:, :, last].float(), whole[0][:, :, last].float(), 0.0 if rotation is None else bound, "key")
         k[:, :, last] = whole[0][:, :, last]
@@ -65,7 +67,10 @@ def test_products_of_few_rows(num_rows, sizes, gated, dtype, bound):
             assert can_join(x, [*weights, *biases][:: len(weights)])
             on_host = (x.cpu().double(), [w.cpu().double() for w in weights], [b.cpu().double() for b in biases])
             expected = few_rows(*on_host, gated)
-            assert_close(few_rows(x, weights, biases, gated).cpu().double(), expected, bound, "output")
+            found = few_rows(x, weights, biases, gated)
+            assert_close(found.cpu().double(), expected, bound, "output")
+            behind = torch.randn(300, channels, device="cuda", dtype=dtype)
+            assert torch.equal(few_rows(x, weights, biases, gated, behind=behind), found)
 
 
 @pytest.mark.parametrize(
