@@ -151,9 +151,9 @@ class Loop:
     ):
         self.settings, self.processors, self.streamer = settings, processors, streamer
         # The host knows the lengths, so that the device is not asked for them.
-        limits = [criterion.max_length for criterion in criteria if isinstance(criterion, MaxLengthCriteria)]
+        limits = [cast(Any, criterion).max_length for criterion in criteria if type(criterion) is MaxLengthCriteria]
         self.max_length = min([settings.max_length, *limits])
-        self.criteria = StoppingCriteriaList(c for c in criteria if not isinstance(c, MaxLengthCriteria))
+        self.criteria = StoppingCriteriaList(c for c in criteria if type(c) is not MaxLengthCriteria)
         # As in transformers, rows that end by another criterion continue until all rows have ended.
         self.pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
 
@@ -215,7 +215,7 @@ class Loop:
         return tokens
 
     def _told(self, said: HostCopy, num_rows: int) -> bool:
-        """Gives the streamer the tokens of the rows; whether a row is unfinished, if the device was asked for that."""
+        """Gives the streamer the tokens of the rows. False if the copy says behind them that all rows have ended."""
         copy = said.wait()
         if self.streamer is not None:
             self.streamer.put(copy[:num_rows])

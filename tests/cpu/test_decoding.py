@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import TextIteratorStreamer
+from transformers import MaxLengthCriteria, MaxTimeCriteria, TextIteratorStreamer
 
 import lrsa_ds
 from lrsa_ds import LagKVCache, LRSAConfig, apply_lrsa, new_cache, prefill
@@ -212,6 +212,14 @@ def test_answers_are_those_of_model_generate(options, padded):
         torch.manual_seed(3)
         more = {} if generate is lrsa_ds.generate else dict(cache_implementation="static")
         assert torch.equal(generate(model, ids, **options, **more), expected)
+
+
+@pytest.mark.parametrize("criterion", [MaxLengthCriteria(52), MaxTimeCriteria(0.0)])
+def test_criteria_of_the_caller(criterion):
+    model, ids = make(), tokens(45, batch=2)
+    expected = model.generate(ids, stopping_criteria=[criterion], **GREEDY)
+    assert expected.shape[1] < 60
+    assert torch.equal(lrsa_ds.generate(model, ids, stopping_criteria=[criterion], **GREEDY), expected)
 
 
 def test_several_turns_behind_one_cache(mixed):
