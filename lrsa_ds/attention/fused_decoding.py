@@ -37,6 +37,33 @@ if HAS_TRITON:
         return x
 
     @triton.jit
+    def _attended(
+        queries, k, v, k_n, v_n, start, end, scale, is_channel, GROUP: tl.constexpr, DIM: tl.constexpr,
+        TILE: tl.constexpr,
+    ):  # fmt: skip
+        """Attention of queries [GROUP, DIM] over entries `start` to `end`: output fp32 and log-sum-exp [GROUP]."""
+        tokens = tl.arange(0, TILE)
+        largest = tl.full([GROUP], float("-inf"), tl.float32)
+        total = tl.zeros([GROUP], tl.float32)
+        output = tl.zeros([GROUP, DIM], tl.float32)
+        for at in range(start, end, TILE):
+            entries, inside = (at + tokens).to(tl.int64), at + tokens < end
+            mask = inside[:, None] & is_channel[None, :]
+            keys = tl.load(k + entries[:, None] * k_n, mask=mask, other=0.0)
+            scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
+            scores = tl.where(inside[None, :], scores, float("-inf"))
+            new_largest = tl.maximum(largest, tl.max(scores, axis=1))
+            shares = tl.exp(scores - new_largest[:, None])
+            shrink = tl.exp(largest - new_largest)
+            total = total * shrink + tl.sum(shares, axis=1)
+            values = tl.load(v + entries[:, None] * v_n, mask=mask, other=0.0)
+            output = output * shrink[:, None] + tl.dot(shares.to(values.dtype), values, input_precision="ieee")
+            largest = new_largest
+        total = tl.where(total == 0.0, 1.0, total)  # a part without entries weighs exp(-inf)
+        output = output / total[:, None]
+        return output, largest + tl.log(total)
+
+    @triton.jit
     def _part_kernel(
         q, k, v, new_k, new_v, cos, sin, first, last, outputs, weights, scale, cos_b, sin_b, q_b, q_h, k_b, k_g, k_n,
         v_b, v_g, v_n, new_k_b, new_k_g, new_v_b, new_v_g, num_heads, num_splits, dim: tl.constexpr,
@@ -52,7 +79,7 @@ if HAS_TRITON:
         """
         head, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
         row, kv_head = head // num_heads, head % num_heads
-        members, channels, tokens = tl.arange(0, GROUP), tl.arange(0, DIM), tl.arange(0, TILE)
+        members, channels = tl.arange(0, GROUP), tl.arange(0, DIM)
         is_member, is_channel = members < group, channels < dim
         start, end = tl.load(first + row).to(tl.int32), tl.load(last).to(tl.int32) + 1
         cosine, sine = 0.0, 0.0
@@ -82,26 +109,9 @@ if HAS_TRITON:
             tl.store(k + place.to(tl.int64) * k_n, own_k, mask=writes[None, :])
             tl.store(v + place.to(tl.int64) * v_n, own_v[None, :], mask=writes[None, :])
             tl.debug_barrier()  # other threads of the program read them
-        largest = tl.full([GROUP], float("-inf"), tl.float32)
-        total = tl.zeros([GROUP], tl.float32)
-        output = tl.zeros([GROUP, DIM], tl.float32)
-        for at in range(start, end, TILE):
-            entries, inside = (at + tokens).to(tl.int64), at + tokens < end
-            mask = inside[:, None] & is_channel[None, :]
-            keys = tl.load(k + entries[:, None] * k_n, mask=mask, other=0.0)
-            scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
-            scores = tl.where(inside[None, :], scores, float("-inf"))
-            new_largest = tl.maximum(largest, tl.max(scores, axis=1))
-            shares = tl.exp(scores - new_largest[:, None])
-            shrink = tl.exp(largest - new_largest)
-            total = total * shrink + tl.sum(shares, axis=1)
-            values = tl.load(v + entries[:, None] * v_n, mask=mask, other=0.0)
-            output = output * shrink[:, None] + tl.dot(shares.to(values.dtype), values, input_precision="ieee")
-            largest = new_largest
-        total = tl.where(total == 0.0, 1.0, total)  # a part without entries weighs exp(-inf)
-        output = output / total[:, None]
+        output, weight = _attended(queries, k, v, k_n, v_n, start, end, scale, is_channel, GROUP, DIM, TILE)
         at = (head * num_splits + split) * group + members
-        tl.store(weights + at, largest + tl.log(total), mask=is_member)
+        tl.store(weights + at, weight, mask=is_member)
         tl.store(outputs + at[:, None] * dim + channels[None, :], output, mask=is_member[:, None] & is_channel[None, :])
 
     @triton.jit
