@@ -82,14 +82,10 @@ def _replace(old: Node, new: Node) -> None:
 
 def _whole(node: Node) -> Node:
     """What a node takes a slice of, if the slice is all of it, as that of the last tokens of a step is."""
-    if node.target is operator.getitem and isinstance(node.args[0], Node) and isinstance(node.args[1], tuple):
-        x = _value(node.args[0])
-        if (
-            isinstance(x, torch.Tensor)
-            and x.shape == _value(node).shape
-            and all(type(at) is slice for at in node.args[1])
-        ):
-            return node.args[0]
+    if node.target is operator.getitem:
+        source, at = node.args
+        if isinstance(at, tuple) and all(type(index) is slice for index in at) and _is_like(source, node):
+            return cast(Node, source)
     return node
 
 
